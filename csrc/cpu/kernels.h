@@ -1,0 +1,100 @@
+// The raw CPU kernels: plain pointers and sizes, no torch, so that C++ tests can call them.
+//
+// Every SIMD level compiles the same templates (*_kernel.h) under its own target and fills one table. The op files
+// (nm.cpp, ...) turn tensors into these structs, split the rows over threads and call the active table.
+#pragma once
+
+#include <cstdint>
+
+namespace sparsekit {
+
+enum class DType : uint8_t { F32, F16, BF16 };
+
+// Runs body(begin, end, context) over [0, count) in parallel, in pieces of at least `grain`.
+using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, int64_t grain, RangeBody body, void* context);
+
+// Strides are in elements; the last dimension is contiguous.
+struct NmArgs {
+  const void* weight;  // [rows, cols], the score of nm_mask
+  int64_t weight_stride;
+  void* pruned;  // [rows, cols] of the weight's dtype, may be weight itself; null: mask only
+  int64_t pruned_stride;
+  const float* scale;  // [cols] or null
+  bool* mask;          // [rows, cols], contiguous
+  int64_t cols;
+  int n, m;
+  DType dtype;
+};
+
+struct BlockScoresArgs {
+  const void* weight;  // [rows, cols]
+  int64_t weight_stride;
+  const float* scale;  // [cols] or null
+  const bool* mask;    // [rows, cols], contiguous, or null
+  float* scores;       // [ceil(rows / block_rows), ceil(cols / block_cols)], contiguous
+  int64_t rows, cols, block_rows, block_cols;
+  DType dtype;
+};
+
+struct BlockTopkArgs {
+  const void* score;  // [rows, cols]
+  int64_t score_stride;
+  bool* mask;  // [rows, cols], contiguous
+  int64_t rows, cols, block_rows, block_cols, k;
+  DType dtype;
+};
+
+struct Pack24Args {
+  const void* weight;  // [rows, cols]
+  int64_t weight_stride;
+  const bool* mask;  // [rows, cols], contiguous, or null
+  void* values;      // [rows, 2 * (cols / 4) + cols % 4], contiguous
+  uint8_t* bitmask;  // [rows, ceil(cols / 8)], contiguous
+  int64_t cols;
+  DType dtype;
+};
+
+struct Unpack24Args {
+  const void* values;
+  const uint8_t* bitmask;
+  void* weight;  // [rows, cols], contiguous
+  int64_t cols;
+  DType dtype;
+};
+
+struct Linear24Args {
+  const void* x;  // [tokens, cols], contiguous
+  const void* values;
+  const uint8_t* bitmask;
+  const void* bias;  // [rows] or null
+  void* y;           // [tokens, rows], contiguous
+  int64_t tokens, rows, cols;
+  int threads;
+  DType dtype;
+};
+
+struct Kernels {
+  const char* level;
+  // Rows [begin, end).
+  void (*nm)(const NmArgs&, int64_t begin, int64_t end);
+  // Block rows [begin, end).
+  void (*block_scores)(const BlockScoresArgs&, int64_t begin, int64_t end);
+  void (*block_topk)(const BlockTopkArgs&, int64_t begin, int64_t end);
+  // Returns the first group that breaks 2:4, as row * (cols / 4) + group, or -1.
+  int64_t (*pack24)(const Pack24Args&, int64_t begin, int64_t end);
+  void (*unpack24)(const Unpack24Args&, int64_t begin, int64_t end);
+  void (*linear24)(const Linear24Args&, ParallelFor);
+};
+
+extern const Kernels kernels_plain;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;         // AVX2, FMA, F16C, BMI2
+extern const Kernels kernels_avx512;       // AVX-512 F, BW, DQ, VL
+extern const Kernels kernels_avx512_bf16;  // and VBMI, VBMI2, BF16
+#endif
+
+// The table in use: the best level of this machine, unless one was forced.
+const Kernels& kernels();
+
+}  // namespace sparsekit

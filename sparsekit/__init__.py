@@ -1,0 +1,10 @@
+"""Kernels for sparse neural networks: fast to make sparse, never slower to run."""
+
+from .ops import block_scores as block_scores
+from .ops import block_topk_mask as block_topk_mask
+from .ops import linear24 as linear24
+from .ops import nm_mask as nm_mask
+from .ops import nm_prune as nm_prune
+from .ops import nm_prune_ as nm_prune_
+from .ops import pack24 as pack24
+from .ops import unpack24 as unpack24

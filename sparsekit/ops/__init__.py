@@ -1,0 +1,16 @@
+"""The ops: plain functions on tensors, the same result on every device."""
+
+from ._kernels import backends as backends
+from ._kernels import force_simd as force_simd
+from ._kernels import simd_level as simd_level
+from ._kernels import simd_levels as simd_levels
+from .bits import pack_bits as pack_bits
+from .bits import unpack_bits as unpack_bits
+from .blocks import block_scores as block_scores
+from .blocks import block_topk_mask as block_topk_mask
+from .nm import nm_mask as nm_mask
+from .nm import nm_prune as nm_prune
+from .nm import nm_prune_ as nm_prune_
+from .sparse24 import linear24 as linear24
+from .sparse24 import pack24 as pack24
+from .sparse24 import unpack24 as unpack24

@@ -1,0 +1,52 @@
+"""The only place that joins ops to device kernels."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .. import _native
+
+NATIVE = _native.load()
+OPS = ("nm_mask", "nm_prune", "nm_prune_", "block_scores", "block_topk_mask", "pack24", "unpack24", "linear24")
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Says which kernel answers each op on each device: ``{"nm_mask": {"cpu": "avx2", "cuda": "reference"}, ...}``.
+
+    On the CPU a compiled kernel is named by its SIMD level; ``"reference"`` is plain PyTorch.
+    """
+    return {op: {"cpu": _answers(op, "CPU"), "cuda": _answers(op, "CUDA")} for op in OPS}
+
+
+def _answers(op: str, key: str) -> str:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekit::{op}", key):
+        return "reference"
+    return simd_level() if key == "CPU" else "triton"
+
+
+def simd_levels() -> tuple[str, ...]:
+    """The SIMD levels that this machine can run, the best last; empty without the compiled extension."""
+    return tuple(torch.ops.sparsekit._simd_levels().split()) if NATIVE == "loaded" else ()
+
+
+def simd_level() -> str:
+    """The SIMD level that the compiled CPU kernels run at; ``"reference"`` without the compiled extension."""
+    return torch.ops.sparsekit._simd_level("") if NATIVE == "loaded" else "reference"
+
+
+@contextmanager
+def force_simd(level: str) -> Iterator[None]:
+    """Runs the CPU kernels of this process at one SIMD level, for tests and measurements.
+
+    Raises:
+        ValueError: ``level`` is not one of ``simd_levels()``.
+    """
+    if level not in simd_levels():
+        raise ValueError(f"level must be one of {simd_levels()}, got {level!r}")
+    before = simd_level()
+    torch.ops.sparsekit._simd_level(level)
+    try:
+        yield
+    finally:
+        torch.ops.sparsekit._simd_level(before)

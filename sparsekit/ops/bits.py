@@ -1,0 +1,18 @@
+"""Masks as bits: eight along the last dimension to a byte, the first in the lowest bit."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Packs a bool mask ``[..., cols]`` into uint8 ``[..., ceil(cols / 8)]``; bits past the last column are 0."""
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
+    return (padded.unflatten(-1, (padded.shape[-1] // 8, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, cols: int) -> Tensor:
+    """The bool mask ``[..., cols]`` of ``pack_bits``."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(-1) >> shifts & 1).flatten(-2)[..., :cols].to(torch.bool)

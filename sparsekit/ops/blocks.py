@@ -1,0 +1,130 @@
+"""Scores and masks over the blocks that tile a matrix."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._define import check_like, check_weight, define
+from .nm import magnitude_key
+
+
+def _to_blocks(matrix: Tensor, block_rows: int, block_cols: int, fill: float) -> Tensor:
+    """``[rows, cols]`` to ``[R, block_rows, C, block_cols]``, padded at the right and the bottom with ``fill``."""
+    rows, cols = matrix.shape
+    padded = F.pad(matrix, (0, -cols % block_cols, 0, -rows % block_rows), value=fill)
+    return padded.unflatten(1, (-1, block_cols)).unflatten(0, (-1, block_rows))
+
+
+def block_scores_reference(
+    weight: Tensor, block_rows: int, block_cols: int, scale: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    rows, cols = -(-weight.shape[0] // block_rows), -(-weight.shape[1] // block_cols)
+    if rows * cols == 0:
+        return weight.new_zeros((rows, cols), dtype=torch.float32)
+    score = weight.abs().float()
+    score = score if scale is None else score * scale
+    score = score if mask is None else torch.where(mask, score, 0)
+    blocks = _to_blocks(score, block_rows, block_cols, 0.0)
+    total = blocks[:, 0]
+    for row in range(1, block_rows):  # rows one after the other
+        total = total + blocks[:, row]
+    width = 1 << (block_cols - 1).bit_length()
+    total = F.pad(total, (0, width - block_cols))
+    while width > 1:  # then columns by halves: c and c + width / 2
+        width //= 2
+        total = total[..., :width] + total[..., width:]
+    return total.squeeze(-1)
+
+
+def block_topk_mask_reference(score: Tensor, k: int, block_rows: int, block_cols: int) -> Tensor:
+    rows, cols = score.shape
+    if score.numel() == 0:
+        return torch.zeros(rows, cols, dtype=torch.bool, device=score.device)
+    key = _to_blocks(magnitude_key(score), block_rows, block_cols, -1).transpose(1, 2)  # [R, C, block_rows, block_cols]
+    kept = key.flatten(2).sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    mask = torch.zeros_like(key.flatten(2), dtype=torch.bool).scatter_(-1, kept, True).view_as(key)
+    return mask.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :cols].contiguous()
+
+
+def _scores_fake(
+    weight: Tensor, block_rows: int, block_cols: int, scale: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    shape = -(-weight.shape[0] // block_rows), -(-weight.shape[1] // block_cols)
+    return weight.new_empty(shape, dtype=torch.float32)
+
+
+def _topk_fake(score: Tensor, k: int, block_rows: int, block_cols: int) -> Tensor:
+    return score.new_empty(score.shape, dtype=torch.bool)
+
+
+_block_scores = define(
+    "block_scores(Tensor weight, int block_rows, int block_cols, Tensor? scale, Tensor? mask) -> Tensor",
+    block_scores_reference,
+    _scores_fake,
+)
+_block_topk_mask = define(
+    "block_topk_mask(Tensor score, int k, int block_rows, int block_cols) -> Tensor",
+    block_topk_mask_reference,
+    _topk_fake,
+)
+
+
+@torch.no_grad()
+def block_scores(
+    weight: Tensor, block: tuple[int, int] = (16, 16), *, scale: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Sums ``abs(weight) * scale`` over every block of a matrix.
+
+    Blocks at the right and bottom edges count as if padded with zeros. The order of the fp32 additions is fixed, so
+    every device gives the same bits: the rows of a block are added one after the other, column by column; then, with
+    the columns padded to a power of two, the right half is added to the left half until one sum is left.
+
+    Args:
+        weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides.
+        block: rows and columns of a block; 16x16 is what the three-tier pruner uses.
+        scale: float32 ``[cols]``, one factor per input column; None means 1.
+        mask: bool ``[rows, cols]``; only the entries where it is True count. None counts all.
+
+    Returns:
+        float32 ``[ceil(rows / block[0]), ceil(cols / block[1])]``.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: ``weight`` is not a matrix, a block side is not positive, or ``scale`` or ``mask`` has the wrong
+            shape or device.
+    """
+    check_weight("weight", weight, 2)
+    _check_block(block)
+    check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
+    check_like("mask", mask, torch.bool, weight.shape, weight)
+    return _block_scores(weight, *block, scale, mask)
+
+
+def block_topk_mask(score: Tensor, k: int, block: tuple[int, int] = (16, 16)) -> Tensor:
+    """Marks the ``k`` largest magnitudes of every block of a matrix.
+
+    Order and ties are ``nm_mask``'s, with the lower index counted along the rows of the block. A block at the edge
+    that has fewer than ``k`` entries keeps them all. A block of ``(1, cols)`` is top-k per row.
+
+    Args:
+        score: ``[rows, cols]``, float32, float16 or bfloat16, any strides; the sign does not matter.
+        k: entries kept per block, ``0 <= k <= block[0] * block[1]``.
+        block: rows and columns of a block.
+
+    Returns:
+        bool ``[rows, cols]``, contiguous, True where kept.
+
+    Raises:
+        TypeError: ``score`` is not one of the dtypes above.
+        ValueError: ``score`` is not a matrix, a block side is not positive, or ``k`` is out of range.
+    """
+    check_weight("score", score, 2)
+    _check_block(block)
+    if not 0 <= k <= block[0] * block[1]:
+        raise ValueError(f"k must be between 0 and {block[0] * block[1]} for a block of {tuple(block)}, got {k}")
+    return _block_topk_mask(score, k, *block)
+
+
+def _check_block(block: tuple[int, int]) -> None:
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block must be two positive sides (rows, cols), got {tuple(block)}")

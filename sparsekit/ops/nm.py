@@ -1,0 +1,140 @@
+"""N:M masks: keep the n largest magnitudes of every m consecutive entries."""
+
+import torch
+from torch import Tensor
+
+from ._define import LIBRARY, check_like, check_weight, define
+
+MAX_M = 32
+
+
+def magnitude_key(score: Tensor) -> Tensor:
+    """int32 keys in magnitude order: the fp32 bits without the sign; every NaN gets the same key, above Inf."""
+    bits = score.float().view(torch.int32) & 0x7FFFFFFF
+    return bits.clamp(max=0x7F800001)
+
+
+def nm_mask_reference(score: Tensor, n: int, m: int) -> Tensor:
+    full = score.shape[-1] // m * m
+    key = magnitude_key(score[..., :full]).unflatten(-1, (full // m, m))
+    kept = key.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    mask = torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    mask[..., :full] = torch.zeros_like(key, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+    return mask
+
+
+def nm_prune_reference(weight: Tensor, n: int, m: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    mask = nm_mask_reference(weight if scale is None else weight.abs().float() * scale, n, m)
+    return torch.where(mask, weight, 0).contiguous(), mask
+
+
+def nm_prune_inplace_reference(weight: Tensor, n: int, m: int, scale: Tensor | None) -> Tensor:
+    pruned, mask = nm_prune_reference(weight, n, m, scale)
+    weight.copy_(pruned)
+    return mask
+
+
+def _mask_fake(score: Tensor, n: int, m: int, scale: Tensor | None = None) -> Tensor:
+    return score.new_empty(score.shape, dtype=torch.bool)
+
+
+def _prune_fake(weight: Tensor, n: int, m: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), _mask_fake(weight, n, m)
+
+
+_nm_mask = define("nm_mask(Tensor score, int n, int m) -> Tensor", nm_mask_reference, _mask_fake)
+_nm_prune = define(
+    "nm_prune(Tensor weight, int n, int m, Tensor? scale) -> (Tensor, Tensor)", nm_prune_reference, _prune_fake
+)
+_nm_prune_ = define(
+    "nm_prune_(Tensor(a!) weight, int n, int m, Tensor? scale) -> Tensor", nm_prune_inplace_reference, _mask_fake
+)
+
+
+def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _prune_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    (mask,) = ctx.saved_tensors
+    return torch.where(mask, grad, 0), None, None, None
+
+
+torch.library.register_autograd("sparsekit::nm_prune", _prune_backward, setup_context=_save_mask, lib=LIBRARY)
+
+
+def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """Marks the ``n`` largest magnitudes of every ``m`` consecutive entries of the last dimension.
+
+    Equal magnitudes keep the lower index, ``-0.0`` equals ``0.0``, NaNs rank above Inf and equal each other. A tail
+    shorter than ``m`` is kept. The mask is the same, bit for bit, on every device.
+
+    Args:
+        score: ``[..., cols]``, float32, float16 or bfloat16, any strides; the sign does not matter.
+        n: entries kept of each group.
+        m: group size; ``0 < n <= m <= 32``.
+
+    Returns:
+        bool mask of ``score``'s shape, contiguous, True where kept.
+
+    Raises:
+        TypeError: ``score`` is not one of the dtypes above.
+        ValueError: ``score`` is a scalar, or not ``0 < n <= m <= 32``.
+    """
+    check_weight("score", score)
+    _check_pattern(n, m)
+    return _nm_mask(score, n, m)
+
+
+def nm_prune(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Zeroes all but the ``n`` best of every ``m`` consecutive entries, in one pass that never stores the score.
+
+    Entries are ranked by ``abs(weight) * scale``, one fp32 product, with the order and ties of ``nm_mask``. With
+    Wanda's input norms as ``scale`` this is Wanda (https://arxiv.org/abs/2306.11695); without it, magnitude pruning.
+
+    Args:
+        weight: ``[..., cols]``, float32, float16 or bfloat16, any strides. Gradients pass where the mask is True.
+        n: entries kept of each group.
+        m: group size; ``0 < n <= m <= 32``.
+        scale: float32 ``[cols]``, one factor per input column; None ranks by magnitude alone.
+
+    Returns:
+        ``(pruned, mask)``: a copy of ``weight`` with zeros where dropped, and the bool mask, both contiguous.
+
+    Raises:
+        TypeError, ValueError: as ``nm_mask``, and where ``scale`` is not float32 ``[cols]`` on ``weight``'s device.
+    """
+    check_weight("weight", weight)
+    _check_pattern(n, m)
+    check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
+    return _nm_prune(weight, n, m, scale)
+
+
+@torch.no_grad()
+def nm_prune_(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) -> Tensor:
+    """Like ``nm_prune``, but writes the zeros into ``weight`` itself and returns the mask.
+
+    Runs outside autograd, as ``torch.nn.init`` does, so it takes a Parameter as it is.
+
+    Args:
+        weight: ``[..., cols]``, float32, float16 or bfloat16, any strides without overlap.
+        n: entries kept of each group.
+        m: group size; ``0 < n <= m <= 32``.
+        scale: float32 ``[cols]``, one factor per input column; None ranks by magnitude alone.
+
+    Returns:
+        bool mask of ``weight``'s shape, contiguous.
+
+    Raises:
+        TypeError, ValueError: as ``nm_prune``; ``weight`` is untouched then.
+    """
+    check_weight("weight", weight)
+    _check_pattern(n, m)
+    check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
+    return _nm_prune_(weight, n, m, scale)
+
+
+def _check_pattern(n: int, m: int) -> None:
+    if not 0 < n <= m <= MAX_M:
+        raise ValueError(f"a pattern n:m needs 0 < n <= m <= {MAX_M}, got {n}:{m}")
