@@ -1,0 +1,72 @@
+// Chooses the SIMD level at run time, and lets a test force one.
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sparsekit {
+namespace {
+
+// The levels that this machine can run, the best last.
+const std::vector<const Kernels*>& available() {
+  static const std::vector<const Kernels*> levels = [] {
+    std::vector<const Kernels*> found{&kernels_plain};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+    if (avx2) found.push_back(&kernels_avx2);
+    if (avx512) found.push_back(&kernels_avx512);
+    if (bf16) found.push_back(&kernels_avx512_bf16);
+#endif
+    return found;
+  }();
+  return levels;
+}
+
+std::atomic<const Kernels*>& active() {
+  static std::atomic<const Kernels*> table{available().back()};
+  return table;
+}
+
+std::string simd_levels() {
+  std::string names;
+  for (const Kernels* table : available()) names += (names.empty() ? "" : " ") + std::string(table->level);
+  return names;
+}
+
+// Forces the level of that name where one is given; returns the level in use.
+std::string simd_level(std::string name) {
+  if (!name.empty()) {
+    const Kernels* wanted = nullptr;
+    for (const Kernels* table : available())
+      if (name == table->level) wanted = table;
+    if (!wanted) throw std::invalid_argument("no SIMD level " + name + " on this machine; it has " + simd_levels());
+    active().store(wanted);
+  }
+  return active().load()->level;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
+
+}  // namespace sparsekit
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit, m) {
+  m.def("_simd_levels() -> str");
+  m.def("_simd_level(str force) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit, CompositeExplicitAutograd, m) {
+  m.impl("_simd_levels", TORCH_BOX(&sparsekit::simd_levels));
+  m.impl("_simd_level", TORCH_BOX(&sparsekit::simd_level));
+}
