@@ -1,0 +1,45 @@
+"""How a batch is fed to a model: the one convention that every function that takes batches follows."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """Calls ``model`` on one batch: a mapping as ``**``, a tuple as ``*``, anything else as one argument.
+
+    ``forward(model, batch)`` overrides that.
+    """
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(batch)
+
+
+def as_batches(batches: Any, *, reused: bool = False) -> Iterable[Any]:
+    """The batches in ``batches``: a tensor, a mapping or a tuple is one batch, any other iterable holds batches.
+
+    Args:
+        batches: one batch, or an iterable of them, such as a list or a DataLoader.
+        reused: whether the caller iterates more than once, which a generator or another iterator cannot serve.
+
+    Raises:
+        TypeError: neither a batch nor an iterable, or an iterator where ``reused``.
+    """
+    if isinstance(batches, Tensor | Mapping | tuple):
+        return [batches]
+    if not isinstance(batches, Iterable) or isinstance(batches, str):
+        raise TypeError(
+            f"batches must be a tensor, a mapping, a tuple or an iterable of batches, got {type(batches).__name__}"
+        )
+    if reused and isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches must be iterable more than once, as a list or a DataLoader is, got {type(batches).__name__}"
+        )
+    return batches
