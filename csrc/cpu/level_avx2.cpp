@@ -1,12 +1,10 @@
-// The kernels at AVX2, FMA, F16C and BMI2. Standard headers come before the target region: an inline function of
-// theirs compiled inside it could be the copy the linker keeps for the other levels.
+// The kernels at AVX2, FMA, F16C and BMI2.
 #include "level_headers.h"
 
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
 #define SPARSEKIT_LEVEL avx2
 #define SPARSEKIT_AVX2
-#include "level.inc"
-#pragma GCC pop_options
+SPARSEKIT_TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
+#include "level_table.h"
+SPARSEKIT_TARGET_END
 #endif

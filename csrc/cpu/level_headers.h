@@ -1,12 +1,17 @@
-// What the kernel templates include, gathered so that a level can include it before its target region.
+// What a level needs before it opens its target region: every standard header, since an inline function of theirs
+// compiled inside it could be the copy the linker keeps for the other levels; and the region's brackets themselves.
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -15,3 +20,18 @@
 #endif
 
 #include "kernels.h"
+
+// Everything between the two is compiled for `features`, lambdas and templates included (an attribute on a function
+// would not reach its lambdas).
+#define SPARSEKIT_PRAGMA(text) _Pragma(#text)
+#if defined(SPARSEKIT_EMULATE)  // the C++ tests run a level through SIMDe on a machine that lacks it
+#define SPARSEKIT_TARGET_BEGIN(features)
+#define SPARSEKIT_TARGET_END
+#elif defined(__clang__)
+#define SPARSEKIT_TARGET_BEGIN(features) \
+  SPARSEKIT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define SPARSEKIT_TARGET_END SPARSEKIT_PRAGMA(clang attribute pop)
+#else
+#define SPARSEKIT_TARGET_BEGIN(features) SPARSEKIT_PRAGMA(GCC push_options) SPARSEKIT_PRAGMA(GCC target(features))
+#define SPARSEKIT_TARGET_END SPARSEKIT_PRAGMA(GCC pop_options)
+#endif

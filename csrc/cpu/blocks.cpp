@@ -1,0 +1,56 @@
+// Block scores and top-k per block: block_scores, block_topk_mask.
+#include "glue.h"
+
+namespace sparsekit {
+namespace {
+
+int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+Tensor block_scores(Tensor weight, int64_t block_rows, int64_t block_cols, std::optional<Tensor> scale,
+                    std::optional<Tensor> mask) {
+  const int64_t tall = ceil_div(weight.size(0), block_rows), wide = ceil_div(weight.size(1), block_cols);
+  Tensor scores = empty(weight, {tall, wide}, ScalarType::Float);
+  if (tall * wide == 0) return scores;
+  const Rows rows = rows_of(weight);
+  const BlockScoresArgs args{.weight = weight.const_data_ptr(),
+                             .weight_stride = rows.stride,
+                             .scale = contiguous_data<float>(scale),
+                             .mask = contiguous_data<bool>(mask),
+                             .scores = static_cast<float*>(scores.mutable_data_ptr()),
+                             .rows = rows.rows,
+                             .cols = rows.cols,
+                             .block_rows = block_rows,
+                             .block_cols = block_cols,
+                             .dtype = dtype_of(weight)};
+  const Kernels& table = kernels();
+  torch::stable::parallel_for(0, tall, row_grain(rows.cols * block_rows),
+                              [&](int64_t begin, int64_t end) { table.block_scores(args, begin, end); });
+  return scores;
+}
+
+Tensor block_topk_mask(Tensor score, int64_t k, int64_t block_rows, int64_t block_cols) {
+  Tensor mask = empty(score, shape_of(score), ScalarType::Bool);
+  if (score.numel() == 0) return mask;
+  const Rows rows = rows_of(score);
+  const BlockTopkArgs args{.score = score.const_data_ptr(),
+                           .score_stride = rows.stride,
+                           .mask = static_cast<bool*>(mask.mutable_data_ptr()),
+                           .rows = rows.rows,
+                           .cols = rows.cols,
+                           .block_rows = block_rows,
+                           .block_cols = block_cols,
+                           .k = k,
+                           .dtype = dtype_of(score)};
+  const Kernels& table = kernels();
+  torch::stable::parallel_for(0, ceil_div(rows.rows, block_rows), row_grain(rows.cols * block_rows),
+                              [&](int64_t begin, int64_t end) { table.block_topk(args, begin, end); });
+  return mask;
+}
+
+}  // namespace
+}  // namespace sparsekit
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
+  m.impl("block_scores", TORCH_BOX(&sparsekit::block_scores));
+  m.impl("block_topk_mask", TORCH_BOX(&sparsekit::block_topk_mask));
+}

@@ -1,0 +1,79 @@
+// Turns tensors into what the kernels take. Shapes and dtypes are checked in Python, before the dispatcher.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sparsekit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::F16;
+    case ScalarType::BFloat16:
+      return DType::BF16;
+    default:
+      return DType::F32;
+  }
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+// A new contiguous tensor on the device of `like`.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// A tensor of one or more dimensions as rows that are `stride` elements apart, each contiguous.
+struct Rows {
+  int64_t rows, cols, stride;
+};
+
+// The tensor's memory as rows where its strides allow that, whatever the number of dimensions.
+inline std::optional<Rows> rows_in_place(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1, cols = tensor.size(last);
+  if (cols > 1 && tensor.stride(last) != 1) return std::nullopt;
+  int64_t rows = 1, stride = cols;
+  for (int64_t dim = last - 1; dim >= 0; --dim) {
+    if (tensor.size(dim) == 1) continue;
+    if (rows == 1)
+      stride = tensor.stride(dim);
+    else if (tensor.stride(dim) != rows * stride)
+      return std::nullopt;
+    rows *= tensor.size(dim);
+  }
+  return Rows{rows, cols, stride};
+}
+
+// The same, of a contiguous copy that `tensor` is replaced by where its strides do not allow it.
+inline Rows rows_of(Tensor& tensor) {
+  if (const auto rows = rows_in_place(tensor)) return *rows;
+  tensor = torch::stable::contiguous(tensor);
+  return *rows_in_place(tensor);
+}
+
+// The data of an optional tensor made contiguous, or null.
+template <class T>
+const T* contiguous_data(std::optional<Tensor>& tensor) {
+  if (!tensor) return nullptr;
+  tensor = torch::stable::contiguous(*tensor);
+  return static_cast<const T*>(tensor->const_data_ptr());
+}
+
+// How many rows are worth a thread: torch's own grain, 32768 elements.
+inline int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols)); }
+
+}  // namespace sparsekit

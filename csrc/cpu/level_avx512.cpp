@@ -1,0 +1,10 @@
+// The kernels at AVX-512 F, BW, DQ and VL: every server chip since 2017.
+#include "level_headers.h"
+
+#if defined(__x86_64__)
+#define SPARSEKIT_LEVEL avx512
+#define SPARSEKIT_AVX512
+SPARSEKIT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
+#include "level_table.h"
+SPARSEKIT_TARGET_END
+#endif

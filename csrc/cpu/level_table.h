@@ -1,0 +1,25 @@
+// One level: the kernel templates under its target, and its table. SPARSEKIT_LEVEL names it. SPARSEKIT_AVX2 or
+// SPARSEKIT_AVX512 is defined where its instructions may be used, SPARSEKIT_AVX512_BF16 besides the latter.
+#include "blocks_kernel.h"
+#include "linear24_kernel.h"
+#include "nm_kernel.h"
+#include "pack24_kernel.h"
+
+#define SPARSEKIT_JOIN_(a, b) a##b
+#define SPARSEKIT_JOIN(a, b) SPARSEKIT_JOIN_(a, b)
+#define SPARSEKIT_TEXT_(name) #name
+#define SPARSEKIT_TEXT(name) SPARSEKIT_TEXT_(name)
+
+namespace sparsekit {
+
+extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
+    .level = SPARSEKIT_TEXT(SPARSEKIT_LEVEL),
+    .nm = SPARSEKIT_LEVEL::nm,
+    .block_scores = SPARSEKIT_LEVEL::block_scores,
+    .block_topk = SPARSEKIT_LEVEL::block_topk,
+    .pack24 = SPARSEKIT_LEVEL::pack24,
+    .unpack24 = SPARSEKIT_LEVEL::unpack24,
+    .linear24 = SPARSEKIT_LEVEL::linear24,
+};
+
+}  // namespace sparsekit

@@ -1,0 +1,92 @@
+// The element types, one at a time: conversions to and from float, and the integer that ranks a magnitude.
+#pragma once
+
+#include "level_headers.h"
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+struct F16 {
+  uint16_t bits;
+};
+struct BF16 {
+  uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(BF16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+inline float to_float(F16 value) {
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+  return _cvtsh_ss(value.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t magnitude = value.bits & 0x7fff;
+  if (magnitude >= 0x7c00)  // Inf and NaN, which becomes quiet
+    return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00 ? 0x400000 : 0));
+  // The fp16 bits at the place of the fp32 exponent and mantissa are 2^112 too small, denormals included.
+  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
+#endif
+}
+
+// Rounds to nearest, ties to even; a NaN stays one.
+template <class T>
+T from_float(float value);
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+inline BF16 from_float<BF16>(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if (std::isnan(value)) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <>
+inline F16 from_float<F16>(float value) {
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+  return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x1ff))};
+  if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to 2^16 or more
+  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves the denormal's bits, rounded, at the low end
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000))};
+  }
+  magnitude += 0xfff + (magnitude >> 13 & 1);
+  return {static_cast<uint16_t>(sign | (magnitude - 0x38000000) >> 13)};
+#endif
+}
+
+// Integers in the order of the magnitudes: -0.0 equals 0.0, every NaN is equal and above Inf.
+inline int32_t magnitude_key(float value) {
+  return std::min(std::bit_cast<int32_t>(value) & 0x7fffffff, 0x7f800001);
+}
+
+inline int32_t magnitude_key(F16 value) { return std::min(value.bits & 0x7fff, 0x7c01); }
+
+inline int32_t magnitude_key(BF16 value) { return std::min(value.bits & 0x7fff, 0x7f81); }
+
+// Calls body with a null pointer of the element type.
+template <class Body>
+auto dispatch(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::F16:
+      return body(static_cast<F16*>(nullptr));
+    case DType::BF16:
+      return body(static_cast<BF16*>(nullptr));
+    default:
+      return body(static_cast<float*>(nullptr));
+  }
+}
+
+}  // namespace
+}  // namespace sparsekit::SPARSEKIT_LEVEL

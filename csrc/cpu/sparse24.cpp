@@ -1,0 +1,106 @@
+// The packed 2:4 format and its linear layer: pack24, unpack24, linear24.
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "glue.h"
+
+namespace sparsekit {
+namespace {
+
+int64_t values_per_row(int64_t cols) { return 2 * (cols / 4) + cols % 4; }
+
+int64_t bytes_per_row(int64_t cols) { return (cols + 7) / 8; }
+
+bool is_zero(const void* weight, int64_t index, DType dtype) {
+  if (dtype == DType::F32) return static_cast<const float*>(weight)[index] == 0;
+  return (static_cast<const uint16_t*>(weight)[index] & 0x7fff) == 0;
+}
+
+std::string broken_group(const Pack24Args& args, int64_t bad) {
+  const int64_t row = bad / (args.cols / 4), column = bad % (args.cols / 4) * 4;
+  int count = 0;
+  for (int64_t i = column; i < column + 4; ++i)
+    count += args.mask ? args.mask[row * args.cols + i] : !is_zero(args.weight, row * args.weight_stride + i, args.dtype);
+  return "pack24: row " + std::to_string(row) + ", columns " + std::to_string(column) + " to " +
+         std::to_string(column + 3) + " have " + std::to_string(count) +
+         (args.mask ? " set mask entries; 2:4 needs exactly 2" : " non-zeros; 2:4 needs at most 2");
+}
+
+std::tuple<Tensor, Tensor> pack24(Tensor weight, std::optional<Tensor> mask, bool check) {
+  const int64_t cols = weight.size(1);
+  Tensor values = empty(weight, {weight.size(0), values_per_row(cols)}, weight.scalar_type());
+  Tensor bitmask = empty(weight, {weight.size(0), bytes_per_row(cols)}, ScalarType::Byte);
+  if (weight.numel() == 0) return {values, bitmask};
+  const Rows rows = rows_of(weight);
+  const Pack24Args args{.weight = weight.const_data_ptr(),
+                        .weight_stride = rows.stride,
+                        .mask = contiguous_data<bool>(mask),
+                        .values = values.mutable_data_ptr(),
+                        .bitmask = static_cast<uint8_t*>(bitmask.mutable_data_ptr()),
+                        .cols = cols,
+                        .dtype = dtype_of(weight)};
+  const Kernels& table = kernels();
+  std::atomic<int64_t> first_bad = INT64_MAX;
+  torch::stable::parallel_for(0, rows.rows, row_grain(cols), [&](int64_t begin, int64_t end) {
+    const int64_t bad = table.pack24(args, begin, end);
+    int64_t seen = first_bad.load();
+    while (bad >= 0 && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
+    }
+  });
+  if (check && first_bad.load() != INT64_MAX) throw std::invalid_argument(broken_group(args, first_bad.load()));
+  return {values, bitmask};
+}
+
+Tensor unpack24(Tensor values, Tensor bitmask, int64_t cols) {
+  Tensor weight = empty(values, {values.size(0), cols}, values.scalar_type());
+  if (weight.numel() == 0) return weight;
+  values = torch::stable::contiguous(values);
+  bitmask = torch::stable::contiguous(bitmask);
+  const Unpack24Args args{.values = values.const_data_ptr(),
+                          .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()),
+                          .weight = weight.mutable_data_ptr(),
+                          .cols = cols,
+                          .dtype = dtype_of(values)};
+  const Kernels& table = kernels();
+  torch::stable::parallel_for(0, values.size(0), row_grain(cols),
+                              [&](int64_t begin, int64_t end) { table.unpack24(args, begin, end); });
+  return weight;
+}
+
+void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+Tensor linear24(Tensor x, Tensor values, Tensor bitmask, std::optional<Tensor> bias) {
+  std::vector<int64_t> shape = shape_of(x);
+  const int64_t cols = shape.back(), rows = values.size(0);
+  shape.back() = rows;
+  Tensor y = empty(x, shape, x.scalar_type());
+  if (y.numel() == 0) return y;
+  x = torch::stable::contiguous(x);
+  values = torch::stable::contiguous(values);
+  bitmask = torch::stable::contiguous(bitmask);
+  const Linear24Args args{.x = x.const_data_ptr(),
+                          .values = values.const_data_ptr(),
+                          .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()),
+                          .bias = contiguous_data<void>(bias),
+                          .y = y.mutable_data_ptr(),
+                          .tokens = y.numel() / rows,
+                          .rows = rows,
+                          .cols = cols,
+                          .threads = static_cast<int>(torch::stable::get_num_threads()),
+                          .dtype = dtype_of(x)};
+  kernels().linear24(args, parallel_for);
+  return y;
+}
+
+}  // namespace
+}  // namespace sparsekit
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
+  m.impl("pack24", TORCH_BOX(&sparsekit::pack24));
+  m.impl("unpack24", TORCH_BOX(&sparsekit::unpack24));
+  m.impl("linear24", TORCH_BOX(&sparsekit::linear24));
+}
