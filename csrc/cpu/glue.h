@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -45,6 +46,7 @@ struct Rows {
 // The tensor's memory as rows where its strides allow that, whatever the number of dimensions.
 inline std::optional<Rows> rows_in_place(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, cols = tensor.size(last);
+  if (tensor.numel() == 0) return Rows{0, cols, cols};  // its strides may be anything
   if (cols > 1 && tensor.stride(last) != 1) return std::nullopt;
   int64_t rows = 1, stride = cols;
   for (int64_t dim = last - 1; dim >= 0; --dim) {

@@ -7,7 +7,6 @@ namespace sparsekit {
 namespace {
 
 void run(NmArgs args, int64_t rows) {
-  if (rows * args.cols == 0) return;
   const Kernels& table = kernels();
   torch::stable::parallel_for(0, rows, row_grain(args.cols),
                               [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
