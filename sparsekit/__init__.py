@@ -8,3 +8,8 @@ from .ops import nm_prune as nm_prune
 from .ops import nm_prune_ as nm_prune_
 from .ops import pack24 as pack24
 from .ops import unpack24 as unpack24
+from .prune import Magnitude as Magnitude
+from .prune import PruneReport as PruneReport
+from .prune import Wanda as Wanda
+from .prune import keep_masks as keep_masks
+from .prune import prune_ as prune_

@@ -1,0 +1,136 @@
+"""Which layers can be pruned, and how each one meets its inputs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..masks import Axis, Pattern, grouped
+from ..ops._define import DTYPES
+from .report import Skipped
+
+Where = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be pruned: its name in the model, the module, and the axis its groups run along."""
+
+    name: str
+    module: nn.Module
+    axis: Axis
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """``weight`` as ``[outputs, inputs]``, its columns in the order of ``windows``."""
+        return weight.t() if self.axis == 0 else weight.flatten(1)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """Everything that the weight meets in an input ``x``: ``[tokens, inputs]``, or for a Conv2d the view
+        ``[images, height, width, channels, kernel height, kernel width]``.
+        """
+        conv = self.module
+        if not isinstance(conv, nn.Conv2d):
+            return x.reshape(-1, x.shape[-1])
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = F.pad(x if x.dim() == 4 else x.unsqueeze(0), conv._reversed_padding_repeated_twice, mode=mode)
+        (high, wide), (down, right), (row, col) = conv.kernel_size, conv.stride, conv.dilation
+        view = x.unfold(2, row * (high - 1) + 1, down).unfold(3, col * (wide - 1) + 1, right)
+        return view[..., ::row, ::col].permute(0, 2, 3, 1, 4, 5)
+
+    def square_sums(self, x: Tensor) -> tuple[Tensor, int]:
+        """Sums the squares of an input over all positions: ``([inputs] or [channels, kernel...], positions)``."""
+        squares = x.float().square()
+        images = 1
+        if isinstance(self.module, nn.Conv2d) and x.dim() == 4:
+            images, squares = len(x), squares.sum(0, keepdim=True)  # before the windows, which would copy each pixel
+        windows = self.windows(squares)
+        positions = windows.shape[: windows.dim() - self.weight.dim() + 1]
+        return windows.sum(tuple(range(len(positions)))), images * positions.numel()
+
+
+def find_layers(
+    model: nn.Module, pattern: Pattern, axis: Literal["input", "flatten"], where: Where | None
+) -> tuple[list[Layer], list[Skipped]]:
+    """The layers that ``where`` selects and that can be pruned; and those that cannot, each with the reason."""
+    layers, skipped = [], []
+    reasons = _borrowed(model)
+    for name, module in model.named_modules():
+        if (dim := _input_dim(module)) is None or (where is not None and not where(name, module)):
+            continue
+        layer = Layer(name, module, "flatten" if axis == "flatten" and isinstance(module, nn.Conv2d) else dim)
+        if reason := reasons.get(module) or _unfit(layer, pattern):
+            skipped.append(Skipped(name, reason))
+        else:
+            layers.append(layer)
+    return layers, skipped
+
+
+def _input_dim(module: nn.Module) -> int | None:
+    """The weight dimension of the inputs; None for a module that is no Linear, Conv2d or transformers' Conv1D."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return 1
+    names = ((base.__module__, base.__name__) for base in type(module).__mro__)
+    return 0 if ("transformers.pytorch_utils", "Conv1D") in names else None
+
+
+def _borrowed(model: nn.Module) -> dict[nn.Module, str]:
+    """Why a module's weight is not its own: others hold it too, or read it without calling the module."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                address = parameter.data_ptr() or id(parameter)  # empty and meta tensors have no address
+                owners.setdefault(address, []).append((f"{name}.{key}".lstrip("."), module))
+    reasons: dict[nn.Module, str] = {}
+    for holders in owners.values():
+        for name, module in holders:
+            others = [other for other, owner in holders if owner is not module]
+            if others and name.endswith("weight"):
+                reasons[module] = f"its weight is tied to {', '.join(others)}"
+    for parent, children in _fused(model):
+        for child in children:
+            reasons[child] = f"{type(parent).__name__} reads its weight without calling it"
+    return reasons
+
+
+def _fused(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention):
+            yield parent, (parent.out_proj,)
+        elif isinstance(parent, nn.TransformerEncoderLayer):
+            yield parent, (parent.linear1, parent.linear2)
+
+
+def _unfit(layer: Layer, pattern: Pattern) -> str | None:
+    """Why this pattern cannot be put on this layer; None where it can."""
+    weight, module = layer.module.weight, layer.module
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is not a parameter but computed"
+    if weight.is_meta:
+        return "its weight is on the meta device: load it first"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}, not float32, float16 or bfloat16"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return f"it is a convolution of {module.groups} groups, and no N:M kernel runs those"
+    cols = grouped(weight, layer.axis).shape[-1] if weight.numel() else 0
+    if cols < (pattern.m or 1):
+        return f"its {cols} inputs do not fill one group of {pattern}"
+    return None
+
+
+def check_weights(layers: list[Layer]) -> None:
+    """Rejects NaN weights: they would rank above everything.
+
+    Raises:
+        ValueError: names the first layer that has one.
+    """
+    for layer in layers:
+        if torch.isnan(layer.weight).any():
+            raise ValueError(f"the weight of {layer.name or 'the model'} contains NaN; prune_ needs numbers")

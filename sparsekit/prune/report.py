@@ -1,0 +1,104 @@
+"""What ``prune_`` did."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer.
+
+    ``error`` is the relative output error ``||X (W - W')^T|| / ||X W^T||`` on up to 256 calibration inputs ``X``, drawn
+    evenly from all; None without batches, or where none reached the layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    dropped: int
+    weights: int
+    error: float | None
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the weights that the mask drops."""
+        return self.dropped / self.weights
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that was selected but left as it was, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What ``prune_`` did to each layer; ``str`` gives a table.
+
+    Args:
+        method: the method, as it prints itself.
+        layers: the pruned layers, in the order in which they were pruned.
+        skipped: the layers that were left dense, each with the reason.
+        seconds: wall-clock time of the whole call.
+    """
+
+    method: str
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Skipped, ...]
+    seconds: float
+
+    @property
+    def weights(self) -> int:
+        """The number of weights in the pruned layers."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the pruned layers' weights that the masks drop."""
+        return sum(layer.dropped for layer in self.layers) / max(self.weights, 1)
+
+    @property
+    def error(self) -> float | None:
+        """The mean relative output error of the layers that have one; None if none has."""
+        errors = [layer.error for layer in self.layers if layer.error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "pattern", "sparsity", "error")]
+        for layer in self.layers:
+            shape = "x".join(map(str, layer.shape))
+            rows.append((layer.name or "(model)", shape, layer.pattern, f"{layer.sparsity:.2%}", _number(layer.error)))
+        rows.append(
+            (f"{len(self.layers)} layers", f"{self.weights:,}", "", f"{self.sparsity:.2%}", _number(self.error))
+        )
+        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))]
+            )
+            for row in rows
+        ]
+        lines.insert(-1, "-" * len(lines[0]))
+        lines += [f"skipped {layer.name or '(model)'}: {layer.reason}" for layer in self.skipped]
+        return "\n".join([*lines, f"{self.method}, {self.seconds:.1f} s"])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report as JSON, whole or not at all: to a temporary file that is then renamed."""
+        totals = {"weights": self.weights, "sparsity": self.sparsity, "error": self.error}
+        layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
+        text = json.dumps({**asdict(self), "layers": layers, **totals}, indent=2) + "\n"
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _number(error: float | None) -> str:
+    return "-" if error is None else f"{error:.4f}"
