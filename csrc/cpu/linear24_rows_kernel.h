@@ -1,29 +1,146 @@
-// linear24 for few tokens: along the rows of the weight.
+// linear24 for few tokens: the weight is read once, expanded in registers; several rows share every load of x.
 #pragma once
 
-#include "scalar.h"
+#include "linear24_strip.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
+// How many tokens are worked on at once, and how many weight rows with them: rows * tokens sums, the rows' weights and
+// one vector of x stay in registers (32 with AVX-512, else 16).
+#if defined(SPARSEKIT_AVX512)
+constexpr int kMaxTokens = 6;
+constexpr int rows_at_once(int) { return 4; }
+#else
+constexpr int kMaxTokens = 4;
+constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 4 : 3; }
+#endif
+
+constexpr int64_t kGrain = 65536;  // products of one piece: 5 us, what waking a thread costs
+constexpr int64_t kPrefetchBytes = 1024;  // 512 and 2048 were slower at 4096x4096
+
+// The tokens in chunks that differ by one at most and fit the registers.
+struct TokenChunks {
+  int64_t tokens, count;
+
+  explicit TokenChunks(int64_t tokens) : tokens(tokens), count((tokens + kMaxTokens - 1) / kMaxTokens) {}
+  int64_t begin(int64_t chunk) const { return tokens * chunk / count; }
+  int64_t size(int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
+  int64_t largest() const { return (tokens + count - 1) / count; }
+};
+
+// x as [chunk][strip][token of the chunk][column of the strip], whole strips only, so that one pointer walks it.
 template <class T>
-void linear24_rows(const Linear24Args& a, ParallelFor parallel_for) {
-  const auto body = [](int64_t begin, int64_t end, void* context) {
-    const Linear24Args& a = *static_cast<const Linear24Args*>(context);
-    const int64_t stored = 2 * (a.cols / 4) + a.cols % 4, bytes = (a.cols + 7) / 8;
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t token = 0; token < a.tokens; ++token) {
-        const T* values = static_cast<const T*>(a.values) + row * stored;
-        const uint8_t* bitmask = a.bitmask + row * bytes;
-        const T* x = static_cast<const T*>(a.x) + token * a.cols;
-        float sum = a.bias ? to_float(static_cast<const T*>(a.bias)[row]) : 0.0f;
-        int64_t next = 0;
-        for (int64_t col = 0; col < a.cols; ++col)
-          if (bitmask[col / 8] >> col % 8 & 1 && next < stored) sum += to_float(values[next++]) * to_float(x[col]);
-        static_cast<T*>(a.y)[token * a.rows + row] = from_float<T>(sum);
+void pack_inputs(const Linear24Args& a, typename Strip<T>::Input* packed) {
+  constexpr int kCols = Strip<T>::kCols;
+  const TokenChunks chunks(a.tokens);
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+    for (int64_t col = 0; col + kCols <= a.cols; col += kCols)
+      for (int64_t token = chunks.begin(chunk); token < chunks.begin(chunk + 1); ++token) {
+        const T* x = static_cast<const T*>(a.x) + token * a.cols + col;
+        for (int i = 0; i < kCols; ++i) *packed++ = Strip<T>::input(x[i]);
       }
+}
+
+// kRows rows from `row` times kTokens tokens from `token`. A sum takes its columns in the same order whatever kRows and
+// kTokens are, so that neither the threads nor the other tokens change a result.
+template <class T, int kRows, int kTokens>
+void rows_times_tokens(const Linear24Args& a, const typename Strip<T>::Input* inputs, int64_t row, int64_t token) {
+  using S = Strip<T>;
+  constexpr int kLine = std::max<int>(2 * 64 / sizeof(T), S::kCols);  // columns of a cache line of values
+  const int64_t stored = 2 * (a.cols / 4) + a.cols % 4, bytes = (a.cols + 7) / 8;
+  const T* values[kRows];
+  const uint8_t* bits[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    values[r] = static_cast<const T*>(a.values) + (row + r) * stored;
+    bits[r] = a.bitmask + (row + r) * bytes;
+  }
+  decltype(S::zero()) sums[kRows][kTokens];
+  for (auto& of_row : sums)
+    for (auto& sum : of_row) sum = S::zero();
+
+  const auto strip = [&](int offset) __attribute__((always_inline)) {
+    decltype(S::expand(values[0], bits[0])) weights[kRows];
+    for (int r = 0; r < kRows; ++r) weights[r] = S::expand(values[r] + offset / 2, bits[r] + offset / 8);
+    for (int t = 0; t < kTokens; ++t) {
+      const auto input = S::load(inputs + offset * kTokens + t * S::kCols);
+      for (int r = 0; r < kRows; ++r) sums[r][t] = S::madd(weights[r], input, sums[r][t]);
+    }
   };
-  parallel_for(a.rows, 16, body, const_cast<Linear24Args*>(&a));
+  const auto advance = [&](int cols) __attribute__((always_inline)) {
+    for (int r = 0; r < kRows; ++r) values[r] += cols / 2, bits[r] += cols / 8;
+    inputs += cols * kTokens;
+  };
+  constexpr int64_t kAhead = kPrefetchBytes / sizeof(T);
+  int64_t col = 0;
+  for (; col + kLine <= a.cols; col += kLine) {
+    // Past the end of a row lies what this group has read already: go on in the next group.
+    const int64_t ahead = kAhead + (col / 2 + kAhead < stored ? 0 : (kRows - 1) * stored);
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(values[r] + ahead);
+    for (int offset = 0; offset < kLine; offset += S::kCols) strip(offset);
+    advance(kLine);
+  }
+  for (; col + S::kCols <= a.cols; col += S::kCols) {
+    strip(0);
+    advance(S::kCols);
+  }
+
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) {
+      const T* x = static_cast<const T*>(a.x) + (token + t) * a.cols + col;
+      float sum = S::total(sums[r][t]);
+      for (int64_t i = 0, next = 0; i < a.cols - col; ++i)
+        if (bits[r][i / 8] >> i % 8 & 1 && next < stored - col / 2)
+          sum += to_float(values[r][next++]) * to_float(x[i]);
+      if (a.bias) sum += to_float(static_cast<const T*>(a.bias)[row + r]);
+      static_cast<T*>(a.y)[(token + t) * a.rows + row + r] = from_float<T>(sum);
+    }
+}
+
+template <class T>
+struct RowsTask {
+  const Linear24Args& args;
+  const typename Strip<T>::Input* inputs;
+};
+
+// All tokens of the row groups [begin, end), in chunks of kTokens or one less.
+template <class T, int kTokens>
+void row_groups(int64_t begin, int64_t end, void* context) {
+  constexpr int kRows = rows_at_once(kTokens);
+  const auto& [a, inputs] = *static_cast<const RowsTask<T>*>(context);
+  const int64_t strips = a.cols / Strip<T>::kCols * Strip<T>::kCols, last = std::min(end * kRows, a.rows);
+  const TokenChunks chunks(a.tokens);
+  const auto all_tokens = [&]<int kHeight>(std::integral_constant<int, kHeight>, int64_t row) {
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      const int64_t token = chunks.begin(chunk);
+      if (chunks.size(chunk) == kTokens)
+        rows_times_tokens<T, kHeight, kTokens>(a, inputs + token * strips, row, token);
+      else
+        rows_times_tokens<T, kHeight, std::max(kTokens - 1, 1)>(a, inputs + token * strips, row, token);
+    }
+  };
+  int64_t row = begin * kRows;
+  for (; row + kRows <= last; row += kRows) all_tokens(std::integral_constant<int, kRows>(), row);
+  for (; row < last; ++row) all_tokens(std::integral_constant<int, 1>(), row);
+}
+
+template <class T, int kTokens = 1>
+void linear24_rows(const Linear24Args& a, ParallelFor parallel_for) {
+  if constexpr (kTokens < kMaxTokens)
+    if (TokenChunks(a.tokens).largest() > kTokens) return linear24_rows<T, kTokens + 1>(a, parallel_for);
+  using Input = typename Strip<T>::Input;
+  std::unique_ptr<Input[]> packed;
+  const Input* inputs;
+  if constexpr (std::is_same_v<Input, T>) inputs = static_cast<const T*>(a.x);
+  if (a.tokens > 1 || !std::is_same_v<Input, T>) {
+    packed.reset(new Input[a.tokens * a.cols]);
+    pack_inputs<T>(a, packed.get());
+    inputs = packed.get();
+  }
+  RowsTask<T> task{a, inputs};
+  constexpr int kRows = rows_at_once(kTokens);
+  const int64_t grain = 1 + kGrain / (a.cols * a.tokens * kRows + 1);
+  parallel_for((a.rows + kRows - 1) / kRows, grain, row_groups<T, kTokens>, &task);
 }
 
 }  // namespace

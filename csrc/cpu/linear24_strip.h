@@ -1,0 +1,189 @@
+// A strip of one weight row, expanded from its kept values to its columns in a register, and its products with x.
+//
+// Strip<T> covers kCols columns from kCols / 2 values, which needs no counting: two of every four are kept. Input is the
+// type that x is converted to beforehand.
+#pragma once
+
+#include "scalar.h"
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+#if defined(SPARSEKIT_AVX512)
+
+struct FloatStrip {
+  using Input = float;
+  static constexpr int kCols = 16;
+
+  template <class T>
+  static float input(T x) {
+    return to_float(x);
+  }
+  static __m512 zero() { return _mm512_setzero_ps(); }
+  static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+  static __m512 madd(__m512 weights, __m512 inputs, __m512 sums) { return _mm512_fmadd_ps(weights, inputs, sums); }
+  static float total(__m512 sums) { return _mm512_reduce_add_ps(sums); }
+  static __m512 spread(__m256 kept, const uint8_t* bits) {
+    uint16_t mask;
+    std::memcpy(&mask, bits, sizeof mask);
+    return _mm512_maskz_expand_ps(mask, _mm512_castps256_ps512(kept));
+  }
+};
+
+template <class T>
+struct Strip;
+
+template <>
+struct Strip<float> : FloatStrip {
+  static __m512 expand(const float* values, const uint8_t* bits) { return spread(_mm256_loadu_ps(values), bits); }
+};
+
+template <>
+struct Strip<F16> : FloatStrip {
+  static __m512 expand(const F16* values, const uint8_t* bits) {
+    return spread(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))), bits);
+  }
+};
+
+#if defined(SPARSEKIT_AVX512_BF16)
+template <>
+struct Strip<BF16> {
+  using Input = BF16;
+  static constexpr int kCols = 32;
+
+  static BF16 input(BF16 x) { return x; }
+  static __m512 zero() { return _mm512_setzero_ps(); }
+  static __m512i load(const BF16* x) { return _mm512_loadu_si512(x); }
+  static __m512 madd(__m512i weights, __m512i inputs, __m512 sums) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)inputs);
+  }
+  static float total(__m512 sums) { return _mm512_reduce_add_ps(sums); }
+  static __m512i expand(const BF16* values, const uint8_t* bits) {
+    uint32_t mask;
+    std::memcpy(&mask, bits, sizeof mask);
+    const __m256i kept = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    return _mm512_maskz_expand_epi16(mask, _mm512_castsi256_si512(kept));
+  }
+};
+#else
+template <>
+struct Strip<BF16> : FloatStrip {
+  static __m512 expand(const BF16* values, const uint8_t* bits) {
+    const __m256i kept = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    return spread(_mm256_castsi256_ps(_mm256_slli_epi32(kept, 16)), bits);
+  }
+};
+#endif
+
+#elif defined(SPARSEKIT_AVX2)
+
+// For every byte of the bitmask the byte shuffle that moves four values of kBytes bytes to its set bits, at the high end
+// of lanes of kLane bytes, and zero everywhere else.
+template <int kBytes, int kLane>
+struct Shuffles {
+  alignas(32) uint8_t control[256][8 * kLane];
+
+  constexpr Shuffles() : control{} {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int lane = 0, next = 0; lane < 8; ++lane) {
+        const bool kept = bits >> lane & 1;
+        for (int i = 0; i < kLane; ++i) {
+          const int byte = i - (kLane - kBytes);
+          control[bits][lane * kLane + i] = kept && byte >= 0 && next < 4 ? next * kBytes + byte : 0x80;
+        }
+        next += kept;
+      }
+  }
+
+  __m256i wide(uint8_t bits) const { return _mm256_load_si256(reinterpret_cast<const __m256i*>(control[bits])); }
+  __m128i narrow(uint8_t bits) const { return _mm_load_si128(reinterpret_cast<const __m128i*>(control[bits])); }
+};
+
+struct FloatStrip {
+  using Input = float;
+  static constexpr int kCols = 8;
+
+  template <class T>
+  static float input(T x) {
+    return to_float(x);
+  }
+  static __m256 zero() { return _mm256_setzero_ps(); }
+  static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
+  static __m256 madd(__m256 weights, __m256 inputs, __m256 sums) { return _mm256_fmadd_ps(weights, inputs, sums); }
+  static float total(__m256 sums) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+};
+
+template <class T>
+struct Strip;
+
+template <>
+struct Strip<float> : FloatStrip {
+  static __m256 expand(const float* values, const uint8_t* bits) {
+    static constexpr Shuffles<4, 4> kShuffles;
+    const __m256i kept = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(kept, kShuffles.wide(*bits)));
+  }
+};
+
+template <>
+struct Strip<BF16> : FloatStrip {
+  static __m256 expand(const BF16* values, const uint8_t* bits) {
+    static constexpr Shuffles<2, 4> kShuffles;  // to the upper half of fp32 lanes: expanded and converted at once
+    const __m256i kept = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(kept, kShuffles.wide(*bits)));
+  }
+};
+
+template <>
+struct Strip<F16> : FloatStrip {
+  static __m256 expand(const F16* values, const uint8_t* bits) {
+    static constexpr Shuffles<2, 2> kShuffles;
+    const __m128i kept = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(kept, kShuffles.narrow(*bits)));
+  }
+};
+
+#else
+
+template <class T>
+struct Strip {
+  using Input = float;
+  static constexpr int kCols = 8;
+  struct Lanes {
+    float at[kCols];
+  };
+
+  static float input(T x) { return to_float(x); }
+  static Lanes zero() { return {}; }
+  static Lanes load(const float* x) {
+    Lanes inputs;
+    std::memcpy(inputs.at, x, sizeof inputs.at);
+    return inputs;
+  }
+  static Lanes madd(const Lanes& weights, const Lanes& inputs, Lanes sums) {
+    for (int lane = 0; lane < kCols; ++lane) sums.at[lane] += weights.at[lane] * inputs.at[lane];
+    return sums;
+  }
+  static float total(const Lanes& sums) {
+    return ((sums.at[0] + sums.at[4]) + (sums.at[2] + sums.at[6])) +
+           ((sums.at[1] + sums.at[5]) + (sums.at[3] + sums.at[7]));
+  }
+  static Lanes expand(const T* values, const uint8_t* bits) {
+    Lanes weights;
+    for (int lane = 0, next = 0; lane < kCols; ++lane) {
+      const int kept = *bits >> lane & 1;
+      weights.at[lane] = kept ? to_float(values[next]) : 0.0f;
+      next = std::min(next + kept, kCols / 2 - 1);
+    }
+    return weights;
+  }
+};
+
+#endif
+
+}  // namespace
+}  // namespace sparsekit::SPARSEKIT_LEVEL
