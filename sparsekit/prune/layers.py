@@ -60,9 +60,9 @@ def find_layers(
 ) -> tuple[list[Layer], list[Skipped]]:
     """The layers that ``where`` selects and that can be pruned; and those that cannot, each with the reason."""
     layers, skipped = [], []
-    reasons = _borrowed(model)
+    reasons = borrowed(model)
     for name, module in model.named_modules():
-        if (dim := _input_dim(module)) is None or (where is not None and not where(name, module)):
+        if (dim := input_dim(module)) is None or (where is not None and not where(name, module)):
             continue
         layer = Layer(name, module, "flatten" if axis == "flatten" and isinstance(module, nn.Conv2d) else dim)
         if reason := reasons.get(module) or _unfit(layer, pattern):
@@ -72,7 +72,7 @@ def find_layers(
     return layers, skipped
 
 
-def _input_dim(module: nn.Module) -> int | None:
+def input_dim(module: nn.Module) -> int | None:
     """The weight dimension of the inputs; None for a module that is no Linear, Conv2d or transformers' Conv1D."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         return 1
@@ -80,7 +80,7 @@ def _input_dim(module: nn.Module) -> int | None:
     return 0 if ("transformers.pytorch_utils", "Conv1D") in names else None
 
 
-def _borrowed(model: nn.Module) -> dict[nn.Module, str]:
+def borrowed(model: nn.Module) -> dict[nn.Module, str]:
     """Why a module's weight is not its own: others hold it too, or read it without calling the module."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
