@@ -75,6 +75,9 @@ const T* contiguous_data(std::optional<Tensor>& tensor) {
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
+// Whether an output is better written past the caches, which then keep what they hold.
+inline bool exceeds_caches(int64_t bytes) { return bytes > 8 << 20; }
+
 // How many rows are worth a thread: torch's own grain, 32768 elements.
 inline int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols)); }
 

@@ -25,6 +25,7 @@ struct NmArgs {
   int64_t cols;
   int n, m;
   DType dtype;
+  bool stream;  // the outputs are larger than the caches: write past them
 };
 
 struct BlockScoresArgs {

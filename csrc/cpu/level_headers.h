@@ -21,6 +21,12 @@
 
 #include "kernels.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes: https://gcc.gnu.org/PR105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 // Everything between the two is compiled for `features`, lambdas and templates included (an attribute on a function
 // would not reach its lambdas).
 #define SPARSEKIT_PRAGMA(text) _Pragma(#text)

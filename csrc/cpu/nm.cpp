@@ -6,17 +6,34 @@
 namespace sparsekit {
 namespace {
 
-void run(NmArgs args, int64_t rows) {
+// Groups do not cross rows that are whole multiples of m, so a contiguous tensor may be cut anew: many short rows
+// cost no row starts, and one long row is shared by all threads.
+void run_flat(NmArgs args, int64_t count) {
+  const int64_t width = 16384 / args.m * args.m, pieces = count / width;
+  const Kernels& table = kernels();
+  args.cols = args.weight_stride = args.pruned_stride = width;
+  torch::stable::parallel_for(0, pieces, 2, [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
+  const int64_t size = args.dtype == DType::F32 ? 4 : 2, done = pieces * width;
+  args.weight = static_cast<const char*>(args.weight) + done * size;
+  if (args.pruned) args.pruned = static_cast<char*>(args.pruned) + done * size;
+  args.mask += done;
+  args.cols = count - done;
+  if (args.cols > 0) table.nm(args, 0, 1);
+}
+
+void run(const NmArgs& args, int64_t rows) {
+  if (!args.scale && args.cols % args.m == 0 && args.weight_stride == args.cols && args.pruned_stride == args.cols)
+    return run_flat(args, rows * args.cols);
   const Kernels& table = kernels();
   torch::stable::parallel_for(0, rows, row_grain(args.cols),
                               [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
 }
 
-// The mask of `weight`; where `pruned` is given, what the mask keeps of the weight goes there (its strides are the
-// weight's where it is the weight, contiguous otherwise).
-Tensor masked(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale, Tensor* pruned, bool in_place) {
+// The mask of `weight`; where `pruned` is given, contiguous or the weight itself, it gets what the mask keeps.
+Tensor masked(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale, Tensor* pruned) {
   Tensor mask = empty(weight, shape_of(weight), ScalarType::Bool);
   const Rows rows = rows_of(weight);
+  const bool in_place = pruned && pruned->const_data_ptr() == weight.const_data_ptr();
   run({.weight = weight.const_data_ptr(),
        .weight_stride = rows.stride,
        .pruned = pruned ? pruned->mutable_data_ptr() : nullptr,
@@ -26,23 +43,25 @@ Tensor masked(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale, 
        .cols = rows.cols,
        .n = static_cast<int>(n),
        .m = static_cast<int>(m),
-       .dtype = dtype_of(weight)},
+       .dtype = dtype_of(weight),
+       .stream = exceeds_caches(mask.numel() * (1 + (pruned ? weight.element_size() : 0)))},
       rows.rows);
   return mask;
 }
 
-Tensor nm_mask(Tensor score, int64_t n, int64_t m) { return masked(score, n, m, std::nullopt, nullptr, false); }
+Tensor nm_mask(Tensor score, int64_t n, int64_t m) { return masked(score, n, m, std::nullopt, nullptr); }
 
 std::tuple<Tensor, Tensor> nm_prune(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale) {
   Tensor pruned = empty(weight, shape_of(weight), weight.scalar_type());
-  Tensor mask = masked(weight, n, m, scale, &pruned, false);
+  Tensor mask = masked(weight, n, m, scale, &pruned);
   return {pruned, mask};
 }
 
 Tensor nm_prune_(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale) {
-  if (rows_in_place(weight)) return masked(weight, n, m, scale, &weight, true);
-  auto [pruned, mask] = nm_prune(weight, n, m, scale);
-  torch::stable::copy_(weight, pruned);
+  if (rows_in_place(weight)) return masked(weight, n, m, scale, &weight);
+  Tensor copy = torch::stable::contiguous(weight);
+  Tensor mask = masked(copy, n, m, scale, &copy);
+  torch::stable::copy_(weight, copy);
   return mask;
 }
 

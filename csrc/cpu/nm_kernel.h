@@ -1,44 +1,141 @@
-// N:M masks: keep the n largest magnitudes of every m.
+// N:M masks: an entry stays if fewer than n of its group's m go before it, by a larger magnitude or by an equal one
+// at a lower index.
 #pragma once
 
-#include "scalar.h"
+#include "lanes.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// One group of `count` entries: an entry stays if fewer than n others go before it.
-inline void nm_group(const int32_t* key, bool* mask, int n, int count) {
-  for (int i = 0; i < count; ++i) {
-    int before = 0;
-    for (int j = 0; j < i; ++j) before += key[j] >= key[i];
-    for (int j = i + 1; j < count; ++j) before += key[j] > key[i];
-    mask[i] = before < n;
+template <class T>
+struct NmRow {
+  const T* weight;
+  const float* scale;  // or null
+  T* pruned;           // or null
+  bool* mask;
+  bool stream_mask, stream_pruned;
+};
+
+template <class T>
+int32_t nm_key(const NmRow<T>& row, int64_t i) {
+  return row.scale ? magnitude_key(to_float(row.weight[i]) * row.scale[i]) : magnitude_key(row.weight[i]);
+}
+
+// Any n:m, several groups abreast: loops over `lane` become vectors.
+template <class T>
+void nm_any(const NmRow<T>& row, int64_t cols, int n, int m) {
+  constexpr int kGroups = 16;
+  int32_t key[32][kGroups] = {}, before[32][kGroups];
+  for (int64_t start = 0; start < cols; start += kGroups * m) {
+    const int groups = static_cast<int>(std::min<int64_t>(kGroups, (cols - start) / m));
+    for (int lane = 0; lane < groups; ++lane)
+      for (int i = 0; i < m; ++i) key[i][lane] = nm_key(row, start + lane * m + i);
+    for (int i = 0; i < m; ++i)
+      for (int lane = 0; lane < kGroups; ++lane) before[i][lane] = 0;
+    for (int i = 0; i < m; ++i)
+      for (int j = i + 1; j < m; ++j)
+        for (int lane = 0; lane < kGroups; ++lane) {
+          const int32_t later = key[j][lane] > key[i][lane];
+          before[i][lane] += later;
+          before[j][lane] += 1 - later;
+        }
+    const int64_t full = start + groups * m, end = std::min<int64_t>(start + kGroups * m, cols);
+    for (int lane = 0; lane < groups; ++lane)
+      for (int i = 0; i < m; ++i) row.mask[start + lane * m + i] = before[i][lane] < n;
+    for (int64_t i = full; i < end; ++i) row.mask[i] = true;
+    if (row.pruned)
+      for (int64_t i = start; i < end; ++i) row.pruned[i] = row.mask[i] ? row.weight[i] : T{};
   }
 }
 
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+
+template <int M, class Keys, int... R>
+auto nm_keep(Keys key, int n, std::integer_sequence<int, R...>) {
+  Keys before{};
+  ((before = count_greater(before, rotate<M, R + 1>(key), minus_wrapped<M, R + 1>(key))), ...);
+  return less(before, n);
+}
+
+template <int M, class Keys>
+auto nm_keep(Keys key, int n) {
+  return nm_keep<M>(key, n, std::make_integer_sequence<int, M - 1>());
+}
+
+// Which of the entries from i on stay, as many as a vector of T holds.
+template <int M, bool kScaled, class T>
+auto nm_keep_at(const NmRow<T>& row, int64_t i, int n) {
+  if constexpr (!kScaled)
+    return nm_keep<M>(magnitude_keys(row.weight + i), n);
+  else if constexpr (sizeof(T) == 4)
+    return nm_keep<M>(magnitude_keys(row.weight + i, row.scale + i), n);
+  else
+    return join(nm_keep<M>(magnitude_keys(row.weight + i, row.scale + i), n),
+                nm_keep<M>(magnitude_keys(row.weight + i + Keys32::kLanes, row.scale + i + Keys32::kLanes), n));
+}
+
+// Columns [0, cols), a multiple of kStep.
+template <int M, bool kScaled, class T>
+void nm_steps(const NmRow<T>& row, int64_t cols, int n) {
+  constexpr int kLanes = Keys32::kLanes * 4 / sizeof(T);
+  const auto keep_and_prune = [&](int64_t i) {
+    const auto keep = nm_keep_at<M, kScaled>(row, i, n);
+    if (row.pruned) store_kept(row.pruned + i, row.weight + i, keep, row.stream_pruned);
+    return keep;
+  };
+  const auto keep16 = [&](int64_t i) {
+    if constexpr (sizeof(T) == 4)
+      return join(keep_and_prune(i), keep_and_prune(i + kLanes));
+    else
+      return keep_and_prune(i);
+  };
+  for (int64_t i = 0; i < cols; i += kStep)
+    store_mask(row.mask + i, join(keep16(i), keep16(i + kStep / 2)), row.stream_mask);
+}
+
+template <int M, bool kScaled, class T>
+void nm_grouped(const NmRow<T>& row, int64_t cols, int n) {
+  const int64_t whole = cols / kStep * kStep, rest = cols - whole, full = rest / M * M;
+  nm_steps<M, kScaled>(row, whole, n);
+  if (rest == 0) return;
+  T weight[kStep] = {};
+  float scale[kStep] = {};
+  bool mask[kStep];
+  T pruned[kStep];
+  std::copy_n(row.weight + whole, rest, weight);
+  if (kScaled) std::copy_n(row.scale + whole, rest, scale);
+  nm_steps<M, kScaled, T>({weight, scale, pruned, mask, false, false}, kStep, n);
+  std::fill(mask + full, mask + rest, true);
+  std::copy(weight + full, weight + rest, pruned + full);
+  std::copy_n(mask, rest, row.mask + whole);
+  if (row.pruned) std::copy_n(pruned, rest, row.pruned + whole);
+}
+
+#endif
+
 template <class T>
-void nm_row(const T* weight, const float* scale, T* pruned, bool* mask, int64_t cols, int n, int m) {
-  const int64_t full = cols / m * m;
-  int32_t key[32];
-  for (int64_t start = 0; start < full; start += m) {
-    for (int i = 0; i < m; ++i)
-      key[i] = scale ? magnitude_key(to_float(weight[start + i]) * scale[start + i]) : magnitude_key(weight[start + i]);
-    nm_group(key, mask + start, n, m);
-  }
-  for (int64_t i = full; i < cols; ++i) mask[i] = true;
-  if (pruned)
-    for (int64_t i = 0; i < cols; ++i) pruned[i] = mask[i] ? weight[i] : T{};
+void nm_row(const NmRow<T>& row, int64_t cols, int n, int m) {
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+  if (m == 4) return row.scale ? nm_grouped<4, true>(row, cols, n) : nm_grouped<4, false>(row, cols, n);
+  if (m == 8) return row.scale ? nm_grouped<8, true>(row, cols, n) : nm_grouped<8, false>(row, cols, n);
+#endif
+  nm_any(row, cols, n, m);
 }
 
 }  // namespace
 
 void nm(const NmArgs& a, int64_t begin, int64_t end) {
   dispatch(a.dtype, [&]<class T>(T*) {
-    for (int64_t row = begin; row < end; ++row)
-      nm_row(static_cast<const T*>(a.weight) + row * a.weight_stride, a.scale,
-             a.pruned ? static_cast<T*>(a.pruned) + row * a.pruned_stride : nullptr, a.mask + row * a.cols, a.cols,
-             a.n, a.m);
+    for (int64_t i = begin; i < end; ++i) {
+      const T* weight = static_cast<const T*>(a.weight) + i * a.weight_stride;
+      T* pruned = a.pruned ? static_cast<T*>(a.pruned) + i * a.pruned_stride : nullptr;
+      bool* mask = a.mask + i * a.cols;
+      const bool past_caches = a.stream && pruned != weight;  // in place, the caches hold the line already
+      nm_row<T>({weight, a.scale, pruned, mask, a.stream && aligned(mask), past_caches && aligned(pruned)}, a.cols,
+                a.n, a.m);
+    }
   });
+  if (a.stream) fence();
 }
 
 }  // namespace sparsekit::SPARSEKIT_LEVEL

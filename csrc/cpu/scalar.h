@@ -23,11 +23,10 @@ inline float to_float(F16 value) {
 #else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
-  if (magnitude >= 0x7c00)  // Inf and NaN, which becomes quiet
-    return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00 ? 0x400000 : 0));
-  // The fp16 bits at the place of the fp32 exponent and mantissa are 2^112 too small, denormals included.
-  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
+  if (magnitude < 0x400) return std::copysign(static_cast<float>(magnitude) * 0x1p-24f, std::bit_cast<float>(sign));
+  if (magnitude < 0x7c00) return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000));
+  const uint32_t quiet = magnitude > 0x7c00 ? 0x400000 : 0;
+  return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13 | quiet);
 #endif
 }
 
@@ -66,14 +65,24 @@ inline F16 from_float<F16>(float value) {
 #endif
 }
 
+// The key of every NaN: one above Inf's.
+template <class T>
+constexpr int kNanKey = 0;
+template <>
+constexpr int kNanKey<float> = 0x7f800001;
+template <>
+constexpr int kNanKey<F16> = 0x7c01;
+template <>
+constexpr int kNanKey<BF16> = 0x7f81;
+
 // Integers in the order of the magnitudes: -0.0 equals 0.0, every NaN is equal and above Inf.
 inline int32_t magnitude_key(float value) {
-  return std::min(std::bit_cast<int32_t>(value) & 0x7fffffff, 0x7f800001);
+  return std::min(std::bit_cast<int32_t>(value) & 0x7fffffff, kNanKey<float>);
 }
-
-inline int32_t magnitude_key(F16 value) { return std::min(value.bits & 0x7fff, 0x7c01); }
-
-inline int32_t magnitude_key(BF16 value) { return std::min(value.bits & 0x7fff, 0x7f81); }
+template <class T>
+int32_t magnitude_key(T value) {
+  return std::min(value.bits & 0x7fff, kNanKey<T>);
+}
 
 // Calls body with a null pointer of the element type.
 template <class Body>

@@ -1,0 +1,53 @@
+// Constant vectors for groups of m neighboring lanes, and the vector types of the level where it has any.
+#pragma once
+
+#include "scalar.h"
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+// Whether an address suits a streaming store.
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 64 == 0; }
+
+// Streaming stores become visible to other threads.
+inline void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// For lane i the lane (i + r) % m of its group.
+template <class Int, int kLanes, int m, int r>
+alignas(64) constexpr std::array<Int, kLanes> rotation = [] {
+  std::array<Int, kLanes> from{};
+  for (int i = 0; i < kLanes; ++i) from[i] = static_cast<Int>(i / m * m + (i + r) % m);
+  return from;
+}();
+
+// The same for groups of four 16-bit lanes as bytes within 128 bits, what pshufb takes.
+template <int kBytes, int r>
+alignas(64) constexpr std::array<int8_t, kBytes> rotation_bytes = [] {
+  std::array<int8_t, kBytes> from{};
+  for (int i = 0; i < kBytes; ++i) from[i] = static_cast<int8_t>((i / 8 * 8 + (i + 2 * r) % 8) % 16);
+  return from;
+}();
+
+// The same for groups of four 32-bit lanes as an immediate.
+constexpr int rotation4(int r) { return r % 4 | (1 + r) % 4 << 2 | (2 + r) % 4 << 4 | (3 + r) % 4 << 6; }
+
+// One where the rotation by r reaches lane i from a lower index of its group.
+template <class Int, int kLanes, int m, int r>
+alignas(64) constexpr std::array<Int, kLanes> wrapped = [] {
+  std::array<Int, kLanes> ones{};
+  for (int i = 0; i < kLanes; ++i) ones[i] = i % m + r >= m;
+  return ones;
+}();
+
+}  // namespace
+}  // namespace sparsekit::SPARSEKIT_LEVEL
+
+#if defined(SPARSEKIT_AVX512)
+#include "simd_avx512.h"
+#elif defined(SPARSEKIT_AVX2)
+#include "simd_avx2.h"
+#endif
