@@ -1,5 +1,7 @@
 """Kernels for sparse neural networks: fast to make sparse, never slower to run."""
 
+from .checkpoint import load as load
+from .checkpoint import save as save
 from .ops import block_scores as block_scores
 from .ops import block_topk_mask as block_topk_mask
 from .ops import linear24 as linear24
