@@ -1,0 +1,58 @@
+# Every goal first makes its own environment, $(VENV), from $(PYTHON), pip and constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.sparsekit-installed
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
+TORCH := $(shell grep '^torch==' constraints.txt)
+ARGS ?=
+
+.PHONY: help demo test bench lint wheel sanitize clean
+
+help:
+	@echo 'make demo       train a small language model, make it 2:4 sparse, run it faster than dense'
+	@echo 'make test       run the test suite'
+	@echo 'make bench      time every op against its baselines, write bench/results/ (under 10 minutes)'
+	@echo 'make lint       ruff format, ruff check, mypy'
+	@echo 'make wheel      build the wheel and the source distribution into dist/'
+	@echo 'make sanitize   run the C++ tests under ASan and UBSan'
+	@echo 'make clean      remove what was built, keep $(VENV)'
+	@echo
+	@echo 'ARGS="..." is passed on to demo and test, PYTHON=python3.12 chooses the Python, SPARSEKIT_NATIVE=1 insists'
+	@echo 'on the compiled kernels (0: never builds them). For a torch without CUDA, which is a tenth of the download:'
+	@echo '  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
+
+$(INSTALLED): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "sparsekit needs Python 3.10 or later, $(PYTHON) is older or missing: make PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo 'Installing into $(VENV) (torch is a large download the first time) ...'
+	@$(BIN)/python -m pip install -q -c constraints.txt '$(TORCH)' setuptools ninja
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,examples]'
+	@$(BIN)/python -c 'from sparsekit.ops import simd_level; print("sparsekit is installed; CPU kernels:", simd_level())'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/quickstart/run.py $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+sanitize: $(INSTALLED)
+	$(MAKE) -C tests/cpp sanitize
+
+clean:
+	rm -rf build dist *.egg-info sparsekit/_C.* .pytest_cache .hypothesis .mypy_cache .ruff_cache $(INSTALLED)
+	-$(MAKE) -C tests/cpp clean
