@@ -54,6 +54,7 @@ struct Pack24Args {
   uint8_t* bitmask;  // [rows, ceil(cols / 8)], contiguous
   int64_t cols;
   DType dtype;
+  bool stream;
 };
 
 struct Unpack24Args {
@@ -62,6 +63,7 @@ struct Unpack24Args {
   void* weight;  // [rows, cols], contiguous
   int64_t cols;
   DType dtype;
+  bool stream;
 };
 
 struct Linear24Args {

@@ -40,7 +40,8 @@ std::tuple<Tensor, Tensor> pack24(Tensor weight, std::optional<Tensor> mask, boo
                         .values = values.mutable_data_ptr(),
                         .bitmask = static_cast<uint8_t*>(bitmask.mutable_data_ptr()),
                         .cols = cols,
-                        .dtype = dtype_of(weight)};
+                        .dtype = dtype_of(weight),
+                        .stream = exceeds_caches(values.numel() * values.element_size())};
   const Kernels& table = kernels();
   std::atomic<int64_t> first_bad = INT64_MAX;
   torch::stable::parallel_for(0, rows.rows, row_grain(cols), [&](int64_t begin, int64_t end) {
@@ -62,7 +63,8 @@ Tensor unpack24(Tensor values, Tensor bitmask, int64_t cols) {
                           .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()),
                           .weight = weight.mutable_data_ptr(),
                           .cols = cols,
-                          .dtype = dtype_of(values)};
+                          .dtype = dtype_of(values),
+                          .stream = exceeds_caches(weight.numel() * weight.element_size())};
   const Kernels& table = kernels();
   torch::stable::parallel_for(0, values.size(0), row_grain(cols),
                               [&](int64_t begin, int64_t end) { table.unpack24(args, begin, end); });

@@ -1,0 +1,169 @@
+// The kept entries of 64 columns: found, moved together, and spread again. Every group of four keeps two, so 8 columns
+// always make 4 values and no counting is needed.
+#pragma once
+
+#include "lanes.h"
+
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+inline __m128i load128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+inline __m128i load64(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
+
+// For every byte of mask bits: which of the 8 columns the k-th value is from, and which value column i gets (0x80:
+// none), for values of kSize bytes, as byte indices that pshufb takes.
+template <int kSize>
+constexpr auto kFrom = [] {
+  std::array<std::array<uint8_t, 4 * kSize>, 256> table{};
+  for (int bits = 0; bits < 256; ++bits)
+    for (int i = 0, k = 0; i < 8; ++i)
+      if (bits >> i & 1 && k < 4) {
+        for (int byte = 0; byte < kSize; ++byte) table[bits][k * kSize + byte] = static_cast<uint8_t>(i * kSize + byte);
+        ++k;
+      }
+  return table;
+}();
+template <int kSize>
+constexpr auto kTo = [] {
+  std::array<std::array<uint8_t, 8 * kSize>, 256> table{};
+  for (int bits = 0; bits < 256; ++bits)
+    for (int i = 0, k = 0; i < 8; ++i) {
+      for (int byte = 0; byte < kSize; ++byte)
+        table[bits][i * kSize + byte] = static_cast<uint8_t>(bits >> i & 1 ? k * kSize + byte : 0x80);
+      k += bits >> i & 1;
+    }
+  return table;
+}();
+
+#if defined(SPARSEKIT_AVX512)
+
+inline uint64_t set_bits(const bool* mask) {
+  const __m512i bytes = load(mask);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+inline uint64_t nonzero_bits(const float* weight) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += 16)
+    bits |= uint64_t{_mm512_test_epi32_mask(load(weight + i), _mm512_set1_epi32(0x7fffffff))} << i;
+  return bits;
+}
+template <class T>
+uint64_t nonzero_bits(const T* weight) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  return _mm512_test_epi16_mask(load(weight), magnitude) |
+         uint64_t{_mm512_test_epi16_mask(load(weight + 32), magnitude)} << 32;
+}
+
+// In registers: a compress that stores is microcoded on Zen 4.
+inline void compress64(const float* weight, uint64_t kept, float* values, bool stream) {
+  for (int i = 0; i < 64; i += 32) {
+    const __m512i low = _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept >> i), load(weight + i));
+    const __m512i high = _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept >> (i + 16)), load(weight + i + 16));
+    store(values + i / 2, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1), stream);
+  }
+}
+inline void expand64(const float* values, uint64_t kept, float* weight, bool stream) {
+  for (int i = 0; i < 64; i += 16) {
+    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i / 2));
+    const __m512i spread = _mm512_maskz_expand_epi32(static_cast<__mmask16>(kept >> i), _mm512_castsi256_si512(eight));
+    store(weight + i, spread, stream);
+  }
+}
+
+#else
+
+inline uint64_t set_bits(const bool* mask) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += 32) {
+    const __m256i zero = _mm256_cmpeq_epi8(load(mask + i), _mm256_setzero_si256());
+    bits |= uint64_t{~static_cast<uint32_t>(_mm256_movemask_epi8(zero))} << i;
+  }
+  return bits;
+}
+inline uint64_t nonzero_bits(const float* weight) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += 8) {
+    const __m256i zero = _mm256_cmpeq_epi32(_mm256_slli_epi32(load(weight + i), 1), _mm256_setzero_si256());
+    bits |= static_cast<uint64_t>(_mm256_movemask_ps(_mm256_castsi256_ps(zero))) << i;
+  }
+  return ~bits;
+}
+template <class T>
+uint64_t nonzero_bits(const T* weight) {
+  const auto zero = [&](int i) {
+    return Keep16{_mm256_cmpeq_epi16(_mm256_slli_epi16(load(weight + i), 1), _mm256_setzero_si256())};
+  };
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += 32)
+    bits |= uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(join(zero(i), zero(i + 16)).lanes))} << i;
+  return ~bits;
+}
+
+inline void compress64(const float* weight, uint64_t kept, float* values, bool stream) {
+  const auto four = [&](int i) {
+    int from;
+    std::memcpy(&from, kFrom<1>[kept >> i & 255].data(), 4);
+    const __m128i lanes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(from));
+    return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(load(weight + i), _mm256_castsi128_si256(lanes)));
+  };
+  for (int i = 0; i < 64; i += 16) store(values + i / 2, _mm256_set_m128i(four(i + 8), four(i)), stream);
+}
+inline void expand64(const float* values, uint64_t kept, float* weight, bool stream) {
+  for (int i = 0; i < 64; i += 8) {
+    const __m256i lanes = _mm256_cvtepi8_epi32(load64(kTo<1>[kept >> i & 255].data()));
+    const __m256i spread = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(load128(values + i / 2)), lanes);
+    store(weight + i, _mm256_andnot_si256(_mm256_srai_epi32(lanes, 31), spread), stream);
+  }
+}
+
+#endif
+
+#if defined(SPARSEKIT_AVX512_BF16)
+
+template <class T>
+void compress64(const T* weight, uint64_t kept, T* values, bool stream) {
+  const __m512i low = _mm512_maskz_compress_epi16(static_cast<__mmask32>(kept), load(weight));
+  const __m512i high = _mm512_maskz_compress_epi16(static_cast<__mmask32>(kept >> 32), load(weight + 32));
+  store(values, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1), stream);
+}
+template <class T>
+void expand64(const T* values, uint64_t kept, T* weight, bool stream) {
+  for (int i = 0; i < 64; i += 32) {
+    const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i / 2));
+    const __m512i spread = _mm512_maskz_expand_epi16(static_cast<__mmask32>(kept >> i), _mm512_castsi256_si512(sixteen));
+    store(weight + i, spread, stream);
+  }
+}
+
+#else
+
+inline void store256(void* to, __m128i low, __m128i high, bool stream) {
+  const __m256i both = _mm256_set_m128i(high, low);
+  if (stream)
+    _mm256_stream_si256(static_cast<__m256i*>(to), both);
+  else
+    _mm256_storeu_si256(static_cast<__m256i*>(to), both);
+}
+template <class T>
+void compress64(const T* weight, uint64_t kept, T* values, bool stream) {
+  const auto four = [&](int i) { return _mm_shuffle_epi8(load128(weight + i), load64(kFrom<2>[kept >> i & 255].data())); };
+  for (int i = 0; i < 64; i += 32)
+    store256(values + i / 2, _mm_unpacklo_epi64(four(i), four(i + 8)), _mm_unpacklo_epi64(four(i + 16), four(i + 24)),
+             stream);
+}
+template <class T>
+void expand64(const T* values, uint64_t kept, T* weight, bool stream) {
+  const auto eight = [&](int i) {
+    return _mm_shuffle_epi8(load64(values + i / 2), load128(kTo<2>[kept >> i & 255].data()));
+  };
+  for (int i = 0; i < 64; i += 16) store256(weight + i, eight(i), eight(i + 8), stream);
+}
+
+#endif
+
+}  // namespace
+}  // namespace sparsekit::SPARSEKIT_LEVEL
+
+#endif
