@@ -82,7 +82,7 @@ class Linear24(nn.Module):
         layer.values = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
         layer.bitmask = bitmask
         layer.bias = linear.bias
-        _carry_mask(linear, layer)
+        carry_mask(linear, layer)
         if not transposed and (bits := layer._buffers.get("weight_mask")) is not None and torch.equal(bits, bitmask):
             layer.weight_mask = bitmask  # one buffer for both
         return layer.train(linear.training)
@@ -91,7 +91,7 @@ class Linear24(nn.Module):
         """The dense ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
         linear = _dense_linear(self, self._dense(), self.values.requires_grad)
         if not self.transposed:
-            _carry_mask(self, linear)
+            carry_mask(self, linear)
         return linear
 
     def _dense(self) -> Tensor:
@@ -145,14 +145,14 @@ class PrepackedLinear(nn.Module):
     def from_linear(cls, linear: nn.Linear, *, tokens: int = 128, transposed: bool = False) -> "PrepackedLinear":
         """Reorders the weight of a layer; the bias is its own Parameter, and a stored mask comes along."""
         layer = cls(_oriented(linear.weight, transposed), linear.bias, tokens=tokens, transposed=transposed)
-        _carry_mask(linear, layer)
+        carry_mask(linear, layer)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """The plain ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
         linear = _dense_linear(self, self._dense().clone(), self.trainable)
         if not self.transposed:
-            _carry_mask(self, linear)
+            carry_mask(self, linear)
         return linear
 
     def _keep(self, dense: Tensor) -> None:
@@ -235,7 +235,7 @@ def _dense_linear(layer: Linear24 | PrepackedLinear, weight: Tensor, requires_gr
     return linear.train(layer.training)
 
 
-def _carry_mask(source: nn.Module, target: nn.Module) -> None:
+def carry_mask(source: nn.Module, target: nn.Module) -> None:
     """Gives ``target`` the stored mask of ``source``: the same buffer, not a copy."""
     if get_mask_info(source) is not None:
         target.register_buffer("weight_mask", source._buffers["weight_mask"], persistent=False)

@@ -1,0 +1,116 @@
+"""The linear layers of a model that may be swapped, and what a sample shows of them."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._batches import Forward, as_batches, run_batch
+from .providers import is_transposed, unfit
+from .prune.layers import Where, borrowed, input_dim
+
+MAX_TOKENS = 512  # more are as good as this many for a ratio, and take longer to measure
+
+Places = list[tuple[nn.Module, str]]
+
+
+@dataclass
+class Site:
+    """A layer, everywhere it hangs, the calls it gets by token bucket, and why it must stay, if it must."""
+
+    name: str
+    layer: nn.Linear
+    places: Places
+    reason: str | None
+    shape: tuple[int, int]  # (out_features, in_features)
+    calls: Counter[int] = field(default_factory=Counter)
+
+
+def find_sites(model: nn.Module, where: Where | None) -> list[Site]:
+    """Every linear layer that ``where`` selects, in the order of ``named_modules``."""
+    hangs, lent = places(model), borrowed(model)
+    sites = []
+    for name, layer in model.named_modules():
+        if input_dim(layer) is None or isinstance(layer, nn.Conv2d) or (where is not None and not where(name, layer)):
+            continue
+        reason = unfit(layer) or lent.get(layer)
+        if layer is model:
+            reason = "it is the model itself: use Linear24.from_linear or PrepackedLinear.from_linear"
+        rows, cols = layer.weight.shape
+        shape = (cols, rows) if is_transposed(layer) else (rows, cols)
+        sites.append(Site(name, layer, hangs.get(layer, []), reason, shape))
+    return sites
+
+
+def places(model: nn.Module) -> dict[nn.Module, Places]:
+    """Every place where a module hangs: one that two parents share hangs in two."""
+    found: dict[nn.Module, Places] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append((parent, attribute))
+    return found
+
+
+def watch(model: nn.Module, sites: list[Site], sample: Any, forward: Forward | None) -> None:
+    """Runs the sample once and counts the calls of each layer; rules out those that it does not suit.
+
+    Raises:
+        ValueError: there is no batch in the sample.
+    """
+    dtypes: dict[str, set[torch.dtype]] = {site.name: set() for site in sites}
+    batches = as_batches(sample)
+
+    def count(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        device = x.device.type
+        dtypes[site.name].add(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        if tokens := x.shape[:-1].numel():
+            site.calls[bucket(tokens)] += 1
+
+    handles = []
+    runs = 0
+    try:
+        for site in sites:
+            if site.reason is None:
+                hook = lambda _, args, kwargs, site=site: count(site, args, kwargs)  # noqa: E731
+                handles.append(site.layer.register_forward_pre_hook(hook, with_kwargs=True))
+        with torch.no_grad(), _evaluating(model):
+            for batch in batches:
+                run_batch(model, batch, forward)
+                runs += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if runs == 0:
+        raise ValueError("sample must hold at least one batch, got none")
+    for site in sites:
+        if site.reason is None:
+            site.reason = _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
+
+
+def _ruled_out(site: Site, other_dtypes: set[torch.dtype]) -> str | None:
+    if other_dtypes:
+        return f"it runs in {', '.join(sorted(map(str, other_dtypes)))}, its weight is {site.layer.weight.dtype}"
+    return None if site.calls else "the sample does not run it"
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while: a sample must not move the statistics of a batch norm."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def bucket(tokens: int) -> int:
+    """The power of two that a token count is measured as."""
+    return min(1 << (tokens - 1).bit_length(), MAX_TOKENS)

@@ -1,0 +1,101 @@
+"""What a linear layer can become, and why it cannot."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from .masks import get_mask
+from .nn import Linear24, PrepackedLinear
+from .ops import backends
+from .ops._define import DTYPES
+from .ops.prepacked import prepack
+from .prune.layers import input_dim
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute a linear layer.
+
+    Args:
+        name: what reports call it.
+        dense: whether it computes with the whole weight, zeros included.
+        refuses: why it cannot take a layer, or None where it can.
+        build: makes the module from ``(layer, tokens, transposed)``.
+    """
+
+    name: str
+    dense: bool
+    refuses: Callable[[nn.Linear], str | None]
+    build: Callable[[nn.Linear, int, bool], Linear24 | PrepackedLinear]
+
+
+def unfit(layer: nn.Module) -> str | None:
+    """Why a linear layer must stay what it is, whatever is faster; None where it may be swapped."""
+    weight = layer._parameters.get("weight")
+    if type(layer) is not nn.Linear and not is_transposed(layer):
+        return f"{type(layer).__name__} may compute something else than nn.Linear"
+    if type(weight) is not nn.Parameter:
+        return "its weight is not a plain parameter"
+    if weight.is_meta or weight.dtype not in DTYPES:
+        where = "on the meta device" if weight.is_meta else weight.dtype
+        return f"its weight is {where}, not float32, float16 or bfloat16"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "it has hooks"
+    if "forward" in layer.__dict__:
+        return "its forward is replaced"
+    own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - {"weight", "bias", "weight_mask"}
+    return f"it also holds {', '.join(sorted(own))}" if own else None
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer is transformers' ``Conv1D`` itself: a linear layer with its weight as ``[inputs, outputs]``."""
+    return input_dim(layer) == 0 and type(layer).__name__ == "Conv1D"
+
+
+def _refuses_24(layer: nn.Linear) -> str | None:
+    weight = layer.weight.detach()
+    if weight.device.type != "cpu":
+        return f"no 2:4 kernel for {weight.device.type}"
+    if backends()["linear24"]["cpu"] == "reference":
+        return "no compiled 2:4 kernel"
+    mask = get_mask(layer)
+    kept = weight != 0 if mask is None else mask
+    if mask is not None and bool((weight[~mask] != 0).any()):
+        return "its weight is not zero where its mask drops it"
+    return None if _is_24(kept.t() if is_transposed(layer) else kept) else "not 2:4"
+
+
+def _is_24(kept: Tensor) -> bool:
+    full = kept.shape[1] // 4 * 4
+    return bool((kept[:, :full].reshape(kept.shape[0], -1, 4).sum(-1) <= 2).all())
+
+
+def _refuses_prepacked(layer: nn.Linear) -> str | None:
+    if layer.weight.device.type != "cpu":
+        return f"oneDNN has nothing for {layer.weight.device.type}"
+    if layer.training and layer.weight.requires_grad:
+        return "it cannot be trained, and the layer is in training mode: call model.eval() first"
+    return None if _can_prepack(layer.weight.dtype) else f"oneDNN has nothing for {layer.weight.dtype} on this CPU"
+
+
+@cache
+def _can_prepack(dtype: torch.dtype) -> bool:
+    return prepack(torch.zeros(16, 16, dtype=dtype), 1).is_mkldnn
+
+
+PROVIDERS = (
+    Provider(
+        "2:4", False, _refuses_24, lambda layer, tokens, transposed: Linear24.from_linear(layer, transposed=transposed)
+    ),
+    Provider(
+        "prepacked",
+        True,
+        _refuses_prepacked,
+        lambda layer, tokens, transposed: PrepackedLinear.from_linear(layer, tokens=tokens, transposed=transposed),
+    ),
+)
