@@ -1,0 +1,48 @@
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from sparsekit.ops import force_simd, simd_levels
+
+hypothesis.settings.register_profile(
+    "sparsekit",
+    deadline=None,
+    database=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("sparsekit")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=simd_levels() or ("reference",))
+def simd(request):
+    """Runs the test once at every SIMD level of this machine; once on plain PyTorch without the extension."""
+    with force_simd(request.param) if simd_levels() else nullcontext():
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of real data sets and checkpoints."""
+    folder = os.environ.get("SPARSEKIT_DATA")
+    if not folder:
+        pytest.skip("SPARSEKIT_DATA names no folder of real data")
+    return Path(folder)

@@ -1,0 +1,61 @@
+"""Hostile inputs, and comparisons that forgive nothing."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SPECIAL = (float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -6e-8, 1.0, -1.0)
+
+
+def dtype_id(value: object) -> str:
+    return str(value).removeprefix("torch.").replace(" ", "")
+
+
+def ties(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Small integers, so that most groups have equal magnitudes."""
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def hostile(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, ties, NaNs of both signs, infinities, zeros of both signs and denormals."""
+    special = torch.tensor(SPECIAL, dtype=dtype)[torch.randint(len(SPECIAL), shape)]
+    kind = torch.randint(3, shape)
+    return torch.where(kind == 0, torch.randn(shape).to(dtype), torch.where(kind == 1, ties(*shape, dtype=dtype), special))
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _sliced(tensor: Tensor) -> Tensor:
+    """A window of a larger tensor of NaNs, off the alignment of vectors."""
+    larger = tensor.new_full([size + 3 for size in tensor.shape], float("nan") if tensor.is_floating_point() else 1)
+    window = larger[tuple(slice(1, size + 1) for size in tensor.shape)]
+    return window.copy_(tensor)
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan") if tensor.is_floating_point() else 1)
+    return wide[..., ::2].copy_(tensor)
+
+
+LAYOUTS = {"contiguous": Tensor.contiguous, "transposed": _transposed, "sliced": _sliced, "strided": _strided}
+
+
+def poison(*likes: Tensor) -> None:
+    """Leaves freed memory of the sizes of these tensors full of ones, which are NaNs, for the next call to find."""
+    buffers = [torch.full((like.nbytes,), 255, dtype=torch.uint8) for like in likes for _ in range(4)]
+    del buffers
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Same dtype, shape and bits, NaN payloads and the sign of zero included; bools are stored as 0 and 1."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert actual.is_contiguous()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
+    assert torch.equal(actual.view(bits), expected.contiguous().view(bits))
+
+
+def magnitude_order(values: list[float]) -> list[int]:
+    """Indices by falling magnitude: NaN first, ties by index. Written for the tests, from the docstring alone."""
+    return sorted(range(len(values)), key=lambda index: (values[index] == values[index], -abs(values[index]), index))
