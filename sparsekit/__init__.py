@@ -2,6 +2,9 @@
 
 from .checkpoint import load as load
 from .checkpoint import save as save
+from .compress import compress_ as compress_
+from .compress import decompress_ as decompress_
+from .compress_report import CompressReport as CompressReport
 from .ops import block_scores as block_scores
 from .ops import block_topk_mask as block_topk_mask
 from .ops import linear24 as linear24

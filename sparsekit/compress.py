@@ -96,12 +96,19 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     """Undoes ``compress_``: every swapped layer is again the module object it was, with the same Parameter objects.
 
     Weights come back bit for bit (a -0.0 that 2:4 did not store as 0.0), with what happened since: training, loading,
-    ``to(dtype)``. Masks, flags and the keys of the state dict are what they were.
+    ``to(dtype)``. Masks, flags and the keys of the state dict are what they were. A ``Linear24`` or ``PrepackedLinear``
+    that came from elsewhere, such as ``load``, becomes a new ``nn.Linear``.
 
     Returns:
         The names of the layers that were restored.
+
+    Raises:
+        ValueError: a layer from elsewhere stands for one of another class than ``nn.Linear``.
     """
-    found = {name: module for name, module in model.named_modules() if is_replacement(module)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Replacement) and name}
+    for name, module in found.items():
+        if module.transposed and "replaced" not in module.__dict__:
+            raise ValueError(f"layer {name!r} stands for a layer of an unknown class: load the model with dense=True")
     hangs = places(model)
     done: list[Replacement] = []
     try:
@@ -111,10 +118,20 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     except BaseException:
         for module in done:
             _hang(module, hangs[module])
-            _empty(_original(module))
+            if "replaced" in module.__dict__:
+                _empty(module.__dict__["replaced"].layer)
         raise
     _allow_saving(model)
     return tuple(found)
+
+
+def forbid_saving(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` raise wherever the model has it above a compressed layer, until ``decompress_``."""
+    for parent in model.modules():
+        if callable(getattr(parent, "save_pretrained", None)) and any(
+            isinstance(module, Replacement) for module in parent.modules()
+        ):
+            parent.__dict__["save_pretrained"] = refuse_save_pretrained
 
 
 def _layer_report(site: Site, choice: Choice | None) -> LayerReport:
@@ -123,11 +140,6 @@ def _layer_report(site: Site, choice: Choice | None) -> LayerReport:
         return LayerReport(site.name, site.shape, "plain", site.reason or "", calls)
     decision = "plain" if choice.provider is None else choice.provider.name
     return LayerReport(site.name, site.shape, decision, choice.reason, calls, choice.timings)
-
-
-def is_replacement(module: nn.Module) -> bool:
-    """Whether ``compress_`` put the module there."""
-    return isinstance(module.__dict__.get("replaced"), Replaced)
 
 
 def refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
@@ -151,19 +163,14 @@ def _swap_all(model: nn.Module, chosen: list[tuple[Site, Provider]]) -> None:
             done.append((module, site, site.layer.weight.grad))
             _hang(module, site.places)
             _empty(site.layer)
-        for parent in model.modules() if done else ():
-            if callable(getattr(parent, "save_pretrained", None)) and any(map(is_replacement, parent.modules())):
-                parent.__dict__["save_pretrained"] = refuse_save_pretrained
+        forbid_saving(model)
     except BaseException:
         for module, site, grad in done:
             _restore(module, site.places)
             site.layer.weight.grad = grad
         _allow_saving(model)
+        forbid_saving(model)  # where it was compressed before
         raise
-
-
-def _original(module: nn.Module) -> nn.Linear:
-    return module.__dict__["replaced"].layer
 
 
 def _hang(module: nn.Module, hangs: Places) -> None:
@@ -179,18 +186,18 @@ def _empty(layer: nn.Linear) -> None:
 
 
 def _restore(module: Replacement, hangs: Places) -> None:
-    layer, dense = _original(module), module.to_linear()
-    weight = dense.weight.detach()
-    if is_transposed(layer):
-        weight = weight.t().contiguous()
-    if weight.device.type == layer.weight.device.type:
-        layer.weight.data = weight
-    else:
-        layer.weight = nn.Parameter(weight)
-    layer.weight.requires_grad_(dense.weight.requires_grad)
-    layer.register_parameter("bias", module.bias)
-    carry_mask(module, layer)
-    layer.training = module.training
+    layer = dense = module.to_linear()
+    if "replaced" in module.__dict__:
+        layer = module.__dict__["replaced"].layer
+        weight = dense.weight.detach().t().contiguous() if module.transposed else dense.weight.detach()
+        if weight.device.type == layer.weight.device.type:
+            layer.weight.data = weight
+        else:
+            layer.weight = nn.Parameter(weight)
+        layer.weight.requires_grad_(dense.weight.requires_grad)
+        layer.register_parameter("bias", module.bias)
+        layer.training = module.training
+        carry_mask(module, layer)
     _hang(layer, hangs)
 
 

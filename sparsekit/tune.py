@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .ops import simd_level
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 101
+MAX_SPREAD = 0.5  # a quiet machine shows 0.02 to 0.2
 SHORTEST = 200e-6  # seconds; a shorter call is timed several at a time
 MAX_EVICTION = 256 * 2**20  # bytes; bounds time and memory where a virtual machine reports the host's whole cache
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the largest output
@@ -36,12 +37,14 @@ class Timing:
         ratio: median of the plain layer's time over this one's, pair by pair; above 1 is faster.
         wins: the share of the pairs in which this one was faster.
         best_dense: the same ratio against the dense module with the lowest median.
+        spread: the interquartile range of the ratios over their median.
     """
 
     seconds: float
     ratio: float
     wins: float
     best_dense: float
+    spread: float
 
 
 Timings = dict[str, Timing | None]
@@ -75,11 +78,14 @@ def measure(
 
 
 def _timing(own: list[float], plain: list[float], best: list[float]) -> Timing:
+    ratios = [other / mine for other, mine in zip(plain, own, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
     return Timing(
         seconds=statistics.median(own),
-        ratio=statistics.median(other / mine for other, mine in zip(plain, own, strict=True)),
+        ratio=median,
         wins=statistics.fmean(mine < other for other, mine in zip(plain, own, strict=True)),
         best_dense=statistics.median(other / mine for other, mine in zip(best, own, strict=True)),
+        spread=(high - low) / median,
     )
 
 
@@ -121,8 +127,8 @@ def remembered(key: Mapping[str, Any], compute: Callable[[], Timings]) -> Timing
 
     The cache holds one small JSON file per key in ``$XDG_CACHE_HOME/sparsekit/tune`` (``~/.cache`` by default), written
     to a temporary name and renamed, so that any number of processes may share it. A file that cannot be read is
-    written anew. ``SPARSEKIT_TUNE_CACHE=0`` switches the cache off, a path moves it; delete the folder to measure
-    again.
+    written anew. What was measured on a busy machine, with a spread above one half, is used once and not kept.
+    ``SPARSEKIT_TUNE_CACHE=0`` switches the cache off, a path moves it; delete the folder to measure again.
     """
     folder = _cache_folder()
     if folder is None:
@@ -133,7 +139,8 @@ def remembered(key: Mapping[str, Any], compute: Callable[[], Timings]) -> Timing
     if (known := _read(path, full)) is not None:
         return known
     timings = compute()
-    _write(path, {"key": full, "timings": {name: timing and asdict(timing) for name, timing in timings.items()}})
+    if all(timing is None or timing.spread <= MAX_SPREAD for timing in timings.values()):
+        _write(path, {"key": full, "timings": {name: timing and asdict(timing) for name, timing in timings.items()}})
     return timings
 
 
