@@ -122,12 +122,12 @@ def collect(
         raise _BlockDone
 
     def record(seen: Inputs) -> Callable[..., None]:
-        return lambda _, args, kwargs: seen.update(args[0] if args else next(iter(kwargs.values())))
+        return lambda _, args, kwargs, __: seen.update(args[0] if args else next(iter(kwargs.values())))
 
     count = 0
     with ExitStack() as hooks:
         for layer, seen in zip(block.layers, inputs, strict=True):
-            hooks.enter_context(layer.module.register_forward_pre_hook(record(seen), with_kwargs=True))
+            hooks.enter_context(layer.module.register_forward_hook(record(seen), with_kwargs=True))
         if block.ends_pass:
             hooks.enter_context(block.module.register_forward_hook(stop))
         for count, batch in enumerate(batches, start=1):  # noqa: B007
