@@ -1,0 +1,110 @@
+// AVX-512 through SIMDe (https://github.com/simd-everywhere/simde), with the intrinsics that its release 0.7.4 lacks.
+// Force-included, so that it comes before the kernels.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <immintrin.h>
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+namespace emulated {
+
+template <class Lane, class Vector>
+auto lanes(const Vector& vector) {
+  std::array<Lane, sizeof(Vector) / sizeof(Lane)> array;
+  std::memcpy(array.data(), &vector, sizeof(Vector));
+  return array;
+}
+
+template <class Vector, class Array>
+Vector vector(const Array& array) {
+  static_assert(sizeof(Vector) == sizeof(Array));
+  Vector result;
+  std::memcpy(&result, array.data(), sizeof(Vector));
+  return result;
+}
+
+template <class Lane, class Compare>
+auto compare(simde__m512i a, simde__m512i b, Compare holds) {
+  const auto x = lanes<Lane>(a), y = lanes<Lane>(b);
+  uint64_t bits = 0;
+  for (size_t i = 0; i < x.size(); ++i) bits |= uint64_t{holds(x[i], y[i])} << i;
+  return bits;
+}
+
+template <class Lane>
+simde__m512i compress(uint64_t kept, simde__m512i from) {
+  const auto x = lanes<Lane>(from);
+  std::remove_const_t<decltype(x)> result{};
+  for (size_t i = 0, k = 0; i < x.size(); ++i)
+    if (kept >> i & 1) result[k++] = x[i];
+  return vector<simde__m512i>(result);
+}
+
+template <class Lane>
+simde__m512i expand(uint64_t kept, simde__m512i from) {
+  const auto x = lanes<Lane>(from);
+  std::remove_const_t<decltype(x)> result{};
+  for (size_t i = 0, k = 0; i < x.size(); ++i)
+    if (kept >> i & 1) result[i] = x[k++];
+  return vector<simde__m512i>(result);
+}
+
+template <class To, class From, class Convert>
+simde__m512i widen(From from, Convert convert) {
+  const auto x = lanes<uint16_t>(from);
+  std::array<To, 64 / sizeof(To)> result;
+  for (size_t i = 0; i < result.size(); ++i) result[i] = convert(x[i]);
+  return vector<simde__m512i>(result);
+}
+
+// Every 128 bits by themselves.
+template <class Body>
+simde__m512i each128(simde__m512i a, simde__m512i b, Body body) {
+  const auto x = lanes<simde__m128i>(a), y = lanes<simde__m128i>(b);
+  std::array<simde__m128i, 4> result;
+  for (int i = 0; i < 4; ++i) result[i] = body(x[i], y[i]);
+  return vector<simde__m512i>(result);
+}
+
+}  // namespace emulated
+
+#undef _mm512_alignr_epi8
+#define _mm512_alignr_epi8(a, b, count) \
+  emulated::each128(a, b, [](auto high, auto low) { return simde_mm_alignr_epi8(high, low, count); })
+#undef _mm512_shuffle_epi32
+#define _mm512_shuffle_epi32(a, order) \
+  emulated::each128(a, a, [](auto x, auto) { return simde_mm_shuffle_epi32(x, int(order)); })
+#undef _mm512_cmpgt_epi16_mask
+#define _mm512_cmpgt_epi16_mask(a, b) \
+  static_cast<__mmask32>(emulated::compare<int16_t>(a, b, [](auto x, auto y) { return x > y; }))
+#undef _mm512_cmplt_epi16_mask
+#define _mm512_cmplt_epi16_mask(a, b) \
+  static_cast<__mmask32>(emulated::compare<int16_t>(a, b, [](auto x, auto y) { return x < y; }))
+#undef _mm512_cmplt_epi32_mask
+#define _mm512_cmplt_epi32_mask(a, b) \
+  static_cast<__mmask16>(emulated::compare<int32_t>(a, b, [](auto x, auto y) { return x < y; }))
+#undef _mm512_cvtepu16_epi32
+#define _mm512_cvtepu16_epi32(a) emulated::widen<uint32_t>(a, [](uint16_t x) -> uint32_t { return x; })
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps(a) \
+  simde_mm512_castsi512_ps(emulated::widen<float>(a, [](uint16_t x) { return simde_float16_to_float32(simde_uint16_as_float16(x)); }))
+#undef _mm512_kunpackd
+#define _mm512_kunpackd(high, low) (static_cast<__mmask64>(high) << 32 | static_cast<uint32_t>(low))
+#undef _mm512_kunpackw
+#define _mm512_kunpackw(high, low) (static_cast<__mmask32>(high) << 16 | static_cast<uint16_t>(low))
+#undef _mm512_maskz_compress_epi16
+#define _mm512_maskz_compress_epi16(kept, a) emulated::compress<uint16_t>(kept, a)
+#undef _mm512_maskz_expand_epi16
+#define _mm512_maskz_expand_epi16(kept, a) emulated::expand<uint16_t>(kept, a)
+#undef _mm512_maskz_expand_epi32
+#define _mm512_maskz_expand_epi32(kept, a) emulated::expand<uint32_t>(kept, a)
+#undef _mm512_maskz_expand_ps
+#define _mm512_maskz_expand_ps(kept, a) \
+  simde_mm512_castsi512_ps(emulated::expand<uint32_t>(kept, simde_mm512_castps_si512(a)))
+#undef _mm512_stream_si512
+#define _mm512_stream_si512(to, a) simde_mm512_store_si512(to, a)

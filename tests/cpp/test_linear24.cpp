@@ -1,0 +1,90 @@
+// linear24 against a sum in double, with a bound from the sizes of its terms.
+#include <algorithm>
+
+#include "check.h"
+
+using namespace check;
+using sparsekit::Linear24Args;
+using sparsekit::RangeBody;
+
+namespace {
+
+// In small pieces from the end: a kernel may not count on order, nor on how the range is cut.
+void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
+  const int64_t step = std::max<int64_t>(grain, 1);
+  for (int64_t begin = (count - 1) / step * step; begin >= 0 && count > 0; begin -= step)
+    body(begin, std::min(begin + step, count), context);
+}
+
+struct Case {
+  DType dtype;
+  int64_t tokens, rows, cols;
+  bool bias;
+  int threads;
+  Flush flush;
+};
+
+void run(const Kernels& level, const Case& c, uint64_t seed) {
+  const std::string what = std::string("linear24 ") + level.level + " " + name(c.dtype) + " [" +
+                           std::to_string(c.tokens) + ", " + std::to_string(c.cols) + "] to " + std::to_string(c.rows) +
+                           (c.bias ? " bias" : "") + (c.flush == Flush::End ? " end" : " begin");
+  Random random(seed);
+  const size_t size = size_of(c.dtype);
+  const int64_t stored = 2 * (c.cols / 4) + c.cols % 4, bytes = (c.cols + 7) / 8;
+  Buffer x(c.tokens * c.cols * size, c.flush), values(c.rows * stored * size, c.flush), bitmask(c.rows * bytes, c.flush),
+      bias(c.rows * size, c.flush), y(c.tokens * c.rows * size, c.flush);
+  random.fill(x.data(), c.tokens * c.cols, c.dtype, Values::Normal);
+  random.fill(values.data(), c.rows * stored, c.dtype, Values::Normal);
+  random.fill(bias.data(), c.rows, c.dtype, Values::Normal);
+  std::vector<int64_t> column;  // of every value
+  std::memset(bitmask.data(), 0, bitmask.size());
+  for (int64_t row = 0; row < c.rows; ++row)
+    for (int64_t start = 0; start < c.cols; start += 4) {
+      const int64_t a = random.below(4), b = (a + 1 + random.below(3)) % 4;
+      for (int64_t i = start; i < std::min(start + 4, c.cols); ++i)
+        if (start + 4 > c.cols || i - start == a || i - start == b) {
+          bitmask.as<uint8_t>()[row * bytes + i / 8] |= static_cast<uint8_t>(1 << i % 8);
+          column.push_back(i);
+        }
+    }
+  const Linear24Args args{.x = x.data(), .values = values.data(), .bitmask = bitmask.as<uint8_t>(),
+                          .bias = c.bias ? bias.data() : nullptr, .y = y.data(), .tokens = c.tokens, .rows = c.rows,
+                          .cols = c.cols, .threads = c.threads, .dtype = c.dtype};
+  level.linear24(args, parallel_for);
+  const double rounding = c.dtype == DType::F32 ? 0x1p-23 : c.dtype == DType::F16 ? 0x1p-10 : 0x1p-7;
+  for (int64_t token = 0; token < c.tokens; ++token)
+    for (int64_t row = 0; row < c.rows; ++row) {
+      double sum = c.bias ? get(bias.data(), row, c.dtype) : 0.0, size_of_terms = std::fabs(sum);
+      for (int64_t k = row * stored; k < (row + 1) * stored; ++k) {
+        const double term = double{get(values.data(), k, c.dtype)} * get(x.data(), token * c.cols + column[k], c.dtype);
+        sum += term;
+        size_of_terms += std::fabs(term);
+      }
+      const double got = get(y.data(), token * c.rows + row, c.dtype);
+      const double bound = rounding * std::fabs(sum) + 0x1p-22 * std::sqrt(c.cols + 1.0) * size_of_terms;
+      if (!(std::fabs(got - sum) <= bound)) {
+        expect(false, what + " at token " + std::to_string(token) + ", row " + std::to_string(row) + ": " +
+                          std::to_string(got) + ", not " + std::to_string(sum));
+        return;
+      }
+    }
+}
+
+}  // namespace
+
+void test_linear24() {
+  constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200};
+  constexpr int64_t kCols[] = {1, 3, 4, 5, 8, 12, 31, 32, 60, 63, 64, 65, 68, 100, 127, 128, 130, 192, 260, 320};
+  constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 33, 64, 65};
+  uint64_t seed = 0;
+  for (const Kernels* level : levels())
+    for (DType dtype : kDTypes)
+      for (int64_t tokens : kTokens)
+        for (int64_t cols : kCols) {
+          Random random(++seed);
+          run(*level,
+              {dtype, tokens, kRows[random.below(13)], cols, random.below(2) == 1, 1 + static_cast<int>(random.below(3)),
+               random.below(2) ? Flush::End : Flush::Begin},
+              seed);
+        }
+}
