@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import Forward, as_batches, run_batch
+from .nn import autocast_dtype
 from .providers import is_transposed, unfit
 from .prune.layers import Where, borrowed, input_dim
 
@@ -67,8 +68,7 @@ def watch(model: nn.Module, sites: list[Site], sample: Any, forward: Forward | N
 
     def count(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        device = x.device.type
-        dtypes[site.name].add(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        dtypes[site.name].add(autocast_dtype(x) or x.dtype)
         if tokens := x.shape[:-1].numel():
             site.calls[bucket(tokens)] += 1
 

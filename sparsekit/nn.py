@@ -104,8 +104,7 @@ class Linear24(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         values, bias = self.values, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if (dtype := autocast_dtype(x)) is not None:
             return linear24(x.to(dtype), values.to(dtype), self.bitmask, None if bias is None else bias.to(dtype))
         return linear24(x, values, self.bitmask, bias)
 
@@ -173,7 +172,7 @@ class PrepackedLinear(nn.Module):
                 "PrepackedLinear cannot train its weight: call model.eval(), use torch.no_grad(), "
                 "or turn it back with sparsekit.decompress_"
             )
-        if not self.reordered or torch.is_autocast_enabled(x.device.type):
+        if not self.reordered or autocast_dtype(x) is not None:
             return F.linear(x, self._dense(), self.bias)
         return prepacked_linear(x, self.packed, self.bias)
 
@@ -222,6 +221,13 @@ class PrepackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, weight={form}"
         )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes linear layers in on ``x``'s device; None where it is off."""
+    device = x.device.type
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def _oriented(weight: Tensor, transposed: bool) -> Tensor:

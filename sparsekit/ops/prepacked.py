@@ -1,6 +1,7 @@
 """Dense linear on a weight that oneDNN has reordered once: the fastest dense that PyTorch has on a CPU."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import LIBRARY, define
@@ -11,7 +12,13 @@ from ._define import LIBRARY, define
 
 
 def _linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    if not packed.is_mkldnn:
+        return F.linear(x, packed, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _dense_reference(packed: Tensor) -> Tensor:
+    return packed.to_dense() if packed.is_mkldnn else packed.clone()
 
 
 def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -23,7 +30,7 @@ _prepacked_linear = define(
 )
 _prepacked_dense = define(
     "prepacked_dense(Tensor packed) -> Tensor",
-    lambda packed: packed.to_dense(),
+    _dense_reference,
     lambda packed: torch.empty(packed.shape, dtype=packed.dtype, device=packed.device),
 )
 

@@ -1,0 +1,337 @@
+"""Linear24 and PrepackedLinear: state, gradients, copies, conversions, compilation."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
+from sparsekit.nn import Linear24, PrepackedLinear
+from sparsekit.ops.prepacked import prepack, prepacked_dense, prepacked_linear
+
+# torch warns about its own use of torch.jit while it compiles.
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+BOTH = pytest.mark.parametrize("kind", [Linear24, PrepackedLinear], ids=["linear24", "prepacked"])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def sparse_linear(cols=40, rows=48, bias=True, dtype=torch.float32):
+    linear = nn.Linear(cols, rows, bias, dtype=dtype).eval()
+    sk.nm_prune_(linear.weight.data, 2, 4)
+    return linear
+
+
+def outputs_and_gradients(module, x):
+    module.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    y.float().square().sum().backward()
+    return y.detach(), x.grad
+
+
+def test_linear24_literal():
+    linear = nn.Linear(6, 2)
+    linear.weight.data = torch.tensor([[1.0, 0, 2, 0, 5, 6], [0, 0, 0, 3, 0, 7]])
+    linear.bias.data = torch.tensor([10.0, 20.0])
+    layer = Linear24.from_linear(linear)
+    assert layer.values.tolist() == [[1, 2, 5, 6], [0, 3, 0, 7]]
+    assert layer.bitmask.tolist() == [[0b110101], [0b111100]]
+    assert layer(torch.tensor([1.0, 1, 1, 1, 1, 1])).tolist() == [24, 30]
+    assert layer.weight.tolist() == linear.weight.tolist()
+    assert layer.bias is linear.bias
+
+
+def test_prepacked_literal():
+    layer = PrepackedLinear(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), nn.Parameter(torch.tensor([10.0, 20.0])))
+    assert layer.eval()(torch.tensor([1.0, 1.0, 1.0])).tolist() == [16, 35]
+    assert layer.state_dict()["weight"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert not isinstance(layer._parameters.get("weight"), nn.Parameter)
+
+
+@BOTH
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cols", [4, 7, 40])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (0,), (2, 0), (2, 3)], ids=str)
+def test_forward_is_linear(kind, bias, cols, shape):
+    linear = sparse_linear(cols, 9, bias)
+    x = torch.randn(*shape, cols)
+    torch.testing.assert_close(kind.from_linear(linear)(x), linear(x))
+
+
+@BOTH
+def test_strided_inputs(kind):
+    linear = sparse_linear()
+    layer = kind.from_linear(linear)
+    for x in (
+        torch.randn(40, 6).t(),
+        torch.randn(6, 80)[:, ::2],
+        torch.randn(40).expand(6, 40),
+        torch.randn(9, 44)[2:7, 3:43],
+    ):
+        torch.testing.assert_close(layer(x), linear(x))
+
+
+@BOTH
+def test_rejects_inputs_that_do_not_fit(kind):
+    layer = kind.from_linear(sparse_linear())
+    with pytest.raises(ValueError, match="columns"):
+        layer(torch.randn(3, 41))
+    with pytest.raises(TypeError, match="float64"):
+        layer(torch.randn(3, 40, dtype=torch.float64))
+
+
+def test_broken_24_names_the_group():
+    linear = sparse_linear()
+    linear.weight.data[3, 8:12] = 1
+    with pytest.raises(ValueError, match=r"row 3, columns 8 to 11"):
+        Linear24.from_linear(linear)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:2"])
+def test_stored_mask_decides_what_is_packed(pattern):
+    linear = nn.Linear(16, 8)
+    mask = Pattern.parse(pattern).mask(linear.weight.detach())
+    linear.weight.data[0, mask[0].nonzero()[0]] = 0.0  # a kept zero stays kept
+    linear.weight.data *= mask
+    set_mask(linear, mask, MaskInfo(Pattern.parse(pattern), 1))
+    layer = Linear24.from_linear(linear)
+    assert torch.equal(layer.weight, linear.weight)
+    assert torch.equal(get_mask(layer), mask)
+    assert get_mask_info(layer) == get_mask_info(linear)
+    kept = sk.unpack24(torch.ones_like(layer.values), layer.bitmask, 16).bool()
+    assert (kept & mask).sum() == mask.sum()
+    assert (layer.weight_mask is layer.bitmask) == (pattern != "1:4")
+    back = layer.to_linear()
+    assert torch.equal(get_mask(back), mask)
+    assert "weight_mask" not in layer.state_dict()
+
+
+def test_mask_with_three_of_four_is_rejected():
+    linear = sparse_linear()
+    set_mask(linear, torch.ones(48, 40, dtype=torch.bool), MaskInfo(Pattern.parse("3:4"), 1))
+    with pytest.raises(ValueError, match="row 0, columns 0 to 3"):
+        Linear24.from_linear(linear)
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [48, 40])
+def test_transposed_stands_for_conv1d(kind, rows):
+    linear = sparse_linear(40, rows)
+    conv = nn.Module()
+    conv.weight, conv.bias = nn.Parameter(linear.weight.detach().t().contiguous()), linear.bias
+    layer = kind.from_linear(conv.eval(), transposed=True)
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(layer(x), linear(x))
+    assert torch.equal(layer.weight, conv.weight)
+    if kind is PrepackedLinear:
+        assert torch.equal(layer.state_dict()["weight"], conv.weight)
+        layer.load_state_dict({"weight": conv.weight * 2, "bias": conv.bias})
+        torch.testing.assert_close(layer(x), F.linear(x, linear.weight * 2, linear.bias))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_to_linear_is_exact(kind, dtype):
+    linear = sparse_linear(dtype=dtype)
+    linear.weight.requires_grad_(False)
+    back = kind.from_linear(linear.train()).to_linear()
+    assert type(back) is nn.Linear
+    assert torch.equal(back.weight, linear.weight)
+    assert back.bias is linear.bias
+    assert back.training and not back.weight.requires_grad
+    assert back.weight.data_ptr() != linear.weight.data_ptr()
+
+
+@BOTH
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_equal_and_apart(kind, clone):
+    layer = kind.from_linear(sparse_linear())
+    x = torch.randn(3, 40)
+    expected = layer(x)
+    twin = clone(layer)
+    assert torch.equal(twin(x), expected)
+    twin.load_state_dict(
+        {key: torch.zeros_like(t) if t.is_floating_point() else t for key, t in twin.state_dict().items()}
+    )
+    assert twin(x).abs().max() == 0
+    assert torch.equal(layer(x), expected)
+
+
+@BOTH
+def test_state_dict_round_trip_through_a_file(kind):
+    layer, other = kind.from_linear(sparse_linear()), kind.from_linear(sparse_linear())
+    expected = {Linear24: {"values", "bitmask", "bias"}, PrepackedLinear: {"weight", "bias"}}[kind]
+    assert set(layer.state_dict()) == expected
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(3, 40)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_prepacked_state_dict_errors():
+    layer = PrepackedLinear.from_linear(sparse_linear())
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
+        layer.load_state_dict({"bias": layer.bias})
+    with pytest.raises(RuntimeError, match=r"weight must have shape \(48, 40\), got \(40, 48\)"):
+        layer.load_state_dict({"weight": torch.zeros(40, 48), "bias": layer.bias})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"extra"'):
+        layer.load_state_dict({**layer.state_dict(), "extra": torch.zeros(1)})
+
+
+@BOTH
+def test_to_dtype_and_device(kind):
+    linear = sparse_linear()
+    layer = kind.from_linear(linear).to(torch.bfloat16)
+    x = torch.randn(3, 40, dtype=torch.bfloat16)
+    linear.to(torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x), linear(x), rtol=2e-2, atol=2e-2)
+    assert torch.equal(layer.float().weight, linear.float().weight)
+    assert layer(x.float()).dtype == torch.float32
+    assert layer.to("meta")(x.float().to("meta")).shape == (3, 48)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_follows_linear(kind, dtype):
+    linear = sparse_linear()
+    layer, x = kind.from_linear(linear), torch.randn(3, 40)
+    with torch.autocast("cpu", dtype):
+        expected, got = linear(x), layer(x)
+    assert got.dtype == expected.dtype == dtype
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_linear24_gradients():
+    linear = sparse_linear()
+    layer, x = Linear24.from_linear(linear), torch.randn(2, 3, 40)
+    layer.bias = nn.Parameter(linear.bias.detach().clone())
+    y, grad_x = outputs_and_gradients(layer, x)
+    expected_y, expected_grad_x = outputs_and_gradients(linear, x)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(grad_x, expected_grad_x)
+    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+    kept = linear.weight.detach() != 0
+    torch.testing.assert_close(sk.unpack24(layer.values.grad, layer.bitmask, 40), linear.weight.grad * kept)
+
+
+@compiles
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_prepacked_gradients_reach_x_and_bias(compiled):
+    linear = sparse_linear()
+    layer, x = PrepackedLinear.from_linear(linear), torch.randn(2, 3, 40)
+    layer.bias = nn.Parameter(linear.bias.detach().clone())
+    y, grad_x = outputs_and_gradients(torch.compile(layer, fullgraph=True) if compiled else layer, x)
+    expected_y, expected_grad_x = outputs_and_gradients(linear, x)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(grad_x, expected_grad_x)
+    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+
+
+def test_prepacked_refuses_to_train():
+    layer = PrepackedLinear.from_linear(sparse_linear().train())
+    x = torch.randn(3, 40)
+    with pytest.raises(RuntimeError, match=r"cannot train its weight: call model.eval\(\)"):
+        layer(x)
+    with torch.no_grad():
+        assert layer(x).shape == (3, 48)
+    frozen = sparse_linear().train().requires_grad_(False)
+    assert PrepackedLinear.from_linear(frozen)(x).shape == (3, 48)
+
+
+def test_prepacked_weight_is_bit_exact():
+    weight = torch.randn(7, 9)
+    weight[0, :4] = torch.tensor([float("nan"), -0.0, 1e-42, float("inf")])
+    layer = PrepackedLinear(weight)
+    assert torch.equal(layer.weight.view(torch.int32), weight.view(torch.int32))
+
+
+def test_prepacked_holds_one_form():
+    linear = sparse_linear()
+    layer = PrepackedLinear.from_linear(linear)
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 1 and tensors[0].is_mkldnn
+    assert not list(layer.buffers())
+
+
+@BOTH
+def test_weight_is_read_only(kind):
+    layer = kind.from_linear(sparse_linear())
+    with pytest.raises((AttributeError, KeyError), match="weight"):
+        layer.weight = nn.Parameter(torch.zeros(48, 40))
+    before = layer.weight
+    layer.weight.zero_()
+    assert torch.equal(layer.weight, before)
+
+
+@BOTH
+@compiles
+def test_compiles_whole(kind):
+    torch._dynamo.reset()
+    linear = sparse_linear()
+    model = nn.Sequential(kind.from_linear(linear), nn.ReLU(), nn.Linear(48, 3)).eval()
+    x = torch.randn(5, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+@compiles
+def test_compiled_prepacked_follows_autocast_and_gives_its_weight():
+    torch._dynamo.reset()
+    layer, x = PrepackedLinear.from_linear(sparse_linear()), torch.randn(5, 40)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(lambda: layer.weight + 1, fullgraph=True)(), layer.weight + 1)
+
+
+def test_new_linear24_is_24_and_trains():
+    layer = Linear24(10, 6)
+    assert ((layer.weight[:, :8].view(6, 2, 4) != 0).sum(-1) == 2).all()
+    x, target = torch.randn(64, 10), torch.randn(64, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.05)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.mse_loss(layer(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert Linear24(10, 6, bias=False, device="meta", dtype=torch.float16).values.shape == (6, 6)
+
+
+def test_repr_says_what_it_is():
+    assert str(Linear24.from_linear(sparse_linear())) == "Linear24(in_features=40, out_features=48, bias=True)"
+    assert str(PrepackedLinear.from_linear(sparse_linear())).endswith("bias=True, weight=reordered)")
+    assert str(PrepackedLinear(torch.zeros(0, 4))).endswith("bias=False, weight=plain)")
+
+
+def test_prepacked_ops_pass_opcheck():
+    weight = torch.randn(6, 5)  # plain: opcheck looks at storages, which an opaque tensor has not
+    for args in ((torch.randn(2, 5), weight, None), (torch.randn(2, 5, requires_grad=True), weight, torch.randn(6))):
+        torch.library.opcheck(torch.ops.sparsekit.prepacked_linear.default, args)
+    torch.library.opcheck(torch.ops.sparsekit.prepacked_dense.default, (weight,))
+
+
+def test_prepacked_gradient_is_right():
+    weight, bias = torch.randn(6, 5), torch.randn(6, requires_grad=True)
+    packed, x = prepack(weight, 4), torch.randn(2, 5, requires_grad=True)
+    assert torch.equal(prepacked_dense(packed), weight)
+    upstream = torch.randn(2, 6)
+    got = torch.autograd.grad(prepacked_linear(x, packed, bias), (x, bias), upstream)
+    expected = torch.autograd.grad(F.linear(x, weight, bias), (x, bias), upstream)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
