@@ -71,6 +71,14 @@ simde__m512i each128(simde__m512i a, simde__m512i b, Body body) {
   return vector<simde__m512i>(result);
 }
 
+// By halves, as the compilers do.
+inline float sum(simde__m512 a) {
+  auto x = lanes<float>(a);
+  for (size_t width = 8; width > 0; width /= 2)
+    for (size_t i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
 }  // namespace emulated
 
 #undef _mm512_alignr_epi8
@@ -92,7 +100,7 @@ simde__m512i each128(simde__m512i a, simde__m512i b, Body body) {
 #define _mm512_cvtepu16_epi32(a) emulated::widen<uint32_t>(a, [](uint16_t x) -> uint32_t { return x; })
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps(a) \
-  simde_mm512_castsi512_ps(emulated::widen<float>(a, [](uint16_t x) { return simde_float16_to_float32(simde_uint16_as_float16(x)); }))
+  simde_mm512_castsi512_ps(emulated::widen<float>(a, [](uint16_t x) { return _cvtsh_ss(x); }))
 #undef _mm512_kunpackd
 #define _mm512_kunpackd(high, low) (static_cast<__mmask64>(high) << 32 | static_cast<uint32_t>(low))
 #undef _mm512_kunpackw
@@ -108,3 +116,5 @@ simde__m512i each128(simde__m512i a, simde__m512i b, Body body) {
   simde_mm512_castsi512_ps(emulated::expand<uint32_t>(kept, simde_mm512_castps_si512(a)))
 #undef _mm512_stream_si512
 #define _mm512_stream_si512(to, a) simde_mm512_store_si512(to, a)
+#undef _mm512_reduce_add_ps
+#define _mm512_reduce_add_ps(a) emulated::sum(a)
