@@ -9,7 +9,8 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """Calls ``model`` on one batch: a mapping as ``**``, a tuple as ``*``, anything else as one argument.
+    """Calls ``model`` on one batch: a mapping as ``**``, a tuple or list as ``*`` (DataLoader makes lists),
+    anything else as one argument.
 
     ``forward(model, batch)`` overrides that.
     """
@@ -17,7 +18,7 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
         return forward(model, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple):
+    if isinstance(batch, tuple | list):
         return model(*batch)
     return model(batch)
 

@@ -400,7 +400,19 @@ def test_batches_of_every_kind_give_the_same_mask():
     torch.manual_seed(0)
     x, dense = torch.randn(6, 8), nn.Linear(8, 8)
     loader = torch.utils.data.DataLoader(x, batch_size=4)
-    kinds = [x, [x], (x,), [(x,)], {"input": x}, [{"input": x[:1]}, {"input": x[1:]}], loader, [x.view(2, 3, 8)], [*x]]
+    lists = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)  # one-item lists
+    kinds = [
+        x,
+        [x],
+        (x,),
+        [(x,)],
+        {"input": x},
+        [{"input": x[:1]}, {"input": x[1:]}],
+        loader,
+        lists,
+        [x.view(2, 3, 8)],
+        [*x],
+    ]
     masks = []
     for batches in kinds:
         layer = copy.deepcopy(dense)
@@ -634,9 +646,9 @@ def language_model():
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     stories = (Path(data) / "tinystories" / "tinystories_sample.txt").read_text().split("<|endoftext|>")[200:260]
     tokens = [torch.tensor(tokenizer(story.strip(), max_length=128, truncation=True)["input_ids"]) for story in stories]
-    rows = torch.stack([story for story in tokens if len(story) == 128])[:48]
+    rows = torch.stack([story for story in tokens if len(story) == 128])[:24]
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, [{"input_ids": batch} for batch in rows.split(16)]
+    return model, [{"input_ids": batch} for batch in rows.split(12)]
 
 
 def test_layer_errors_on_a_real_language_model(language_model):

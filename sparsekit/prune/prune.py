@@ -43,8 +43,8 @@ def prune_(
         method: ``Magnitude("2:4")``, ``Wanda("2:4")``, or another ``Method``.
         batches: calibration inputs, one batch or an iterable that can be read again, such as a list or a DataLoader;
             the model is given them as they are, on the device they are on. A mapping is called as ``model(**batch)``,
-            a tuple as ``model(*batch)``, anything else as ``model(batch)``. ``Wanda`` needs them; with ``Magnitude``
-            they only serve to report errors.
+            a tuple or list as ``model(*batch)``, anything else as ``model(batch)``. ``Wanda`` needs them; with
+            ``Magnitude`` they only serve to report errors.
         where: ``where(name, module)`` selects layers; None selects all.
         sequential: whether every block sees the inputs that the pruned blocks before it produce, which is better and
             costs a partial forward pass over all batches per block. A block is an item of an outermost ModuleList or
