@@ -94,7 +94,7 @@ def _race(modules: Mapping[str, nn.Module], x: Tensor, cold: bool, budget: float
     evicted = torch.ones(min(2 * last_level_cache(), MAX_EVICTION) // 4 if cold else 0)
     begin = time.perf_counter()
     modules["plain"](x)
-    calls = 1 if cold else math.ceil(SHORTEST / (time.perf_counter() - begin))
+    calls = 1 if cold else math.ceil(SHORTEST / max(time.perf_counter() - begin, 1e-9))
     names = list(modules)
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - begin > budget:
