@@ -1,0 +1,31 @@
+"""Models to prune, and what a failure must bring back."""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from sparsekit.masks import get_mask, get_mask_info
+
+
+def stack(*widths):
+    layers = [nn.Linear(i, o) for i, o in pairwise(widths)]
+    return nn.Sequential(*(module for layer in layers for module in (layer, nn.Tanh())))
+
+
+def snapshot(model):
+    """Everything a failure must bring back, as bits."""
+    bits = {name: tensor.clone().view(torch.int32) for name, tensor in model.state_dict().items()}
+    masks = {name: (get_mask(module), get_mask_info(module)) for name, module in model.named_modules()}
+    return bits, masks, [module.training for module in model.modules()]
+
+
+def assert_same(model, before):
+    bits, masks, training = snapshot(model)
+    assert all(torch.equal(bits[name], tensor) for name, tensor in before[0].items())
+    assert masks.keys() == before[1].keys()
+    for name, (mask, info) in before[1].items():
+        assert masks[name][1] == info and (masks[name][0] is None) == (mask is None)
+        assert mask is None or torch.equal(masks[name][0], mask)
+    assert training == before[2]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

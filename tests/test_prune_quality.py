@@ -1,0 +1,139 @@
+"""The orderings that must hold, on made-up layers and on a trained language model."""
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from pruning import stack
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.masks import Pattern, get_mask
+from sparsekit.prune import Method
+
+
+class Gram:
+    """A statistic that no method of the library has: the sum of x x^T."""
+
+    def __init__(self, layer):
+        self.layer, self.gram = layer, 0
+
+    def update(self, x):
+        rows = self.layer.windows(x).float()
+        self.gram = self.gram + rows.t() @ rows
+
+
+@dataclass(frozen=True)
+class LeastSquares(Method):
+    """Wanda's mask, then the kept weights that change the output least."""
+
+    statistic = Gram
+
+    def prune(self, weight, statistic):
+        mask = Pattern.parse(self.pattern).mask(weight.abs() * statistic.gram.diagonal().sqrt())
+        solved = torch.zeros_like(weight)
+        for row, kept in enumerate(mask):
+            h = statistic.gram[kept]
+            solved[row, kept] = torch.linalg.solve(h[:, kept], h @ weight[row])
+        return solved, mask
+
+
+def test_wanda_ignores_outlier_channels_that_the_weights_cancel():
+    """Scaling a channel up and its weights down changes no output: Wanda's mask stays, magnitude's moves."""
+    torch.manual_seed(0)
+    scale = torch.randn(64).exp()
+    x = torch.randn(500, 64)
+    plain = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    scaled = copy.deepcopy(plain)
+    with torch.no_grad():
+        scaled[0].weight.mul_(scale[:, None]), scaled[0].bias.mul_(scale), scaled[1].weight.div_(scale)
+    torch.testing.assert_close(plain(x), scaled(x), rtol=1e-3, atol=1e-4)
+    same = {}
+    for method in (sk.Wanda("2:4"), sk.Magnitude("2:4")):
+        masks = []
+        for model in (copy.deepcopy(plain), copy.deepcopy(scaled)):
+            sk.prune_(model, method, [x], where=lambda name, _: name == "1")
+            masks.append(get_mask(model[1]))
+        same[type(method)] = (masks[0] == masks[1]).float().mean().item()
+    assert same[sk.Wanda] > 0.999 and same[sk.Magnitude] < 0.9  # not all: the scaled norm is rounded anew
+
+
+def test_a_method_with_its_own_statistic_plugs_in():
+    torch.manual_seed(0)
+    model = stack(32, 32, 32)
+    x = torch.randn(300, 32) @ torch.randn(32, 32)
+    errors = {}
+    for method in (sk.Magnitude("2:4"), sk.Wanda("2:4"), LeastSquares("2:4")):
+        pruned = copy.deepcopy(model)
+        errors[type(method).__name__] = sk.prune_(pruned, method, [x], sequential=False).error
+        mask = get_mask(pruned[0])
+        assert torch.equal(pruned[0].weight != 0, mask) and (mask.view(32, 8, 4).sum(-1) == 2).all()
+    assert errors["LeastSquares"] < errors["Wanda"] < errors["Magnitude"]
+    changed = pruned[0].weight[mask] != model[0].weight[mask]
+    assert changed.all()  # kept weights were updated
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    def prune(self, weight, statistic):
+        generator = torch.Generator().manual_seed(weight.numel())
+        mask = Pattern.parse(self.pattern).mask(torch.rand(weight.shape, generator=generator))
+        return weight * mask, mask
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    """A trained Llama of 260 thousand parameters, and calibration batches of its own kind of text."""
+    data = os.environ.get("SPARSEKIT_DATA")
+    if not data:
+        pytest.skip("SPARSEKIT_DATA is unset")
+    transformers = pytest.importorskip("transformers")
+    folder = Path(data) / "ckpt_stories260K" / "hf"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    stories = (Path(data) / "tinystories" / "tinystories_sample.txt").read_text().split("<|endoftext|>")[200:260]
+    tokens = [torch.tensor(tokenizer(story.strip(), max_length=128, truncation=True)["input_ids"]) for story in stories]
+    rows = torch.stack([story for story in tokens if len(story) == 128])[:24]
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, [{"input_ids": batch} for batch in rows.split(12)]
+
+
+def test_layer_errors_on_a_real_language_model(language_model):
+    dense, batches = language_model
+    errors = {}
+    for method in (Random("2:4"), sk.Magnitude("2:4"), sk.Wanda("2:4")):
+        model = copy.deepcopy(dense)
+        report = sk.prune_(model, method, batches, sequential=False)
+        errors[type(method).__name__] = report.error
+        assert len(report.layers) == 35 and report.sparsity == 0.5
+        assert [(layer.name, layer.reason) for layer in report.skipped] == [
+            ("lm_head", "its weight is tied to model.embed_tokens.weight")
+        ]
+        for module in model.modules():
+            if (mask := get_mask(module)) is not None:
+                assert torch.equal(module.weight != 0, mask)
+    assert errors["Random"] > 1.5 * errors["Magnitude"]
+    assert errors["Magnitude"] > 1.05 * errors["Wanda"]
+    assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
+
+
+def test_sequential_pruning_of_a_real_language_model(language_model):
+    dense, batches = language_model
+    model, hidden = copy.deepcopy(dense), []
+    reference = copy.deepcopy(dense)
+    report = sk.prune_(model, sk.Wanda("2:4"), batches)
+    assert [layer.name.split(".")[2] for layer in report.layers] == [str(block) for block in range(5) for _ in range(7)]
+    # Pruning the first block by itself, then the second on what it gives, is what sequential means.
+    for block in ("0", "1"):
+        sk.prune_(reference, sk.Wanda("2:4"), batches, where=lambda name, _, b=block: f"layers.{b}." in name)
+    for block in (0, 1):
+        for (name, got), expected in zip(
+            model.model.layers[block].named_parameters(), reference.model.layers[block].parameters(), strict=True
+        ):
+            assert torch.equal(got, expected), name
+    with torch.no_grad():
+        for llama in (dense, model):
+            hidden.append(llama(**batches[0]).logits)
+    assert torch.isfinite(hidden[1]).all() and not torch.equal(*hidden)
