@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sparsekit.ops.nm import nm_prune_reference
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECIAL = (float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -6e-8, 1.0, -1.0)
 
@@ -20,7 +22,14 @@ def hostile(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers, ties, NaNs of both signs, infinities, zeros of both signs and denormals."""
     special = torch.tensor(SPECIAL, dtype=dtype)[torch.randint(len(SPECIAL), shape)]
     kind = torch.randint(3, shape)
-    return torch.where(kind == 0, torch.randn(shape).to(dtype), torch.where(kind == 1, ties(*shape, dtype=dtype), special))
+    return torch.where(
+        kind == 0, torch.randn(shape).to(dtype), torch.where(kind == 1, ties(*shape, dtype=dtype), special)
+    )
+
+
+def sparse24(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A normal weight pruned to 2:4 by the reference, and its mask."""
+    return nm_prune_reference(torch.randn(rows, cols).to(dtype), 2, 4, None)
 
 
 def _transposed(tensor: Tensor) -> Tensor:
@@ -35,7 +44,9 @@ def _sliced(tensor: Tensor) -> Tensor:
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan") if tensor.is_floating_point() else 1)
+    wide = tensor.new_full(
+        (*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan") if tensor.is_floating_point() else 1
+    )
     return wide[..., ::2].copy_(tensor)
 
 

@@ -109,13 +109,14 @@ def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, values, bitmask = ctx.saved_tensors
+    tokens = torch.atleast_2d(grad).flatten(0, -2)  # [tokens, rows]
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = grad @ _unpack24(values, bitmask, x.shape[-1])
     if ctx.needs_input_grad[1]:
-        grad_values = _pack_at(grad.flatten(0, -2).t() @ x.flatten(0, -2), bitmask)
+        grad_values = _pack_at(tokens.t() @ torch.atleast_2d(x).flatten(0, -2), bitmask)
     if ctx.needs_input_grad[3]:
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = tokens.sum(0)
     return grad_x, grad_values, None, grad_bias
 
 

@@ -1,0 +1,71 @@
+"""Which kernels answer, and how that is chosen."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsekit.ops import backends, force_simd, simd_level, simd_levels
+from sparsekit.ops._kernels import NATIVE, OPS
+
+native = pytest.mark.skipif(NATIVE != "loaded", reason=f"no compiled extension: {NATIVE}")
+
+
+def run(code, **environment):
+    """Runs code in a new process, away from the checkout's folder on the path."""
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.skipif(os.environ.get("SPARSEKIT_NATIVE") != "1", reason="asked for by SPARSEKIT_NATIVE=1")
+def test_native_kernels_answer_every_op():
+    answers = {op: answer["cpu"] for op, answer in backends().items()}
+    assert len(answers) == 8 and "reference" not in answers.values(), answers
+
+
+@native
+def test_best_level_is_the_default():
+    assert simd_levels()[0] == "plain"
+    assert simd_level() == simd_levels()[-1]
+
+
+@native
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux for the CPU's features")
+@pytest.mark.parametrize("level, features", [("avx2", {"avx2", "fma", "bmi2"}), ("avx512", {"avx512f", "avx512bw"})])
+def test_level_is_there_where_the_cpu_has_it(level, features):
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    assert (level in simd_levels()) == (features <= set(flags.split()))
+
+
+@native
+def test_force_simd_names_the_level_and_restores_it():
+    for level in simd_levels():
+        with pytest.raises(KeyError, match="inside"), force_simd(level):
+            assert simd_level() == level
+            assert {answer["cpu"] for answer in backends().values()} == {level}
+            raise KeyError("inside")
+        assert simd_level() == simd_levels()[-1]
+
+
+def test_force_simd_rejects_a_level_that_is_not_there():
+    with pytest.raises(ValueError, match=r"level must be one of \(.*\), got 'sse9'"), force_simd("sse9"):
+        pass
+
+
+def test_backends_names_every_op_and_device():
+    assert tuple(backends()) == OPS
+    assert all(set(answer) == {"cpu", "cuda"} for answer in backends().values())
+
+
+def test_switched_off_the_reference_answers():
+    code = "from sparsekit.ops import *; print(simd_levels(), simd_level(), {a['cpu'] for a in backends().values()})"
+    done = run(code, SPARSEKIT_NATIVE="0")
+    assert done.stdout.strip() == "() reference {'reference'}", done.stderr
+
+
+def test_an_unknown_switch_is_an_error():
+    done = run("import sparsekit", SPARSEKIT_NATIVE="yes")
+    assert done.returncode and "ImportError: SPARSEKIT_NATIVE must be 0, 1 or unset, got 'yes'" in done.stderr

@@ -1,0 +1,159 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, poison, sparse24
+
+import sparsekit as sk
+from sparsekit.ops.sparse24 import linear24_reference, pack24_reference
+
+OPS = torch.ops.sparsekit
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_linear_literal(simd, dtype):
+    values, bitmask = sk.pack24(torch.tensor([[0, 1, 2, 0, 1], [3, 0, 0, -1, 0]], dtype=dtype))
+    x = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 1, 1, 0]], dtype=dtype)
+    assert sk.linear24(x, values, bitmask).tolist() == [[13, -1], [2, -1]]
+    assert sk.linear24(x, values, bitmask, torch.tensor([1, 2], dtype=dtype)).tolist() == [[14, 1], [3, 1]]
+    assert sk.linear24(x[0], values, bitmask).tolist() == [13, -1]
+
+
+def assert_linear(x, weight, bias, packed):
+    """Compares with float64, allowing fp32 sums in any order and one rounding to the dtype."""
+    actual = sk.linear24(x, *packed, bias)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = F.linear(x.abs().double(), weight.abs().double(), None if bias is None else bias.abs().double())
+    bound = size * (weight.shape[1] + 2) * 2**-24 + exact.abs() * torch.finfo(x.dtype).eps + 1e-7
+    assert actual.dtype == x.dtype and actual.shape == exact.shape and actual.is_contiguous()
+    assert ((actual.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(1, 4), (3, 3), (5, 70), (130, 66), (67, 260), (256, 512)], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 8, 9, 16, 31, 33, 64, 130, 257])
+def test_linear(simd, dtype, shape, tokens):
+    weight, mask = sparse24(*shape, dtype)
+    x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    packed = sk.pack24(weight, mask)
+    poison(x.new_empty(tokens, shape[0]))
+    assert_linear(x, weight, bias, packed)
+    assert_linear(x, weight, None, packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3), (1, 2, 3)], ids=str)
+def test_linear_leading_dimensions(simd, dtype, leading):
+    weight, mask = sparse24(9, 20, dtype)
+    assert_linear(torch.randn(*leading, 20).to(dtype), weight, torch.randn(9).to(dtype), sk.pack24(weight, mask))
+
+
+@pytest.mark.parametrize("rows, cols", [(0, 8), (5, 0), (0, 0)])
+def test_linear_without_rows_or_columns(simd, rows, cols):
+    packed, bias = sk.pack24(torch.zeros(rows, cols)), torch.randn(rows)
+    assert_same(sk.linear24(torch.randn(3, cols), *packed, bias), bias.expand(3, rows).contiguous())
+    assert_same(sk.linear24(torch.randn(3, cols), *packed), torch.zeros(3, rows))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40, 130])
+def test_linear_does_not_swallow_nan(simd, tokens):
+    weight, mask = sparse24(40, 72)
+    x = torch.randn(tokens, 72)
+    x[tokens // 2, 71] = NAN
+    hit = torch.isnan(sk.linear24(x, *sk.pack24(weight, mask)))
+    assert hit[tokens // 2][mask[:, 71]].all()
+    hit[tokens // 2] = False
+    assert not hit.any()
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=dtype_id
+)
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
+def test_gradients_of_linear(dtype, tolerance, leading):
+    values, bitmask = sk.pack24(*sparse24(6, 18, dtype))
+    x, bias, grad = (torch.randn(shape).to(dtype) for shape in ((*leading, 18), (6,), (*leading, 6)))
+    gradients = []
+    for linear in (sk.linear24, linear24_reference):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, values, bias)]
+        linear(inputs[0], inputs[1], bitmask, inputs[2]).backward(grad)
+        gradients.append([tensor.grad for tensor in inputs])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_any_strides(simd, layout, dtype):
+    values, bitmask = pack24_reference(*sparse24(7, 70, dtype), True)
+    x, bias = torch.randn(3, 70).to(dtype), torch.randn(7).to(dtype)
+    strided = [LAYOUTS[layout](tensor) for tensor in (x, values, bitmask)]
+    strided_bias = torch.stack([bias, bias], 1)[:, 0]
+    assert_same(sk.linear24(*strided, strided_bias), sk.linear24(x, values, bitmask, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("tokens", [1, 4, 16, 200])
+def test_threads(simd, threads, dtype, tokens):
+    packed = sk.pack24(*sparse24(1030, 516, dtype))
+    x, results = torch.randn(tokens, 516).to(dtype), []
+    for count in (1, 2):
+        threads(count)
+        results.append(sk.linear24(x, *packed))
+    assert_same(*results)
+
+
+def test_reference_gradcheck():
+    weight, mask = sparse24(3, 10)
+    values, bitmask = pack24_reference(weight.double(), mask, True)
+
+    def linear(x, values, bias):
+        return linear24_reference(x, values, bitmask, bias)
+
+    inputs = [tensor.requires_grad_() for tensor in (torch.randn(2, 10).double(), values, torch.randn(3).double())]
+    # Linear in every input, so a wide difference is exact where fp32 sums are not fine enough for a narrow one.
+    assert torch.autograd.gradcheck(linear, inputs, eps=0.25, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("rows, cols", [(0, 8), (5, 18)])
+def test_opcheck(dtype, rows, cols):
+    values, bitmask = sk.pack24(*sparse24(rows, cols, dtype))
+    x, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 3, cols), (rows,)))
+    torch.library.opcheck(OPS.linear24.default, (x, values.clone().requires_grad_(), bitmask, bias))
+    torch.library.opcheck(OPS.linear24.default, (x.detach(), values, bitmask, None))
+
+
+def test_compile_fullgraph():
+    def run(x, values, bitmask, bias):
+        return sk.linear24(x * 2, values, bitmask, bias) + 1, sk.linear24(x, values, bitmask)
+
+    arguments = torch.randn(3, 20), *sk.pack24(*sparse24(6, 20)), torch.randn(6)
+    outputs = torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments)
+    for got, expected in zip(outputs, run(*arguments), strict=True):
+        assert torch.equal(got, expected)
+
+
+V, B = torch.ones(3, 4), torch.full((3, 1), 0x33, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: sk.linear24(torch.ones(2, 8).long(), V, B), TypeError, r"x must be float32, .* got torch\.int64"),
+        (lambda: sk.linear24(torch.tensor(1.0), V, B), ValueError, r"x must have at least one dimension"),
+        (lambda: sk.linear24(torch.ones(2, 7), V, B), ValueError, r"values must have 5 columns for a weight of 7"),
+        (
+            lambda: sk.linear24(torch.ones(2, 8), V, B.int()),
+            TypeError,
+            r"bitmask must be torch\.uint8, got torch\.int32",
+        ),
+        (lambda: sk.linear24(torch.ones(2, 8).half(), V, B), TypeError, r"values must be torch\.float16, got"),
+        (lambda: sk.linear24(torch.ones(2, 8).to("meta"), V, B), ValueError, r"values must be on meta, got cpu"),
+        (lambda: sk.linear24(torch.ones(2, 8), V, B, torch.ones(4)), ValueError, r"bias must have shape \(3,\), got"),
+        (lambda: sk.linear24(torch.ones(2, 8), V, B, torch.ones(3).half()), TypeError, r"bias must be torch\.float32"),
+    ],
+)
+def test_rejects(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
