@@ -1,0 +1,107 @@
+// Block scores. The order of additions is the definition: rows one after the other, then columns by halves.
+#pragma once
+
+#include "block_strips.h"
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+// `from` as floats: itself, or converted into `to` where the compiler would convert one at a time.
+inline const float* as_floats(const float* from, float*, int64_t) { return from; }
+inline const BF16* as_floats(const BF16* from, float*, int64_t) { return from; }
+inline const float* as_floats(const F16* from, float* to, int64_t count) {
+  int64_t i = 0;
+#if defined(SPARSEKIT_AVX512)
+  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, load_floats(from + i));
+#elif defined(SPARSEKIT_AVX2)
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, load_floats(from + i));
+#endif
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+  return to;
+}
+
+// total += the scores of one row.
+template <bool kScaled, bool kMasked, class T>
+void add_row(const T* weight, const float* scale, const bool* mask, float* __restrict total, int64_t cols) {
+  for (int64_t i = 0; i < cols; ++i) {
+    float score = std::fabs(to_float(weight[i]));
+    if constexpr (kScaled) score *= scale[i];
+    if constexpr (kMasked) score = mask[i] ? score : 0.0f;
+    total[i] += score;
+  }
+}
+
+template <class T>
+void add_row(const T* weight, const float* scale, const bool* mask, float* total, int64_t cols) {
+  if (scale)
+    mask ? add_row<true, true>(weight, scale, mask, total, cols) : add_row<true, false>(weight, scale, mask, total, cols);
+  else
+    mask ? add_row<false, true>(weight, scale, mask, total, cols)
+         : add_row<false, false>(weight, scale, mask, total, cols);
+}
+
+// Adds the right half of every block's columns to the left half. kHalf: the columns of a half, 0 where only known when
+// running; `width` then is what is there of the two, and columns without a partner get a zero.
+template <int64_t kHalf>
+void fold(const float* __restrict from, float* __restrict to, int64_t blocks, int64_t width, int64_t half) {
+  if constexpr (kHalf > 0) half = kHalf, width = 2 * kHalf;
+  for (int64_t block = 0; block < blocks; ++block, from += width, to += half) {
+    for (int64_t i = 0; i < width - half; ++i) to[i] = from[i] + from[half + i];
+    for (int64_t i = width - half; i < half; ++i) to[i] = from[i] + 0.0f;
+  }
+}
+
+// The sum of every `width` columns of `total`; `spare` is as large.
+inline void fold_blocks(float* total, float* spare, int64_t blocks, int64_t width, float* scores) {
+  float* from = total;
+  float* to = spare;
+  while (width > 1) {
+    const int64_t half = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(width))) / 2;
+    switch (width) {
+      case 16:
+        fold<8>(from, to, blocks, width, half);
+        break;
+      case 8:
+        fold<4>(from, to, blocks, width, half);
+        break;
+      case 4:
+        fold<2>(from, to, blocks, width, half);
+        break;
+      case 2:
+        fold<1>(from, to, blocks, width, half);
+        break;
+      default:
+        fold<0>(from, to, blocks, width, half);
+    }
+    std::swap(from, to);
+    width = half;
+  }
+  std::copy_n(from, blocks, scores);
+}
+
+}  // namespace
+
+void block_scores(const BlockScoresArgs& a, int64_t begin, int64_t end) {
+  const int64_t wide = (a.cols + a.block_cols - 1) / a.block_cols;
+  const int64_t blocks = std::min(wide, std::max<int64_t>(1, kStripEntries / a.block_cols)), width = blocks * a.block_cols;
+  const std::unique_ptr<float[]> buffers(new float[3 * width]);
+  float* total = buffers.get();
+  dispatch(a.dtype, [&]<class T>(T*) {
+    for_strips(a, begin, end, blocks, [&](const BlockStrip& strip) {
+      const int64_t strip_blocks = (strip.cols + a.block_cols - 1) / a.block_cols;
+      std::fill_n(total, strip.cols, -0.0f);  // plus x it is x, even where x is -0.0
+      std::fill(total + strip.cols, total + strip_blocks * a.block_cols, 0.0f);
+      for (int64_t row = strip.top; row < strip.top + strip.rows; ++row) {
+        const T* weight = static_cast<const T*>(a.weight) + row * a.weight_stride + strip.left;
+        add_row(as_floats(weight, total + 2 * width, strip.cols), a.scale ? a.scale + strip.left : nullptr,
+                a.mask ? a.mask + row * a.cols + strip.left : nullptr, total, strip.cols);
+      }
+      if (strip.rows < a.block_rows)  // rows of zeros below the edge turn -0.0 to 0.0
+        for (int64_t i = 0; i < strip.cols; ++i) total[i] += 0.0f;
+      fold_blocks(total, total + width, strip_blocks, a.block_cols,
+                  a.scores + strip.top / a.block_rows * wide + strip.left / a.block_cols);
+    });
+  });
+}
+
+}  // namespace sparsekit::SPARSEKIT_LEVEL
