@@ -8,7 +8,9 @@ from pruning import assert_same, snapshot, stack
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.masks import get_mask
+from sparsekit.masks import Pattern, get_mask
+from sparsekit.prune import InputNorm
+from sparsekit.prune.layers import find_layers
 
 
 class Reversed(nn.Module):
@@ -140,6 +142,13 @@ def test_generators_are_read_once_or_rejected():
     with pytest.raises(ValueError, match="batches gave no batch"):
         sk.prune_(model, sk.Wanda("2:4"), [])
     assert_same(model, before)
+
+
+def test_input_norm_is_the_root_mean_square():
+    norm = InputNorm(find_layers(nn.Linear(2, 1), Pattern.parse("50%"), "input", None)[0][0])
+    norm.update(torch.tensor([[[3.0, 1.0]]]))
+    norm.update(torch.tensor([[4.0, 1.0], [0.0, -2.0]]))
+    torch.testing.assert_close(norm.norm, torch.tensor([25 / 3, 2.0]).sqrt())
 
 
 def test_progress_wraps_the_longest_loop():

@@ -44,11 +44,13 @@ def test_report_without_batches_has_no_errors():
 def test_error_of_many_rows_is_sampled_evenly():
     torch.manual_seed(0)
     layer = nn.Linear(64, 32, bias=False)
-    x = torch.randn(40, 100, 64) * torch.linspace(0.1, 3, 40).view(-1, 1, 1) * torch.rand(64)  # batches differ
+    layer.weight.data[:, ::4] *= 10  # kept in any case
+    x = torch.randn(40, 100, 64)
+    x[:20] *= torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(16)  # so that the first half loses nothing
     weight = layer.weight.detach().clone()
     report = sk.prune_(layer, sk.Wanda("2:4"), list(x))
     exact = (x @ (weight - layer.weight).t()).norm() / (x @ weight.t()).norm()
-    assert report.error == pytest.approx(exact.item(), rel=0.05)
+    assert report.error == pytest.approx(exact.item(), rel=0.1)
 
 
 def test_inputs_of_zeros_give_no_error():
