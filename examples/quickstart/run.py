@@ -1,0 +1,304 @@
+"""Makes a language model 2:4 sparse, and shows what that does to its quality, its size and its speed on this CPU.
+
+    python examples/quickstart/run.py                             # trains its own small model first, for a minute
+    python examples/quickstart/run.py --model PATH --text FILE    # a transformers causal LM, and text to test it on
+    python examples/quickstart/run.py --short                     # the same path in about a minute
+
+Prune by magnitude and by Wanda, fine-tune with the masks kept, compress, save, load, compare. Then the speed of a model
+of realistic size. Figures go to the terminal, a picture and the checkpoint to ``out/`` beside this file.
+"""
+
+import copy
+import itertools
+import math
+import pydoc_data.topics
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from model import GPT
+from show import figure, heading, mebibytes, show_decisions, show_speed, table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sparsekit as sk
+from sparsekit.nn import PrepackedLinear
+
+# ---------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    model: Path | None = None  # a folder that transformers can load; without it a small model is trained
+    text: Path | None = None  # UTF-8, documents separated by <|endoftext|>; without it Python's own documentation
+    out: Path = Path(__file__).parent / "out"
+    held_out: int = 100  # documents (windows of our own text) that only the perplexity sees
+    train_seconds: float = 60
+    finetune_seconds: float = 20
+    calibration: int = 32  # windows of text that Wanda looks at
+    window: int = 128  # tokens in a window
+    batch: int = 16  # windows in a training step
+    layers: int = 4  # of the model that is trained
+    dim: int = 192
+    big_layers: int = 12  # of the random model of realistic size: GPT-2 small, BERT base
+    big_dim: int = 768
+    token_counts: tuple[int, ...] = (1, 16, 128)  # tokens per forward pass that speed is measured at
+    seconds_per_timing: float = 3
+    tune_budget: float = 0.5  # seconds per layer shape and token count that compress_ may measure
+    short: bool = False  # a rehearsal: the same path with little training
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.short:
+            self.train_seconds, self.finetune_seconds, self.seconds_per_timing, self.tune_budget = 8, 3, 0.5, 0.05
+            self.layers, self.dim, self.calibration = 2, 128, 8
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+Documents = list[Tensor]  # each a row of token ids
+
+
+def own_model_and_text(config: Config) -> tuple[nn.Module, Documents, Documents]:
+    """An untrained byte-level GPT; windows to score, windows to learn from. One token is one byte of UTF-8."""
+    topics = pydoc_data.topics.topics
+    text = config.text.read_text("utf-8") if config.text else "\n\n".join(topics[name] for name in sorted(topics))
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    windows = windows_of(data, config)
+    context = max(config.window, *config.token_counts)
+    model = GPT(256, context, config.dim, config.layers, heads=config.dim // 32)
+    return model, windows[: config.held_out], windows[config.held_out :]
+
+
+def given_model_and_text(config: Config) -> tuple[nn.Module, Documents, Documents]:
+    """A trained transformers model; documents to score, each after a bos token; windows of the rest to learn from."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if config.text is None:
+        raise SystemExit("--model needs --text: what to measure its perplexity on")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    model.config.use_cache = False
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    texts = config.text.read_text("utf-8").split("<|endoftext|>")
+    documents = [
+        torch.tensor(start + tokenizer(text.strip(), add_special_tokens=False, verbose=False).input_ids)
+        for text in tqdm(texts, "tokenize", leave=False)
+    ]
+    if len(documents) <= config.held_out:  # one long text: its windows stand for documents
+        documents = windows_of(torch.cat(documents), config)
+    return model, documents[: config.held_out], windows_of(torch.cat(documents[config.held_out :]), config)
+
+
+def windows_of(tokens: Tensor, config: Config) -> Documents:
+    """Cuts a text into windows of one token more than the model sees, dropping the rest at the end."""
+    windows = [window for window in tokens.split(config.window + 1) if len(window) > config.window]
+    if len(windows) < config.calibration:
+        raise SystemExit(f"the text gives {len(windows)} windows of {config.window} tokens, too few to calibrate on")
+    return windows
+
+
+# ----------------------------------------------------------------------------------------------------------- steps
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """``[B, T, vocabulary]``, from a plain tensor or from the output object of transformers."""
+    output = model(tokens)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -> Tensor:
+    """Negative log-likelihood of every token but the first of each row, given those before it."""
+    return F.cross_entropy(logits(model, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, documents: Documents) -> tuple[float, int]:
+    """exp of the mean negative log-likelihood, over all tokens of all documents alike; and how many tokens that is.
+
+    Each document is scored by itself, every token but its first.
+    """
+    total, count = 0.0, 0
+    with tqdm(total=len(documents), desc="perplexity", leave=False) as bar:
+        for _, group in itertools.groupby(sorted(documents, key=len), key=len):
+            same_length = list(group)
+            for first in range(0, len(same_length), 16):
+                tokens = torch.stack(same_length[first : first + 16])
+                total += loss(model, tokens, "sum").item()
+                count += tokens[:, 1:].numel()
+                bar.update(len(tokens))
+    return math.exp(total / count), count
+
+
+def train(model: nn.Module, windows: Documents, seconds: float, rate: float, config: Config, what: str) -> int:
+    """AdamW for a given time, the learning rate warming up, then falling by a cosine. Stored masks are kept."""
+    pruned = any("weight_mask" in module._buffers for module in model.modules())
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0 if pruned else 0.1)
+    keeper = sk.keep_masks(model, optimizer) if pruned else None
+    model.train()
+    begin, steps, done = time.perf_counter(), 0, 0.0
+    bar_format = "{desc}: {percentage:3.0f}% |{bar:30}| {postfix}"
+    with tqdm(total=1.0, desc=what, leave=False, bar_format=bar_format) as bar:
+        while done < 1:
+            warm = min(1.0, (steps + 1) / 20)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+            rows = torch.randint(len(windows), (config.batch,)).tolist()
+            value = loss(model, torch.stack([windows[row] for row in rows]))
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            steps += 1
+            before, done = done, min(1.0, (time.perf_counter() - begin) / seconds)
+            bar.set_postfix_str(f"step {steps}, loss {value.item():.3f}", refresh=False)
+            bar.update(done - before)
+    if keeper:
+        keeper.remove()
+    model.eval()
+    return steps
+
+
+@torch.no_grad()
+def tokens_per_second(models: dict[str, nn.Module], vocabulary: int, config: Config) -> dict[int, dict[str, float]]:
+    """By tokens in a forward pass and by model: the tokens over the median time, the models taking turns."""
+    speeds = {}
+    for count in config.token_counts:
+        x = torch.randint(vocabulary, (1, count))
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for model in models.values():
+            logits(model, x)  # warms up
+        end = time.perf_counter() + config.seconds_per_timing
+        with tqdm(desc=f"time {count} tokens", leave=False, bar_format="{desc}: {n} rounds") as bar:
+            while bar.n < 7 or time.perf_counter() < end:
+                for name, model in models.items():
+                    begin = time.perf_counter()
+                    logits(model, x)
+                    times[name].append(time.perf_counter() - begin)
+                bar.update()
+        speeds[count] = {name: count / statistics.median(taken) for name, taken in times.items()}
+    return speeds
+
+
+def prepack_all(model: nn.Module) -> nn.Module:
+    """The best dense model there is on a CPU: a copy whose linear layers oneDNN has all reordered once."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, PrepackedLinear.from_linear(module))
+    return model
+
+
+def compress(model: nn.Module, config: Config, vocabulary: int) -> sk.CompressReport:
+    """``sk.compress_`` for the token counts of this demo, with a progress bar."""
+    sample = [torch.randint(vocabulary, (1, tokens)) for tokens in config.token_counts]
+    with tqdm(desc="measure layers", leave=False) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_postfix_str(what)
+
+        return sk.compress_(model, sample, budget=config.tune_budget, progress=progress)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def main(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    config.out.mkdir(parents=True, exist_ok=True)
+
+    heading("1. A dense model")
+    given = config.model is not None
+    dense, held_out, learn = given_model_and_text(config) if given else own_model_and_text(config)
+    dense.eval()
+    vocabulary = max(int(document.max()) for document in held_out + learn) + 1
+    weights = sum(weight.numel() for weight in dense.parameters())
+    if not given:
+        steps = train(dense, learn, config.train_seconds, 3e-3, config, "train")
+        print(f"  trained for {config.train_seconds:.0f} s, {steps} steps of {config.batch} x {config.window} bytes")
+    quality, scored = perplexity(dense, held_out)
+    print(f"  {type(dense).__name__}, {weights:,} weights, {mebibytes(4 * weights)}")
+    print(f"  perplexity {quality:.4f} over {len(held_out)} held-out documents, {scored:,} tokens")
+
+    heading("2. Made 2:4 sparse")
+    calibration = [torch.stack(learn[first : first + 8])[:, :-1] for first in range(0, config.calibration, 8)]
+    magnitude, wanda = copy.deepcopy(dense), copy.deepcopy(dense)
+    reports = {
+        "magnitude": sk.prune_(magnitude, sk.Magnitude("2:4"), calibration, progress=bar("magnitude")),
+        "Wanda": sk.prune_(wanda, sk.Wanda("2:4"), calibration, progress=bar("Wanda")),
+    }
+    quality_of = {
+        "dense": quality,
+        "magnitude": perplexity(magnitude, held_out)[0],
+        "Wanda": perplexity(wanda, held_out)[0],
+    }
+    rate = 1e-3
+    sparse, longer = wanda, copy.deepcopy(dense)  # the dense model trains on too: else more training looks like a gain
+    train(sparse, learn, config.finetune_seconds, rate, config, "fine-tune with the masks kept")
+    train(longer, learn, config.finetune_seconds, rate, config, "train the dense model as long")
+    quality_of |= {"dense, tuned": perplexity(longer, held_out)[0], "Wanda, tuned": perplexity(sparse, held_out)[0]}
+    rows = []
+    for name, value in quality_of.items():
+        report = reports.get(name)
+        error, sparsity = ("-", "-") if report is None else (f"{report.error:.3f}", f"{report.sparsity:.1%}")
+        rows.append((name, f"{value:.4f}", f"{value / quality - 1:+.1%}", error, sparsity))
+    table(("", "perplexity", "vs dense", "output error", "zeros"), rows)
+    print(f"  tuned: {config.finetune_seconds:.0f} s of AdamW on text that no perplexity is measured on")
+    for skipped in reports["Wanda"].skipped:
+        print(f"  left dense: {skipped.name}, {skipped.reason}")
+
+    heading("3. Compressed for this machine")
+    compressed = copy.deepcopy(sparse)
+    report = compress(compressed, config, vocabulary)
+    show_decisions(report)
+    quality_of["compressed"] = perplexity(compressed, held_out)[0]
+    print(f"  perplexity {quality_of['compressed']:.4f} compressed, {quality_of['Wanda, tuned']:.4f} before")
+    print(f"  {mebibytes(report.bytes_before)} in memory before, {mebibytes(report.bytes_after)} after")
+    models = {"plain dense": dense, "best dense": prepack_all(dense), "sparsekit": compressed}
+    speed = tokens_per_second(models, vocabulary, config)
+    show_speed(speed)
+
+    heading("4. Saved and loaded")
+    path, tokens = config.out / "model.safetensors", held_out[0][None, :-1]
+    sk.save(compressed, path)
+    loaded = copy.deepcopy(dense)
+    sk.load(loaded, path)
+    with torch.no_grad():
+        identical = torch.equal(logits(loaded, tokens), logits(compressed, tokens))
+    if not identical:
+        raise SystemExit(f"the model that was loaded from {path} computes something else")
+    print(f"  {path.name}, {mebibytes(path.stat().st_size)}; loaded into a dense model, its logits are identical")
+
+    sizes = f"{config.big_layers} layers of {config.big_dim}/{4 * config.big_dim}"
+    heading(f"5. A model of realistic size: {sizes}, random weights")
+    big = GPT(256, max(config.token_counts), config.big_dim, config.big_layers, config.big_dim // 64).eval()
+    sparse = copy.deepcopy(big)
+    sk.prune_(sparse, sk.Magnitude("2:4"), progress=bar("magnitude"))
+    big_report = compress(sparse, config, 256)
+    show_decisions(big_report)
+    print(f"  {mebibytes(big_report.bytes_before)} in memory before, {mebibytes(big_report.bytes_after)} after")
+    big_speed = tokens_per_second(
+        {"plain dense": big, "best dense": prepack_all(big), "sparsekit": sparse}, 256, config
+    )
+    show_speed(big_speed)
+
+    picture = figure(config.out / "quickstart.png", quality_of, speed, big_speed, report, big_report)
+    print(f"\nThe picture is {picture}")
+
+
+def bar(what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    return lambda items: tqdm(items, what, leave=False)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,182 @@
+"""What the quickstart prints and draws."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+
+import sparsekit as sk
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+
+Speeds = dict[int, dict[str, float]]  # tokens per second, by tokens in a forward pass and by model
+COLORS = {"plain dense": "#b8bec9", "best dense": "#6f7a8c", "sparsekit": "#e4572e"}
+DECISIONS = {"2:4": "#e4572e", "prepacked": "#6f7a8c", "plain": "#dde1e7"}
+
+
+def heading(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}")
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Prints aligned columns: the first to the left, numbers to the right, an unnamed last one to the left."""
+    wide = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        cells = [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))]
+        if head[-1] == "":
+            cells[-1] = row[-1]
+        print("  " + "   ".join(cells).rstrip())
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+def machine() -> str:
+    """The CPU, the threads, and the SIMD level of the kernels that ran."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu = next(
+            (line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")), cpu
+        )
+    return f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()}, {sk.ops.simd_level()} kernels"
+
+
+def show_speed(speeds: Speeds) -> None:
+    """Prints tokens per second of every model, how the last one compares, and where it is slower."""
+    *others, ours = next(iter(speeds.values()))
+    rows = [
+        (
+            f"{count} a pass",
+            *(f"{speed[name]:,.0f}" for name in [*others, ours]),
+            *(f"{speed[ours] / speed[name]:.2f}x" for name in others),
+        )
+        for count, speed in speeds.items()
+    ]
+    table(("tokens per second", *others, ours, *(f"vs {name}" for name in others)), rows)
+    slower = [
+        f"{speed[ours] / speed[name]:.2f}x {name} at {count}"
+        for count, speed in speeds.items()
+        for name in others
+        if speed[ours] < 0.97 * speed[name]
+    ]
+    print(f"  slower: {', '.join(slower)}" if slower else "  slower than dense: nowhere")
+
+
+def show_decisions(report: sk.CompressReport) -> None:
+    """Prints what became of the layers, one line per shape and decision, with the ratios that were measured."""
+    alike: dict[tuple[tuple[int, int], str, str], list[sk.compress_report.LayerReport]] = {}
+    for layer in report.layers:
+        alike.setdefault((layer.shape, layer.decision, layer.reason), []).append(layer)
+    buckets = sorted({count for layer in report.layers for count in layer.timings})
+    rows = []
+    for (shape, decision, reason), layers in alike.items():
+        timings = [layers[0].timing(count) for count in buckets]
+        ratios = ["-" if timing is None else f"{timing.ratio:.2f}x" for timing in timings]
+        rows.append((f"{len(layers)} of {shape[0]}x{shape[1]}", decision, *ratios, reason))
+    table(("linear layers", "now", *(f"at {count}" for count in buckets), ""), rows)
+
+
+def figure(
+    path: Path,
+    quality: dict[str, float],
+    speed: Speeds,
+    big_speed: Speeds,
+    report: sk.CompressReport,
+    big_report: sk.CompressReport,
+) -> Path:
+    """Draws quality, speed, decisions and memory: of the model in the upper row, at realistic size in the lower one."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5})
+    fig, ((perplexities, speeds, decisions), (memory, big_speeds, big_decisions)) = plt.subplots(
+        2, 3, figsize=(14, 7.6), width_ratios=[1, 1.15, 1.25]
+    )
+    _perplexities(perplexities, quality)
+    _speeds(speeds, speed, "Speed of this model")
+    _decisions(decisions, report, "What became of its layers")
+    _bytes(memory, {"this model": report, "realistic size": big_report})
+    _speeds(big_speeds, big_speed, "Speed at realistic size")
+    _decisions(big_decisions, big_report, "What became of its layers")
+    fig.suptitle(f"sparsekit quickstart, {machine()}, torch {torch.__version__}", fontsize=9, color="#555")
+    fig.tight_layout(rect=(0, 0, 1, 0.98))
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+    return path
+
+
+def _perplexities(axes: plt.Axes, quality: dict[str, float]) -> None:
+    colors = ["#6f7a8c" if name.startswith("dense") else "#e4572e" for name in quality]
+    bars = axes.bar(list(quality), list(quality.values()), color=colors, width=0.65)
+    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axes.axhline(quality["dense"], color="#6f7a8c", linewidth=0.8, linestyle=":")
+    axes.tick_params(axis="x", labelrotation=25)
+    if max(quality.values()) > 10 * quality["dense"]:
+        axes.set_yscale("log")
+    axes.set_title("Perplexity on held-out text (lower is better)", loc="left")
+    axes.margins(y=0.12)
+
+
+def _speeds(axes: plt.Axes, speeds: Speeds, title: str) -> None:
+    """Bars relative to plain dense, the tokens per second written on them."""
+    names = list(next(iter(speeds.values())))
+    for index, name in enumerate(names):
+        heights = [speed[name] / speed[names[0]] for speed in speeds.values()]
+        bars = axes.bar(
+            [at + 0.27 * (index - 1) for at in range(len(speeds))], heights, 0.25, color=COLORS[name], label=name
+        )
+        axes.bar_label(bars, [f"{speed[name]:,.0f}" for speed in speeds.values()], padding=2, fontsize=7.5, rotation=90)
+    axes.axhline(1, color="#6f7a8c", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(speeds)), [f"{count} token{'s' * (count > 1)} a pass" for count in speeds])
+    axes.set_ylabel("speed against plain dense")
+    axes.set_title(f"{title} (labels: tokens/s)", loc="left")
+    axes.margins(y=0.3)
+    axes.legend(frameon=False, ncols=3, loc="upper left", fontsize=8)
+
+
+def _bytes(axes: plt.Axes, reports: dict[str, sk.CompressReport]) -> None:
+    for at, report in enumerate(reports.values()):
+        for offset, size, color in ((-0.17, report.bytes_before, "#6f7a8c"), (0.17, report.bytes_after, "#e4572e")):
+            bars = axes.bar(at + offset, size / report.bytes_before, 0.32, color=color)
+            axes.bar_label(bars, [mebibytes(size)], padding=2, fontsize=8)
+    axes.set_xticks(range(len(reports)), list(reports))
+    axes.set_ylabel("share of dense")
+    axes.set_title("Memory, dense and compressed", loc="left")
+    axes.margins(y=0.12)
+
+
+def _decisions(axes: plt.Axes, report: sk.CompressReport, title: str) -> None:
+    """A grid: a row per block, a column per kind of layer, the least measured ratio in each cell."""
+    rows: dict[str, dict[str, sk.compress_report.LayerReport]] = {}
+    for layer in report.layers:
+        parts = layer.name.split(".")
+        number = next((part for part in parts if part.isdigit()), "")
+        rows.setdefault(number, {})[".".join(parts[parts.index(number) + 1 :] if number else parts)] = layer
+    columns = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    for y, row in enumerate(rows.values()):
+        for kind, layer in row.items():
+            x = columns.index(kind)
+            axes.add_patch(plt.Rectangle((x, y), 0.94, 0.9, color=DECISIONS[layer.decision]))
+            ratios = [timing.ratio for count in layer.timings if (timing := layer.timing(count))]
+            if ratios and layer.decision != "plain":
+                axes.text(
+                    x + 0.47, y + 0.47, f"{min(ratios):.2f}x", ha="center", va="center", color="white", fontsize=7
+                )
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    axes.set_xticks([x + 0.47 for x in range(len(columns))], [kind.split(".")[-1] for kind in columns], rotation=25)
+    axes.set_yticks([y + 0.45 for y in range(len(rows))], [f"block {key}" if key else "" for key in rows])
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(f"{title} (least ratio measured)", loc="left")
+    axes.legend(
+        handles=[Patch(color=color, label=name) for name, color in DECISIONS.items()],
+        frameon=False,
+        ncols=3,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        fontsize=8,
+    )
