@@ -1,0 +1,1 @@
+"""Speed against named baselines: `python -m bench` (or `make bench`) measures, `python -m bench.report` prints."""

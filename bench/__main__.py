@@ -1,0 +1,69 @@
+"""Runs every bench in three processes, keeps the median of each figure and writes results/<device>.json."""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from sparsekit.ops import simd_level
+
+from .report import RESULTS, cpu_name, render, slug
+
+FOLDER = Path(__file__).parent
+PROCESSES = 3
+
+
+def measure(select: str) -> list[dict]:
+    """The rows of one fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.json")
+        options = ["-c", str(FOLDER / "pytest.ini"), "--rootdir", str(FOLDER), f"--benchmark-json={path}", "-k", select]
+        done = subprocess.run([sys.executable, "-m", "pytest", *options, str(FOLDER)])
+        if done.returncode:
+            raise SystemExit("bench: a check is red, so nothing is reported")
+        return [case["extra_info"] for case in json.loads(path.read_text())["benchmarks"]]
+
+
+def middle(rows: tuple[dict, ...]) -> dict:
+    """One row of the medians of the same row of every process."""
+    return {
+        **rows[0],
+        **{
+            part: {key: median(row[part][key] for row in rows) for key in rows[0][part]}
+            for part in ("seconds", "ratios")
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("-k", default="", help="only the benches whose name has this; nothing is written then")
+    select = parser.parse_args().k
+    runs = [measure(select) for _ in range(PROCESSES)]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True)
+    report = {
+        "device": cpu_name(),
+        "simd": simd_level(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "processes": PROCESSES,
+        "rows": [middle(rows) for rows in zip(*runs, strict=True)],
+    }
+    print(render(report))
+    if not select:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{slug(report)}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

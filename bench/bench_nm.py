@@ -1,0 +1,29 @@
+import pytest
+import torch
+from baselines import copy_call, topk_scatter
+from shapes import SQUARE, name
+
+import sparsekit as sk
+from sparsekit.ops.nm import nm_mask_reference, nm_prune_reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAMPLE = slice(None, None, 7)  # the rows that are checked: every thread has some
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["nm_mask", "nm_prune"])
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8)], ids=lambda pattern: f"{pattern[0]}:{pattern[1]}")
+def bench_nm(record, op, pattern, dtype):
+    weight, scale = torch.randn(SQUARE).to(DTYPES[dtype]), torch.rand(SQUARE[1])
+    if op == "nm_mask":
+        call, moved = lambda: sk.nm_mask(weight, *pattern), weight.nbytes + weight.numel()
+        assert torch.equal(call()[SAMPLE], nm_mask_reference(weight[SAMPLE], *pattern))
+    else:
+        call, moved = lambda: sk.nm_prune(weight, *pattern, scale=scale), 2 * weight.nbytes + weight.numel()
+        for got, expected in zip(call(), nm_prune_reference(weight[SAMPLE], *pattern, scale), strict=True):
+            assert torch.equal(got[SAMPLE], expected)
+    baselines, copied = copy_call(weight)
+    baselines["topk"] = lambda: topk_scatter(weight, *pattern)
+    goal = {"copy_": 0.7, "topk": 50} if pattern == (2, 4) else {}
+    row = {"op": f"{op} {pattern[0]}:{pattern[1]}", "shape": name(SQUARE), "dtype": dtype, "goal": goal}
+    record(row, call, baselines, bytes_moved=moved, copied=copied)

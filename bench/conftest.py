@@ -1,0 +1,30 @@
+import statistics
+
+import pytest
+import torch
+from race import Calls, race, ratio
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def record(benchmark):
+    """Races a call against its baselines and keeps the row for the report, through pytest-benchmark's JSON."""
+
+    def run(row: dict, call, baselines: Calls, *, bytes_moved: int = 0, copied: int = 0, best: bool = False) -> None:
+        times = race({"own": call, **baselines})
+        seconds = {key: statistics.median(each) for key, each in times.items()}
+        ratios = {key: ratio(times, "own", key) for key in baselines}
+        if copied:  # bytes per second against the copy's
+            ratios["copy_"] *= bytes_moved / copied
+        if best:
+            ratios["best dense"] = ratios[min(baselines, key=lambda key: seconds[key])]
+        benchmark.extra_info.update(row, seconds=seconds, ratios=ratios, bytes=bytes_moved)
+        benchmark.pedantic(call, rounds=3)
+
+    return run

@@ -1,0 +1,15 @@
+"""Weights of real models, [out_features, in_features], and the numbers of tokens they meet."""
+
+SQUARE = (4096, 4096)  # attention projections of a 7B decoder
+UP = (11008, 4096)  # its feed-forward
+BERT = (768, 768)  # attention projections of a BERT-base or GPT-2
+BERT_UP, BERT_DOWN = (3072, 768), (768, 3072)
+
+LINEAR = (SQUARE, BERT, BERT_UP, BERT_DOWN, UP)
+LARGE = (SQUARE, UP)
+FEW = (1, 4, 8, 16, 32)
+MANY = (64, 128, 512, 1024)
+
+
+def name(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
