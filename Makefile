@@ -54,5 +54,5 @@ sanitize: $(INSTALLED)
 	$(MAKE) -C tests/cpp sanitize
 
 clean:
-	rm -rf build dist *.egg-info sparsekit/_C.* .pytest_cache .hypothesis .mypy_cache .ruff_cache $(INSTALLED)
-	-$(MAKE) -C tests/cpp clean
+	rm -rf build dist *.egg-info sparsekit/_C.* .pytest_cache .hypothesis .mypy_cache .ruff_cache tests/cpp/build \
+	  $(INSTALLED)

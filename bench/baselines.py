@@ -4,9 +4,10 @@ from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
-from race import Calls
 from torch import Tensor, nn
 from torch.utils import mkldnn
+
+from .race import Calls
 
 
 def copy_call(like: Tensor) -> tuple[Calls, int]:

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from baselines import block_topk, copy_call
-from shapes import SQUARE, name
 
 import sparsekit as sk
 from sparsekit.ops.blocks import block_scores_reference, block_topk_mask_reference
+
+from .baselines import block_topk, copy_call
+from .shapes import SQUARE, name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLE = slice(0, 512)  # rows: whole blocks

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from baselines import copy_call, topk_scatter
-from shapes import SQUARE, name
 
 import sparsekit as sk
 from sparsekit.ops.nm import nm_mask_reference, nm_prune_reference
+
+from .baselines import copy_call, topk_scatter
+from .shapes import SQUARE, name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLE = slice(None, None, 7)  # the rows that are checked: every thread has some

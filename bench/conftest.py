@@ -2,7 +2,8 @@ import statistics
 
 import pytest
 import torch
-from race import Calls, race, ratio
+
+from .race import Calls, race, ratio
 
 
 @pytest.fixture(autouse=True)
