@@ -121,17 +121,19 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
             if "replaced" in module.__dict__:
                 _empty(module.__dict__["replaced"].layer)
         raise
-    _allow_saving(model)
+    guard_saving(model)
     return tuple(found)
 
 
-def forbid_saving(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` raise wherever the model has it above a compressed layer, until ``decompress_``."""
+def guard_saving(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` raise wherever the model has it above a compressed layer, and nowhere else."""
     for parent in model.modules():
-        if callable(getattr(parent, "save_pretrained", None)) and any(
-            isinstance(module, Replacement) for module in parent.modules()
-        ):
+        if not callable(getattr(parent, "save_pretrained", None)):
+            continue
+        if any(isinstance(module, Replacement) for module in parent.modules()):
             parent.__dict__["save_pretrained"] = refuse_save_pretrained
+        elif parent.__dict__.get("save_pretrained") is refuse_save_pretrained:
+            del parent.__dict__["save_pretrained"]
 
 
 def _layer_report(site: Site, choice: Choice | None) -> LayerReport:
@@ -163,13 +165,12 @@ def _swap_all(model: nn.Module, chosen: list[tuple[Site, Provider]]) -> None:
             done.append((module, site, site.layer.weight.grad))
             _hang(module, site.places)
             _empty(site.layer)
-        forbid_saving(model)
+        guard_saving(model)
     except BaseException:
         for module, site, grad in done:
             _restore(module, site.places)
             site.layer.weight.grad = grad
-        _allow_saving(model)
-        forbid_saving(model)  # where it was compressed before
+        guard_saving(model)
         raise
 
 
@@ -199,12 +200,6 @@ def _restore(module: Replacement, hangs: Places) -> None:
         layer.training = module.training
         carry_mask(module, layer)
     _hang(layer, hangs)
-
-
-def _allow_saving(model: nn.Module) -> None:
-    for module in model.modules():
-        if module.__dict__.get("save_pretrained") is refuse_save_pretrained:
-            del module.__dict__["save_pretrained"]
 
 
 def _resident_bytes(model: nn.Module) -> int:

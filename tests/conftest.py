@@ -8,6 +8,8 @@ import torch
 
 from sparsekit.ops import force_simd, simd_levels
 
+os.environ["SPARSEKIT_TUNE_CACHE"] = "0"  # the user's measurements are neither used nor changed
+
 hypothesis.settings.register_profile(
     "sparsekit",
     deadline=None,

@@ -21,12 +21,6 @@ compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 FAST, SLOW = 2.0, 0.9
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    monkeypatch.setenv("SPARSEKIT_TUNE_CACHE", "0")
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def ratios(monkeypatch):
     """Replaces the measurement: provider -> ratio, or a function of the token count; records what was asked."""
@@ -391,7 +385,7 @@ def test_failure_leaves_the_model_as_it_was(ratios, monkeypatch, error, stage):
     if stage == "measure":
         monkeypatch.setattr(tune, "measure", fail)
     elif stage == "guard":
-        monkeypatch.setattr(compress, "forbid_saving", fail)
+        monkeypatch.setattr(compress, "guard_saving", fail)
     elif "build" in stage:
         turns = iter(range({"build": 3, "last build": 5}[stage]))  # two are built to be measured, then four to stay
         build = Linear24.from_linear

@@ -19,11 +19,6 @@ compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BOTH = pytest.mark.parametrize("kind", [Linear24, PrepackedLinear], ids=["linear24", "prepacked"])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def sparse_linear(cols=40, rows=48, bias=True, dtype=torch.float32):
     linear = nn.Linear(cols, rows, bias, dtype=dtype).eval()
     sk.nm_prune_(linear.weight.data, 2, 4)
