@@ -1,0 +1,62 @@
+"""The harness that the speed table rests on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import race
+from bench.report import RESULTS, render, slug
+
+ROOT = Path(__file__).parents[1]
+REPORT = {
+    "device": "AMD EPYC 9005",
+    "simd": "avx512_bf16",
+    "threads": 2,
+    "torch": "2.13.0",
+    "date": "2026-01-31",
+    "commit": "abc1234",
+    "processes": 3,
+    "rows": [
+        {
+            "op": "nm_mask 2:4",
+            "shape": "4096x4096",
+            "dtype": "fp32",
+            "goal": {"copy_": 0.7, "topk": 50},
+            "seconds": {"own": 0.002, "copy_": 0.003, "topk": 0.09},
+            "ratios": {"copy_": 0.75, "topk": 45.0},
+            "bytes": 84e6,
+        }
+    ],
+}
+
+
+def test_race_takes_turns_and_compares_round_by_round(monkeypatch):
+    clock, calls = [0.0], []
+
+    def call(name, seconds):
+        def run():
+            calls.append(name)
+            clock[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(race.time, "perf_counter", lambda: clock[0])
+    times = race.race({"own": call("own", 1.0), "slow": call("slow", 3.0)}, budget=0)
+    assert times == {"own": [1.0] * 5, "slow": [3.0] * 5}
+    assert calls[4:10] == ["slow", "own", "own", "slow", "slow", "own"]  # after two of each to warm up and to size
+    assert race.ratio(times, "own", "slow") == 3
+
+
+def test_report_names_the_machine_and_says_what_is_missed():
+    text = render(REPORT)
+    assert text.startswith("AMD EPYC 9005, avx512_bf16, 2 threads, torch 2.13.0, commit abc1234")
+    assert "| `nm_mask 2:4` | 4096x4096 | fp32 | 2.00 | 42.0 | 75% | 45x | 70% yes, 50x no |" in text
+    assert slug(REPORT) == "amd-epyc-9005-avx512-bf16"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_readme_shows_the_measured_table(path):
+    report = json.loads(path.read_text())
+    assert path.stem == slug(report)
+    assert render(report) in (ROOT / "README.md").read_text()
