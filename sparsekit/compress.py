@@ -49,8 +49,10 @@ def compress_(
 
     A provider is taken only if its median ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both
     at every token count seen; of several the one that needs the least time over all calls of the sample. So a layer
-    that would gain at one count and lose at another stays. ``nn.Linear`` and transformers' ``Conv1D`` are swapped;
-    layers with tied weights, hooks, parametrizations or a parent that reads their weight stay, and the report says why.
+    that would gain at one count and lose at another stays. Measure on a quiet machine: where other programs take the
+    cores, whatever uses several threads looks slow, and layers stay that need not. ``nn.Linear`` and transformers'
+    ``Conv1D`` are swapped; layers with tied weights, hooks, parametrizations or a parent that reads their weight stay,
+    and the report says why.
 
     ``decompress_`` undoes it: the same module and Parameter objects return. Until then the Parameters of the swapped
     weights are empty, without ``.grad``, and ``save_pretrained`` raises, because nobody could load what it would write.
