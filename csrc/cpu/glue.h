@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -37,20 +33,9 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
-// A new contiguous tensor on the device of `like`. A large one is asked for in 2 MiB pages: the page faults of fresh
-// memory in 4 KiB pages cost several times what it takes to fill it.
+// A new contiguous tensor on the device of `like`.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor tensor = torch::stable::new_empty(like, shape, dtype);
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 4096, kWorthIt = 4 << 20;
-  const uintptr_t bytes = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
-  if (bytes >= kWorthIt) {
-    const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-    const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
-  }
-#endif
-  return tensor;
+  return torch::stable::new_empty(like, shape, dtype);
 }
 
 // A tensor of one or more dimensions as rows that are `stride` elements apart, each contiguous.

@@ -76,7 +76,7 @@ auto nm_keep_at(const NmRow<T>& row, int64_t i, int n) {
 
 // Columns [0, cols), a multiple of kStep.
 template <int M, bool kScaled, class T>
-void nm_steps(const NmRow<T>& row, int64_t cols, int n) {
+void nm_steps(NmRow<T> row, int64_t cols, int n) {
   constexpr int kLanes = Keys32::kLanes * 4 / sizeof(T);
   const auto keep_and_prune = [&](int64_t i) {
     const auto keep = nm_keep_at<M, kScaled>(row, i, n);
