@@ -91,7 +91,7 @@ def test_the_whole_demo_in_miniature(run, tmp_path, capsys, monkeypatch):
 
 def test_too_little_text_is_said(run, tmp_path):
     (tmp_path / "short.txt").write_text("to be or not to be", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"the text gives 0 windows of 32 tokens"):
+    with pytest.raises(SystemExit, match=r"the text gives 0 windows of 32 tokens, 28 are needed"):
         run.main(miniature(run, tmp_path, text=tmp_path / "short.txt"))
 
 
@@ -105,7 +105,7 @@ def test_a_real_model(run, tmp_path, capsys, data):
         held_out=100,
         window=128,
         calibration=32,
-        finetune_seconds=5,
+        finetune_seconds=3,
     )
     model, stories, _ = run.given_model_and_text(config)
     value, count = run.perplexity(model.eval(), stories)

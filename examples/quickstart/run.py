@@ -12,6 +12,7 @@ import copy
 import itertools
 import math
 import pydoc_data.topics
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -70,7 +71,7 @@ def own_model_and_text(config: Config) -> tuple[nn.Module, Documents, Documents]
     topics = pydoc_data.topics.topics
     text = config.text.read_text("utf-8") if config.text else "\n\n".join(topics[name] for name in sorted(topics))
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-    windows = windows_of(data, config)
+    windows = windows_of(data, config, config.held_out + config.calibration)
     context = max(config.window, *config.token_counts)
     model = GPT(256, context, config.dim, config.layers, heads=config.dim // 32)
     return model, windows[: config.held_out], windows[config.held_out :]
@@ -95,15 +96,16 @@ def given_model_and_text(config: Config) -> tuple[nn.Module, Documents, Document
         for text in tqdm(texts, "tokenize", leave=False)
     ]
     if len(documents) <= config.held_out:  # one long text: its windows stand for documents
-        documents = windows_of(torch.cat(documents), config)
-    return model, documents[: config.held_out], windows_of(torch.cat(documents[config.held_out :]), config)
+        documents = windows_of(torch.cat(documents), config, config.held_out + config.calibration)
+    rest = torch.cat(documents[config.held_out :])
+    return model, documents[: config.held_out], windows_of(rest, config, config.calibration)
 
 
-def windows_of(tokens: Tensor, config: Config) -> Documents:
+def windows_of(tokens: Tensor, config: Config, at_least: int) -> Documents:
     """Cuts a text into windows of one token more than the model sees, dropping the rest at the end."""
     windows = [window for window in tokens.split(config.window + 1) if len(window) > config.window]
-    if len(windows) < config.calibration:
-        raise SystemExit(f"the text gives {len(windows)} windows of {config.window} tokens, too few to calibrate on")
+    if len(windows) < at_least:
+        raise SystemExit(f"the text gives {len(windows)} windows of {config.window} tokens, {at_least} are needed")
     return windows
 
 
@@ -170,7 +172,7 @@ def train(model: nn.Module, windows: Documents, seconds: float, rate: float, con
 
 @torch.no_grad()
 def tokens_per_second(models: dict[str, nn.Module], vocabulary: int, config: Config) -> dict[int, dict[str, float]]:
-    """By tokens in a forward pass and by model: the tokens over the median time, the models taking turns."""
+    """By tokens in a forward pass and by model: the tokens over the median time, the models in random turns."""
     speeds = {}
     for count in config.token_counts:
         x = torch.randint(vocabulary, (1, count))
@@ -180,9 +182,9 @@ def tokens_per_second(models: dict[str, nn.Module], vocabulary: int, config: Con
         end = time.perf_counter() + config.seconds_per_timing
         with tqdm(desc=f"time {count} tokens", leave=False, bar_format="{desc}: {n} rounds") as bar:
             while bar.n < 7 or time.perf_counter() < end:
-                for name, model in models.items():
+                for name in random.sample(list(models), len(models)):  # nobody always runs after the same one
                     begin = time.perf_counter()
-                    logits(model, x)
+                    logits(models[name], x)
                     times[name].append(time.perf_counter() - begin)
                 bar.update()
         speeds[count] = {name: count / statistics.median(taken) for name, taken in times.items()}
@@ -215,6 +217,7 @@ def compress(model: nn.Module, config: Config, vocabulary: int) -> sk.CompressRe
 
 def main(config: Config) -> None:
     torch.manual_seed(config.seed)
+    random.seed(config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
 
     heading("1. A dense model")
