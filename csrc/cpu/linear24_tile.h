@@ -1,0 +1,102 @@
+// Rows of a 2:4 weight times a tile of x that lies [input][token] in the L1 cache.
+#pragma once
+
+#include "float_lanes.h"
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+// Where the four kept of eight inputs lie in a tile, in bytes: four times 16 bits for every byte of the bitmask.
+struct KeptOffsets {
+  uint64_t of_byte[256];
+
+  explicit KeptOffsets(int64_t stride) {
+    for (int bits = 0; bits < 256; ++bits) {
+      of_byte[bits] = 0;
+      for (int input = 0, next = 0; input < 8; ++input)
+        if (bits >> input & 1 && next < 4) of_byte[bits] |= static_cast<uint64_t>(input * stride) << 16 * next++;
+    }
+  }
+};
+
+// Columns [col, col + inputs) of some rows of a weight; strides are in elements.
+struct WeightPiece {
+  const float* values;
+  int64_t values_stride;
+  const uint8_t* bits;
+  int64_t bits_stride;
+  int64_t rows, inputs;
+  const char* ahead;  // what to prefetch with the first row: values of rows to come
+  int64_t ahead_stride, ahead_bytes;
+};
+
+// Weight rows that share a step, so that enough independent sums hide the latency of a multiply-add (8 or more).
+constexpr int rows_per_step(int vectors) {
+#if defined(SPARSEKIT_AVX512)
+  return vectors >= 8 ? 1 : vectors >= 4 ? 2 : 4;
+#else
+  return vectors >= 7 ? 1 : vectors >= 4 ? 2 : 4;
+#endif
+}
+
+// Adds kRows rows' products to sums [row][token]. Every sum takes its columns one after the other, whatever the tile's
+// width and length are, so that neither the threads nor the other tokens change a result.
+template <int kVectors, int kRows>
+inline __attribute__((always_inline)) void rows_times_tile(const WeightPiece& piece, int64_t row, const float* tile,
+                                                           const KeptOffsets& offsets, bool first, float* sums) {
+  constexpr int kTokens = kVectors * kLanes;
+  const float* values[kRows];
+  const uint8_t* bits[kRows];
+  Floats sum[kRows][kVectors];
+  sums += row * kTokens;
+  for (int r = 0; r < kRows; ++r) {
+    values[r] = piece.values + (row + r) * piece.values_stride;
+    bits[r] = piece.bits + (row + r) * piece.bits_stride;
+    for (int64_t byte = 0; byte < piece.ahead_bytes; byte += 64)
+      __builtin_prefetch(piece.ahead + (row + r) * piece.ahead_stride + byte);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = first ? zeros() : load_lanes(sums + r * kTokens + v * kLanes);
+  }
+  const char* inputs = reinterpret_cast<const char*>(tile);
+  const auto add_products = [&](int r, Floats weight, const char* at) __attribute__((always_inline)) {
+    const float* input = reinterpret_cast<const float*>(at);
+    for (int v = 0; v < kVectors; ++v)
+      sum[r][v] = multiply_add(weight, load_lanes(input + v * kLanes), sum[r][v]);
+  };
+  const int64_t bytes = piece.inputs / 8;
+  for (int64_t byte = 0; byte < bytes; ++byte) {
+    uint64_t offset[kRows];
+    Quad quad[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      offset[r] = offsets.of_byte[bits[r][byte]];
+      quad[r] = load_quad(values[r] + 4 * byte);
+    }
+    const auto step = [&]<int i>(std::integral_constant<int, i>) __attribute__((always_inline)) {
+      for (int r = 0; r < kRows; ++r)
+        add_products(r, broadcast<i>(quad[r]), inputs + static_cast<uint16_t>(offset[r] >> 16 * i));
+    };
+    step(std::integral_constant<int, 0>());
+    step(std::integral_constant<int, 1>());
+    step(std::integral_constant<int, 2>());
+    step(std::integral_constant<int, 3>());
+    inputs += 8 * kTokens * sizeof(float);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const float* value = values[r] + 4 * bytes;
+    for (int64_t i = 0; i < piece.inputs % 8; ++i)
+      if (bits[r][bytes] >> i & 1) add_products(r, broadcast(*value++), inputs + i * kTokens * sizeof(float));
+    for (int v = 0; v < kVectors; ++v) store_lanes(sums + r * kTokens + v * kLanes, sum[r][v]);
+  }
+}
+
+template <int kVectors>
+__attribute__((noinline)) void piece_times_tile(const WeightPiece& piece, const float* tile, const KeptOffsets& offsets,
+                                                bool first, float* sums) {
+  constexpr int kRows = rows_per_step(kVectors);
+  int64_t row = 0;
+  for (; row + kRows <= piece.rows; row += kRows)
+    rows_times_tile<kVectors, kRows>(piece, row, tile, offsets, first, sums);
+  for (; row < piece.rows; ++row) rows_times_tile<kVectors, 1>(piece, row, tile, offsets, first, sums);
+}
+
+}  // namespace
+}  // namespace sparsekit::SPARSEKIT_LEVEL
