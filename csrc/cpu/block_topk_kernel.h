@@ -80,14 +80,13 @@ Kth kth_largest(const int32_t* values, int64_t count, int64_t k) {
   return {key, reached};
 }
 
-// The keys in [low, high], in order; returns how many. `to` has room for a vector more than there are keys.
-int64_t collect(const BlockKeys& block, int32_t low, int32_t high, int32_t* to) {
+// The keys from `low` on, in order; returns how many. `to` has room for a vector more than there are keys.
+int64_t collect(const BlockKeys& block, int32_t low, int32_t* to) {
   int64_t found = 0;
 #if defined(SPARSEKIT_AVX512)
   for (int64_t i = 0; i < block.end(); i += kKeyLanes) {
     const __m512i keys = load(block.keys + i);
-    const __mmask16 in = _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(low)), keys,
-                                                      _mm512_set1_epi32(high));
+    const __mmask16 in = _mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(low));
     _mm512_storeu_si512(to + found, _mm512_maskz_compress_epi32(in, keys));
     found += std::popcount(static_cast<uint16_t>(in));
   }
@@ -101,17 +100,16 @@ int64_t collect(const BlockKeys& block, int32_t low, int32_t high, int32_t* to) 
   }();
   for (int64_t i = 0; i < block.end(); i += kKeyLanes) {
     const __m256i keys = load(block.keys + i);
-    const __m256i out = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low), keys),
-                                        _mm256_cmpgt_epi32(keys, _mm256_set1_epi32(high)));
-    const uint8_t in = static_cast<uint8_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(out)));
-    const __m128i from = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits[in].data()));
+    const __m256i in = _mm256_cmpgt_epi32(keys, _mm256_set1_epi32(low - 1));
+    const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(in)));
+    const __m128i from = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits[bits].data()));
     store(to + found, _mm256_permutevar8x32_epi32(keys, _mm256_cvtepu8_epi32(from)), false);
-    found += std::popcount(in);
+    found += std::popcount(bits);
   }
 #else
   for (int64_t i = 0; i < block.end(); ++i) {
     to[found] = block.keys[i];
-    found += block.keys[i] >= low && block.keys[i] <= high;
+    found += block.keys[i] >= low;
   }
 #endif
   return found;
@@ -137,36 +135,35 @@ struct Cut {
 };
 
 // Where to cut a block of more than k keys so that k stay, 0 < k. `few` has room for the keys and kFew more.
-Cut cut_at(const BlockKeys& block, int64_t k, int32_t* few) {
-  int32_t maxima[kMaxima], low = 0, high = -1;  // low <= the k-th largest key <= high
+Cut cut_at(BlockKeys block, int64_t k, int32_t* few) {
+  int32_t maxima[kMaxima], low = 0, high = 0;  // low <= the k-th largest key <= high
   lane_maxima(block, maxima);
   for (int i = 0; i < kMaxima; ++i) high = std::max(high, maxima[i]);
-  int64_t from_low = block.count, above_high = 0;  // how many keys are not below low, and above high
+  const BlockKeys all = block;
   if (k <= kMaxima) {
     low = kth_largest<kMaxima>(maxima, kMaxima, k).key;
-    from_low = collect(block, low, high, few);
+    block = {few, collect(all, low, few)};
+    std::fill_n(few + block.count, kFew, -1);
+    if (block.count == k) return {low - 1, 0};
   }
-  const bool collected = from_low <= kFew && k <= kMaxima;
-  int32_t step = 1 << 23;  // an octave
-  while (from_low - above_high > kFew && low < high) {
-    const int32_t middle = low == 0 && high > step ? high - step : low + (high - low) / 2;
+  int64_t above_high = 0;  // how many keys are above high
+  for (int32_t octaves = 1 << 23; low == 0 && octaves < high; octaves = std::min(octaves, 1 << 29) * 2) {
+    const int64_t above = count_above(block, high - octaves);
+    if (above >= k)
+      low = high - octaves + 1;
+    else
+      high -= octaves, above_high = above;
+  }
+  while (low < high) {
+    const int32_t middle = low + (high - low) / 2;
     const int64_t above = count_above(block, middle);
-    const bool enough = above >= k;
-    low = enough ? middle + 1 : low;
-    from_low = enough ? above : from_low;
-    high = enough ? high : middle;
-    above_high = enough ? above_high : above;
-    step = std::min(step, 1 << 29) * 2;
+    if (above == k) return {middle, 0};
+    const int32_t more = -static_cast<int32_t>(above > k);  // all ones or none: a branch would be a coin's toss
+    low += (middle + 1 - low) & more;
+    high += (middle - high) & ~more;
+    above_high += (above - above_high) & ~int64_t{more};
   }
-  if (from_low == k) return {low - 1, 0};
-  const int64_t wanted = k - above_high;
-  if (low == high) return {high, end_of_equals(block, high, wanted)};
-  const int64_t found = collected ? from_low : collect(block, low, high, few);
-  std::fill_n(few + found, kFew, -1);
-  const Kth kth = kth_largest<kFew>(few, found, wanted);
-  if (kth.reached == wanted) return {kth.key - 1, 0};
-  const int64_t above = above_high + std::count_if(few, few + found, [&](int32_t key) { return key > kth.key; });
-  return {kth.key, end_of_equals(block, kth.key, k - above)};
+  return {high, end_of_equals(all, high, k - above_high)};
 }
 
 template <int64_t kCols, class T>
@@ -175,10 +172,24 @@ void load_keys(const T* score, int32_t* keys, int64_t cols) {
   for (int64_t i = 0; i < cols; ++i) keys[i] = magnitude_key(score[i]);
 }
 
-template <int64_t kCols>
-void store_above(const int32_t* keys, int32_t bound, bool* mask, int64_t cols) {
-  if constexpr (kCols > 0) cols = kCols;
-  for (int64_t i = 0; i < cols; ++i) mask[i] = keys[i] > bound;
+inline void store_above(const int32_t* keys, int32_t bound, bool* mask, int64_t cols) {
+  int64_t i = 0;
+#if defined(SPARSEKIT_AVX512)
+  for (; i + 16 <= cols; i += 16) {
+    const __mmask16 above = _mm512_cmpgt_epi32_mask(load(keys + i), _mm512_set1_epi32(bound));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(mask + i), _mm_maskz_mov_epi8(above, _mm_set1_epi8(1)));
+  }
+#elif defined(SPARSEKIT_AVX2)
+  const __m256i least = _mm256_set1_epi32(bound);
+  for (; i + 16 <= cols; i += 16) {
+    const Keep16 above = join(Keep32{_mm256_cmpgt_epi32(load(keys + i), least)},
+                              Keep32{_mm256_cmpgt_epi32(load(keys + i + 8), least)});
+    const __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(above.lanes), _mm256_extracti128_si256(above.lanes, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(mask + i), _mm_and_si128(bytes, _mm_set1_epi8(1)));
+  }
+#endif
+  for (; i < cols; ++i) mask[i] = keys[i] > bound;
 }
 
 struct TopkScratch {
@@ -221,17 +232,15 @@ void topk_strip(const BlockTopkArgs& a, const BlockStrip& strip, const TopkScrat
   }
   for (int64_t row = 0; row < strip.rows; ++row) {
     bool* mask = a.mask + (strip.top + row) * a.cols + strip.left;
-    const auto store = [&]<int64_t kWidth>(std::integral_constant<int64_t, kWidth>, int64_t block, int64_t cols) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t cols = block < full ? side : rest;
       const Cut& cut = scratch.cuts[block];
       const int32_t* from = keys + block * pitch + row * cols;
       bool* to = mask + block * side;
       const int64_t ties = std::clamp<int64_t>(cut.ties_end - row * cols, 0, cols);
-      if (ties == 0) return store_above<kWidth>(from, cut.bound, to, cols);
-      store_above<0>(from, cut.bound - 1, to, ties);
-      store_above<0>(from + ties, cut.bound, to + ties, cols - ties);
-    };
-    for (int64_t block = 0; block < full; ++block) store(std::integral_constant<int64_t, kCols>(), block, side);
-    if (rest) store(std::integral_constant<int64_t, 0>(), full, rest);
+      if (ties > 0) store_above(from, cut.bound - 1, to, ties);
+      store_above(from + ties, cut.bound, to + ties, cols - ties);
+    }
   }
 }
 

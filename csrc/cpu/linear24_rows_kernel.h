@@ -10,10 +10,10 @@ namespace {
 // one vector of x stay in registers (32 with AVX-512, else 16).
 #if defined(SPARSEKIT_AVX512)
 constexpr int kMaxTokens = 6;
-constexpr int rows_at_once(int) { return 4; }
+constexpr int rows_together(int) { return 4; }
 #else
 constexpr int kMaxTokens = 4;
-constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 4 : 3; }
+constexpr int rows_together(int tokens) { return tokens <= 2 ? 4 : 3; }
 #endif
 
 constexpr int64_t kGrain = 65536;  // products of one piece: 5 us, what waking a thread costs
@@ -106,7 +106,7 @@ struct RowsTask {
 // All tokens of the row groups [begin, end), in chunks of kTokens or one less.
 template <class T, int kTokens>
 void row_groups(int64_t begin, int64_t end, void* context) {
-  constexpr int kRows = rows_at_once(kTokens);
+  constexpr int kRows = rows_together(kTokens);
   const auto& [a, inputs] = *static_cast<const RowsTask<T>*>(context);
   const int64_t strips = a.cols / Strip<T>::kCols * Strip<T>::kCols, last = std::min(end * kRows, a.rows);
   const TokenChunks chunks(a.tokens);
@@ -138,7 +138,7 @@ void linear24_rows(const Linear24Args& a, ParallelFor parallel_for) {
     inputs = packed.get();
   }
   RowsTask<T> task{a, inputs};
-  constexpr int kRows = rows_at_once(kTokens);
+  constexpr int kRows = rows_together(kTokens);
   const int64_t grain = 1 + kGrain / (a.cols * a.tokens * kRows + 1);
   parallel_for((a.rows + kRows - 1) / kRows, grain, row_groups<T, kTokens>, &task);
 }
