@@ -9,6 +9,7 @@ import matplotlib
 import torch
 
 import sparsekit as sk
+from sparsekit.compress_report import LayerReport
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,7 +71,7 @@ def show_speed(speeds: Speeds) -> None:
 
 def show_decisions(report: sk.CompressReport) -> None:
     """Prints what became of the layers, one line per shape and decision, with the ratios that were measured."""
-    alike: dict[tuple[tuple[int, int], str, str], list[sk.compress_report.LayerReport]] = {}
+    alike: dict[tuple[tuple[int, int], str, str], list[LayerReport]] = {}
     for layer in report.layers:
         alike.setdefault((layer.shape, layer.decision, layer.reason), []).append(layer)
     buckets = sorted({count for layer in report.layers for count in layer.timings})
@@ -88,7 +89,7 @@ def figure(
     speed: Speeds,
     big_speed: Speeds,
     report: sk.CompressReport,
-    big_report: sk.CompressReport,
+    big_reports: dict[int, sk.CompressReport],
 ) -> Path:
     """Draws quality, speed, decisions and memory: of the model in the upper row, at realistic size in the lower one."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5})
@@ -97,10 +98,12 @@ def figure(
     )
     _perplexities(perplexities, quality)
     _speeds(speeds, speed, "Speed of this model")
-    _decisions(decisions, report, "What became of its layers")
-    _bytes(memory, {"this model": report, "realistic size": big_report})
+    _decisions(decisions, {"": report}, "What became of its layers")
+    _bytes(memory, {"this model": report} | {f"realistic,\nat {count}": found for count, found in big_reports.items()})
     _speeds(big_speeds, big_speed, "Speed at realistic size")
-    _decisions(big_decisions, big_report, "What became of its layers")
+    _decisions(
+        big_decisions, {f" at {count}": found for count, found in big_reports.items()}, "Layers, by tokens a pass"
+    )
     fig.suptitle(f"sparsekit quickstart, {machine()}, torch {torch.__version__}", fontsize=9, color="#555")
     fig.tight_layout(rect=(0, 0, 1, 0.98))
     fig.savefig(path, dpi=130)
@@ -141,32 +144,35 @@ def _bytes(axes: plt.Axes, reports: dict[str, sk.CompressReport]) -> None:
     for at, report in enumerate(reports.values()):
         for offset, size, color in ((-0.17, report.bytes_before, "#6f7a8c"), (0.17, report.bytes_after, "#e4572e")):
             bars = axes.bar(at + offset, size / report.bytes_before, 0.32, color=color)
-            axes.bar_label(bars, [mebibytes(size)], padding=2, fontsize=8)
+            axes.bar_label(bars, [f"{size / 2**20:.{'0f' if size > 2**25 else '2f'}}"], padding=2, fontsize=8)
     axes.set_xticks(range(len(reports)), list(reports))
     axes.set_ylabel("share of dense")
-    axes.set_title("Memory, dense and compressed", loc="left")
+    axes.set_title("Memory in MiB: dense gray, compressed red", loc="left")
     axes.margins(y=0.12)
 
 
-def _decisions(axes: plt.Axes, report: sk.CompressReport, title: str) -> None:
+def _decisions(axes: plt.Axes, reports: dict[str, sk.CompressReport], title: str) -> None:
     """A grid: a row per block, a column per kind of layer, the least measured ratio in each cell."""
-    rows: dict[str, dict[str, sk.compress_report.LayerReport]] = {}
-    for layer in report.layers:
-        parts = layer.name.split(".")
-        number = next((part for part in parts if part.isdigit()), "")
-        rows.setdefault(number, {})[".".join(parts[parts.index(number) + 1 :] if number else parts)] = layer
+    rows: dict[str, dict[str, LayerReport]] = {}
+    for label, report in reports.items():
+        for layer in (layer for layer in report.layers if layer.timings):
+            parts = layer.name.split(".")
+            number = next((part for part in parts if part.isdigit()), "")
+            rows.setdefault(number, {})[parts[-1] + label] = layer
     columns = list(dict.fromkeys(kind for row in rows.values() for kind in row))
     for y, row in enumerate(rows.values()):
         for kind, layer in row.items():
             x = columns.index(kind)
             axes.add_patch(plt.Rectangle((x, y), 0.94, 0.9, color=DECISIONS[layer.decision]))
             ratios = [timing.ratio for count in layer.timings if (timing := layer.timing(count))]
-            if ratios and layer.decision != "plain":
+            if ratios and len(columns) <= 12:
+                color = "#8a93a3" if layer.decision == "plain" else "white"
+                size = 7 if len(columns) < 8 else 5.5
                 axes.text(
-                    x + 0.47, y + 0.47, f"{min(ratios):.2f}x", ha="center", va="center", color="white", fontsize=7
+                    x + 0.47, y + 0.46, f"{min(ratios):.2f}x", ha="center", va="center", color=color, fontsize=size
                 )
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
-    axes.set_xticks([x + 0.47 for x in range(len(columns))], [kind.split(".")[-1] for kind in columns], rotation=25)
+    axes.set_xticks([x + 0.47 for x in range(len(columns))], columns, rotation=40, ha="right", fontsize=8)
     axes.set_yticks([y + 0.45 for y in range(len(rows))], [f"block {key}" if key else "" for key in rows])
     axes.tick_params(length=0)
     for spine in axes.spines.values():
@@ -177,6 +183,6 @@ def _decisions(axes: plt.Axes, report: sk.CompressReport, title: str) -> None:
         frameon=False,
         ncols=3,
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.12),
+        bbox_to_anchor=(0.5, -0.24),
         fontsize=8,
     )
