@@ -18,6 +18,7 @@ constexpr int64_t kTileBytes = 32768;
 #else
 constexpr int64_t kTileBytes = 24576;
 #endif
+constexpr int64_t kRun = kTileBytes / (kMaxVectors * kLanes * sizeof(float));  // columns that are summed by themselves
 constexpr int64_t kSumsBytes = 131072;  // a quarter of the L2 cache
 constexpr int64_t kRowsAhead = 2;       // of the weight, in steps of rows_per_step
 constexpr int64_t kRowsConverted = 8;   // of 16-bit values at once
@@ -56,7 +57,7 @@ struct LanesScratch {
 template <class T, int kVectors>
 struct LanesBlock {
   static constexpr int kTokens = kVectors * kLanes;
-  static constexpr int64_t kInputs = kTileBytes / (kTokens * sizeof(float)) / 8 * 8;
+  static constexpr int64_t kInputs = kMaxVectors / kVectors * kRun;
 
   const Linear24Args& a;
   int64_t token, tokens, row, rows;
@@ -70,7 +71,7 @@ struct LanesBlock {
       load_tile(col, inputs);
       const int64_t step = std::is_same_v<T, float> ? rows : kRowsConverted;
       for (int64_t r = 0; r < rows; r += step)
-        piece_times_tile<kVectors>(piece(r, std::min(step, rows - r), col, inputs), scratch.tile, offsets, col == 0,
+        piece_times_tile<kVectors, kRun>(piece(r, std::min(step, rows - r), col, inputs), scratch.tile, offsets, col == 0,
                                    scratch.sums + r * kTokens);
     }
     store_sums();
