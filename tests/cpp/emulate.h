@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -62,13 +63,29 @@ simde__m512i widen(From from, Convert convert) {
   return vector<simde__m512i>(result);
 }
 
+template <class Convert>
+__m256i narrow(simde__m512i from, Convert convert) {
+  const auto x = lanes<uint32_t>(from);
+  std::array<uint16_t, 16> result;
+  for (size_t i = 0; i < result.size(); ++i) result[i] = convert(x[i]);
+  return vector<__m256i>(result);
+}
+
 // Every 128 bits by themselves.
 template <class Body>
 simde__m512i each128(simde__m512i a, simde__m512i b, Body body) {
-  const auto x = lanes<simde__m128i>(a), y = lanes<simde__m128i>(b);
-  std::array<simde__m128i, 4> result;
-  for (int i = 0; i < 4; ++i) result[i] = body(x[i], y[i]);
+  using Quarter = std::array<int32_t, 4>;
+  const auto x = lanes<Quarter>(a), y = lanes<Quarter>(b);
+  std::array<Quarter, 4> result;
+  for (int i = 0; i < 4; ++i)
+    result[i] = lanes<int32_t>(body(vector<simde__m128i>(x[i]), vector<simde__m128i>(y[i])));
   return vector<simde__m512i>(result);
+}
+
+inline simde__m512 shuffle128(simde__m512 a, simde__m512 b, int order) {
+  using Quarter = std::array<float, 4>;
+  const auto x = lanes<Quarter>(a), y = lanes<Quarter>(b);
+  return vector<simde__m512>(std::array{x[order & 3], x[order >> 2 & 3], y[order >> 4 & 3], y[order >> 6 & 3]});
 }
 
 // By halves, as the compilers do.
@@ -101,6 +118,13 @@ inline float sum(simde__m512 a) {
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps(a) \
   simde_mm512_castsi512_ps(emulated::widen<float>(a, [](uint16_t x) { return _cvtsh_ss(x); }))
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(a, rounding)                    \
+  emulated::narrow(simde_mm512_castps_si512(a), [](uint32_t x) -> uint16_t { \
+    return _cvtss_sh(std::bit_cast<float>(x), rounding);                     \
+  })
+#undef _mm512_cvtepi32_epi16
+#define _mm512_cvtepi32_epi16(a) emulated::narrow(a, [](uint32_t x) { return static_cast<uint16_t>(x); })
 #undef _mm512_kunpackd
 #define _mm512_kunpackd(high, low) (static_cast<__mmask64>(high) << 32 | static_cast<uint32_t>(low))
 #undef _mm512_kunpackw
@@ -114,6 +138,8 @@ inline float sum(simde__m512 a) {
 #undef _mm512_maskz_expand_ps
 #define _mm512_maskz_expand_ps(kept, a) \
   simde_mm512_castsi512_ps(emulated::expand<uint32_t>(kept, simde_mm512_castps_si512(a)))
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4(a, b, order) emulated::shuffle128(a, b, order)
 #undef _mm512_stream_si512
 #define _mm512_stream_si512(to, a) simde_mm512_store_si512(to, a)
 #undef _mm512_reduce_add_ps
