@@ -1,10 +1,12 @@
 """Kernels for sparse neural networks: fast to make sparse, never slower to run."""
 
+from . import nn as nn
+from . import ops as ops
 from .checkpoint import load as load
 from .checkpoint import save as save
+from .compress import CompressReport as CompressReport
 from .compress import compress_ as compress_
 from .compress import decompress_ as decompress_
-from .compress_report import CompressReport as CompressReport
 from .ops import block_scores as block_scores
 from .ops import block_topk_mask as block_topk_mask
 from .ops import linear24 as linear24

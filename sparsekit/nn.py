@@ -197,7 +197,7 @@ class PrepackedLinear(nn.Module):
     ) -> None:
         key = prefix + "weight"
         weight = state_dict.get(key)
-        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        shape = weight_shape(self)
         if weight is None:
             missing_keys.append(key)
         elif weight.shape != shape:
@@ -223,6 +223,17 @@ class PrepackedLinear(nn.Module):
         )
 
 
+Compressed = Linear24 | PrepackedLinear
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of ``layer.weight``, of a compressed layer without unpacking it."""
+    if isinstance(layer, Compressed):
+        shape = (layer.out_features, layer.in_features)
+        return shape[::-1] if layer.transposed else shape
+    return tuple(layer.weight.shape)  # type: ignore[arg-type]
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes linear layers in on ``x``'s device; None where it is off."""
     device = x.device.type
@@ -234,7 +245,7 @@ def _oriented(weight: Tensor, transposed: bool) -> Tensor:
     return weight.t() if transposed else weight
 
 
-def _dense_linear(layer: Linear24 | PrepackedLinear, weight: Tensor, requires_grad: bool) -> nn.Linear:
+def _dense_linear(layer: Compressed, weight: Tensor, requires_grad: bool) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
     linear.register_parameter("bias", layer.bias)

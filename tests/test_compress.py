@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 import sparsekit as sk
-from sparsekit import compress, providers, tune
+from sparsekit.compress import Timing, providers, swap, tune
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
 from sparsekit.nn import Linear24, PrepackedLinear
 from sparsekit.ops import backends
-from sparsekit.tune import Timing
 
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 FAST, SLOW = 2.0, 0.9
@@ -292,7 +291,7 @@ def test_hostile_layers_stay(ratios):
     }.items():
         assert any(part in found[name] for part in reason.split("|")), (name, found[name])
     assert [old for old, new in zip(modules, model.modules(), strict=True) if old is not new] == [
-        model.__dict__["_modules"]["good"].__dict__["replaced"].layer
+        swap.get_original(model.good)
     ]
 
 
@@ -385,7 +384,7 @@ def test_failure_leaves_the_model_as_it_was(ratios, monkeypatch, error, stage):
     if stage == "measure":
         monkeypatch.setattr(tune, "measure", fail)
     elif stage == "guard":
-        monkeypatch.setattr(compress, "guard_saving", fail)
+        monkeypatch.setattr(swap, "guard_saving", fail)
     elif "build" in stage:
         turns = iter(range({"build": 3, "last build": 5}[stage]))  # two are built to be measured, then four to stay
         build = Linear24.from_linear

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit import tune
-from sparsekit.tune import Timing, measure, remembered
+from sparsekit.compress import tune
+from sparsekit.compress.tune import Timing, measure, remembered
 
 KEY = {"shape": (4, 8), "providers": ("prepacked",), "tokens": 1, "cold": False}
 ANSWER = {"plain": Timing(1.0, 1.0, 0.0, 1.0, 0.1), "prepacked": Timing(0.5, 2.0, 1.0, 1.0, 0.1), "2:4": None}

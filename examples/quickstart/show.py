@@ -9,7 +9,7 @@ import matplotlib
 import torch
 
 import sparsekit as sk
-from sparsekit.compress_report import LayerReport
+from sparsekit.compress import LayerReport
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

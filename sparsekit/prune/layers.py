@@ -1,6 +1,5 @@
 """Which layers can be pruned, and how each one meets its inputs."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._layers import Where, borrowed, input_dim
 from ..masks import Axis, Pattern, grouped
+from ..nn import Compressed
 from ..ops._define import DTYPES
 from .report import Skipped
-
-Where = Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ def find_layers(
     layers, skipped = [], []
     reasons = borrowed(model)
     for name, module in model.named_modules():
+        if isinstance(module, Compressed) and (where is None or where(name, module)):
+            skipped.append(Skipped(name, "it is compressed: call decompress_ first"))
         if (dim := input_dim(module)) is None or (where is not None and not where(name, module)):
             continue
         layer = Layer(name, module, "flatten" if axis == "flatten" and isinstance(module, nn.Conv2d) else dim)
@@ -70,42 +71,6 @@ def find_layers(
         else:
             layers.append(layer)
     return layers, skipped
-
-
-def input_dim(module: nn.Module) -> int | None:
-    """The weight dimension of the inputs; None for a module that is no Linear, Conv2d or transformers' Conv1D."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        return 1
-    names = ((base.__module__, base.__name__) for base in type(module).__mro__)
-    return 0 if ("transformers.pytorch_utils", "Conv1D") in names else None
-
-
-def borrowed(model: nn.Module) -> dict[nn.Module, str]:
-    """Why a module's weight is not its own: others hold it too, or read it without calling the module."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                address = parameter.data_ptr() or id(parameter)  # empty and meta tensors have no address
-                owners.setdefault(address, []).append((f"{name}.{key}".lstrip("."), module))
-    reasons: dict[nn.Module, str] = {}
-    for holders in owners.values():
-        for name, module in holders:
-            others = [other for other, owner in holders if owner is not module]
-            if others and name.endswith("weight"):
-                reasons[module] = f"its weight is tied to {', '.join(others)}"
-    for parent, children in _fused(model):
-        for child in children:
-            reasons[child] = f"{type(parent).__name__} reads its weight without calling it"
-    return reasons
-
-
-def _fused(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[nn.Module, ...]]]:
-    for parent in model.modules():
-        if isinstance(parent, nn.MultiheadAttention):
-            yield parent, (parent.out_proj,)
-        elif isinstance(parent, nn.TransformerEncoderLayer):
-            yield parent, (parent.linear1, parent.linear2)
 
 
 def _unfit(layer: Layer, pattern: Pattern) -> str | None:

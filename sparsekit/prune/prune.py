@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import Forward, as_batches
+from .._layers import Where
 from ..masks import MaskInfo, Pattern, get_mask, get_mask_info, grouped, remove_mask, set_mask, ungrouped
 from ..ops import pack_bits, unpack_bits
 from .calibrate import Block, Inputs, Progress, calibrating, collect, execution_order, split_blocks
-from .layers import Layer, Where, check_weights, find_layers
+from .layers import Layer, check_weights, find_layers
 from .methods import Method
 from .report import LayerReport, PruneReport, Skipped
 

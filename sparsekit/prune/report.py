@@ -1,9 +1,9 @@
 """What ``prune_`` did."""
 
-import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
+
+from .._files import write_json
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,11 @@ class PruneReport:
         lines += [f"skipped {layer.name or '(model)'}: {layer.reason}" for layer in self.skipped]
         return "\n".join([*lines, f"{self.method}, {self.seconds:.1f} s"])
 
-    def save(self, path: str | Path) -> None:
-        """Writes the report as JSON, whole or not at all: to a temporary file that is then renamed."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as JSON, whole or not at all."""
         totals = {"weights": self.weights, "sparsity": self.sparsity, "error": self.error}
         layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
-        text = json.dumps({**asdict(self), "layers": layers, **totals}, indent=2) + "\n"
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(path, {**asdict(self), "layers": layers, **totals})
 
 
 def _number(error: float | None) -> str:

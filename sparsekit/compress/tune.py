@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import simd_level
+from .._files import write_json
+from ..ops import simd_level
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 101
 MAX_SPREAD = 0.5  # a quiet machine shows 0.02 to 0.2
@@ -126,8 +126,8 @@ def remembered(key: Mapping[str, Any], compute: Callable[[], Timings]) -> Timing
     """The timings of ``key`` on this machine: from the tune cache, or else computed and put there.
 
     The cache holds one small JSON file per key in ``$XDG_CACHE_HOME/sparsekit/tune`` (``~/.cache`` by default), written
-    to a temporary name and renamed, so that any number of processes may share it. A file that cannot be read is
-    written anew. What was measured on a busy machine, with a spread above one half, is used once and not kept.
+    whole or not at all, so that any number of processes may share it. A file that cannot be read is written anew.
+    What was measured on a busy machine, with a spread above one half, is used once and not kept.
     ``SPARSEKIT_TUNE_CACHE=0`` switches the cache off, a path moves it; delete the folder to measure again.
     """
     folder = _cache_folder()
@@ -166,12 +166,7 @@ def _read(path: Path, key: dict[str, Any]) -> Timings | None:
 def _write(path: Path, entry: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(entry, file)
-        try:
-            os.replace(file.name, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+        write_json(path, entry)
     except OSError:  # a cache that cannot be written costs time, not correctness
         return
 
@@ -201,7 +196,7 @@ def _cpu_name() -> str:
 
 @cache
 def _extension_tag() -> str:
-    built = sorted(Path(__file__).parent.glob("_C.*"))
+    built = sorted(Path(__file__).parents[1].glob("_C.*"))
     return hashlib.sha256(built[0].read_bytes()).hexdigest()[:16] if built else ""
 
 

@@ -1,10 +1,9 @@
 """What ``compress_`` did, and what it measured."""
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
+from .._files import write_json
 from .tune import Timing
 
 
@@ -77,15 +76,9 @@ class CompressReport:
             ]
         )
 
-    def save(self, path: str | Path) -> None:
-        """Writes the report as JSON, whole or not at all: to a temporary file that is then renamed."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as JSON, whole or not at all."""
+        write_json(path, asdict(self))
 
 
 def _ratios(timing: Timing | None) -> str:

@@ -1,32 +1,22 @@
 """Swaps linear layers for the fastest module that computes the same, never for a slower one."""
 
 import time
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
-import torch
 from torch import nn
 
+from .._batches import Forward
+from .._layers import Where, is_transposed
+from ..nn import Compressed, PrepackedLinear
 from . import tune
-from ._batches import Forward
-from ._choose import Choice, Progress, choose, layout_tokens
-from ._sites import Places, Site, find_sites, places, watch
-from .compress_report import CompressReport, LayerReport
-from .masks import remove_mask
-from .nn import Linear24, PrepackedLinear, carry_mask
-from .providers import Provider, is_transposed
-from .prune.layers import Where
+from .choose import Choice, Progress, choose, layout_tokens
+from .providers import Provider
+from .report import CompressReport, LayerReport
+from .sites import Site, find_sites, watch
+from .swap import restore_all, swap_all
 
 TOKENS = (1, 16, 128)  # what is measured without a sample: a decoding step, a small batch, a prompt
-
-Replacement = Linear24 | PrepackedLinear
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """The layer that a module stands for, emptied; a plain object, so that ``nn.Module`` does not register it."""
-
-    layer: nn.Linear
 
 
 def compress_(
@@ -88,7 +78,8 @@ def compress_(
             site.calls.update(TOKENS)
     choices = choose(free, before > tune.last_level_cache(), budget, progress)
     tuned = time.perf_counter()
-    _swap_all(model, [(site, chosen) for site in free if (chosen := choices[site.name].provider) is not None])
+    chosen = [(site, choices[site.name].provider) for site in free]
+    swap_all(model, [(site, partial(_build, provider)) for site, provider in chosen if provider is not None])
     converted = time.perf_counter()
     layers = tuple(_layer_report(site, choices.get(site.name)) for site in sites)
     return CompressReport(layers, before, _resident_bytes(model), tuned - begin, converted - tuned)
@@ -98,44 +89,16 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     """Undoes ``compress_``: every swapped layer is again the module object it was, with the same Parameter objects.
 
     Weights come back bit for bit (a -0.0 that 2:4 did not store as 0.0), with what happened since: training, loading,
-    ``to(dtype)``. Masks, flags and the keys of the state dict are what they were. A ``Linear24`` or ``PrepackedLinear``
-    that came from elsewhere, such as ``load``, becomes a new ``nn.Linear``.
+    ``to(dtype)``. Masks, flags and the keys of the state dict are what they were. What ``load`` compressed
+    is undone as well. A ``Linear24`` or ``PrepackedLinear`` put there by hand becomes a new ``nn.Linear``.
 
     Returns:
         The names of the layers that were restored.
 
     Raises:
-        ValueError: a layer from elsewhere stands for one of another class than ``nn.Linear``.
+        ValueError: a layer put there by hand stands for one of another class than ``nn.Linear``.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Replacement) and name}
-    for name, module in found.items():
-        if module.transposed and "replaced" not in module.__dict__:
-            raise ValueError(f"layer {name!r} stands for a layer of an unknown class: load the model with dense=True")
-    hangs = places(model)
-    done: list[Replacement] = []
-    try:
-        for module in found.values():
-            done.append(module)
-            _restore(module, hangs[module])
-    except BaseException:
-        for module in done:
-            _hang(module, hangs[module])
-            if "replaced" in module.__dict__:
-                _empty(module.__dict__["replaced"].layer)
-        raise
-    guard_saving(model)
-    return tuple(found)
-
-
-def guard_saving(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` raise wherever the model has it above a compressed layer, and nowhere else."""
-    for parent in model.modules():
-        if not callable(getattr(parent, "save_pretrained", None)):
-            continue
-        if any(isinstance(module, Replacement) for module in parent.modules()):
-            parent.__dict__["save_pretrained"] = refuse_save_pretrained
-        elif parent.__dict__.get("save_pretrained") is refuse_save_pretrained:
-            del parent.__dict__["save_pretrained"]
+    return restore_all(model)
 
 
 def _layer_report(site: Site, choice: Choice | None) -> LayerReport:
@@ -146,62 +109,8 @@ def _layer_report(site: Site, choice: Choice | None) -> LayerReport:
     return LayerReport(site.name, site.shape, decision, choice.reason, calls, choice.timings)
 
 
-def refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands in for ``save_pretrained`` of a compressed model.
-
-    Raises:
-        RuntimeError: always.
-    """
-    raise RuntimeError(
-        "save_pretrained cannot write a compressed model, because nothing could load it: "
-        "use sparsekit.save, or call sparsekit.decompress_ first"
-    )
-
-
-def _swap_all(model: nn.Module, chosen: list[tuple[Site, Provider]]) -> None:
-    done: list[tuple[Replacement, Site, torch.Tensor | None]] = []
-    try:
-        for site, provider in chosen:
-            module = provider.build(site.layer, layout_tokens(site), is_transposed(site.layer))
-            module.__dict__["replaced"] = Replaced(site.layer)
-            done.append((module, site, site.layer.weight.grad))
-            _hang(module, site.places)
-            _empty(site.layer)
-        guard_saving(model)
-    except BaseException:
-        for module, site, grad in done:
-            _restore(module, site.places)
-            site.layer.weight.grad = grad
-        guard_saving(model)
-        raise
-
-
-def _hang(module: nn.Module, hangs: Places) -> None:
-    for parent, attribute in hangs:
-        parent._modules[attribute] = module
-
-
-def _empty(layer: nn.Linear) -> None:
-    """Gives the weight's memory back; its Parameter stays, for whoever holds it."""
-    layer.weight.grad = None
-    layer.weight.data = layer.weight.data.new_empty(0)
-    remove_mask(layer)
-
-
-def _restore(module: Replacement, hangs: Places) -> None:
-    layer = dense = module.to_linear()
-    if "replaced" in module.__dict__:
-        layer = module.__dict__["replaced"].layer
-        weight = dense.weight.detach().t().contiguous() if module.transposed else dense.weight.detach()
-        if weight.device.type == layer.weight.device.type:
-            layer.weight.data = weight
-        else:
-            layer.weight = nn.Parameter(weight)
-        layer.weight.requires_grad_(dense.weight.requires_grad)
-        layer.register_parameter("bias", module.bias)
-        layer.training = module.training
-        carry_mask(module, layer)
-    _hang(layer, hangs)
+def _build(provider: Provider, site: Site) -> Compressed:
+    return provider.build(site.layer, layout_tokens(site), is_transposed(site.layer))
 
 
 def _resident_bytes(model: nn.Module) -> int:

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from .._layers import is_transposed
+from ..ops import nm_prune
 from . import tune
-from ._sites import Site
-from .ops import nm_prune
-from .providers import PROVIDERS, Provider, is_transposed
+from .providers import PROVIDERS, Provider
+from .sites import Site
 
 RATIO, WINS = 1.05, 0.8
 

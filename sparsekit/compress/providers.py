@@ -7,12 +7,12 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from .masks import get_mask
-from .nn import Linear24, PrepackedLinear
-from .ops import backends
-from .ops._define import DTYPES
-from .ops.prepacked import prepack
-from .prune.layers import input_dim
+from .._layers import is_transposed
+from ..masks import get_mask
+from ..nn import Compressed, Linear24, PrepackedLinear
+from ..ops import backends
+from ..ops._define import DTYPES
+from ..ops.prepacked import prepack
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Provider:
     name: str
     dense: bool
     refuses: Callable[[nn.Linear], str | None]
-    build: Callable[[nn.Linear, int, bool], Linear24 | PrepackedLinear]
+    build: Callable[[nn.Linear, int, bool], Compressed]
 
 
 def unfit(layer: nn.Module) -> str | None:
@@ -50,11 +50,6 @@ def unfit(layer: nn.Module) -> str | None:
         return "its forward is replaced"
     own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - {"weight", "bias", "weight_mask"}
     return f"it also holds {', '.join(sorted(own))}" if own else None
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer is transformers' ``Conv1D`` itself: a linear layer with its weight as ``[inputs, outputs]``."""
-    return input_dim(layer) == 0 and type(layer).__name__ == "Conv1D"
 
 
 def _refuses_24(layer: nn.Linear) -> str | None:

@@ -2,8 +2,6 @@
 
 import ctypes
 import hashlib
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .._files import replacing
 
 
 def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -37,30 +37,19 @@ def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, shared
 
 
-def write(path: Path, structure: str, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors, and ``structure`` in the metadata, beside ``path``; flushes them to the disk; then renames."""
-    metadata = {"sparsekit": structure, "sha256": _digest(structure, tensors)}
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
+def seal(structure: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata of a file with these tensors: their structure, and the digest that ``read`` checks."""
+    return {"sparsekit": structure, "sha256": _digest(structure, tensors)}
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors and metadata, whole or not at all."""
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _flush(path.parent)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The structure and the tensors that ``write`` wrote.
+def read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """The structure and the tensors of a file; the structure is None where ``seal`` made no metadata.
 
     Raises:
         OSError: the file cannot be opened.
@@ -71,17 +60,16 @@ def read(path: Path) -> tuple[str, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if "sparsekit" not in metadata or "sha256" not in metadata:
-                raise ValueError("it is a safetensors file, but not one that sparsekit.save wrote")
             # Copies: the file is mapped into memory, and who changes it later must not change the model.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    except (OSError, ValueError):
+    except OSError:
         raise
     except Exception as error:
         raise ValueError(f"it is truncated, or no safetensors file ({error})") from error
-    if _digest(metadata["sparsekit"], tensors) != metadata["sha256"]:
+    structure = metadata.get("sparsekit")
+    if structure is not None and _digest(structure, tensors) != metadata.get("sha256"):
         raise ValueError("it was altered: its digest is not the one that was saved")
-    return metadata["sparsekit"], tensors
+    return structure, tensors
 
 
 def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._batches import Forward, as_batches, run_batch
-from .nn import autocast_dtype
-from .providers import is_transposed, unfit
-from .prune.layers import Where, borrowed, input_dim
+from .._batches import Forward, as_batches, run_batch
+from .._layers import Where, borrowed, input_dim, is_transposed
+from ..nn import autocast_dtype
+from .providers import unfit
 
 MAX_TOKENS = 512  # more are as good as this many for a ratio, and take longer to measure
 

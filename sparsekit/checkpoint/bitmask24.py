@@ -1,0 +1,55 @@
+"""The ``sparse-24-bitmask`` files that llm-compressor wrote: the packed form of ``pack24``, under other names.
+
+Of every 2:4 weight they hold ``NAME.compressed``, ``NAME.bitmask`` and ``NAME.shape``, an int64 column
+(https://github.com/vllm-project/compressed-tensors).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Linear24
+from .structure import Layer, join
+
+
+def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the packed tensors of a state dict.
+
+    Raises:
+        ValueError: a packed layer that the format has no place for.
+    """
+    state = dict(state)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, Linear24):
+            if layer.transposed or layer.in_features % 4:
+                form = "transposed" if layer.transposed else f"of {layer.in_features} inputs"
+                raise ValueError(f"layer {name!r} is {form}; sparse-24-bitmask needs plain ones of a multiple of 4")
+            state[join(name, "compressed")] = state.pop(join(name, "values"))
+            state[join(name, "shape")] = torch.tensor([[layer.out_features], [layer.in_features]])
+    return state
+
+
+def from_bitmask24(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Renames the tensors back, in place; returns the layers with their masks, and which tensor every shared one is.
+
+    Such files leave out all but one name of a shared tensor, so the model says what is shared.
+
+    Raises:
+        ValueError: no tensor is packed like that, or the parts of one do not belong together.
+    """
+    layers = {}
+    for key in [key for key in tensors if key.split(".")[-1] == "compressed"]:
+        name = key.removesuffix("compressed").removesuffix(".")
+        missing = [part for part in ("bitmask", "shape") if join(name, part) not in tensors]
+        if missing:
+            raise ValueError(f"the tensor {join(name, missing[0])!r} is missing")
+        shape = tensors.pop(join(name, "shape")).flatten().tolist()
+        entry = {"kind": "linear24", "shape": shape, "transposed": False, "tokens": 1}
+        layers[name] = Layer.parse(name, {**entry, "mask": {"pattern": "2:4", "axis": 1}})
+        tensors[join(name, "values")] = tensors.pop(key)
+        tensors[join(name, "weight_mask")] = tensors[join(name, "bitmask")]
+    if not layers:
+        raise ValueError("it is a safetensors file, but not one that sparsekit.save wrote")
+    state = model.state_dict(keep_vars=True)
+    stored = {id(state[name]): name for name in tensors if name in state}
+    missing_names = [name for name in state if name not in tensors]
+    return layers, {name: stored[id(state[name])] for name in missing_names if id(state[name]) in stored}

@@ -1,0 +1,234 @@
+"""Saves and loads a model with its masks and its compressed layers."""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..compress.swap import check_known, empty, get_original, guard_saving, refill, set_original
+from ..masks import remove_mask
+from ..nn import Compressed, Linear24, PrepackedLinear, weight_shape
+from .archive import read, seal, unique, write
+from .bitmask24 import from_bitmask24, to_bitmask24
+from .structure import Layer, dump, join, parse
+
+Format = Literal["sparsekit", "sparse-24-bitmask"]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sparsekit") -> None:
+    """Writes a model, with its masks and its compressed layers, to one safetensors file.
+
+    The file holds the state dict, each shared tensor once; of a compressed layer the packed ``values`` and ``bitmask``;
+    of a pruned layer the bit-packed ``weight_mask``. Its metadata holds the structure as JSON and a SHA-256 digest of
+    both. It is written beside ``path``, flushed to the disk and renamed, so an interrupted save leaves the old file.
+
+    Args:
+        model: any module; its tensors may be on any device, of any dtype that safetensors has.
+        path: the file; an existing one is replaced.
+        format: ``"sparse-24-bitmask"`` writes the weights as llm-compressor did, for tools that read those: every
+            ``Linear24`` packed, all else dense, neither other masks nor a digest.
+
+    Raises:
+        TypeError: ``model`` is not a module, or its state dict holds something that is not a tensor.
+        ValueError: a tensor has no data (the meta device), ``format`` is another, or has no place for a layer.
+    """
+    _check_module(model)
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
+    state = dict(model.state_dict())
+    if format == "sparse-24-bitmask":
+        tensors, _ = unique(to_bitmask24(model, state))
+        write(Path(path), tensors, {"format": "pt"})
+        return
+    layers = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if layer := Layer.of(module):
+            layers[name] = layer
+            if layer.mask:
+                state[join(name, "weight_mask")] = module.weight_mask
+    tensors, shared = unique(state)
+    write(Path(path), tensors, seal(dump(layers, shared), tensors))
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False) -> None:
+    """Makes ``model`` what ``save`` wrote: weights, dtypes, shared tensors, masks and compressed layers.
+
+    Everything is verified before the model is touched, and nothing is ever unpickled. Parameters are replaced, so make
+    the optimizer afterwards. Each tensor goes to the device of the one that it replaces, to the CPU from ``meta``.
+    ``decompress_`` makes the compressed layers dense again, as after ``compress_``.
+
+    Args:
+        model: the same architecture, freshly made, pruned or compressed; also on the meta device.
+        path: a file that ``save`` wrote, in either format, or another ``sparse-24-bitmask`` file of a whole model.
+        dense: whether compressed layers come back as dense ones, to be fine-tuned or exported.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, altered or foreign, or does not fit the model; the message names the file
+            and what is wrong, and the model is as it was.
+    """
+    _check_module(model)
+    try:
+        structure, tensors = read(Path(path))
+        layers, shared = from_bitmask24(model, tensors) if structure is None else parse(structure)
+        for name, source in shared.items():
+            if name in tensors or source not in tensors:
+                raise ValueError(f"{name!r} cannot share the tensor {source!r}")
+            tensors[name] = tensors[source]
+        for name, layer in layers.items():
+            layer.check(name, tensors)
+        if dense:
+            layers = {name: layer.densify(name, tensors) for name, layer in layers.items()}
+        with _undone_on_failure(model):
+            _swap(model, layers, tensors)
+            _assign(model, layers, tensors)
+            guard_saving(model)
+    except ValueError as error:
+        raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _swap(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+    """Puts a module of the kind that the file says in every place."""
+    made: dict[nn.Module, nn.Module] = {}
+    make: Callable[[], nn.Module]
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        layer = layers.get(name)
+        if layer is not None and layer.kind != "dense":
+            make = partial(_compressed, name, module, layer, tensors)
+        elif isinstance(module, Compressed):
+            make = partial(_dense, name, module)
+        else:
+            continue
+        if not name:
+            raise ValueError("the model is a single layer, which cannot be replaced within it: put it in a Sequential")
+        if module not in made:
+            made[module] = make()
+        model.set_submodule(name, made[module])
+
+
+def _dense(name: str, module: Compressed) -> nn.Module:
+    check_known(name, module)
+    return refill(module)
+
+
+def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str, Tensor]) -> Compressed:
+    """The compressed layer to put in place of ``module``, which is emptied if it is dense."""
+    if not isinstance(module, Compressed) and not (
+        isinstance(module, nn.Linear) is not layer.transposed
+        and isinstance(module._parameters.get("weight"), Tensor)
+        and hasattr(module, "bias")
+    ):
+        raise ValueError(f"layer {name!r} is {layer.kind!r} in the file and {type(module).__name__} in the model")
+    if layer.shape != weight_shape(module):
+        raise ValueError(f"layer {name!r} has shape {layer.shape}, the model's has {weight_shape(module)}")
+    device, trainable = _device(_stored(module)), _trainable(module)
+    new: Compressed
+    if layer.kind == "linear24":
+        rows, cols = layer.matrix
+        values, bitmask = (tensors[join(name, part)].to(device) for part in ("values", "bitmask"))
+        new = Linear24(cols, rows, False, transposed=layer.transposed, device="meta", dtype=values.dtype)
+        new.values, new.bitmask = nn.Parameter(values, requires_grad=trainable), bitmask
+    else:
+        weight = tensors[join(name, "weight")].to(device)
+        weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)
+        new = PrepackedLinear(weight, None, tokens=layer.tokens, transposed=layer.transposed)
+    new.bias = module.bias  # type: ignore[assignment]
+    original = get_original(module) if isinstance(module, Compressed) else module
+    if original is module:
+        module.weight = nn.Parameter(_stored(module).detach().new_empty(0), requires_grad=trainable)
+        remove_mask(module)
+    if original is not None:
+        set_original(new, original)
+    return new.train(module.training)
+
+
+def _assign(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+    """Gives every parameter, buffer and mask its tensor: one object per stored tensor, so that what was shared is
+    shared again, and nothing else is.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    state = dict(tensors)
+    masks = {name: state.pop(join(name, "weight_mask")) for name, layer in layers.items() if layer.mask}
+    current = model.state_dict()
+    _check_names(set(current), set(state), set(layers) - set(modules))
+    for key, tensor in current.items():
+        if tensor.shape != state[key].shape:
+            raise ValueError(f"{key} has shape {tuple(state[key].shape)}, the model's {tuple(tensor.shape)}")
+    for name, layer in layers.items():
+        if layer.kind == "prepacked":
+            del state[join(name, "weight")]  # it is there already, reordered
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    objects: dict[tuple[int, bool, torch.device], Tensor] = {}
+
+    def placed(tensor: Tensor, device: torch.device, parameter: bool) -> Tensor:
+        key = (id(tensor), parameter, device)
+        if key not in objects:
+            moved = tensor.to(device)
+            objects[key] = nn.Parameter(moved, requires_grad=False) if parameter else moved
+        return objects[key]
+
+    own = {key: placed(tensor, _device(current[key]), key in parameters) for key, tensor in state.items()}
+    model.load_state_dict(own, strict=False, assign=True)
+    for module in modules.values():
+        remove_mask(module)
+    for name, bits in masks.items():
+        mask = placed(bits, _device(_stored(modules[name])), False)
+        modules[name].register_buffer("weight_mask", mask, persistent=False)
+        modules[name].weight_mask_info = layers[name].mask
+
+
+@contextmanager
+def _undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Puts every module's attributes back if the block fails; a record of references, no tensor is copied."""
+
+    def attributes(module: nn.Module) -> dict[str, Any]:
+        return {key: copy.copy(v) if isinstance(v, dict | list | set) else v for key, v in vars(module).items()}
+
+    record = [(module, attributes(module)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, before in record:
+            vars(module).clear()
+            vars(module).update(before)
+            if (original := get_original(module)) is not None:
+                empty(original)
+        raise
+
+
+def _check_names(model: set[str], file: set[str], unknown: set[str]) -> None:
+    wrong = [
+        f"{what} {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+        for what, names in (("missing", model - file), ("unexpected", file - model), ("unknown layers", unknown))
+        if names
+    ]
+    if wrong:
+        raise ValueError(f"it does not fit the model: {'; '.join(wrong)}")
+
+
+def _stored(module: nn.Module) -> Tensor:
+    """The tensor that the layer holds its weight in."""
+    if isinstance(module, PrepackedLinear):
+        return module.packed
+    return module.values if isinstance(module, Linear24) else module.weight  # type: ignore[return-value]
+
+
+def _trainable(module: nn.Module) -> bool:
+    return module.trainable if isinstance(module, PrepackedLinear) else _stored(module).requires_grad
+
+
+def _device(tensor: Tensor) -> torch.device:
+    """Where a tensor that replaces this one goes."""
+    return torch.device("cpu") if tensor.is_meta else tensor.device

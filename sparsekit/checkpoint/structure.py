@@ -1,0 +1,162 @@
+"""The structure that a checkpoint describes: which layers are compressed or pruned, and whether the tensors fit it."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import Axis, MaskInfo, Pattern, get_mask_info
+from ..nn import Linear24, PrepackedLinear, weight_shape
+from ..ops import pack_bits, unpack24, unpack_bits
+from ..ops._define import DTYPES
+from ..ops.sparse24 import values_per_row
+
+VERSION = 1
+_MAX_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the structure says of a layer that is compressed or pruned."""
+
+    kind: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+    tokens: int = 1
+    mask: MaskInfo | None = None
+
+    @staticmethod
+    def of(module: nn.Module) -> "Layer | None":
+        mask = get_mask_info(module)
+        if isinstance(module, Linear24):
+            return Layer("linear24", weight_shape(module), module.transposed, mask=mask)
+        if isinstance(module, PrepackedLinear):
+            return Layer("prepacked", weight_shape(module), module.transposed, module.tokens, mask)
+        return Layer("dense", weight_shape(module), mask=mask) if mask else None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of a compressed layer's weight, as ``[outputs, inputs]``."""
+        rows, cols = self.shape
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    def to_json(self) -> dict[str, Any]:
+        mask = self.mask and {"pattern": str(self.mask.pattern), "axis": self.mask.axis}
+        return {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "transposed": self.transposed,
+            "tokens": self.tokens,
+            "mask": mask,
+        }
+
+    @staticmethod
+    def parse(name: str, data: Any) -> "Layer":
+        where = f"layer {name!r}"
+        kind = _field(where, data, "kind", str)
+        if kind not in ("linear24", "prepacked", "dense"):
+            raise ValueError(f"{where} is {kind!r}, known are 'linear24', 'prepacked' and 'dense'")
+        shape = tuple(_field(where, data, "shape", list))
+        if (
+            not all(type(size) is int and size >= 0 for size in shape)
+            or len(shape) < 2
+            or (kind != "dense" and len(shape) != 2)
+        ):
+            raise ValueError(f"{where} has the shape {list(shape)}")
+        tokens = _field(where, data, "tokens", int)
+        if not 0 < tokens <= _MAX_TOKENS:
+            raise ValueError(f"{where} has {tokens} tokens, 1 to {_MAX_TOKENS} are allowed")
+        mask = data.get("mask")
+        info = None if mask is None else _parse_mask(f"the mask of {where}", mask, len(shape))
+        return Layer(kind, shape, _field(where, data, "transposed", bool), tokens, info)
+
+    def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Verifies that the layer's own tensors are there, have its shape, and are well-formed bits."""
+        if self.kind == "linear24":
+            rows, cols = self.matrix
+            values = _tensor(tensors, join(name, "values"), (rows, values_per_row(cols)))
+            if values.dtype not in DTYPES:
+                raise ValueError(f"{join(name, 'values')} is {values.dtype}, not float32, float16 or bfloat16")
+            kept = _bits(tensors, join(name, "bitmask"), (rows, cols))
+            full = cols // 4 * 4
+            if not (kept[:, full:].all() and (kept[:, :full].unflatten(1, (full // 4, 4)).sum(-1) == 2).all()):
+                raise ValueError(f"{join(name, 'bitmask')} does not keep exactly two of every four columns")
+        else:
+            _tensor(tensors, join(name, "weight"), self.shape)
+        if self.mask:
+            _bits(tensors, join(name, "weight_mask"), (self.shape[0], math.prod(self.shape[1:])))
+
+    def densify(self, name: str, tensors: dict[str, Tensor]) -> "Layer":
+        """The same layer as a dense one; its packed tensors are replaced by the weight."""
+        if self.kind == "linear24":
+            values, bitmask = tensors.pop(join(name, "values")), tensors.pop(join(name, "bitmask"))
+            weight = unpack24(values, bitmask, self.matrix[1])
+            tensors[join(name, "weight")] = weight.t().contiguous() if self.transposed else weight
+        return Layer("dense", self.shape, mask=self.mask)
+
+
+def dump(layers: Mapping[str, Layer], shared: Mapping[str, str]) -> str:
+    """The structure as JSON."""
+    entries = {name: layer.to_json() for name, layer in layers.items()}
+    return json.dumps({"version": VERSION, "layers": entries, "shared": shared})
+
+
+def parse(structure: str) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers of a structure by name, and which tensor every shared one is.
+
+    Raises:
+        ValueError: it is not what ``dump`` wrote.
+    """
+    try:
+        root = json.loads(structure)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its structure is not JSON ({error})") from error
+    version = _field("the structure", root, "version", int)
+    if version != VERSION:
+        raise ValueError(f"it has version {version} of the format, this sparsekit reads version {VERSION}")
+    shared = _field("the structure", root, "shared", dict)
+    if not all(isinstance(name, str) for name in shared.values()):
+        raise ValueError("'shared' must map names to names")
+    layers = _field("the structure", root, "layers", dict)
+    return {name: Layer.parse(name, data) for name, data in layers.items()}, shared
+
+
+def _parse_mask(where: str, data: Any, dims: int) -> MaskInfo:
+    axis: Axis | None = data.get("axis") if isinstance(data, dict) else None
+    if axis != "flatten" and not (type(axis) is int and -dims <= axis < dims):
+        raise ValueError(f"{where} has the axis {axis!r}, for a weight of {dims} dimensions")
+    return MaskInfo(Pattern.parse(_field(where, data, "pattern", str)), axis)
+
+
+def _field(where: str, data: Any, key: str, kind: type) -> Any:
+    if not isinstance(data, dict) or type(data.get(key)) is not kind:
+        raise ValueError(f"{where} has no {key!r} of type {kind.__name__}")
+    return data[key]
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"the tensor {name!r} is missing")
+    if tensors[name].shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, its layer needs {tuple(shape)}")
+    return tensors[name]
+
+
+def _bits(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    """The bool mask ``shape`` of a bit-packed tensor, verified."""
+    bits = _tensor(tensors, name, (shape[0], -(-shape[1] // 8)))
+    if bits.dtype != torch.uint8:
+        raise ValueError(f"{name} is {bits.dtype}, not uint8")
+    mask = unpack_bits(bits, shape[-1])
+    if not torch.equal(pack_bits(mask), bits):
+        raise ValueError(f"{name} has bits set past its last column")
+    return mask
+
+
+def join(layer: str, part: str) -> str:
+    """The name of a layer's tensor in the state dict."""
+    return f"{layer}.{part}" if layer else part

@@ -1,0 +1,126 @@
+"""Puts a compressed layer in the place of a plain one, and the plain one back."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..masks import remove_mask
+from ..nn import Compressed, carry_mask
+from .sites import Places, Site, places
+
+
+@dataclass(frozen=True)
+class Original:
+    """The layer that a module stands for, emptied; a plain object, so that ``nn.Module`` does not register it."""
+
+    layer: nn.Module
+
+
+def set_original(module: Compressed, layer: nn.Module) -> None:
+    """Notes that ``module`` stands for ``layer``, which ``decompress_`` brings back."""
+    module.__dict__["original"] = Original(layer)
+
+
+def get_original(module: nn.Module) -> nn.Linear | None:
+    """The layer that ``module`` stands for, without its weight; None where it stands for none."""
+    original: Original | None = module.__dict__.get("original")
+    return None if original is None else original.layer  # type: ignore[return-value]
+
+
+def swap_all(model: nn.Module, chosen: Iterable[tuple[Site, Callable[[Site], Compressed]]]) -> None:
+    """Builds and hangs a module for every site, all of them or none."""
+    done: list[tuple[Compressed, Site, Any]] = []
+    try:
+        for site, build in chosen:
+            module = build(site)
+            set_original(module, site.layer)
+            done.append((module, site, site.layer.weight.grad))
+            _hang(module, site.places)
+            empty(site.layer)
+        guard_saving(model)
+    except BaseException:
+        for module, site, grad in done:
+            _hang(refill(module), site.places)
+            site.layer.weight.grad = grad
+        guard_saving(model)
+        raise
+
+
+def restore_all(model: nn.Module) -> tuple[str, ...]:
+    """Hangs the plain layer of every compressed one, all of them or none; returns their names.
+
+    Raises:
+        ValueError: a layer stands for one of another class than ``nn.Linear``, and nobody noted which.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Compressed) and name}
+    for name, module in found.items():
+        check_known(name, module)
+    hangs = places(model)
+    done: list[Compressed] = []
+    try:
+        for module in found.values():
+            done.append(module)
+            _hang(refill(module), hangs[module])
+    except BaseException:
+        for module in done:
+            _hang(module, hangs[module])
+            if (layer := get_original(module)) is not None:
+                empty(layer)
+        raise
+    guard_saving(model)
+    return tuple(found)
+
+
+def check_known(name: str, module: Compressed) -> None:
+    """Rejects a transposed layer that nobody swapped in: the class of the layer it stands for is unknown."""
+    if module.transposed and get_original(module) is None:
+        raise ValueError(f"layer {name!r} stands for a layer of an unknown class, only an nn.Linear can be made anew")
+
+
+def empty(layer: nn.Linear) -> None:
+    """Gives the weight's memory back; its Parameter stays, for whoever holds it."""
+    layer.weight.grad = None
+    layer.weight.data = layer.weight.data.new_empty(0)
+    remove_mask(layer)
+
+
+def refill(module: Compressed) -> nn.Linear:
+    """The layer that ``module`` stands for, with its weight, bias, mask and flags; else a new ``nn.Linear``."""
+    dense, layer = module.to_linear(), get_original(module)
+    if layer is None:
+        return dense
+    weight = dense.weight.detach().t().contiguous() if module.transposed else dense.weight.detach()
+    if weight.device.type == layer.weight.device.type:
+        layer.weight.data = weight
+    else:
+        layer.weight = nn.Parameter(weight)
+    layer.weight.requires_grad_(dense.weight.requires_grad)
+    layer.register_parameter("bias", module.bias)
+    layer.training = module.training
+    carry_mask(module, layer)
+    return layer
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` raise wherever the model has it above a compressed layer, and nowhere else."""
+    for parent in model.modules():
+        if not callable(getattr(parent, "save_pretrained", None)):
+            continue
+        if any(isinstance(module, Compressed) for module in parent.modules()):
+            parent.__dict__["save_pretrained"] = _refuse_save_pretrained
+        elif parent.__dict__.get("save_pretrained") is _refuse_save_pretrained:
+            del parent.__dict__["save_pretrained"]
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        "save_pretrained cannot write a compressed model, because nothing could load it: "
+        "use sparsekit.save, or call sparsekit.decompress_ first"
+    )
+
+
+def _hang(module: nn.Module, hangs: Places) -> None:
+    for parent, attribute in hangs:
+        parent._modules[attribute] = module
