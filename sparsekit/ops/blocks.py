@@ -46,9 +46,7 @@ def block_topk_mask_reference(score: Tensor, k: int, block_rows: int, block_cols
     return mask.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :cols].contiguous()
 
 
-def _scores_fake(
-    weight: Tensor, block_rows: int, block_cols: int, scale: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def _scores_fake(weight: Tensor, block_rows: int, block_cols: int, scale: Tensor | None, mask: Tensor | None) -> Tensor:
     shape = -(-weight.shape[0] // block_rows), -(-weight.shape[1] // block_cols)
     return weight.new_empty(shape, dtype=torch.float32)
 
