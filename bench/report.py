@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,76 +24,64 @@ def slug(report: dict) -> str:
 
 
 def render(report: dict) -> str:
-    """Both tables as markdown, with the machine named."""
+    """The tables as markdown, with the machine named, and what falls short of its goal."""
     memory = [row for row in report["rows"] if "tokens" not in row]
     linear = [row for row in report["rows"] if "tokens" in row]
-    machine = (
+    parts = [
         f"{report['device']}, {report['simd']}, {report['threads']} threads, torch {report['torch']}, "
         f"commit {report['commit']}, {report['date']}; medians over {report['processes']} processes."
-    )
-    parts = [machine]
+    ]
     if memory:
-        parts.append(
-            _table(["op", "size", "dtype", "ms", "GB/s", "of `copy_`", "over `topk`", "goal"], map(_memory, memory))
-        )
+        parts.append(_table(["op", "dtype", "ms", "GB/s", "of `copy_`", "over torch's `topk`"], map(_memory, memory)))
     if linear:
-        header = [
-            "`linear24`",
-            "dtype",
-            "tokens",
-            "ms",
-            "GFLOP/s",
-            "over `F.linear`",
-            "over best dense",
-            "limit",
-            "goal",
-        ]
-        parts.append(_table(header, map(_linear, linear)))
+        parts.append(_linear(linear))
+    if short := [text for row in report["rows"] for text in _short(row)]:
+        parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in short))
     return "\n\n".join(parts) + "\n"
 
 
 def _memory(row: dict) -> list[str]:
     seconds, ratios = row["seconds"]["own"], row["ratios"]
-    over = f"{ratios['topk']:.0f}x" if "topk" in ratios else ""
-    rate = f"{row['bytes'] / seconds / 1e9:.1f}"
     return [
         f"`{row['op']}`",
-        row["shape"],
         row["dtype"],
         f"{seconds * 1e3:.2f}",
-        rate,
+        f"{row['bytes'] / seconds / 1e9:.1f}",
         f"{ratios['copy_']:.0%}",
-        over,
-        _goal(row),
+        f"{ratios['topk']:.0f}x" if "topk" in ratios else "",
     ]
 
 
-def _linear(row: dict) -> list[str]:
-    seconds, ratios = row["seconds"]["own"], row["ratios"]
-    best = min((key for key in row["seconds"] if key != "own"), key=lambda key: row["seconds"][key])
-    return [
-        row["shape"],
-        row["dtype"],
-        str(row["tokens"]),
-        f"{seconds * 1e3:.2f}",
-        f"{row['flops'] / seconds / 1e9:.0f}",
-        f"{ratios['F.linear']:.2f}x",
-        f"{ratios['best dense']:.2f}x ({best})",
-        f"{row['limit']:.2f}x",
-        _goal(row),
-    ]
+def _linear(rows: list[dict]) -> str:
+    """One line a weight, one column a number of tokens: times faster than the best dense, and than F.linear."""
+    columns = sorted({row["tokens"] for row in rows})
+    cells = {(row["shape"], row["dtype"], row["tokens"]): row["ratios"] for row in rows}
+    lines = []
+    for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
+        found = [cells.get((shape, dtype, tokens)) for tokens in columns]
+        lines.append([shape, dtype, *("" if cell is None else _cell(cell) for cell in found)])
+    return _table(["`linear24`", "dtype", *map(str, columns)], lines)
 
 
-def _goal(row: dict) -> str:
-    """Every goal of a row, and whether it is reached."""
-    goals = []
+def _cell(ratios: dict) -> str:
+    best = f"{ratios['best dense']:.2f}"
+    return f"{best if ratios['best dense'] >= 1 else f'**{best}**'} ({ratios['F.linear']:.1f})"
+
+
+def _short(row: dict) -> list[str]:
+    """What a row misses of its goals."""
+    what = " ".join([f"`{row['op']}`", row["shape"], row["dtype"]])
+    what += f", {row['tokens']} tokens" if "tokens" in row else ""
+    texts = []
     for key, wanted in row["goal"].items():
-        text = f"{wanted:.0%}" if key == "copy_" else f"{wanted:g}x"
-        goals.append(f"{text} {'yes' if row['ratios'][key] >= wanted else 'no'}")
-    return ", ".join(goals)
+        got = row["ratios"][key]
+        if got < wanted:
+            number = (lambda ratio: f"{ratio:.0%}") if key == "copy_" else (lambda ratio: f"{ratio:.3g}x")
+            texts.append(f"{what}: {number(got)} of `{key}`, goal {number(wanted)}")
+    return texts
 
 
-def _table(header: list[str], rows) -> str:
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
