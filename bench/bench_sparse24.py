@@ -7,7 +7,7 @@ from sparsekit.nn import Linear24
 from sparsekit.ops.sparse24 import pack24_reference
 
 from .baselines import copy_call, dense_calls
-from .shapes import FEW, LARGE, LINEAR, MANY, SQUARE, name
+from .shapes import FEW, LARGE, LINEAR, MANY, SQUARE, UP, name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest output

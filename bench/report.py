@@ -11,11 +11,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_name() -> str:
-    """The processor's model, as the system names it."""
+    """The processor as the system names it, with its family and model: a cloud's CPUs are often called alike."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def slug(report: dict) -> str:
