@@ -10,15 +10,12 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// A tile of 8 vectors of tokens leaves a quarter of the L1 cache (32 KB; 48 KB where AVX-512 is fast) to the weight and
-// the sums. At AVX2, 4096x4096 and 128 tokens, 16 KB took 1.4 times as long, and 4 or 6 vectors 1.2 times.
+// A tile of 8 vectors of tokens leaves a quarter of the L1 cache, where that is 32 KB, to the weight and the sums. At
+// AVX2, 4096x4096 and 128 tokens, 16 KB took 1.4 times as long, and 4 or 6 vectors 1.2 times.
 constexpr int kMaxVectors = 8;
-#if defined(SPARSEKIT_AVX512)
-constexpr int64_t kTileBytes = 32768;
-#else
 constexpr int64_t kTileBytes = 24576;
-#endif
 constexpr int64_t kRun = kTileBytes / (kMaxVectors * kLanes * sizeof(float));  // columns that are summed by themselves
+static_assert(kRun % 8 == 0 && kRun % kLanes == 0);  // whole bytes of the bitmask, whole squares to transpose
 constexpr int64_t kSumsBytes = 131072;  // a quarter of the L2 cache
 constexpr int64_t kRowsAhead = 2;       // of the weight, in steps of rows_per_step
 constexpr int64_t kRowsConverted = 8;   // of 16-bit values at once
@@ -54,31 +51,31 @@ struct LanesScratch {
 };
 
 // A block of rows times a tile of tokens.
-template <class T, int kVectors>
+template <class T>
 struct LanesBlock {
-  static constexpr int kTokens = kVectors * kLanes;
-  static constexpr int64_t kInputs = kMaxVectors / kVectors * kRun;
-
   const Linear24Args& a;
+  int vectors;
   int64_t token, tokens, row, rows;
   LanesScratch scratch;
+  int64_t width = vectors * kLanes, most_inputs = kMaxVectors / vectors * kRun;  // of the tile
   int64_t stored = 2 * (a.cols / 4) + a.cols % 4, bytes = (a.cols + 7) / 8;
 
   void run() {
-    const KeptOffsets offsets(kTokens * sizeof(float));
-    for (int64_t col = 0; col < a.cols; col += kInputs) {
-      const int64_t inputs = std::min(kInputs, a.cols - col);
+    const KeptOffsets offsets(width * static_cast<int64_t>(sizeof(float)));
+    const auto times_tile = kTimesTile<kRun, kMaxVectors>[vectors - 1];
+    for (int64_t col = 0; col < a.cols; col += most_inputs) {
+      const int64_t inputs = std::min(most_inputs, a.cols - col);
       load_tile(col, inputs);
       const int64_t step = std::is_same_v<T, float> ? rows : kRowsConverted;
       for (int64_t r = 0; r < rows; r += step)
-        piece_times_tile<kVectors, kRun>(piece(r, std::min(step, rows - r), col, inputs), scratch.tile, offsets, col == 0,
-                                   scratch.sums + r * kTokens);
+        times_tile(piece(r, std::min(step, rows - r), col, inputs), scratch.tile, offsets, col == 0,
+                   scratch.sums + r * width);
     }
     store_sums();
   }
 
   void load_tile(int64_t col, int64_t inputs) {
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const T* x[kLanes];  // the lanes past the last token repeat it
       for (int lane = 0; lane < kLanes; ++lane)
         x[lane] = static_cast<const T*>(a.x) + (token + std::min<int64_t>(v * kLanes + lane, tokens - 1)) * a.cols + col;
@@ -88,17 +85,17 @@ struct LanesBlock {
         Floats square[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(x[lane] + i);
         transpose(square);
-        for (int lane = 0; lane < kLanes; ++lane) store_lanes(to + (i + lane) * kTokens, square[lane]);
+        for (int lane = 0; lane < kLanes; ++lane) store_lanes(to + (i + lane) * width, square[lane]);
       }
       for (; i < inputs; ++i)
-        for (int lane = 0; lane < kLanes; ++lane) to[i * kTokens + lane] = to_float(x[lane][i]);
+        for (int lane = 0; lane < kLanes; ++lane) to[i * width + lane] = to_float(x[lane][i]);
     }
   }
 
   WeightPiece piece(int64_t first, int64_t count, int64_t col, int64_t inputs) const {
     const T* values = static_cast<const T*>(a.values) + (row + first) * stored + col / 2;
-    const T* ahead = values + kRowsAhead * rows_per_step(kVectors) * stored;
-    const int64_t kept = inputs < kInputs ? stored - col / 2 : inputs / 2;
+    const T* ahead = values + kRowsAhead * rows_per_step(vectors) * stored;
+    const int64_t kept = inputs < most_inputs ? stored - col / 2 : inputs / 2;
     WeightPiece piece{.values = scratch.values,
                       .values_stride = kept,
                       .bits = a.bitmask + (row + first) * bytes + col / 8,
@@ -132,7 +129,7 @@ struct LanesBlock {
       const Floats shift = bias ? load_lanes(bias + r) : zeros();
       for (int64_t t = 0; t < tokens; t += kLanes) {
         Floats square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load_lanes(scratch.sums + (r + i) * kTokens + t);
+        for (int i = 0; i < kLanes; ++i) square[i] = load_lanes(scratch.sums + (r + i) * width + t);
         transpose(square);
         for (int lane = 0; lane < kLanes; ++lane)
           if (t + lane < tokens) store_lanes(y + (t + lane) * a.rows + r, add(square[lane], shift));
@@ -140,7 +137,7 @@ struct LanesBlock {
     }
     for (; r < rows; ++r)
       for (int64_t t = 0; t < tokens; ++t)
-        y[t * a.rows + r] = from_float<T>(scratch.sums[r * kTokens + t] + (bias ? to_float(bias[r]) : 0.0f));
+        y[t * a.rows + r] = from_float<T>(scratch.sums[r * width + t] + (bias ? to_float(bias[r]) : 0.0f));
   }
 };
 
@@ -150,19 +147,18 @@ struct LanesTask {
 };
 
 // Item i is a block of rows times a tile of tokens, all the tiles of a block one after the other.
-template <class T, int kVectors>
+template <class T>
 void lanes_item(const LanesTask& task, int64_t item, const LanesScratch& scratch) {
   const auto& [a, plan] = task;
-  const int64_t tile = item % plan.tiles, vector = plan.first_vector(tile);
-  if constexpr (kVectors > 1)
-    if (plan.first_vector(tile + 1) - vector < kVectors) return lanes_item<T, kVectors - 1>(task, item, scratch);
-  const int64_t token = vector * kLanes, row = item / plan.tiles * plan.block_rows;
-  LanesBlock<T, kVectors>{.a = a,
-                          .token = token,
-                          .tokens = std::min<int64_t>(kVectors * kLanes, a.tokens - token),
-                          .row = row,
-                          .rows = std::min(plan.block_rows, a.rows - row),
-                          .scratch = scratch}
+  const int64_t tile = item % plan.tiles, row = item / plan.tiles * plan.block_rows;
+  const int64_t token = plan.first_vector(tile) * kLanes, end = plan.first_vector(tile + 1) * kLanes;
+  LanesBlock<T>{.a = a,
+                .vectors = static_cast<int>((end - token) / kLanes),
+                .token = token,
+                .tokens = std::min(end, a.tokens) - token,
+                .row = row,
+                .rows = std::min(plan.block_rows, a.rows - row),
+                .scratch = scratch}
       .run();
 }
 
@@ -176,7 +172,7 @@ void lanes_items(int64_t begin, int64_t end, void* context) {
   const std::unique_ptr<float[]> memory(new float[size]);
   float* tile = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) / sizeof(float);
   const LanesScratch scratch{tile, tile + kTile, tile + kTile + kValues};
-  for (int64_t item = begin; item < end; ++item) lanes_item<T, kMaxVectors>(task, item, scratch);
+  for (int64_t item = begin; item < end; ++item) lanes_item<T>(task, item, scratch);
 }
 
 template <class T>

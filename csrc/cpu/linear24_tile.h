@@ -98,14 +98,20 @@ inline __attribute__((always_inline)) void rows_times_tile(const WeightPiece& pi
 }
 
 template <int kVectors, int64_t kRun>
-__attribute__((noinline)) void piece_times_tile(const WeightPiece& piece, const float* tile, const KeptOffsets& offsets,
-                                                bool first, float* sums) {
+void piece_times_tile(const WeightPiece& piece, const float* tile, const KeptOffsets& offsets, bool first,
+                      float* sums) {
   constexpr int kRows = rows_per_step(kVectors);
   int64_t row = 0;
   for (; row + kRows <= piece.rows; row += kRows)
     rows_times_tile<kVectors, kRows, kRun>(piece, row, tile, offsets, first, sums);
   for (; row < piece.rows; ++row) rows_times_tile<kVectors, 1, kRun>(piece, row, tile, offsets, first, sums);
 }
+
+// piece_times_tile for 1 to kMaxVectors vectors of tokens.
+template <int64_t kRun, int kMaxVectors>
+constexpr auto kTimesTile = []<int... i>(std::integer_sequence<int, i...>) {
+  return std::array{piece_times_tile<i + 1, kRun>...};
+}(std::make_integer_sequence<int, kMaxVectors>());
 
 }  // namespace
 }  // namespace sparsekit::SPARSEKIT_LEVEL
