@@ -1,169 +1,27 @@
-// The top k of every block: keys gathered into the first-level cache, a range that holds the k-th largest narrowed by
-// counting until few keys are in it, and those ranked.
+// The top k of every block: keys gathered into the first-level cache, the k-th largest of each found, and the keys not
+// below it kept, less the last of those equal to it where that makes too many.
 #pragma once
 
+#include "block_kth.h"
 #include "block_strips.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-#if defined(SPARSEKIT_AVX512)
-constexpr int kVectorBytes = 64;
-#elif defined(SPARSEKIT_AVX2)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-// A vector of keys; the compiler turns its operators into the instructions of the level.
-typedef int32_t KeyLanes __attribute__((vector_size(kVectorBytes), aligned(alignof(int32_t)), may_alias));
-constexpr int kKeyLanes = kVectorBytes / sizeof(int32_t);
-constexpr int kAtOnce = 4;  // vectors
-constexpr int kFew = kAtOnce * kKeyLanes;
-
-// By reference: by value GCC copies it in halves.
-inline const KeyLanes& lanes_at(const int32_t* keys) { return *reinterpret_cast<const KeyLanes*>(keys); }
-
-// The keys of a block in row-major order, padded to a multiple of kFew with -1, which is below every key.
-struct BlockKeys {
-  const int32_t* keys;
-  int64_t count;
-
-  static int64_t padded(int64_t count) { return (count + kFew - 1) / kFew * kFew; }
-  int64_t end() const { return padded(count); }
-};
-
-int64_t count_above(const BlockKeys& block, int32_t bound) {
-  KeyLanes counts[kAtOnce] = {};
-  for (int64_t i = 0; i < block.end(); i += kFew)
-    for (int j = 0; j < kAtOnce; ++j) counts[j] -= lanes_at(block.keys + i + j * kKeyLanes) > bound;
-  const KeyLanes sums = (counts[0] + counts[1]) + (counts[2] + counts[3]);
-  int32_t lanes[kKeyLanes], total = 0;
-  std::memcpy(lanes, &sums, sizeof lanes);
-  for (int lane = 0; lane < kKeyLanes; ++lane) total += lanes[lane];
-  return total;
-}
-
-// The maximum of every lane of two vectors: the k-th largest of them has k keys of the block at or above it.
-constexpr int kMaxima = 2 * kKeyLanes;
-
-void lane_maxima(const BlockKeys& block, int32_t* maxima) {
-  KeyLanes best[kAtOnce] = {};  // 0 is the least key
-  for (int64_t i = 0; i < block.end(); i += kFew)
-    for (int j = 0; j < kAtOnce; ++j) {
-      const KeyLanes& keys = lanes_at(block.keys + i + j * kKeyLanes);
-      best[j] = keys > best[j] ? keys : best[j];
-    }
-  for (int j = 0; j < 2; ++j) best[j] = best[j] > best[j + 2] ? best[j] : best[j + 2];
-  std::memcpy(maxima, best, kMaxima * sizeof(int32_t));
-}
-
-// The k-th largest of up to kLanes values, of which there are k or more (the rest are -1), and how many are not below it.
-struct Kth {
-  int32_t key;
-  int64_t reached;
-};
-
-template <int kLanes>
-Kth kth_largest(const int32_t* values, int64_t count, int64_t k) {
-  constexpr int kVectors = kLanes / kKeyLanes;
-  KeyLanes ranks[kVectors] = {};
-  for (int64_t i = 0; i < count; ++i)
-    for (int j = 0; j < kVectors; ++j) ranks[j] -= values[i] > lanes_at(values + j * kKeyLanes);
-  int32_t before[kLanes], key = std::numeric_limits<int32_t>::max(), reached = 0;
-  std::memcpy(before, ranks, sizeof before);
-  for (int i = 0; i < kLanes; ++i) {
-    const bool in = before[i] < static_cast<int32_t>(k);
-    key = std::min(key, in ? values[i] : std::numeric_limits<int32_t>::max());
-    reached += in;
+// Which keys stay, a bit each, as words of 32.
+void keep_largest(const BlockKeys& block, int64_t k, int32_t kth, uint32_t* kept) {
+  const int64_t words = block.end() / 32;
+  int64_t excess = -k;
+  for (int64_t word = 0; word < words; ++word) {
+    kept[word] = bits_from(block.keys + word * 32, kth);
+    excess += std::popcount(kept[word]);
   }
-  return {key, reached};
-}
-
-// The keys from `low` on, in order; returns how many. `to` has room for a vector more than there are keys.
-int64_t collect(const BlockKeys& block, int32_t low, int32_t* to) {
-  int64_t found = 0;
-#if defined(SPARSEKIT_AVX512)
-  for (int64_t i = 0; i < block.end(); i += kKeyLanes) {
-    const __m512i keys = load(block.keys + i);
-    const __mmask16 in = _mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(low));
-    _mm512_storeu_si512(to + found, _mm512_maskz_compress_epi32(in, keys));
-    found += std::popcount(static_cast<uint16_t>(in));
+  for (int64_t word = words - 1; excess > 0; --word) {
+    uint32_t equal = kept[word] & ~bits_from(block.keys + word * 32, kth + 1);
+    while (std::popcount(equal) > excess) equal &= equal - 1;
+    kept[word] &= ~equal;
+    excess -= std::popcount(equal);
   }
-#elif defined(SPARSEKIT_AVX2)
-  static constexpr auto kSetBits = [] {
-    std::array<std::array<uint8_t, 8>, 256> table{};
-    for (int bits = 0; bits < 256; ++bits)
-      for (int bit = 0, next = 0; bit < 8; ++bit)
-        if (bits >> bit & 1) table[bits][next++] = static_cast<uint8_t>(bit);
-    return table;
-  }();
-  for (int64_t i = 0; i < block.end(); i += kKeyLanes) {
-    const __m256i keys = load(block.keys + i);
-    const __m256i in = _mm256_cmpgt_epi32(keys, _mm256_set1_epi32(low - 1));
-    const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(in)));
-    const __m128i from = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits[bits].data()));
-    store(to + found, _mm256_permutevar8x32_epi32(keys, _mm256_cvtepu8_epi32(from)), false);
-    found += std::popcount(bits);
-  }
-#else
-  for (int64_t i = 0; i < block.end(); ++i) {
-    to[found] = block.keys[i];
-    found += block.keys[i] >= low;
-  }
-#endif
-  return found;
-}
-
-// The index after the wanted-th key that equals `key`.
-int64_t end_of_equals(const BlockKeys& block, int32_t key, int64_t wanted) {
-  int64_t i = 0;
-  for (; i + kFew <= block.count; i += kFew) {
-    int32_t equals = 0;
-    for (int64_t j = 0; j < kFew; ++j) equals += block.keys[i + j] == key;
-    if (equals >= wanted) break;
-    wanted -= equals;
-  }
-  while (wanted > 0) wanted -= block.keys[i++] == key;
-  return i;
-}
-
-// The keys above `bound` are kept, and those equal to it before the index `ties_end`.
-struct Cut {
-  int32_t bound;
-  int64_t ties_end;
-};
-
-// Where to cut a block of more than k keys so that k stay, 0 < k. `few` has room for the keys and kFew more.
-Cut cut_at(BlockKeys block, int64_t k, int32_t* few) {
-  int32_t maxima[kMaxima], low = 0, high = 0;  // low <= the k-th largest key <= high
-  lane_maxima(block, maxima);
-  for (int i = 0; i < kMaxima; ++i) high = std::max(high, maxima[i]);
-  const BlockKeys all = block;
-  if (k <= kMaxima) {
-    low = kth_largest<kMaxima>(maxima, kMaxima, k).key;
-    block = {few, collect(all, low, few)};
-    std::fill_n(few + block.count, kFew, -1);
-    if (block.count == k) return {low - 1, 0};
-  }
-  int64_t above_high = 0;  // how many keys are above high
-  for (int32_t octaves = 1 << 23; low == 0 && octaves < high; octaves = std::min(octaves, 1 << 29) * 2) {
-    const int64_t above = count_above(block, high - octaves);
-    if (above >= k)
-      low = high - octaves + 1;
-    else
-      high -= octaves, above_high = above;
-  }
-  while (low < high) {
-    const int32_t middle = low + (high - low) / 2;
-    const int64_t above = count_above(block, middle);
-    if (above == k) return {middle, 0};
-    const int32_t more = -static_cast<int32_t>(above > k);  // all ones or none: a branch would be a coin's toss
-    low += (middle + 1 - low) & more;
-    high += (middle - high) & ~more;
-    above_high += (above - above_high) & ~int64_t{more};
-  }
-  return {high, end_of_equals(all, high, k - above_high)};
 }
 
 template <int64_t kCols, class T>
@@ -172,37 +30,31 @@ void load_keys(const T* score, int32_t* keys, int64_t cols) {
   for (int64_t i = 0; i < cols; ++i) keys[i] = magnitude_key(score[i]);
 }
 
-inline void store_above(const int32_t* keys, int32_t bound, bool* mask, int64_t cols) {
-  int64_t i = 0;
-#if defined(SPARSEKIT_AVX512)
-  for (; i + 16 <= cols; i += 16) {
-    const __mmask16 above = _mm512_cmpgt_epi32_mask(load(keys + i), _mm512_set1_epi32(bound));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(mask + i), _mm_maskz_mov_epi8(above, _mm_set1_epi8(1)));
-  }
-#elif defined(SPARSEKIT_AVX2)
-  const __m256i least = _mm256_set1_epi32(bound);
-  for (; i + 16 <= cols; i += 16) {
-    const Keep16 above = join(Keep32{_mm256_cmpgt_epi32(load(keys + i), least)},
-                              Keep32{_mm256_cmpgt_epi32(load(keys + i + 8), least)});
-    const __m128i bytes =
-        _mm_packs_epi16(_mm256_castsi256_si128(above.lanes), _mm256_extracti128_si256(above.lanes, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(mask + i), _mm_and_si128(bytes, _mm_set1_epi8(1)));
-  }
+// Bits as bytes.
+inline void store_bits(uint32_t bits, bool* mask) {
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+  const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), byte), bit);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask), _mm256_min_epu8(set, _mm256_set1_epi8(1)));
+#else
+  for (int i = 0; i < 32; ++i) mask[i] = bits >> i & 1;
 #endif
-  for (; i < cols; ++i) mask[i] = keys[i] > bound;
 }
 
 struct TopkScratch {
   int64_t blocks, pitch;  // blocks side by side, and room for the keys of one
-  std::unique_ptr<int32_t[]> keys, few;
-  std::unique_ptr<Cut[]> cuts;
+  std::unique_ptr<int32_t[]> keys, kth;
+  std::unique_ptr<uint32_t[]> kept;
+  std::unique_ptr<bool[]> bytes;
 
   explicit TopkScratch(const BlockTopkArgs& a)
       : pitch(BlockKeys::padded(std::min(a.block_rows, a.rows) * std::min(a.block_cols, a.cols))) {
     blocks = std::max<int64_t>(1, kStripEntries / pitch);
     keys.reset(new int32_t[blocks * pitch]);
-    few.reset(new int32_t[pitch + kFew]);
-    cuts.reset(new Cut[blocks]);
+    kth.reset(new int32_t[blocks]);
+    kept.reset(new uint32_t[blocks * pitch / 32]);
+    bytes.reset(new bool[blocks * pitch]);
   }
 };
 
@@ -220,28 +72,33 @@ void topk_strip(const BlockTopkArgs& a, const BlockStrip& strip, const TopkScrat
     }
     if (rest) load_keys<0>(score + full * side, keys + full * pitch + row * rest, rest);
   }
-  for (int64_t block = 0; block < blocks; ++block) {
-    const BlockKeys one{keys + block * pitch, strip.rows * (block < full ? side : rest)};
-    std::fill(keys + block * pitch + one.count, keys + block * pitch + one.end(), -1);
-    if (a.k == 0)
-      scratch.cuts[block] = {std::numeric_limits<int32_t>::max(), 0};
-    else if (a.k >= one.count)
-      scratch.cuts[block] = {-1, 0};
-    else
-      scratch.cuts[block] = cut_at(one, a.k, scratch.few.get());
+  const auto keys_of = [&](int64_t block) {
+    return BlockKeys{keys + block * pitch, strip.rows * (block < full ? side : rest)};
+  };
+  for (int64_t block = 0; block < blocks; ++block)
+    std::fill(keys + block * pitch + keys_of(block).count, keys + block * pitch + keys_of(block).end(), -1);
+  kth_of_blocks(keys_of, blocks, a.k, scratch.kth.get());
+  for (int64_t block = 0; block < blocks; ++block)
+    keep_largest(keys_of(block), a.k, scratch.kth[block], scratch.kept.get() + block * pitch / 32);
+
+  bool* mask = a.mask + strip.top * a.cols + strip.left;
+  if (kCols == 16 && rest == 0 && full % 2 == 0) {
+    const uint32_t* kept = scratch.kept.get();
+    for (int64_t row = 0; row < strip.rows; ++row, mask += a.cols)
+      for (int64_t block = 0; block < full; block += 2) {
+        const uint32_t left = kept[(block * pitch + row * 16) / 32] >> row % 2 * 16;
+        const uint32_t right = kept[((block + 1) * pitch + row * 16) / 32] >> row % 2 * 16;
+        store_bits((left & 0xffff) | right << 16, mask + block * 16);
+      }
+    return;
   }
-  for (int64_t row = 0; row < strip.rows; ++row) {
-    bool* mask = a.mask + (strip.top + row) * a.cols + strip.left;
+  for (int64_t word = 0; word < blocks * pitch / 32; ++word)
+    store_bits(scratch.kept[word], scratch.bytes.get() + word * 32);
+  for (int64_t row = 0; row < strip.rows; ++row, mask += a.cols)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t cols = block < full ? side : rest;
-      const Cut& cut = scratch.cuts[block];
-      const int32_t* from = keys + block * pitch + row * cols;
-      bool* to = mask + block * side;
-      const int64_t ties = std::clamp<int64_t>(cut.ties_end - row * cols, 0, cols);
-      if (ties > 0) store_above(from, cut.bound - 1, to, ties);
-      store_above(from + ties, cut.bound, to + ties, cols - ties);
+      std::copy_n(scratch.bytes.get() + block * pitch + row * cols, cols, mask + block * side);
     }
-  }
 }
 
 }  // namespace
