@@ -103,6 +103,17 @@ def test_threads(simd, threads, dtype, tokens):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("few, many", [(1, 15), (16, 200)])  # on either side of where the kernel changes
+def test_a_token_comes_out_the_same_in_any_batch(simd, dtype, few, many):
+    packed, bias = sk.pack24(*sparse24(70, 1030, dtype)), torch.randn(70).to(dtype)
+    x = torch.randn(many, 1030).to(dtype)
+    whole = sk.linear24(x, *packed, bias)
+    for start in (0, 1, many // 2, many - few):
+        part = slice(start, start + few)
+        assert_same(sk.linear24(x[part], *packed, bias), whole[part])
+
+
 def test_reference_gradcheck():
     weight, mask = sparse24(3, 10)
     values, bitmask = pack24_reference(weight.double(), mask, True)
