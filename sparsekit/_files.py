@@ -14,7 +14,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``: what the block writes there is flushed to the disk, then takes its place.
 
     If the block fails, or is interrupted, ``path`` is what it was and nothing else is left.
+
+    Raises:
+        FileNotFoundError: there is no folder to write to.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary

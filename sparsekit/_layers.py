@@ -7,6 +7,12 @@ from torch import nn
 Where = Callable[[str, nn.Module], bool]
 
 
+def check_model(model: nn.Module) -> None:
+    """Rejects what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def input_dim(module: nn.Module) -> int | None:
     """The weight dimension of the inputs; None for a module that is no Linear, Conv2d or transformers' Conv1D."""
     if isinstance(module, nn.Linear | nn.Conv2d):

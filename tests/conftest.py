@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 
+from sparsekit.compress import Timing, providers, tune
 from sparsekit.ops import force_simd, simd_levels
 
 os.environ["SPARSEKIT_TUNE_CACHE"] = "0"  # the user's measurements are neither used nor changed
@@ -48,3 +49,23 @@ def data():
     if not folder:
         pytest.skip("SPARSEKIT_DATA names no folder of real data")
     return Path(folder)
+
+
+@pytest.fixture
+def ratios(monkeypatch):
+    """Replaces the measurement: provider -> ratio, or a function of the token count; records what was asked."""
+    table = {"2:4": 3.0, "prepacked": 2.0}
+
+    def measure(modules, x, *, dense, cold, budget):
+        measured.append((tuple(modules), tuple(x.shape), cold))
+        timings = {}
+        for name in modules:
+            ratio = 1.0 if name == "plain" else table[name]
+            ratio = ratio(len(x)) if callable(ratio) else ratio
+            timings[name] = ratio and Timing(len(x) / ratio, ratio, float(ratio > 1), ratio, 0.0)
+        return timings
+
+    measured = table["measured"] = []
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(providers, "backends", lambda: {"linear24": {"cpu": "avx2"}})
+    return table

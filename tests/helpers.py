@@ -1,8 +1,9 @@
 """Hostile inputs, and comparisons that forgive nothing."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import sparsekit as sk
 from sparsekit.ops.nm import nm_prune_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,6 +31,21 @@ def hostile(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def sparse24(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """A normal weight pruned to 2:4 by the reference, and its mask."""
     return nm_prune_reference(torch.randn(rows, cols).to(dtype), 2, 4, None)
+
+
+def sparse_linear(cols=40, rows=48, bias=True, dtype=torch.float32):
+    """A layer whose weight is 2:4."""
+    linear = nn.Linear(cols, rows, bias, dtype=dtype).eval()
+    sk.nm_prune_(linear.weight.data, 2, 4)
+    return linear
+
+
+def outputs_and_gradients(module, x):
+    module.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    y.float().square().sum().backward()
+    return y.detach(), x.grad
 
 
 def _transposed(tensor: Tensor) -> Tensor:

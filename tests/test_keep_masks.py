@@ -181,3 +181,11 @@ def test_rejects_a_foreign_optimizer(model):
     sk.prune_(model, sk.Magnitude("2:4"))
     with pytest.raises(ValueError, match="optimizer holds none of the masked weights"):
         sk.keep_masks(model, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+
+
+def test_rejects_a_compressed_layer(ratios):
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    sk.prune_(model, sk.Magnitude("2:4"))
+    sk.compress_(model)
+    with pytest.raises(ValueError, match="layer '0' is compressed: call decompress_ first"):
+        sk.keep_masks(model, torch.optim.SGD(model.parameters(), 0.1))

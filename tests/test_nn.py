@@ -1,4 +1,4 @@
-"""Linear24 and PrepackedLinear: state, gradients, copies, conversions, compilation."""
+"""Linear24, and what it and PrepackedLinear have in common: state, copies, conversions, compilation."""
 
 import copy
 import io
@@ -7,30 +7,16 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import outputs_and_gradients, sparse_linear
 from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
 from sparsekit.nn import Linear24, PrepackedLinear
-from sparsekit.ops.prepacked import prepack, prepacked_dense, prepacked_linear
 
 # torch warns about its own use of torch.jit while it compiles.
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BOTH = pytest.mark.parametrize("kind", [Linear24, PrepackedLinear], ids=["linear24", "prepacked"])
-
-
-def sparse_linear(cols=40, rows=48, bias=True, dtype=torch.float32):
-    linear = nn.Linear(cols, rows, bias, dtype=dtype).eval()
-    sk.nm_prune_(linear.weight.data, 2, 4)
-    return linear
-
-
-def outputs_and_gradients(module, x):
-    module.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    y = module(x)
-    y.float().square().sum().backward()
-    return y.detach(), x.grad
 
 
 def test_linear24_literal():
@@ -43,13 +29,6 @@ def test_linear24_literal():
     assert layer(torch.tensor([1.0, 1, 1, 1, 1, 1])).tolist() == [24, 30]
     assert layer.weight.tolist() == linear.weight.tolist()
     assert layer.bias is linear.bias
-
-
-def test_prepacked_literal():
-    layer = PrepackedLinear(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), nn.Parameter(torch.tensor([10.0, 20.0])))
-    assert layer.eval()(torch.tensor([1.0, 1.0, 1.0])).tolist() == [16, 35]
-    assert layer.state_dict()["weight"].tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert not isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
 @BOTH
@@ -174,16 +153,6 @@ def test_state_dict_round_trip_through_a_file(kind):
     assert torch.equal(other(x), layer(x))
 
 
-def test_prepacked_state_dict_errors():
-    layer = PrepackedLinear.from_linear(sparse_linear())
-    with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
-        layer.load_state_dict({"bias": layer.bias})
-    with pytest.raises(RuntimeError, match=r"weight must have shape \(48, 40\), got \(40, 48\)"):
-        layer.load_state_dict({"weight": torch.zeros(40, 48), "bias": layer.bias})
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"extra"'):
-        layer.load_state_dict({**layer.state_dict(), "extra": torch.zeros(1)})
-
-
 @BOTH
 def test_to_dtype_and_device(kind):
     linear = sparse_linear()
@@ -221,46 +190,6 @@ def test_linear24_gradients():
     torch.testing.assert_close(sk.unpack24(layer.values.grad, layer.bitmask, 40), linear.weight.grad * kept)
 
 
-@compiles
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_prepacked_gradients_reach_x_and_bias(compiled):
-    linear = sparse_linear()
-    layer, x = PrepackedLinear.from_linear(linear), torch.randn(2, 3, 40)
-    layer.bias = nn.Parameter(linear.bias.detach().clone())
-    y, grad_x = outputs_and_gradients(torch.compile(layer, fullgraph=True) if compiled else layer, x)
-    expected_y, expected_grad_x = outputs_and_gradients(linear, x)
-    torch.testing.assert_close(y, expected_y)
-    torch.testing.assert_close(grad_x, expected_grad_x)
-    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
-
-
-def test_prepacked_refuses_to_train():
-    layer = PrepackedLinear.from_linear(sparse_linear().train())
-    x = torch.randn(3, 40)
-    with pytest.raises(RuntimeError, match=r"cannot train its weight: call model.eval\(\)"):
-        layer(x)
-    with torch.no_grad():
-        assert layer(x).shape == (3, 48)
-    frozen = sparse_linear().train().requires_grad_(False)
-    assert PrepackedLinear.from_linear(frozen)(x).shape == (3, 48)
-
-
-def test_prepacked_weight_is_bit_exact():
-    weight = torch.randn(7, 9)
-    weight[0, :4] = torch.tensor([float("nan"), -0.0, 1e-42, float("inf")])
-    layer = PrepackedLinear(weight)
-    assert torch.equal(layer.weight.view(torch.int32), weight.view(torch.int32))
-
-
-def test_prepacked_holds_one_form():
-    linear = sparse_linear()
-    layer = PrepackedLinear.from_linear(linear)
-    assert [name for name, _ in layer.named_parameters()] == ["bias"]
-    tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 1 and tensors[0].is_mkldnn
-    assert not list(layer.buffers())
-
-
 @BOTH
 def test_weight_is_read_only(kind):
     layer = kind.from_linear(sparse_linear())
@@ -280,16 +209,6 @@ def test_compiles_whole(kind):
     x = torch.randn(5, 40)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
-
-
-@compiles
-def test_compiled_prepacked_follows_autocast_and_gives_its_weight():
-    torch._dynamo.reset()
-    layer, x = PrepackedLinear.from_linear(sparse_linear()), torch.randn(5, 40)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=2e-2, atol=2e-2)
-    with torch.no_grad():
-        assert torch.equal(torch.compile(lambda: layer.weight + 1, fullgraph=True)(), layer.weight + 1)
 
 
 def test_new_linear24_is_24_and_trains():
@@ -312,21 +231,3 @@ def test_repr_says_what_it_is():
     assert str(Linear24.from_linear(sparse_linear())) == "Linear24(in_features=40, out_features=48, bias=True)"
     assert str(PrepackedLinear.from_linear(sparse_linear())).endswith("bias=True, weight=reordered)")
     assert str(PrepackedLinear(torch.zeros(0, 4))).endswith("bias=False, weight=plain)")
-
-
-def test_prepacked_ops_pass_opcheck():
-    weight = torch.randn(6, 5)  # plain: opcheck looks at storages, which an opaque tensor has not
-    for args in ((torch.randn(2, 5), weight, None), (torch.randn(2, 5, requires_grad=True), weight, torch.randn(6))):
-        torch.library.opcheck(torch.ops.sparsekit.prepacked_linear.default, args)
-    torch.library.opcheck(torch.ops.sparsekit.prepacked_dense.default, (weight,))
-
-
-def test_prepacked_gradient_is_right():
-    weight, bias = torch.randn(6, 5), torch.randn(6, requires_grad=True)
-    packed, x = prepack(weight, 4), torch.randn(2, 5, requires_grad=True)
-    assert torch.equal(prepacked_dense(packed), weight)
-    upstream = torch.randn(2, 6)
-    got = torch.autograd.grad(prepacked_linear(x, packed, bias), (x, bias), upstream)
-    expected = torch.autograd.grad(F.linear(x, weight, bias), (x, bias), upstream)
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)

@@ -129,7 +129,7 @@ def test_half_precision_weights(dtype):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        (("model", sk.Magnitude("2:4")), TypeError, "model must be an nn.Module, got str"),
+        (("model", sk.Magnitude("2:4")), TypeError, "model must be a torch.nn.Module, got str"),
         ((nn.Linear(8, 8), "2:4"), TypeError, "method must be a Method such as .* got '2:4'"),
         ((nn.Linear(8, 8), sk.Wanda), TypeError, "method must be a Method such as"),
         ((nn.Linear(8, 8), sk.Wanda("2:4")), ValueError, r"Wanda\(pattern='2:4'\) needs calibration batches, got None"),

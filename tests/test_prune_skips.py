@@ -99,3 +99,19 @@ def test_a_layer_that_no_batch_reaches_stays_dense():
     assert {layer.name: layer.error is None for layer in report.layers} == {"used": False, "unused": True}
     with pytest.raises(ValueError, match="no calibration batch reached any"):
         sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)], forward=lambda *_: None)
+
+
+def test_compressed_layers_are_skipped(ratios):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    sk.compress_(model, where=lambda name, module: name == "0")
+    report = sk.prune_(model, sk.Magnitude("2:4"))
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [
+        ("0", "it is compressed: call decompress_ first")
+    ]
+    assert [layer.name for layer in report.layers] == ["1"]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_weights_are_skipped():
+    report = sk.prune_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0)), sk.Magnitude("2:4"))
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [("1", "its weight is empty")]

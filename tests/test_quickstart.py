@@ -27,7 +27,7 @@ def run():
         yield run
     finally:
         sys.path.remove(str(FOLDER))
-        for name in ("run", "model", "show"):
+        for name in ("run", "model", "show", "speed"):
             sys.modules.pop(name, None)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .._layers import check_model
 from ..compress.swap import check_known, empty, get_original, guard_saving, refill, set_original
 from ..masks import remove_mask
 from ..nn import Compressed, Linear24, PrepackedLinear, weight_shape
@@ -36,9 +37,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
 
     Raises:
         TypeError: ``model`` is not a module, or its state dict holds something that is not a tensor.
+        OSError: the file cannot be written.
         ValueError: a tensor has no data (the meta device), ``format`` is another, or has no place for a layer.
     """
-    _check_module(model)
+    check_model(model)
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
     state = dict(model.state_dict())
@@ -74,7 +76,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
         ValueError: the file is truncated, altered or foreign, or does not fit the model; the message names the file
             and what is wrong, and the model is as it was.
     """
-    _check_module(model)
+    check_model(model)
     try:
         structure, tensors = read(Path(path))
         layers, shared = from_bitmask24(model, tensors) if structure is None else parse(structure)
@@ -92,11 +94,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
             guard_saving(model)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
-
-
-def _check_module(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _swap(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .._batches import Forward
-from .._layers import Where, is_transposed
+from .._layers import Where, check_model, is_transposed
 from ..nn import Compressed, PrepackedLinear
 from . import tune
 from .choose import Choice, Progress, choose, layout_tokens
@@ -60,11 +60,12 @@ def compress_(
         Per layer the decision, the reason and the measured ratios; the bytes before and after.
 
     Raises:
-        TypeError: ``sample`` is neither a batch nor an iterable of batches.
+        TypeError: ``model`` is not a module, or ``sample`` neither a batch nor an iterable of batches.
         ValueError: ``budget`` is not positive, or ``sample`` holds no batch.
 
         Whatever is raised, also by the model or by an interrupt, leaves the model as it was.
     """
+    check_model(model)
     if not budget > 0:
         raise ValueError(f"budget must be a positive number of seconds, got {budget}")
     begin = time.perf_counter()
@@ -96,8 +97,10 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
         The names of the layers that were restored.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: a layer put there by hand stands for one of another class than ``nn.Linear``.
     """
+    check_model(model)
     return restore_all(model)
 
 

@@ -34,13 +34,20 @@ def check_weight(name: str, tensor: Tensor, dim: int | None = None) -> None:
         raise ValueError(f"{name} must have {dim} dimensions, got shape {tuple(tensor.shape)}")
 
 
-def check_like(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
-    """Rejects a given tensor that has not this dtype and shape, or is on another device than ``like``."""
-    if tensor is None:
-        return
+def check_like(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
+    """Rejects what is not a tensor of this dtype and shape on the device of ``like``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+
+
+def check_ints(**values: int) -> None:
+    """Rejects what is not an int, or the symbol of one while a graph is traced."""
+    for name, value in values.items():
+        if not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{name} must be an int, got {value!r}")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import check_like, check_weight, define
+from ._define import check_ints, check_like, check_weight, define
 from .nm import magnitude_key
 
 
@@ -93,8 +93,10 @@ def block_scores(
     """
     check_weight("weight", weight, 2)
     _check_block(block)
-    check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
-    check_like("mask", mask, torch.bool, weight.shape, weight)
+    if scale is not None:
+        check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
+    if mask is not None:
+        check_like("mask", mask, torch.bool, weight.shape, weight)
     return _block_scores(weight, *block, scale, mask)
 
 
@@ -118,11 +120,14 @@ def block_topk_mask(score: Tensor, k: int, block: tuple[int, int] = (16, 16)) ->
     """
     check_weight("score", score, 2)
     _check_block(block)
+    check_ints(k=k)
     if not 0 <= k <= block[0] * block[1]:
         raise ValueError(f"k must be between 0 and {block[0] * block[1]} for a block of {tuple(block)}, got {k}")
     return _block_topk_mask(score, k, *block)
 
 
 def _check_block(block: tuple[int, int]) -> None:
+    if not isinstance(block, tuple | list) or not all(isinstance(side, int) for side in block):
+        raise TypeError(f"block must be two ints (rows, cols), got {block!r}")
     if len(block) != 2 or min(block) < 1:
         raise ValueError(f"block must be two positive sides (rows, cols), got {tuple(block)}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._define import LIBRARY, check_like, check_weight, define
+from ._define import LIBRARY, check_ints, check_like, check_weight, define
 
 MAX_M = 32
 
@@ -107,7 +107,8 @@ def nm_prune(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) -> 
     """
     check_weight("weight", weight)
     _check_pattern(n, m)
-    check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
+    if scale is not None:
+        check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
     return _nm_prune(weight, n, m, scale)
 
 
@@ -131,10 +132,12 @@ def nm_prune_(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) ->
     """
     check_weight("weight", weight)
     _check_pattern(n, m)
-    check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
+    if scale is not None:
+        check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
     return _nm_prune_(weight, n, m, scale)
 
 
 def _check_pattern(n: int, m: int) -> None:
+    check_ints(n=n, m=m)
     if not 0 < n <= m <= MAX_M:
         raise ValueError(f"a pattern n:m needs 0 < n <= m <= {MAX_M}, got {n}:{m}")

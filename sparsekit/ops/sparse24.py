@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, check_like, check_weight, define
+from ._define import LIBRARY, check_ints, check_like, check_weight, define
 from .bits import pack_bits, unpack_bits
 
 # What a group with fewer than two non-zeros keeps, by its four non-zero bits (lowest first): the completion that
@@ -145,7 +145,8 @@ def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = N
         ValueError: a wrong shape or device; or, where checked, a group that breaks 2:4: the first one is named.
     """
     check_weight("weight", weight, 2)
-    check_like("mask", mask, torch.bool, weight.shape, weight)
+    if mask is not None:
+        check_like("mask", mask, torch.bool, weight.shape, weight)
     return _pack24(weight, mask, weight.device.type == "cpu" if check is None else check)
 
 
@@ -189,7 +190,8 @@ def linear24(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = N
     check_weight("x", x)
     _check_packed(values, bitmask, x.shape[-1])
     check_like("values", values, x.dtype, values.shape, x)
-    check_like("bias", bias, x.dtype, values.shape[:1], x)
+    if bias is not None:
+        check_like("bias", bias, x.dtype, values.shape[:1], x)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _linear24(x, values, bitmask, bias)
     with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python: 9 us, a third of a small call
@@ -198,6 +200,7 @@ def linear24(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = N
 
 def _check_packed(values: Tensor, bitmask: Tensor, cols: int) -> None:
     check_weight("values", values, 2)
+    check_ints(cols=cols)
     if cols < 0 or values.shape[1] != values_per_row(cols):
         raise ValueError(
             f"values must have {values_per_row(cols)} columns for a weight of {cols}, got shape {tuple(values.shape)}"

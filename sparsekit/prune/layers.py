@@ -84,7 +84,9 @@ def _unfit(layer: Layer, pattern: Pattern) -> str | None:
         return f"its weight is {weight.dtype}, not float32, float16 or bfloat16"
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"it is a convolution of {module.groups} groups, and no N:M kernel runs those"
-    cols = grouped(weight, layer.axis).shape[-1] if weight.numel() else 0
+    if weight.numel() == 0:
+        return "its weight is empty"
+    cols = grouped(weight, layer.axis).shape[-1]
     if cols < (pattern.m or 1):
         return f"its {cols} inputs do not fill one group of {pattern}"
     return None

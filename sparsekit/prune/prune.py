@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import Forward, as_batches
-from .._layers import Where
+from .._layers import Where, check_model
 from ..masks import MaskInfo, Pattern, get_mask, get_mask_info, grouped, remove_mask, set_mask, ungrouped
 from ..ops import pack_bits, unpack_bits
 from .calibrate import Block, Inputs, Progress, calibrating, collect, execution_order, split_blocks
@@ -86,8 +86,7 @@ def prune_(
 
 
 def _check(model: nn.Module, method: Method, batches: Any, axis: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_model(model)
     if not isinstance(method, Method):
         raise TypeError(f'method must be a Method such as Wanda("2:4"), got {method!r}')
     if method.statistic is not None and batches is None:

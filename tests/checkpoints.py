@@ -1,0 +1,78 @@
+"""Models to save, and what a checkpoint must bring back."""
+
+import torch
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
+from sparsekit.nn import Linear24, PrepackedLinear
+
+ROWS, COLS = 12, 10  # a tail of two columns, and a mask row that ends within a byte
+
+
+class Net(nn.Module):
+    """A tied embedding and head, a normalization with buffers, a convolution and three linear layers."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, COLS)
+        self.first = nn.Linear(COLS, ROWS)
+        self.second = nn.Linear(ROWS, ROWS, bias=False)
+        self.third = nn.Linear(ROWS, COLS)
+        self.conv = nn.Conv2d(4, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(COLS, 7, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.third(torch.relu(self.second(torch.relu(self.first(self.embed(tokens))))))
+        image = x.flatten()[:64].view(1, 4, 4, 4)
+        return self.head(x) + self.norm(self.conv(image)).mean()
+
+
+TOKENS = torch.arange(7).repeat(2)
+
+
+def make(seed: int = 0, tied: bool = True) -> Net:
+    torch.manual_seed(seed)
+    model = Net(tied).eval()
+    model.norm.running_mean.normal_()
+    return model
+
+
+def prune(model: Net) -> Net:
+    for layer in (model.first, model.second, model.third):
+        mask = sk.nm_prune_(layer.weight, 2, 4)
+        set_mask(layer, mask, MaskInfo(Pattern.parse("2:4"), 1))
+    mask = sk.nm_prune_(model.conv.weight.detach().view(3, -1), 1, 4).view(3, 4, 3, 3)
+    set_mask(model.conv, mask, MaskInfo(Pattern.parse("1:4"), "flatten"))
+    return model
+
+
+def mixed(model: Net) -> Net:
+    model = prune(model)
+    model.first = Linear24.from_linear(model.first)
+    model.second = PrepackedLinear.from_linear(model.second, tokens=16)
+    return model
+
+
+MAKERS = {"dense": make, "pruned": lambda: prune(make()), "mixed": lambda: mixed(make())}
+TARGETS = {
+    "fresh": lambda: make(1),
+    "pruned": lambda: prune(make(1)),
+    "mixed": lambda: mixed(make(1)),
+    "untied": lambda: make(1, tied=False),
+}
+
+
+def contents(model):
+    """Everything that a checkpoint must bring back, as plain comparable values."""
+    state = {name: (tensor.dtype, tensor.clone().flatten().tolist()) for name, tensor in model.state_dict().items()}
+    masks = {
+        name: (get_mask(module).tolist(), get_mask_info(module))
+        for name, module in model.named_modules()
+        if get_mask_info(module)
+    }
+    kinds = {name: (type(module), module.training) for name, module in model.named_modules()}
+    return state, masks, kinds

@@ -1,0 +1,102 @@
+"""Layers that compress_ leaves alone, and the reasons it gives."""
+
+import torch
+from compressing import blocks, decisions, reasons
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.compress import providers, swap
+
+
+class Hostile(nn.Module):
+    """One layer of every kind that must stay, by the reason why."""
+
+    def __init__(self):
+        super().__init__()
+
+        class MyLinear(nn.Linear):
+            pass
+
+        self.embedding = nn.Embedding(8, 8)
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.embedding.weight
+        self.subclass = MyLinear(8, 8)
+        self.hooked = nn.Linear(8, 8)
+        self.hooked.register_forward_hook(lambda module, args, output: None)
+        self.parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.replaced_forward = nn.Linear(8, 8)
+        self.replaced_forward.forward = lambda x: x
+        self.extra = nn.Linear(8, 8)
+        self.extra.lora = nn.Linear(8, 8)
+        self.double = nn.Linear(8, 8, dtype=torch.float64)
+        self.meta = nn.Linear(8, 8, device="meta")
+        self.empty = nn.Linear(8, 8)
+        self.empty.weight = nn.Parameter(torch.zeros(0, 8))
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16)
+        self.lonely = nn.Linear(8, 8)
+        self.good = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.good(x)
+
+
+def test_hostile_layers_stay(ratios):
+    model = Hostile().eval()
+    modules = list(model.modules())
+    found = reasons(sk.compress_(model, torch.randn(4, 8)))
+    for name, reason in {
+        "tied": "tied to embedding.weight",
+        "subclass": "MyLinear may compute something else",
+        "hooked": "hooks",
+        "parametrized": "Parametrized",
+        "replaced_forward": "forward is replaced",
+        "extra": "also holds lora",
+        "double": "float64",
+        "meta": "meta device",
+        "empty": "empty",
+        "attention.out_proj": "may compute something else|reads its weight",
+        "encoder.linear1": "TransformerEncoderLayer reads its weight",
+        "encoder.linear2": "TransformerEncoderLayer reads its weight",
+        "lonely": "sample does not run it",
+    }.items():
+        assert any(part in found[name] for part in reason.split("|")), (name, found[name])
+    assert [old for old, new in zip(modules, model.modules(), strict=True) if old is not new] == [
+        swap.get_original(model.good)
+    ]
+
+
+def test_other_dtypes_than_the_weight_stay(ratios):
+    model = blocks(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = sk.compress_(model, torch.randn(4, 16))
+    assert all("runs in torch.bfloat16, its weight is torch.float32" in reason for reason in reasons(report).values())
+
+
+def test_the_model_itself_stays(ratios):
+    report = sk.compress_(nn.Linear(8, 8).eval())
+    assert "model itself" in report.layers[0].reason
+
+
+def test_not_24_and_masks_that_lie(ratios):
+    model = blocks(1)
+    model[0].up.weight.data[0] = 1
+    report = sk.compress_(model)
+    assert "2:4: its weight is not zero where its mask drops it" in report.layers[0].reason
+    assert decisions(report) == {"0.up": "prepacked", "0.down": "2:4"}
+    report = sk.compress_(blocks(1, pruned=False))
+    assert "2:4: not 2:4" in report.layers[0].reason
+
+
+def test_without_a_compiled_kernel_24_is_not_offered(ratios, monkeypatch):
+    monkeypatch.setattr(providers, "backends", lambda: {"linear24": {"cpu": "reference"}})
+    report = sk.compress_(blocks(1))
+    assert set(decisions(report).values()) == {"prepacked"}
+    assert "no compiled 2:4 kernel" in report.layers[0].reason
+
+
+def test_16_bit_goes_where_onednn_computes_in_it(ratios):
+    model = blocks(1, pruned=False).bfloat16()
+    report = sk.compress_(model, torch.randn(4, 16, dtype=torch.bfloat16))
+    expected = "prepacked" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "plain"
+    assert set(decisions(report).values()) == {expected}
