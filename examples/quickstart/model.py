@@ -46,3 +46,9 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))  # (B, T, vocabulary)
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """``[B, T, vocabulary]``, from a plain tensor or from the output object of transformers."""
+    output = model(tokens)
+    return output if isinstance(output, Tensor) else output.logits

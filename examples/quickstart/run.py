@@ -13,7 +13,6 @@ import itertools
 import math
 import pydoc_data.topics
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,13 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from model import GPT
-from show import figure, heading, mebibytes, show_decisions, show_speed, table
+from model import GPT, logits
+from show import figure, heading, mebibytes, table
+from speed import compress_and_time
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import sparsekit as sk
-from sparsekit.nn import PrepackedLinear
 
 # ---------------------------------------------------------------------------------------------------------- config
 
@@ -46,7 +45,7 @@ class Config:
     window: int = 128  # tokens in a window
     batch: int = 16  # windows in a training step
     layers: int = 4  # of the model that is trained
-    dim: int = 192
+    dim: int = 256
     big_layers: int = 12  # of the random model of realistic size: GPT-2 small, BERT base
     big_dim: int = 768
     token_counts: tuple[int, ...] = (1, 16, 128)  # tokens per forward pass that speed is measured at
@@ -112,12 +111,6 @@ def windows_of(tokens: Tensor, config: Config, at_least: int) -> Documents:
 # ----------------------------------------------------------------------------------------------------------- steps
 
 
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """``[B, T, vocabulary]``, from a plain tensor or from the output object of transformers."""
-    output = model(tokens)
-    return output if isinstance(output, Tensor) else output.logits
-
-
 def loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -> Tensor:
     """Negative log-likelihood of every token but the first of each row, given those before it."""
     return F.cross_entropy(logits(model, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
@@ -170,50 +163,6 @@ def train(model: nn.Module, windows: Documents, seconds: float, rate: float, con
     return steps
 
 
-@torch.no_grad()
-def tokens_per_second(
-    models: dict[str, nn.Module], counts: tuple[int, ...], vocabulary: int, config: Config
-) -> dict[int, dict[str, float]]:
-    """By tokens in a forward pass and by model: the tokens over the median time, the models in random turns."""
-    speeds = {}
-    for count in counts:
-        x = torch.randint(vocabulary, (1, count))
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for model in models.values():
-            logits(model, x)  # warms up
-        end = time.perf_counter() + config.seconds_per_timing
-        with tqdm(desc=f"time {count} tokens", leave=False, bar_format="{desc}: {n} rounds") as bar:
-            while bar.n < 7 or time.perf_counter() < end:
-                for name in random.sample(list(models), len(models)):  # nobody always runs after the same one
-                    begin = time.perf_counter()
-                    logits(models[name], x)
-                    times[name].append(time.perf_counter() - begin)
-                bar.update()
-        speeds[count] = {name: count / statistics.median(taken) for name, taken in times.items()}
-    return speeds
-
-
-def prepack_all(model: nn.Module) -> nn.Module:
-    """The best dense model there is on a CPU: a copy whose linear layers oneDNN has all reordered once."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, PrepackedLinear.from_linear(module))
-    return model
-
-
-def compress(model: nn.Module, counts: tuple[int, ...], vocabulary: int, config: Config) -> sk.CompressReport:
-    """``sk.compress_`` for passes of these many tokens, with a progress bar."""
-    sample = [torch.randint(vocabulary, (1, count)) for count in counts]
-    with tqdm(desc="measure layers", leave=False) as bar:
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(what)
-
-        return sk.compress_(model, sample, budget=config.tune_budget, progress=progress)
-
-
 # ------------------------------------------------------------------------------------------------------------ main
 
 
@@ -263,15 +212,10 @@ def main(config: Config) -> None:
         print(f"  left dense: {skipped.name}, {skipped.reason}")
 
     heading("3. Compressed for this machine")
-    compressed = copy.deepcopy(sparse)
-    report = compress(compressed, config.token_counts, vocabulary, config)
-    show_decisions(report)
+    timing = {"counts": config.token_counts, "seconds": config.seconds_per_timing, "budget": config.tune_budget}
+    compressed, small_reports, small_speeds = compress_and_time(dense, sparse, vocabulary, **timing)
     quality_of["compressed"] = perplexity(compressed, held_out)[0]
     print(f"  perplexity {quality_of['compressed']:.4f} compressed, {quality_of['Wanda, tuned']:.4f} before")
-    print(f"  {mebibytes(report.bytes_before)} in memory before, {mebibytes(report.bytes_after)} after")
-    models = {"plain dense": dense, "best dense": prepack_all(dense), "sparsekit": compressed}
-    speed = tokens_per_second(models, config.token_counts, vocabulary, config)
-    show_speed(speed)
 
     heading("4. Saved and loaded")
     path, tokens = config.out / "model.safetensors", held_out[0][None, :-1]
@@ -289,18 +233,11 @@ def main(config: Config) -> None:
     big = GPT(256, max(config.token_counts), config.big_dim, config.big_layers, config.big_dim // 64).eval()
     sparse = copy.deepcopy(big)
     sk.prune_(sparse, sk.Magnitude("2:4"), progress=bar("magnitude"))
-    models = {"plain dense": big, "best dense": prepack_all(big)}
-    big_reports, big_speed = {}, {}
-    for count in config.token_counts:  # compressed for each use, as whoever knows it would
-        models["sparsekit"] = copy.deepcopy(sparse)
-        big_reports[count] = compress(models["sparsekit"], (count,), 256, config)
-        big_speed |= tokens_per_second(models, (count,), 256, config)
-        show_decisions(big_reports[count])
-        before, after = big_reports[count].bytes_before, big_reports[count].bytes_after
-        print(f"  {mebibytes(before)} in memory before, {mebibytes(after)} after\n")
-    show_speed(big_speed)
+    _, big_reports, big_speeds = compress_and_time(big, sparse, 256, **timing)
 
-    picture = figure(config.out / "quickstart.png", quality_of, speed, big_speed, report, big_reports)
+    picture = figure(
+        config.out / "quickstart.png", quality_of, (small_reports, small_speeds), (big_reports, big_speeds)
+    )
     print(f"\nThe picture is {picture}")
 
 

@@ -16,6 +16,8 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 Speeds = dict[int, dict[str, float]]  # tokens per second, by tokens in a forward pass and by model
+Reports = dict[int, sk.CompressReport]  # by the tokens in a forward pass that a model was compressed for
+Measured = tuple[Reports, Speeds]
 COLORS = {"plain dense": "#b8bec9", "best dense": "#6f7a8c", "sparsekit": "#e4572e"}
 DECISIONS = {"2:4": "#e4572e", "prepacked": "#6f7a8c", "plain": "#dde1e7"}
 
@@ -81,29 +83,23 @@ def show_decisions(report: sk.CompressReport) -> None:
         ratios = ["-" if timing is None else f"{timing.ratio:.2f}x" for timing in timings]
         rows.append((f"{len(layers)} of {shape[0]}x{shape[1]}", decision, *ratios, reason))
     table(("linear layers", "now", *(f"at {count}" for count in buckets), ""), rows)
+    print(f"  {mebibytes(report.bytes_before)} in memory before, {mebibytes(report.bytes_after)} after\n")
 
 
-def figure(
-    path: Path,
-    quality: dict[str, float],
-    speed: Speeds,
-    big_speed: Speeds,
-    report: sk.CompressReport,
-    big_reports: dict[int, sk.CompressReport],
-) -> Path:
+def figure(path: Path, quality: dict[str, float], small: Measured, big: Measured) -> Path:
     """Draws quality, speed, decisions and memory: of the model in the upper row, at realistic size in the lower one."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5})
-    fig, ((perplexities, speeds, decisions), (memory, big_speeds, big_decisions)) = plt.subplots(
+    fig, ((perplexities, *upper), (memory, *lower)) = plt.subplots(
         2, 3, figsize=(14, 7.6), width_ratios=[1, 1.15, 1.25]
     )
     _perplexities(perplexities, quality)
-    _speeds(speeds, speed, "Speed of this model")
-    _decisions(decisions, {"": report}, "What became of its layers")
-    _bytes(memory, {"this model": report} | {f"realistic,\nat {count}": found for count, found in big_reports.items()})
-    _speeds(big_speeds, big_speed, "Speed at realistic size")
-    _decisions(
-        big_decisions, {f" at {count}": found for count, found in big_reports.items()}, "Layers, by tokens a pass"
-    )
+    _bytes(memory, {"this model": small[0], "realistic size": big[0]})
+    for (speeds, decisions), (reports, measured), what in (
+        (upper, small, "this model"),
+        (lower, big, "realistic size"),
+    ):
+        _speeds(speeds, measured, f"Speed, {what}")
+        _decisions(decisions, reports, f"Layers by tokens a pass, {what}")
     fig.suptitle(f"sparsekit quickstart, {machine()}, torch {torch.__version__}", fontsize=9, color="#555")
     fig.tight_layout(rect=(0, 0, 1, 0.98))
     fig.savefig(path, dpi=130)
@@ -140,32 +136,36 @@ def _speeds(axes: plt.Axes, speeds: Speeds, title: str) -> None:
     axes.legend(frameon=False, ncols=3, loc="upper left", fontsize=8)
 
 
-def _bytes(axes: plt.Axes, reports: dict[str, sk.CompressReport]) -> None:
-    for at, report in enumerate(reports.values()):
-        for offset, size, color in ((-0.17, report.bytes_before, "#6f7a8c"), (0.17, report.bytes_after, "#e4572e")):
-            bars = axes.bar(at + offset, size / report.bytes_before, 0.32, color=color)
-            axes.bar_label(bars, [f"{size / 2**20:.{'0f' if size > 2**25 else '2f'}}"], padding=2, fontsize=8)
-    axes.set_xticks(range(len(reports)), list(reports))
+def _bytes(axes: plt.Axes, reports: dict[str, Reports]) -> None:
+    bars = [(what, count, report) for what, found in reports.items() for count, report in found.items()]
+    for at, (_, _, report) in enumerate(bars):
+        for offset, size, color in ((-0.2, report.bytes_before, "#6f7a8c"), (0.2, report.bytes_after, "#e4572e")):
+            drawn = axes.bar(at + offset, size / report.bytes_before, 0.38, color=color)
+            axes.bar_label(drawn, [f"{size / 2**20:.3g}"], padding=2, fontsize=7)
+    axes.set_xticks(range(len(bars)), [f"at {count}" for _, count, _ in bars], fontsize=8)
+    for index, what in enumerate(reports):
+        middle = (index + 0.5) / len(reports)
+        axes.text(middle, -0.14, what, transform=axes.transAxes, ha="center", va="top", fontsize=8.5)
     axes.set_ylabel("share of dense")
     axes.set_title("Memory in MiB: dense gray, compressed red", loc="left")
     axes.margins(y=0.12)
 
 
-def _decisions(axes: plt.Axes, reports: dict[str, sk.CompressReport], title: str) -> None:
-    """A grid: a row per block, a column per kind of layer, the least measured ratio in each cell."""
+def _decisions(axes: plt.Axes, reports: Reports, title: str) -> None:
+    """A grid: a row per block, a column per kind of layer and token count, the ratio to plain dense in each cell."""
     rows: dict[str, dict[str, LayerReport]] = {}
-    for label, report in reports.items():
+    for count, report in reports.items():
         for layer in (layer for layer in report.layers if layer.timings):
             parts = layer.name.split(".")
             number = next((part for part in parts if part.isdigit()), "")
-            rows.setdefault(number, {})[parts[-1] + label] = layer
+            rows.setdefault(number, {})[f"{parts[-1]} at {count}"] = layer
     columns = list(dict.fromkeys(kind for row in rows.values() for kind in row))
     for y, row in enumerate(rows.values()):
         for kind, layer in row.items():
             x = columns.index(kind)
             axes.add_patch(plt.Rectangle((x, y), 0.94, 0.9, color=DECISIONS[layer.decision]))
             ratios = [timing.ratio for count in layer.timings if (timing := layer.timing(count))]
-            if ratios and len(columns) <= 12:
+            if ratios and len(columns) <= 12:  # more would not be legible
                 color = "#8a93a3" if layer.decision == "plain" else "white"
                 size = 7 if len(columns) < 8 else 5.5
                 axes.text(
@@ -177,7 +177,7 @@ def _decisions(axes: plt.Axes, reports: dict[str, sk.CompressReport], title: str
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_title(f"{title} (least ratio measured)", loc="left")
+    axes.set_title(f"{title} (times plain dense)", loc="left")
     axes.legend(
         handles=[Patch(color=color, label=name) for name, color in DECISIONS.items()],
         frameon=False,

@@ -1,0 +1,72 @@
+"""Compresses the quickstart's models and times them against dense."""
+
+import copy
+import random
+import statistics
+import time
+
+import torch
+from model import logits
+from show import Reports, Speeds, show_decisions, show_speed
+from torch import nn
+from tqdm import tqdm
+
+import sparsekit as sk
+from sparsekit.nn import PrepackedLinear
+
+
+@torch.no_grad()
+def tokens_per_second(models: dict[str, nn.Module], count: int, vocabulary: int, seconds: float) -> dict[str, float]:
+    """By model: the tokens of a forward pass over its median time, the models in random turns."""
+    x = torch.randint(vocabulary, (1, count))
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        logits(model, x)  # warms up
+    end = time.perf_counter() + seconds
+    with tqdm(desc=f"time {count} tokens", leave=False, bar_format="{desc}: {n} rounds") as bar:
+        while bar.n < 7 or time.perf_counter() < end:
+            for name in random.sample(list(models), len(models)):  # nobody always runs after the same one
+                begin = time.perf_counter()
+                logits(models[name], x)
+                times[name].append(time.perf_counter() - begin)
+            bar.update()
+    return {name: count / statistics.median(taken) for name, taken in times.items()}
+
+
+def prepack_all(model: nn.Module) -> nn.Module:
+    """The best dense model there is on a CPU: a copy whose linear layers oneDNN has all reordered once."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, PrepackedLinear.from_linear(module))
+    return model
+
+
+def compress(model: nn.Module, count: int, vocabulary: int, budget: float) -> sk.CompressReport:
+    """``sk.compress_`` for passes of ``count`` tokens, with a progress bar."""
+    with tqdm(desc="measure layers", leave=False) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_postfix_str(what)
+
+        sample = torch.randint(vocabulary, (1, count))
+        return sk.compress_(model, sample, budget=budget, progress=progress)
+
+
+def compress_and_time(
+    dense: nn.Module, sparse: nn.Module, vocabulary: int, counts: tuple[int, ...], seconds: float, budget: float
+) -> tuple[nn.Module, Reports, Speeds]:
+    """Compresses a sparse model for each use, as whoever knows the use would, and times it against dense.
+
+    Returns the model compressed for the last token count, and the reports and speeds by token count.
+    """
+    models = {"plain dense": dense, "best dense": prepack_all(dense)}
+    reports, speeds = {}, {}
+    for count in counts:
+        models["sparsekit"] = copy.deepcopy(sparse)
+        reports[count] = compress(models["sparsekit"], count, vocabulary, budget)
+        speeds[count] = tokens_per_second(models, count, vocabulary, seconds)
+        show_decisions(reports[count])
+    show_speed(speeds)
+    return models["sparsekit"], reports, speeds
