@@ -170,6 +170,9 @@ def test_scores_have_no_gradient():
         (lambda w: sk.block_scores(w[0]), ValueError, r"weight must have 2 dimensions, got shape \(6,\)"),
         (lambda w: sk.block_scores(w, (0, 16)), ValueError, r"two positive sides \(rows, cols\), got \(0, 16\)"),
         (lambda w: sk.block_scores(w, (16,)), ValueError, r"two positive sides \(rows, cols\), got \(16,\)"),
+        (lambda w: sk.block_scores(w, 16), TypeError, r"block must be two ints \(rows, cols\), got 16"),
+        (lambda w: sk.block_scores(w, (2.5, 2)), TypeError, r"block must be two ints \(rows, cols\), got \(2\.5, 2\)"),
+        (lambda w: sk.block_topk_mask(w, 1.5), TypeError, r"k must be an int, got 1\.5"),
         (lambda w: sk.block_scores(w, scale=torch.ones(4)), ValueError, r"scale must have shape \(6,\), got \(4,\)"),
         (lambda w: sk.block_scores(w, scale=torch.ones(6).half()), TypeError, r"scale must be torch\.float32"),
         (

@@ -13,8 +13,10 @@ OPTIONAL = {"transformers", "diffusers", "datasets", "bitsandbytes", "tqdm", "ma
 LAYERS = [
     ["sparsekit.triton_kernels", "sparsekit._native"],
     ["sparsekit.ops"],
-    ["sparsekit.masks", "sparsekit._batches"],
+    ["sparsekit.masks", "sparsekit._batches", "sparsekit._files", "sparsekit._layers"],
     ["sparsekit.nn"],
+    ["sparsekit.prune", "sparsekit.compress"],
+    ["sparsekit.checkpoint"],
     ["sparsekit"],
 ]
 KERNELS = {"sparsekit._native", "sparsekit.triton_kernels"}
@@ -75,6 +77,13 @@ def test_the_modules_are_found():
     )
     assert names == {"sparsekit.ops._define", "sparsekit.masks", "os"}
     assert [layer(name) for name in ("sparsekit._native", "sparsekit.ops.nm", "sparsekit.prune.prune")] == [0, 1, 4]
+
+
+def test_methods_stand_beside_each_other(module):
+    name, tree = module
+    for one, other in (("sparsekit.prune", "sparsekit.compress"), ("sparsekit.compress", "sparsekit.prune")):
+        if is_within(name, one):
+            assert not [target for target in imports(name, ast.walk(tree)) if is_within(target, other)]
 
 
 def test_imports_point_down(module):

@@ -153,6 +153,8 @@ V, B = torch.ones(3, 4), torch.full((3, 1), 0x33, dtype=torch.uint8)
     [
         (lambda: sk.linear24(torch.ones(2, 8).long(), V, B), TypeError, r"x must be float32, .* got torch\.int64"),
         (lambda: sk.linear24(torch.tensor(1.0), V, B), ValueError, r"x must have at least one dimension"),
+        (lambda: sk.linear24(torch.ones(2, 8), V, None), TypeError, r"bitmask must be a tensor, got NoneType"),
+        (lambda: sk.linear24(torch.ones(2, 8), V, B, 1), TypeError, r"bias must be a tensor, got int"),
         (lambda: sk.linear24(torch.ones(2, 7), V, B), ValueError, r"values must have 5 columns for a weight of 7"),
         (
             lambda: sk.linear24(torch.ones(2, 8), V, B.int()),

@@ -222,8 +222,10 @@ def test_compile_fullgraph():
         (lambda: torch.ones(4), -1, 4, ValueError, r"got -1:4"),
         (lambda: torch.ones(4), 5, 4, ValueError, r"got 5:4"),
         (lambda: torch.ones(4), 2, 33, ValueError, r"got 2:33"),
+        (lambda: torch.ones(4), 2.0, 4, TypeError, r"n must be an int, got 2\.0"),
+        (lambda: torch.ones(4), 2, "4", TypeError, r"m must be an int, got '4'"),
     ],
-    ids=["list", "int64", "float64", "scalar", "n=0", "n<0", "n>m", "m>32"],
+    ids=["list", "int64", "float64", "scalar", "n=0", "n<0", "n>m", "m>32", "n=2.0", "m='4'"],
 )
 def test_rejects(function, make, n, m, error, match):
     with pytest.raises(error, match=match):
@@ -238,8 +240,9 @@ def test_rejects(function, make, n, m, error, match):
         (torch.ones(7), ValueError, r"scale must have shape \(8,\), got \(7,\)"),
         (torch.ones(1, 8), ValueError, r"scale must have shape \(8,\), got \(1, 8\)"),
         (torch.ones(8, device="meta"), ValueError, r"scale must be on cpu, got meta"),
+        ([1.0] * 8, TypeError, r"scale must be a tensor, got list"),
     ],
-    ids=["float16", "short", "matrix", "device"],
+    ids=["float16", "short", "matrix", "device", "list"],
 )
 def test_rejects_scale(function, scale, error, match):
     weight = torch.randn(2, 8)

@@ -1,0 +1,46 @@
+"""The public surface: every name, and the arguments by which it is called."""
+
+import inspect
+from types import ModuleType
+
+import pytest
+
+import sparsekit as sk
+
+SIGNATURES = {
+    "nm_mask": "score, n, m",
+    "nm_prune": "weight, n, m, *, scale=None",
+    "nm_prune_": "weight, n, m, *, scale=None",
+    "block_scores": "weight, block=(16, 16), *, scale=None, mask=None",
+    "block_topk_mask": "score, k, block=(16, 16)",
+    "pack24": "weight, mask=None, *, check=None",
+    "unpack24": "values, bitmask, cols",
+    "linear24": "x, values, bitmask, bias=None",
+    "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', progress=None",
+    "Magnitude": "pattern",
+    "Wanda": "pattern",
+    "keep_masks": "model, optimizer",
+    "compress_": "model, sample=None, *, where=None, forward=None, budget=0.5, progress=None",
+    "decompress_": "model",
+    "save": "model, path, *, format='sparsekit'",
+    "load": "model, path, *, dense=False",
+}
+REPORTS = {"PruneReport", "CompressReport"}
+
+
+def test_every_public_name():
+    public = {name for name, value in vars(sk).items() if name[0] != "_" and not isinstance(value, ModuleType)}
+    assert public == SIGNATURES.keys() | REPORTS
+    assert isinstance(sk.ops, ModuleType) and isinstance(sk.nn, ModuleType)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    signature = inspect.signature(getattr(sk, name))
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    assert str(signature.replace(parameters=plain, return_annotation=signature.empty)) == f"({SIGNATURES[name]})"
+
+
+@pytest.mark.parametrize("name", [*SIGNATURES, *sorted(REPORTS)])
+def test_is_documented(name):
+    assert inspect.getdoc(getattr(sk, name))
