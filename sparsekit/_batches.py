@@ -1,8 +1,10 @@
-"""How a batch is fed to a model: the one convention that every function that takes batches follows."""
+"""How a batch is fed to a model, and what a layer is shown: one convention for every function that takes batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -44,3 +46,21 @@ def as_batches(batches: Any, *, reused: bool = False) -> Iterable[Any]:
             f"batches must be iterable more than once, as a list or a DataLoader is, got {type(batches).__name__}"
         )
     return batches
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a layer, from what a forward hook is given."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own training flag is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,15 +1,13 @@
 """The linear layers of a model that may be swapped, and what a sample shows of them."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .._batches import Forward, as_batches, run_batch
+from .._batches import Forward, as_batches, evaluating, layer_input, run_batch
 from .._layers import Where, borrowed, input_dim, is_transposed
 from ..nn import autocast_dtype
 from .providers import unfit
@@ -67,7 +65,7 @@ def watch(model: nn.Module, sites: list[Site], sample: Any, forward: Forward | N
     batches = as_batches(sample)
 
     def count(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = layer_input(args, kwargs)
         dtypes[site.name].add(autocast_dtype(x) or x.dtype)
         if tokens := x.shape[:-1].numel():
             site.calls[bucket(tokens)] += 1
@@ -79,7 +77,7 @@ def watch(model: nn.Module, sites: list[Site], sample: Any, forward: Forward | N
             if site.reason is None:
                 hook = lambda _, args, kwargs, site=site: count(site, args, kwargs)  # noqa: E731
                 handles.append(site.layer.register_forward_pre_hook(hook, with_kwargs=True))
-        with torch.no_grad(), _evaluating(model):
+        with evaluating(model):
             for batch in batches:
                 run_batch(model, batch, forward)
                 runs += 1
@@ -97,18 +95,6 @@ def _ruled_out(site: Site, other_dtypes: set[torch.dtype]) -> str | None:
     if other_dtypes:
         return f"it runs in {', '.join(sorted(map(str, other_dtypes)))}, its weight is {site.layer.weight.dtype}"
     return None if site.calls else "the sample does not run it"
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while: a sample must not move the statistics of a batch norm."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def bucket(tokens: int) -> int:

@@ -1,14 +1,13 @@
 """Shows every layer its calibration inputs: by hooks, block after block, for any tree of modules."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, run_batch
+from .._batches import Forward, layer_input, run_batch
 from .layers import Layer
 from .statistics import InputSample, Statistic
 
@@ -68,19 +67,6 @@ def _block_module(model: nn.Module, name: str) -> nn.Module:
     return parent
 
 
-@contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own training flag is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def execution_order(
     model: nn.Module, blocks: list[Block], batches: Iterable[Any], forward: Forward | None
 ) -> list[Block]:
@@ -122,7 +108,7 @@ def collect(
         raise _BlockDone
 
     def record(seen: Inputs) -> Callable[..., None]:
-        return lambda _, args, kwargs, __: seen.update(args[0] if args else next(iter(kwargs.values())))
+        return lambda _, args, kwargs, __: seen.update(layer_input(args, kwargs))
 
     count = 0
     with ExitStack() as hooks:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, as_batches
+from .._batches import Forward, as_batches, evaluating
 from .._layers import Where, check_model
 from ..masks import MaskInfo, Pattern, get_mask, get_mask_info, grouped, remove_mask, set_mask, ungrouped
 from ..ops import pack_bits, unpack_bits
-from .calibrate import Block, Inputs, Progress, calibrating, collect, execution_order, split_blocks
+from .calibrate import Block, Inputs, Progress, collect, execution_order, split_blocks
 from .layers import Layer, check_weights, find_layers
 from .methods import Method
 from .report import LayerReport, PruneReport, Skipped
@@ -73,7 +73,7 @@ def prune_(
         raise ValueError(f"nothing to prune: where selects no layer that can be pruned{reasons}")
     check_weights(layers)
     reports: list[LayerReport] = []
-    with ExitStack() as undo, calibrating(model):
+    with ExitStack() as undo, evaluating(model):
         for layer, inputs in _calibrated(model, method, layers, batches, sequential, forward, progress or iter):
             if inputs is None or len(inputs.sample) or method.statistic is None:
                 reports.append(_prune_layer(layer, method, pattern, inputs, undo))
