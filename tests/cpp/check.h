@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -91,7 +92,7 @@ inline void put(void* data, int64_t i, DType dtype, float value) {
 }
 
 // Normal: no two alike to speak of. Ties: small integers of both signs. Bits: any bits at all, so every kind of NaN,
-// Inf and denormal. Special: those often, and both zeros.
+// Inf and denormal. Special: those often, NaNs of several payloads, and both zeros.
 enum class Values { Normal, Ties, Bits, Special };
 
 class Random {
@@ -102,7 +103,8 @@ class Random {
   float normal() { return normal_(engine_); }
 
   void fill(void* data, int64_t count, DType dtype, Values values) {
-    static constexpr float kSpecial[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, -NAN, 6e-8f, -6e-8f, 1e-40f, 65504.0f};
+    static constexpr float kSpecial[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, -NAN, std::bit_cast<float>(0x7f810000),
+                                         std::bit_cast<float>(0xffff0000), 6e-8f, -6e-8f, 1e-40f, 65504.0f};
     for (int64_t i = 0; i < count; ++i) {
       if (values == Values::Bits) {
         const uint64_t any = bits();
@@ -111,7 +113,7 @@ class Random {
         put(data, i, dtype, static_cast<float>(below(5) - 2));
       } else {
         const bool special = values == Values::Special && below(2);
-        put(data, i, dtype, special ? kSpecial[below(10)] : normal());
+        put(data, i, dtype, special ? kSpecial[below(12)] : normal());
       }
     }
   }

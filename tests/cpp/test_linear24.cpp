@@ -71,6 +71,32 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
     }
 }
 
+// Sums of two products, of which the nearest value is known: ties go to the even one.
+void rounding(const Kernels& level, DType dtype, int64_t tokens) {
+  constexpr int64_t kRows = 21, kCols = 4;
+  const float ulp = dtype == DType::F32 ? 0x1p-23f : dtype == DType::F16 ? 0x1p-10f : 0x1p-7f;
+  const float largest = dtype == DType::F16 ? 65504.0f : 0x1.fep127f;
+  const float sums[][3] = {{1, ulp / 2, 1},           {1, 1.5f * ulp, 1 + 2 * ulp},     {1, ulp, 1 + ulp},
+                           {-1, -ulp / 2, -1},        {-1, -1.5f * ulp, -1 - 2 * ulp},  {largest, largest, INFINITY},
+                           {-INFINITY, 1, -INFINITY}, {INFINITY, -INFINITY, NAN},       {NAN, 1, NAN}};
+  const size_t size = size_of(dtype);
+  Buffer x(tokens * kCols * size, Flush::End), values(kRows * 2 * size, Flush::End), bitmask(kRows, Flush::End),
+      y(tokens * kRows * size, Flush::End);
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t col = 0; col < kCols; ++col) put(x.data(), token * kCols + col, dtype, col < 2 ? sums[token % 9][col] : 1);
+  for (int64_t i = 0; i < 2 * kRows; ++i) put(values.data(), i, dtype, 1);
+  std::memset(bitmask.data(), 0b0011, kRows);
+  level.linear24({.x = x.data(), .values = values.data(), .bitmask = bitmask.as<uint8_t>(), .bias = nullptr,
+                  .y = y.data(), .tokens = tokens, .rows = kRows, .cols = kCols, .threads = 1, .dtype = dtype},
+                 parallel_for);
+  for (int64_t i = 0; i < tokens * kRows; ++i) {
+    const float got = get(y.data(), i, dtype), want = sums[i / kRows % 9][2];
+    expect(got == want || (std::isnan(got) && std::isnan(want)),
+           std::string("linear24 ") + level.level + " " + name(dtype) + " rounding of " +
+               std::to_string(sums[i / kRows % 9][0]) + " + " + std::to_string(sums[i / kRows % 9][1]));
+  }
+}
+
 }  // namespace
 
 void test_linear24() {
@@ -79,7 +105,8 @@ void test_linear24() {
   constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 33, 64, 65};
   uint64_t seed = 0;
   for (const Kernels* level : levels())
-    for (DType dtype : kDTypes)
+    for (DType dtype : kDTypes) {
+      for (int64_t tokens : {9, 41}) rounding(*level, dtype, tokens);
       for (int64_t tokens : kTokens)
         for (int64_t cols : kCols) {
           Random random(++seed);
@@ -88,4 +115,5 @@ void test_linear24() {
                random.below(2) ? Flush::End : Flush::Begin},
               seed);
         }
+    }
 }

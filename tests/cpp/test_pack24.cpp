@@ -114,6 +114,41 @@ void groups(const Kernels& level, DType dtype, int64_t start) {
     }
 }
 
+// Of many bad groups the one of the lowest row, and the leftmost there, is told.
+void first_bad_group(const Kernels& level, DType dtype) {
+  const int64_t rows = 4, cols = 200;
+  Buffer weight(rows * cols * size_of(dtype), Flush::End), values(rows * cols / 2 * size_of(dtype), Flush::End),
+      bitmask(rows * cols / 8, Flush::End);
+  std::memset(weight.data(), 0, weight.size());
+  for (auto [row, start] : {std::pair{1, 68}, {1, 76}, {1, 132}, {1, 196}, {2, 0}, {3, 64}})
+    for (int i = 0; i < 3; ++i) put(weight.data(), row * cols + start + i, dtype, 1.0f);
+  const int64_t first = level.pack24({.weight = weight.data(), .weight_stride = cols, .mask = nullptr,
+                                      .values = values.data(), .bitmask = bitmask.as<uint8_t>(), .cols = cols,
+                                      .dtype = dtype, .stream = false}, 0, rows);
+  expect(first == (cols + 68) / 4, std::string("pack24 ") + level.level + " " + name(dtype) + " first bad group is " +
+                                       std::to_string(first));
+}
+
+// A tail keeps all it has, zeros and what the mask leaves out included.
+void tails(const Kernels& level, DType dtype) {
+  for (int64_t cols : {1, 2, 3, 5, 6, 7, 65, 66, 67})
+    for (bool masked : {false, true}) {
+      const int64_t stored = 2 * (cols / 4) + cols % 4, bytes = (cols + 7) / 8;
+      Buffer weight(cols * size_of(dtype), Flush::End), mask(cols, Flush::End), values(stored * size_of(dtype), Flush::End),
+          bitmask(bytes, Flush::End);
+      for (int64_t i = 0; i < cols; ++i) {
+        mask.as<bool>()[i] = i < cols / 4 * 4 && i % 4 < 2;
+        put(weight.data(), i, dtype, mask.as<bool>()[i] ? 1.0f : 0.0f);
+      }
+      level.pack24({.weight = weight.data(), .weight_stride = cols, .mask = masked ? mask.as<bool>() : nullptr,
+                    .values = values.data(), .bitmask = bitmask.as<uint8_t>(), .cols = cols, .dtype = dtype,
+                    .stream = false}, 0, 1);
+      const int want = cols % 8 < 4 ? (1 << cols % 4) - 1 : ((1 << cols % 4) - 1) << 4 | 0b0011;
+      expect(bitmask.as<uint8_t>()[bytes - 1] == want,
+             std::string("pack24 ") + level.level + " " + name(dtype) + " tail of " + std::to_string(cols));
+    }
+}
+
 }  // namespace
 
 void test_pack24() {
@@ -122,6 +157,8 @@ void test_pack24() {
   for (const Kernels* level : levels())
     for (DType dtype : kDTypes) {
       for (int64_t start : {0, 4, 60, 64, 100, 124, 128}) groups(*level, dtype, start);
+      first_bad_group(*level, dtype);
+      tails(*level, dtype);
       for (int64_t cols : kCols)
         for (int repeat = 0; repeat < 12; ++repeat) {
           Random random(++seed);
