@@ -16,7 +16,7 @@ constexpr int kMaxTokens = 4;
 constexpr int rows_together(int tokens) { return tokens <= 2 ? 4 : 3; }
 #endif
 
-constexpr int64_t kGrain = 65536;  // products of one piece: 5 us, what waking a thread costs
+constexpr int64_t kGrain = 65536;  // products of one piece: fewer are not worth waking a thread
 constexpr int64_t kPrefetchBytes = 1024;  // 512 and 2048 were slower at 4096x4096
 
 // The tokens in chunks that differ by one at most and fit the registers.
