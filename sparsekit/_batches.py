@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 Forward = Callable[[nn.Module, Any], Any]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]  # wraps a loop and iterates it, as tqdm does
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:

@@ -42,18 +42,6 @@ def prepack_all(model: nn.Module) -> nn.Module:
     return model
 
 
-def compress(model: nn.Module, count: int, vocabulary: int, budget: float) -> sk.CompressReport:
-    """``sk.compress_`` for passes of ``count`` tokens, with a progress bar."""
-    with tqdm(desc="measure layers", leave=False) as bar:
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(what)
-
-        sample = torch.randint(vocabulary, (1, count))
-        return sk.compress_(model, sample, budget=budget, progress=progress)
-
-
 def compress_and_time(
     dense: nn.Module, sparse: nn.Module, vocabulary: int, counts: tuple[int, ...], seconds: float, budget: float
 ) -> tuple[nn.Module, Reports, Speeds]:
@@ -65,7 +53,12 @@ def compress_and_time(
     reports, speeds = {}, {}
     for count in counts:
         models["sparsekit"] = copy.deepcopy(sparse)
-        reports[count] = compress(models["sparsekit"], count, vocabulary, budget)
+        reports[count] = sk.compress_(
+            models["sparsekit"],
+            torch.randint(vocabulary, (1, count)),
+            budget=budget,
+            progress=lambda kinds: tqdm(kinds, "measure layers", leave=False),
+        )
         speeds[count] = tokens_per_second(models, count, vocabulary, seconds)
         show_decisions(reports[count])
     show_speed(speeds)

@@ -1,12 +1,12 @@
 """Which provider a layer gets: measured once per kind of layer, decided by one rule."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .._batches import Progress
 from .._layers import is_transposed
 from ..ops import nm_prune
 from . import tune
@@ -14,8 +14,6 @@ from .providers import PROVIDERS, Provider
 from .sites import Site
 
 RATIO, WINS = 1.05, 0.8
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Kind:
     cold: bool
 
 
-def choose(sites: list[Site], cold: bool, budget: float, progress: Progress | None) -> dict[str, Choice]:
+def choose(sites: list[Site], cold: bool, budget: float, progress: Progress) -> dict[str, Choice]:
     """One choice per layer, by name."""
     refusals = {site.name: {provider.name: provider.refuses(site.layer) for provider in PROVIDERS} for site in sites}
     alike: dict[Kind, list[Site]] = {}
@@ -50,14 +48,10 @@ def choose(sites: list[Site], cold: bool, budget: float, progress: Progress | No
         for tokens in sorted(site.calls) if offers else ():
             alike.setdefault(_kind(site, offers, tokens, cold), []).append(site)
     timings: dict[str, dict[int, tune.Timings]] = {site.name: {} for site in sites}
-    for done, (kind, members) in enumerate(alike.items()):
-        if progress is not None:
-            progress(done, len(alike), f"{kind.shape[0]}x{kind.shape[1]} at {kind.tokens} tokens")
+    for kind, members in progress(list(alike.items())):
         measured = _timings(kind, members[0].layer, budget)
         for site in members:
             timings[site.name][kind.tokens] = measured
-    if progress is not None and alike:
-        progress(len(alike), len(alike), "done")
     return {site.name: _decide(site, refusals[site.name], timings[site.name]) for site in sites}
 
 

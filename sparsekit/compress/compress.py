@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from .._batches import Forward
+from .._batches import Forward, Progress
 from .._layers import Where, check_model, is_transposed
 from ..nn import Compressed, PrepackedLinear
 from . import tune
-from .choose import Choice, Progress, choose, layout_tokens
+from .choose import Choice, choose, layout_tokens
 from .providers import Provider
 from .report import CompressReport, LayerReport
 from .sites import Site, find_sites, watch
@@ -54,7 +54,7 @@ def compress_(
         where: a predicate on ``(name, module)`` that selects layers; None selects all.
         forward: ``forward(model, batch)``, in place of calling the model on a batch.
         budget: seconds that one shape may be measured at one token count; 9 rounds are made however long they take.
-        progress: called as ``progress(done, total, what)`` before each measurement and at the end.
+        progress: wraps the loop over the measurements and iterates it, as ``tqdm`` does.
 
     Returns:
         Per layer the decision, the reason and the measured ratios; the bytes before and after.
@@ -77,7 +77,7 @@ def compress_(
     if sample is None:
         for site in free:
             site.calls.update(TOKENS)
-    choices = choose(free, before > tune.last_level_cache(), budget, progress)
+    choices = choose(free, before > tune.last_level_cache(), budget, progress or iter)
     tuned = time.perf_counter()
     chosen = [(site, choices[site.name].provider) for site in free]
     swap_all(model, [(site, partial(_build, provider)) for site, provider in chosen if provider is not None])

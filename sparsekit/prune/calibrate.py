@@ -11,8 +11,6 @@ from .._batches import Forward, layer_input, run_batch
 from .layers import Layer
 from .statistics import InputSample, Statistic
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
 
 class _BlockDone(BaseException):
     """Ends a forward pass that has shown its block everything. Not an Exception, so no model swallows it."""

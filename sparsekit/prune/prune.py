@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, as_batches, evaluating
+from .._batches import Forward, Progress, as_batches, evaluating
 from .._layers import Where, check_model
 from ..masks import MaskInfo, Pattern, get_mask, get_mask_info, grouped, remove_mask, set_mask, ungrouped
 from ..ops import pack_bits, unpack_bits
-from .calibrate import Block, Inputs, Progress, collect, execution_order, split_blocks
+from .calibrate import Block, Inputs, collect, execution_order, split_blocks
 from .layers import Layer, check_weights, find_layers
 from .methods import Method
 from .report import LayerReport, PruneReport, Skipped
