@@ -22,6 +22,12 @@ def topk_scatter(score: Tensor, n: int, m: int) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(n).indices, True).view(score.shape)
 
 
+def topk_prune(weight: Tensor, n: int, m: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """N:M pruning by a score as it is usually written."""
+    mask = topk_scatter(weight.abs() * scale, n, m)
+    return weight * mask, mask
+
+
 def block_topk(score: Tensor, k: int, side: int = 16) -> Tensor:
     """The mask of the k best of every block as it is usually written."""
     rows, cols = score.shape

@@ -1,10 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 
 import sparsekit as sk
 from sparsekit.ops.nm import nm_mask_reference, nm_prune_reference
 
-from .baselines import copy_call, topk_scatter
+from .baselines import copy_call, topk_prune, topk_scatter
 from .shapes import SQUARE, name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,7 +26,8 @@ def bench_nm(record, op, pattern, dtype):
         for got, expected in zip(call(), nm_prune_reference(weight[SAMPLE], *pattern, scale), strict=True):
             assert torch.equal(got[SAMPLE], expected)
     baselines, copied = copy_call(weight)
-    baselines["topk"] = lambda: topk_scatter(weight, *pattern)
+    usual = topk_scatter if op == "nm_mask" else partial(topk_prune, scale=scale)
+    baselines["topk"] = lambda: usual(weight, *pattern)
     goal = {"copy_": 0.7, "topk": 50} if pattern == (2, 4) else {}
     row = {"op": f"{op} {pattern[0]}:{pattern[1]}", "shape": name(SQUARE), "dtype": dtype, "goal": goal}
     record(row, call, baselines, bytes_moved=moved, copied=copied)

@@ -17,7 +17,7 @@ constexpr int rows_together(int tokens) { return tokens <= 2 ? 4 : 3; }
 #endif
 
 constexpr int64_t kGrain = 65536;  // products of one piece: fewer are not worth waking a thread
-constexpr int64_t kPrefetchBytes = 1024;  // 512 and 2048 were slower at 4096x4096
+constexpr int64_t kPrefetchBytes = 1024;
 
 // The tokens in chunks that differ by one at most and fit the registers.
 struct TokenChunks {

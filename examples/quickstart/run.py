@@ -43,7 +43,7 @@ class Config:
     finetune_seconds: float = 20
     calibration: int = 32  # windows of text that Wanda looks at
     window: int = 128  # tokens in a window
-    batch: int = 16  # windows in a training step
+    batch: int = 4  # windows in a training step: in a minute, many small steps learn more than a few large ones
     layers: int = 4  # of the model that is trained
     dim: int = 256
     big_layers: int = 12  # of the random model of realistic size: GPT-2 small, BERT base
@@ -178,7 +178,7 @@ def main(config: Config) -> None:
     vocabulary = max(int(document.max()) for document in held_out + learn) + 1
     weights = sum(weight.numel() for weight in dense.parameters())
     if not given:
-        steps = train(dense, learn, config.train_seconds, 3e-3, config, "train")
+        steps = train(dense, learn, config.train_seconds, 1.5e-3, config, "train")
         print(f"  trained for {config.train_seconds:.0f} s, {steps} steps of {config.batch} x {config.window} bytes")
     quality, scored = perplexity(dense, held_out)
     print(f"  {type(dense).__name__}, {weights:,} weights, {mebibytes(4 * weights)}")
@@ -196,7 +196,7 @@ def main(config: Config) -> None:
         "magnitude": perplexity(magnitude, held_out)[0],
         "Wanda": perplexity(wanda, held_out)[0],
     }
-    rate = 1e-3
+    rate = 5e-4
     sparse, longer = wanda, copy.deepcopy(dense)  # the dense model trains on too: else more training looks like a gain
     train(sparse, learn, config.finetune_seconds, rate, config, "fine-tune with the masks kept")
     train(longer, learn, config.finetune_seconds, rate, config, "train the dense model as long")
