@@ -82,6 +82,6 @@ def native() -> dict[str, object]:
 setup(
     packages=[*find_packages(include=["sparsekit", "sparsekit.*"]), "sparsekit.triton_kernels"],
     package_dir={"sparsekit.triton_kernels": "triton_kernels"},
-    package_data={"sparsekit": ["py.typed"]},
+    package_data={"sparsekit": ["py.typed"], "sparsekit.triton_kernels": ["configs.json"]},
     **native(),
 )

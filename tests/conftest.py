@@ -6,6 +6,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton reads it when it is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from sparsekit.compress import Timing, providers, tune
 from sparsekit.ops import force_simd, simd_levels
 
@@ -32,6 +35,13 @@ def simd(request):
     """Runs the test once at every SIMD level of this machine; once on plain PyTorch without the extension."""
     with force_simd(request.param) if simd_levels() else nullcontext():
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """Where Triton kernels run: the GPU, or the CPU in Triton's interpreter."""
+    pytest.importorskip("triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from ._kernels import backends as backends
 from ._kernels import force_simd as force_simd
+from ._kernels import register_triton as _register_triton
 from ._kernels import simd_level as simd_level
 from ._kernels import simd_levels as simd_levels
 from .bits import pack_bits as pack_bits
@@ -14,3 +15,5 @@ from .nm import nm_prune_ as nm_prune_
 from .sparse24 import linear24 as linear24
 from .sparse24 import pack24 as pack24
 from .sparse24 import unpack24 as unpack24
+
+_register_triton()

@@ -1,14 +1,38 @@
 """The only place that joins ops to device kernels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from .. import _native
+from ._define import LIBRARY
 
 NATIVE = _native.load()
+# The file of triton_kernels whose launcher, named as the op, answers it on GPUs.
+TRITON: dict[str, str] = {}
 OPS = ("nm_mask", "nm_prune", "nm_prune_", "block_scores", "block_topk_mask", "pack24", "unpack24", "linear24")
+
+
+def register_triton() -> None:
+    """Lets the Triton kernels answer on GPUs, where Triton is installed; a file is imported when its op is called."""
+    if find_spec("triton") is None:
+        return
+    for op, family in TRITON.items():
+        LIBRARY.impl(op, _launcher(family, op), "CUDA")
+
+
+def _launcher(family: str, op: str) -> Callable[..., Any]:
+    @cache
+    def find() -> Callable[..., Any]:
+        launcher: Callable[..., Any] = getattr(import_module(f"sparsekit.triton_kernels.{family}"), op)
+        return launcher
+
+    return lambda *args: find()(*args)
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -1,0 +1,57 @@
+"""Every kernel compiles for every target, and the hot ones to the machine code they are meant to be."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).parent / "aot"
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block can have
+CASES = {
+    f"{path.stem}/{case.name}": case
+    for path in sorted(FOLDER.glob("cases_*.py"))
+    for case in import_module(f"aot.{path.stem}").CASES
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What one worker process per target found, by target and case."""
+    folder = tmp_path_factory.mktemp("compiled")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+    def work(target):
+        out = folder / f"{target}.json"
+        done = subprocess.run(
+            [sys.executable, FOLDER / "worker.py", target, out],
+            env=environment | {"TRITON_CACHE_DIR": str(folder / target)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(out.read_text())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SHARED, pool.map(work, SHARED), strict=True))
+
+
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_to_what_it_is_meant_to_be(compiled, name, target):
+    case, kernels = CASES[name], compiled[target][name]
+    assert not isinstance(kernels, str), kernels
+    assert kernels, "the launcher launched nothing"
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED[target], kernel
+        if case.hot:
+            assert (kernel["stack"], kernel["local"]) == (0, 0), kernel
+    for kind, least in (("loads", case.loads), ("stores", case.stores)):
+        widths = [width for kernel in kernels for width in kernel[kind]]
+        wide = sum(width for width in widths if width >= least)
+        assert not least or (widths and wide >= 0.75 * sum(widths)), f"{kind} of {widths} bytes, {least} wanted"
