@@ -14,6 +14,7 @@ SIGNATURES = {
     "block_scores": "weight, block=(16, 16), *, scale=None, mask=None",
     "block_topk_mask": "score, k, block=(16, 16)",
     "pack24": "weight, mask=None, *, check=None",
+    "prune_pack24": "weight, *, scale=None",
     "unpack24": "values, bitmask, cols",
     "linear24": "x, values, bitmask, bias=None",
     "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', progress=None",

@@ -9,11 +9,17 @@ from .bits import pack_bits as pack_bits
 from .bits import unpack_bits as unpack_bits
 from .blocks import block_scores as block_scores
 from .blocks import block_topk_mask as block_topk_mask
+from .hardware24 import from_hardware24 as from_hardware24
+from .hardware24 import hardware_multiple as hardware_multiple
+from .hardware24 import prune_both_to_hardware24 as prune_both_to_hardware24
+from .hardware24 import prune_to_hardware24 as prune_to_hardware24
+from .hardware24 import to_hardware24 as to_hardware24
 from .nm import nm_mask as nm_mask
 from .nm import nm_prune as nm_prune
 from .nm import nm_prune_ as nm_prune_
 from .sparse24 import linear24 as linear24
 from .sparse24 import pack24 as pack24
+from .sparse24 import prune_pack24 as prune_pack24
 from .sparse24 import unpack24 as unpack24
 
 _register_triton()

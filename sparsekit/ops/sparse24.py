@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ._define import LIBRARY, check_ints, check_like, check_weight, define
 from .bits import pack_bits, unpack_bits
+from .nm import nm_prune_reference
 
 # What a group with fewer than two non-zeros keeps, by its four non-zero bits (lowest first): the completion that
 # torch.sparse's semi-structured conversion uses, so both pack a weight to the same bits.
@@ -45,6 +46,10 @@ def _check_groups(groups: Tensor, allowed: tuple[int, ...]) -> None:
         )
 
 
+def prune_pack24_reference(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return pack24_reference(weight, nm_prune_reference(weight, 2, 4, scale)[1], False)
+
+
 def unpack24_reference(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
     return values.new_zeros(values.shape[0], cols).masked_scatter(unpack_bits(bitmask, cols), values)
 
@@ -54,7 +59,7 @@ def linear24_reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor 
     return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
-def _pack24_fake(weight: Tensor, mask: Tensor | None, check: bool) -> tuple[Tensor, Tensor]:
+def _pack24_fake(weight: Tensor, mask: Tensor | None, check: bool = False) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     return weight.new_empty(rows, values_per_row(cols)), weight.new_empty(rows, -(-cols // 8), dtype=torch.uint8)
 
@@ -68,6 +73,9 @@ def _linear24_fake(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | No
 
 
 _pack24 = define("pack24(Tensor weight, Tensor? mask, bool check) -> (Tensor, Tensor)", pack24_reference, _pack24_fake)
+_prune_pack24 = define(
+    "prune_pack24(Tensor weight, Tensor? scale) -> (Tensor, Tensor)", prune_pack24_reference, _pack24_fake
+)
 _unpack24 = define("unpack24(Tensor values, Tensor bitmask, int cols) -> Tensor", unpack24_reference, _unpack24_fake)
 _linear24 = define(
     "linear24(Tensor x, Tensor values, Tensor bitmask, Tensor? bias) -> Tensor", linear24_reference, _linear24_fake
@@ -89,6 +97,10 @@ def _pack_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _pack_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     (bitmask,) = ctx.saved_tensors
     return _unpack24(grad, bitmask, ctx.cols), None, None
+
+
+def _prune_pack_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    return _pack_backward(ctx, grad, _)[:2]
 
 
 def _unpack_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -119,6 +131,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("sparsekit::pack24", _pack_backward, setup_context=_pack_setup, lib=LIBRARY)
+torch.library.register_autograd("sparsekit::prune_pack24", _prune_pack_backward, setup_context=_pack_setup, lib=LIBRARY)
 torch.library.register_autograd("sparsekit::unpack24", _unpack_backward, setup_context=_unpack_setup, lib=LIBRARY)
 torch.library.register_autograd("sparsekit::linear24", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)
 
@@ -148,6 +161,28 @@ def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = N
     if mask is not None:
         check_like("mask", mask, torch.bool, weight.shape, weight)
     return _pack24(weight, mask, weight.device.type == "cpu" if check is None else check)
+
+
+def prune_pack24(weight: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Prunes a weight to 2:4 and packs what it keeps, in one pass that stores neither the mask nor the dense copy.
+
+    Equal to ``pack24(weight, nm_prune(weight, 2, 4, scale=scale)[1])``: the same ranking, ties, layout and gradient.
+
+    Args:
+        weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides. Gradients pass where the mask is True.
+        scale: float32 ``[cols]``, one factor per input column; None ranks by magnitude alone.
+
+    Returns:
+        ``(values, bitmask)`` as ``pack24`` returns them.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: ``weight`` is not a matrix, or ``scale`` is not ``[cols]`` on its device.
+    """
+    check_weight("weight", weight, 2)
+    if scale is not None:
+        check_like("scale", scale, torch.float32, weight.shape[1:], weight)
+    return _prune_pack24(weight, scale)
 
 
 def unpack24(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
