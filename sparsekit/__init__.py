@@ -15,6 +15,7 @@ from .ops import nm_prune as nm_prune
 from .ops import nm_prune_ as nm_prune_
 from .ops import pack24 as pack24
 from .ops import prune_pack24 as prune_pack24
+from .ops import tier_prune as tier_prune
 from .ops import unpack24 as unpack24
 from .prune import Magnitude as Magnitude
 from .prune import PruneReport as PruneReport

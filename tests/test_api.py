@@ -13,6 +13,7 @@ SIGNATURES = {
     "nm_prune_": "weight, n, m, *, scale=None",
     "block_scores": "weight, block=(16, 16), *, scale=None, mask=None",
     "block_topk_mask": "score, k, block=(16, 16)",
+    "tier_prune": "weight, tiers, k, block=(16, 16), *, scale=None, score_scale=None",
     "pack24": "weight, mask=None, *, check=None",
     "prune_pack24": "weight, *, scale=None",
     "unpack24": "values, bitmask, cols",

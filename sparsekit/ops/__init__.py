@@ -21,5 +21,6 @@ from .sparse24 import linear24 as linear24
 from .sparse24 import pack24 as pack24
 from .sparse24 import prune_pack24 as prune_pack24
 from .sparse24 import unpack24 as unpack24
+from .tiers import tier_prune as tier_prune
 
 _register_triton()

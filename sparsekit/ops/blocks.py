@@ -92,7 +92,7 @@ def block_scores(
             shape or device.
     """
     check_weight("weight", weight, 2)
-    _check_block(block)
+    check_block(block)
     if scale is not None:
         check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
     if mask is not None:
@@ -119,15 +119,19 @@ def block_topk_mask(score: Tensor, k: int, block: tuple[int, int] = (16, 16)) ->
         ValueError: ``score`` is not a matrix, a block side is not positive, or ``k`` is out of range.
     """
     check_weight("score", score, 2)
-    _check_block(block)
-    check_ints(k=k)
-    if not 0 <= k <= block[0] * block[1]:
-        raise ValueError(f"k must be between 0 and {block[0] * block[1]} for a block of {tuple(block)}, got {k}")
+    check_block(block)
+    check_kept(k, block)
     return _block_topk_mask(score, k, *block)
 
 
-def _check_block(block: tuple[int, int]) -> None:
+def check_block(block: tuple[int, int]) -> None:
     if not isinstance(block, tuple | list) or not all(isinstance(side, int) for side in block):
         raise TypeError(f"block must be two ints (rows, cols), got {block!r}")
     if len(block) != 2 or min(block) < 1:
         raise ValueError(f"block must be two positive sides (rows, cols), got {tuple(block)}")
+
+
+def check_kept(k: int, block: tuple[int, int]) -> None:
+    check_ints(k=k)
+    if not 0 <= k <= block[0] * block[1]:
+        raise ValueError(f"k must be between 0 and {block[0] * block[1]} for a block of {tuple(block)}, got {k}")
