@@ -15,6 +15,7 @@ from .hardware24 import prune_both_to_hardware24 as prune_both_to_hardware24
 from .hardware24 import prune_to_hardware24 as prune_to_hardware24
 from .hardware24 import to_hardware24 as to_hardware24
 from .nm import nm_mask as nm_mask
+from .nm import nm_mask_bits as nm_mask_bits
 from .nm import nm_prune as nm_prune
 from .nm import nm_prune_ as nm_prune_
 from .sparse24 import linear24 as linear24
@@ -22,5 +23,6 @@ from .sparse24 import pack24 as pack24
 from .sparse24 import prune_pack24 as prune_pack24
 from .sparse24 import unpack24 as unpack24
 from .tiers import tier_prune as tier_prune
+from .transposable import transposable_mask as transposable_mask
 
 _register_triton()

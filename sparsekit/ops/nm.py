@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ._define import LIBRARY, check_ints, check_like, check_weight, define
+from .bits import pack_bits
 
 MAX_M = 32
 
@@ -23,6 +24,10 @@ def nm_mask_reference(score: Tensor, n: int, m: int) -> Tensor:
     return mask
 
 
+def nm_mask_bits_reference(score: Tensor, n: int, m: int) -> Tensor:
+    return pack_bits(nm_mask_reference(score, n, m))
+
+
 def nm_prune_reference(weight: Tensor, n: int, m: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     mask = nm_mask_reference(weight if scale is None else weight.abs().float() * scale, n, m)
     return torch.where(mask, weight, 0).contiguous(), mask
@@ -38,11 +43,16 @@ def _mask_fake(score: Tensor, n: int, m: int, scale: Tensor | None = None) -> Te
     return score.new_empty(score.shape, dtype=torch.bool)
 
 
+def _bits_fake(score: Tensor, n: int, m: int) -> Tensor:
+    return score.new_empty((*score.shape[:-1], (score.shape[-1] + 7) // 8), dtype=torch.uint8)
+
+
 def _prune_fake(weight: Tensor, n: int, m: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), _mask_fake(weight, n, m)
 
 
 _nm_mask = define("nm_mask(Tensor score, int n, int m) -> Tensor", nm_mask_reference, _mask_fake)
+_nm_mask_bits = define("nm_mask_bits(Tensor score, int n, int m) -> Tensor", nm_mask_bits_reference, _bits_fake)
 _nm_prune = define(
     "nm_prune(Tensor weight, int n, int m, Tensor? scale) -> (Tensor, Tensor)", nm_prune_reference, _prune_fake
 )
@@ -85,6 +95,26 @@ def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
     check_weight("score", score)
     _check_pattern(n, m)
     return _nm_mask(score, n, m)
+
+
+def nm_mask_bits(score: Tensor, n: int, m: int) -> Tensor:
+    """The mask of ``nm_mask`` as bits, made in one pass: an eighth of the memory of the bool mask.
+
+    Args:
+        score: ``[..., cols]``, float32, float16 or bfloat16, any strides; the sign does not matter.
+        n: entries kept of each group.
+        m: group size; ``0 < n <= m <= 32``.
+
+    Returns:
+        uint8 ``[..., ceil(cols / 8)]``, contiguous: eight columns to a byte, the first in the lowest bit, set where
+        kept; bits past the last column are 0. ``sparsekit.ops.unpack_bits`` gives the bool mask back.
+
+    Raises:
+        TypeError, ValueError: as ``nm_mask``.
+    """
+    check_weight("score", score)
+    _check_pattern(n, m)
+    return _nm_mask_bits(score, n, m)
 
 
 def nm_prune(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
