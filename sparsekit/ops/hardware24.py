@@ -6,6 +6,7 @@ from torch import Tensor
 from ._define import check_ints, check_like, check_weight, define
 from .bits import pack_bits, unpack_bits
 from .sparse24 import pack24_reference, prune_pack24_reference
+from .transposable import transposable_mask_reference
 
 # What rows and columns must be multiples of, by layout.
 MULTIPLES = {"cusparselt_sm80": (128, 128), "cusparselt_sm90": (64, 32), "cutlass_sm80": (32, 64)}
@@ -61,8 +62,6 @@ def prune_to_hardware24_reference(weight: Tensor, scale: Tensor | None, layout: 
 
 
 def prune_both_to_hardware24_reference(weight: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    from .transposable import transposable_mask_reference
-
     mask = transposable_mask_reference(weight)
     values, bitmask = pack24_reference(weight, mask, False)
     values_t, bitmask_t = pack24_reference(weight.t(), mask.t(), False)
@@ -132,7 +131,7 @@ def to_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> Te
 
     The layouts, by the library that reads them and the GPU it was made for:
 
-    - ``"cusparselt_sm80"``: cuSPARSELt on Ampere and Ada, as ``torch._cslt_compress`` writes it there.
+    - ``"cusparselt_sm80"``: cuSPARSELt on Ampere and Ada; what ``torch._sparse_semi_structured_tile`` writes.
     - ``"cusparselt_sm90"``: cuSPARSELt on Hopper, where the metadata has another order.
     - ``"cutlass_sm80"``: CUTLASS 2.x, as ``torch.sparse.SparseSemiStructuredTensorCUTLASS`` holds it.
 
