@@ -24,3 +24,5 @@ from .prune import PruneReport as PruneReport
 from .prune import Wanda as Wanda
 from .prune import keep_masks as keep_masks
 from .prune import prune_ as prune_
+from .train import SparseTraining as SparseTraining
+from .train import sparse_training_ as sparse_training_

@@ -26,10 +26,11 @@ SIGNATURES = {
     "keep_masks": "model, optimizer",
     "compress_": "model, sample=None, *, where=None, forward=None, budget=0.5, progress=None",
     "decompress_": "model",
+    "sparse_training_": "model, *, backward='straight_through', decay=0.0, where=None",
     "save": "model, path, *, format='sparsekit'",
     "load": "model, path, *, dense=False",
 }
-REPORTS = {"PruneReport", "CompressReport"}
+REPORTS = {"SparseTraining", "PruneReport", "CompressReport"}
 
 
 def test_every_public_name():

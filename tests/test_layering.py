@@ -15,7 +15,7 @@ LAYERS = [
     ["sparsekit.ops"],
     ["sparsekit.masks", "sparsekit._batches", "sparsekit._files", "sparsekit._layers"],
     ["sparsekit.nn"],
-    ["sparsekit.prune", "sparsekit.compress"],
+    ["sparsekit.prune", "sparsekit.compress", "sparsekit.train"],
     ["sparsekit.checkpoint"],
     ["sparsekit"],
 ]

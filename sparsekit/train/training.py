@@ -1,0 +1,181 @@
+"""The one verb: make a model train with 2:4 weights, in place and undoably."""
+
+import math
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .._layers import Where, borrowed, check_model, input_dim
+from ..masks import MaskInfo, Pattern, remove_mask, set_mask
+from ..nn import Compressed, autocast_dtype, weight_shape
+from ..ops import pack_bits, unpack_bits
+from ..ops._define import DTYPES
+from .hardware import hardware_layout
+from .layer import MaskedLinear, start, stop
+from .product import Recipe
+from .report import LayerReport, table
+
+INFO = MaskInfo(Pattern(2, 4), 1)
+
+
+class SparseTraining:
+    """A model's training with 2:4 weights, until ``finish()`` or ``undo()``; ``str`` gives a table.
+
+    Made by ``sparse_training_``. The end of a ``with`` calls ``undo()``, which changes nothing after ``finish()``.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], skipped: tuple[LayerReport, ...]) -> None:
+        self._model = model
+        self._layers = layers
+        self._skipped = skipped
+
+    @property
+    def layers(self) -> tuple[LayerReport, ...]:
+        """Every layer that was selected: how it is multiplied now, on the device it is on and under this autocast."""
+        return (*(_report(name, layer) for name, layer in self._layers.items()), *self._skipped)
+
+    def __str__(self) -> str:
+        return table(self.layers)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Makes the weights what they were multiplied as: 2:4, in plain layers that have their masks stored.
+
+        What the model computes stays the same. ``keep_masks``, ``compress_`` and ``save`` go on from there.
+
+        Raises:
+            ValueError: a weight contains NaN, or FSDP has sharded the model; nothing is changed then.
+        """
+        if any(base.__name__ == "FSDPModule" for module in self._model.modules() for base in type(module).__mro__):
+            raise ValueError("the model is sharded by FSDP: finish a plain copy that has loaded its full state dict")
+        bits = {}
+        for name, layer in self._running():
+            if torch.isnan(layer.weight).any():
+                raise ValueError(f"the weight of {name or 'the model'} contains NaN: its training has diverged")
+            bits[name] = pack_bits(layer.recipe.prune(layer.weight)[1])
+        for name, layer in self._running():
+            mask = unpack_bits(bits[name], layer.in_features)
+            layer.weight.masked_fill_(~mask, 0)
+            set_mask(layer, mask, INFO)
+            stop(layer)
+
+    def undo(self) -> None:
+        """Makes the layers plain ones again, with their dense weights as they are now."""
+        for _, layer in self._running():
+            stop(layer)
+
+    def __enter__(self) -> "SparseTraining":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def _running(self) -> list[tuple[str, MaskedLinear]]:
+        return [(name, layer) for name, layer in self._layers.items() if isinstance(layer, MaskedLinear)]
+
+
+def sparse_training_(
+    model: nn.Module,
+    *,
+    backward: Literal["straight_through", "transposable"] = "straight_through",
+    decay: float = 0.0,
+    where: Where | None = None,
+) -> SparseTraining:
+    """Makes the linear layers of a model train with 2:4 weights, in place.
+
+    Every call of a layer keeps the two largest magnitudes of every four consecutive inputs of its weight as it is then,
+    and multiplies by these alone. The gradient reaches the whole dense weight behind, so that what is dropped can come
+    back. The optimizer, new or used, goes on with the same Parameters; hooks, state dict, autocast, gradient
+    checkpointing, ``torch.compile``, DDP and copies of the model work as before::
+
+        with sk.sparse_training_(model) as training:
+            for batch in batches:
+                ...
+            training.finish()
+        sk.compress_(model)
+
+    On a GPU with 2:4 tensor cores, 16-bit products of shapes that they take run on packed weights, which every call
+    prunes and packs anew; all others are dense products with the masked weight. ``print(training)`` says which.
+
+    Layers whose weight is tied or read by their parent train dense, as do subclasses of ``nn.Linear``; the table says
+    why. Stored masks of the others are forgotten. A layer that trains sparse already, in a copy of a model for
+    instance, goes on by the new arguments.
+
+    Args:
+        model: any module tree.
+        backward: ``"straight_through"`` multiplies the gradient of the input by the pruned weight as a dense matrix,
+            because the transpose of a 2:4 weight is not 2:4. ``"transposable"`` chooses the best mask that keeps two
+            of every four in both directions (https://arxiv.org/abs/2102.08124), so that this product can be sparse
+            too; it drops a little more of the weight. The weight's gradient is dense and straight-through in both.
+        decay: adds ``decay * weight`` to the gradients of dropped weights, which makes masks settle: SR-STE
+            (https://arxiv.org/abs/2102.04010), where 2e-4 is used. It is added in every backward pass: divide it by the
+            number of passes that are accumulated, and multiply it by the scale of a gradient scaler.
+        where: a predicate on ``(name, module)`` that selects layers; None selects all.
+
+    Returns:
+        A handle with ``finish()``, which makes the weights 2:4, and ``undo()``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``backward`` or ``decay`` is none of the above, or no layer can be trained sparse.
+    """
+    check_model(model)
+    if backward not in ("straight_through", "transposable"):
+        raise ValueError(f'backward must be "straight_through" or "transposable", got {backward!r}')
+    if not 0 <= decay < math.inf:
+        raise ValueError(f"decay must be a number from 0, got {decay!r}")
+    recipe = Recipe(backward, decay)
+    layers, skipped = _find(model, where)
+    if not layers:
+        reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
+        raise ValueError(f"nothing to train: where selects no layer that can be trained sparse{reasons}")
+    for layer in layers.values():
+        start(layer, recipe)
+        remove_mask(layer)
+    return SparseTraining(model, layers, skipped)
+
+
+def _find(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], tuple[LayerReport, ...]]:
+    """The layers that ``where`` selects and that can train sparse, by name; and those that cannot."""
+    layers, skipped, lent = {}, [], borrowed(model)
+    for name, module in model.named_modules():
+        compressed = isinstance(module, Compressed)
+        if not (compressed or input_dim(module) is not None) or (where is not None and not where(name, module)):
+            continue
+        if reason := lent.get(module) or _unfit(module):
+            skipped.append(LayerReport(name, weight_shape(module), "plain", reason))
+        else:
+            layers[name] = module
+    return layers, tuple(skipped)  # type: ignore[return-value]
+
+
+def _unfit(layer: nn.Module) -> str | None:
+    """Why a layer must train dense; None where it can train sparse."""
+    if isinstance(layer, Compressed):
+        return "it is compressed: call decompress_ first"
+    if type(layer) not in (nn.Linear, MaskedLinear):
+        return f"it is a {type(layer).__name__}, only nn.Linear trains sparse"
+    if "forward" in layer.__dict__:
+        return "its forward is replaced"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a parameter but computed"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}, not float32, float16 or bfloat16"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return f"its {weight.shape[1]} inputs do not fill one group of 2:4" if weight.shape[1] < 4 else None
+
+
+def _report(name: str, layer: nn.Linear) -> LayerReport:
+    """How a layer is multiplied now."""
+    weight, shape = layer.weight, tuple(layer.weight.shape)
+    if not isinstance(layer, MaskedLinear):
+        return LayerReport(name, shape, "plain", "its sparse training is over")
+    dtype = autocast_dtype(weight) or weight.dtype
+    layout, reason = hardware_layout(weight.device, dtype, *weight.shape, layer.recipe.transposable)
+    return LayerReport(name, shape, layout or "masked dense", reason)
