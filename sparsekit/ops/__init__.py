@@ -3,6 +3,7 @@
 from ._kernels import backends as backends
 from ._kernels import force_simd as force_simd
 from ._kernels import register_triton as _register_triton
+from ._kernels import register_vendor as _register_vendor
 from ._kernels import simd_level as simd_level
 from ._kernels import simd_levels as simd_levels
 from .bits import pack_bits as pack_bits
@@ -14,6 +15,9 @@ from .hardware24 import hardware_multiple as hardware_multiple
 from .hardware24 import prune_both_to_hardware24 as prune_both_to_hardware24
 from .hardware24 import prune_to_hardware24 as prune_to_hardware24
 from .hardware24 import to_hardware24 as to_hardware24
+from .hardware_linear24 import hardware_linear24 as hardware_linear24
+from .layouts import hardware_layouts as hardware_layouts
+from .layouts import pack_hardware24 as pack_hardware24
 from .nm import nm_mask as nm_mask
 from .nm import nm_mask_bits as nm_mask_bits
 from .nm import nm_prune as nm_prune
@@ -26,3 +30,4 @@ from .tiers import tier_prune as tier_prune
 from .transposable import transposable_mask as transposable_mask
 
 _register_triton()
+_register_vendor()

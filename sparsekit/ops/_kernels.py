@@ -15,7 +15,16 @@ from ._define import LIBRARY
 NATIVE = _native.load()
 # The file of triton_kernels whose launcher, named as the op, answers it on GPUs.
 TRITON: dict[str, str] = {}
+# Answered on GPUs by the function of the same name in ops/_vendor.py: libraries that come with PyTorch.
+VENDOR = ("hardware_linear24",)
 OPS = ("nm_mask", "nm_prune", "nm_prune_", "block_scores", "block_topk_mask", "pack24", "unpack24", "linear24")
+
+
+def register_vendor() -> None:
+    """Lets the libraries that PyTorch ships answer on GPUs."""
+    vendor = import_module("sparsekit.ops._vendor")
+    for op in VENDOR:
+        LIBRARY.impl(op, getattr(vendor, op), "CUDA")
 
 
 def register_triton() -> None:

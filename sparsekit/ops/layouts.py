@@ -1,0 +1,109 @@
+"""Which hardware layouts a GPU multiplies in, found out by asking its libraries once."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._vendor import compress
+from .bits import unpack_bits
+from .hardware24 import _to_hardware24
+from .hardware_linear24 import UNKNOWN, padded_shape
+from .nm import nm_mask
+from .sparse24 import pack24, unpack24
+
+PROBES = ((128, 128), (256, 384), (384, 128))  # more than one tile of every layout, in both directions
+
+
+class Layouts(NamedTuple):
+    """The layouts of one device, the best supported first, and what there is to say about them."""
+
+    names: tuple[str, ...]
+    remark: str
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU; the type of any other device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@cache
+def hardware_layouts(device: torch.device) -> Layouts:
+    """The layouts that ``hardware_linear24`` computes with on a device.
+
+    cuSPARSELt is asked once per process: its compressor must write some small weights as ``to_hardware24`` does, byte
+    for byte. Where only the order of the metadata differs, the layout is ``"cusparselt"``, which ``pack_hardware24``
+    has that compressor pack.
+
+    Args:
+        device: with an index, as ``tensor.device`` has it.
+
+    Returns:
+        ``(names, remark)``; the remark says why there is none, or what is unusual.
+    """
+    capability = _capability(device)
+    if capability is None:
+        return Layouts((), f"{device_name(device)} has no 2:4 tensor cores that PyTorch can use")
+    cusparselt, remark = _cusparselt_layout(device, capability)
+    cutlass = ("cutlass_sm80",) if capability[0] == 8 else ()  # torch's kernels check for it
+    return Layouts((*cusparselt, *cutlass), remark)
+
+
+def pack_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> Tensor:
+    """Rewrites what ``pack24`` packed in a layout of ``hardware_layouts``, padded with zeros to its multiples.
+
+    Args:
+        values: ``[rows, 2 * (cols // 4) + cols % 4]``, float16 or bfloat16; ``cols % 4`` is not 3, since a group of the
+            hardware holds two.
+        bitmask: uint8 ``[rows, ceil(cols / 8)]``.
+        cols: columns of the dense weight.
+        layout: a layout of ``to_hardware24``, or ``"cusparselt"``.
+
+    Returns:
+        What ``hardware_linear24`` takes; its head, as ``[padded rows, padded cols / 2]``, begins with ``values``.
+    """
+    rows, shape = len(values), padded_shape(len(values), cols, layout)
+    if shape != (rows, cols):
+        dense = values.new_zeros(shape)
+        dense[:rows, :cols] = unpack24(values, bitmask, cols)
+        kept = (torch.arange(shape[1], device=values.device) % 4 < 2).repeat(shape[0], 1)
+        kept[:rows, :cols] = unpack_bits(bitmask, cols)
+        values, bitmask = pack24(dense, kept, check=False)
+    if layout != UNKNOWN:
+        return _to_hardware24(values, bitmask, shape[1], layout)
+    packed = compress(unpack24(torch.ones_like(values), bitmask, shape[1]))  # of a kept zero it would lose the place
+    packed[: values.numel()] = values.flatten()
+    return packed
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if nvidia else None
+
+
+def _cusparselt_layout(device: torch.device, capability: tuple[int, int]) -> tuple[tuple[str, ...], str]:
+    if not torch.backends.cusparselt.is_available():
+        return (), f"torch {torch.__version__} was built without cuSPARSELt"
+    known = {8: ("cusparselt_sm80",), 9: ("cusparselt_sm90",)}
+    candidates = set(known.get(capability[0], ("cusparselt_sm80", "cusparselt_sm90")))
+    heads_agree = True
+    for number, (rows, cols) in enumerate(PROBES):
+        generator = torch.Generator().manual_seed(number)
+        dense = torch.randn(rows, cols, generator=generator).to(device, torch.float16)
+        values, bitmask = pack24(dense, nm_mask(dense, 2, 4), check=False)
+        try:
+            theirs = compress(unpack24(values, bitmask, cols))
+        except RuntimeError as error:
+            return (), f"cuSPARSELt does not work here: {str(error).splitlines()[0]}"
+        candidates = {name for name in candidates if _same(theirs, _to_hardware24(values, bitmask, cols, name))}
+        heads_agree &= _same(theirs[: values.numel()], values.flatten())
+    if candidates:
+        return tuple(candidates), ""
+    if heads_agree:
+        return (UNKNOWN,), "cuSPARSELt's order of metadata is unknown on this GPU: its own compressor packs"
+    return (), "cuSPARSELt's layout is unknown on this GPU"
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.int16), other.view(torch.int16))  # as numbers, metadata may be NaN
