@@ -1,6 +1,7 @@
 """The sparse products of the libraries that PyTorch ships: cuSPARSELt, and CUTLASS on GPUs of compute capability 8."""
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,9 @@ def hardware_linear24(
     if layout.startswith("cutlass"):
         y = _cutlass(x2d, packed, bias, padded_rows)
     else:
-        options = {"alg_id": alg_id, **_split_k(split_k, split_k_mode)}
+        options = _split_k(split_k, split_k_mode)
         packed = packed.view(padded_rows, -1)
-        y = torch._cslt_sparse_mm(packed, x2d.t(), bias=bias, transpose_result=True, **options)
+        y = torch._cslt_sparse_mm(packed, x2d.t(), bias=bias, transpose_result=True, alg_id=alg_id, **options)
     return y[:tokens, :rows].contiguous().view(*x.shape[:-1], rows)
 
 
@@ -68,7 +69,7 @@ def _padded(tensor: Tensor, *after: int) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
-def _split_k(split_k: int, mode: int) -> dict[str, int | bool]:
+def _split_k(split_k: int, mode: int) -> dict[str, Any]:
     if _takes_mode():
         return {"split_k": split_k, "split_k_mode": mode}
     return {"split_k": split_k, "split_k_one_kernel": mode != TWO_KERNELS}

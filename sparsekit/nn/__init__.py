@@ -1,0 +1,11 @@
+"""Modules: tensors and one op call."""
+
+from .compressed import Compressed as Compressed
+from .compressed import weight_shape as weight_shape
+from .linear24 import Linear24 as Linear24
+from .prepacked import PrepackedLinear as PrepackedLinear
+from .routed import Plan as Plan
+from .routed import Route as Route
+from .routed import RoutedLinear24 as RoutedLinear24
+from .shared import autocast_dtype as autocast_dtype
+from .shared import carry_mask as carry_mask

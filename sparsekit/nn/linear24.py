@@ -1,0 +1,114 @@
+"""The linear layer on the packed 2:4 format."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import get_mask
+from ..ops import linear24, nm_mask, pack24, unpack24, unpack_bits
+from .shared import autocast_dtype, carry_mask, dense_linear, oriented
+
+
+class Linear24(nn.Module):
+    """A linear layer whose weight is stored and multiplied in the packed 2:4 format.
+
+    Holds the neutral form and nothing else: ``values``, a Parameter ``[out_features, 2 * (in_features // 4) +
+    in_features % 4]`` that gradients reach; ``bitmask``, a uint8 buffer ``[out_features, ceil(in_features / 8)]``; and
+    ``bias``. The state dict holds these three. A new layer draws its weight as ``nn.Linear`` does and keeps the two
+    largest magnitudes of every four. Autocast follows ``F.linear``.
+
+    Args:
+        in_features: columns of the weight; any number, a tail of ``in_features % 4`` columns is stored whole.
+        out_features: rows of the weight.
+        bias: whether a bias is added.
+        transposed: whether ``.weight`` is shown as ``[in_features, out_features]``, which is how the layer that this
+            one stands for keeps it (the ``Conv1D`` of transformers).
+        device: where the tensors are made.
+        dtype: float32, float16 or bfloat16; None is torch's default.
+    """
+
+    values: nn.Parameter
+    bitmask: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        bound = 1 / math.sqrt(in_features) if in_features else 0.0
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype).uniform_(-bound, bound)
+        values, bitmask = pack24(weight, nm_mask(weight, 2, 4))
+        self.values = nn.Parameter(values)
+        self.register_buffer("bitmask", bitmask)
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, transposed: bool = False) -> "Linear24":
+        """Packs a layer whose weight is 2:4: by its stored mask where it has one, else by its non-zeros.
+
+        A stored mask may keep fewer than two of a group (1:4, say), never more; what it drops is not packed. The bias
+        is the layer's own Parameter, not a copy, and a stored mask comes along.
+
+        Args:
+            linear: ``nn.Linear``, or a layer with its ``weight`` and ``bias``.
+            transposed: whether ``linear.weight`` is ``[in_features, out_features]``.
+
+        Raises:
+            TypeError: the weight is not float32, float16 or bfloat16.
+            ValueError: a group of four keeps more than two; the message names the first one.
+        """
+        weight, mask = oriented(linear.weight.detach(), transposed), get_mask(linear)
+        if mask is None:
+            values, bitmask = pack24(weight, check=True)
+        else:
+            _, completed = pack24(oriented(mask, transposed).to(weight.dtype), check=True)
+            values, bitmask = pack24(weight, unpack_bits(completed, weight.shape[1]))
+        rows, cols = weight.shape
+        layer = cls(cols, rows, False, transposed=transposed, device="meta", dtype=weight.dtype)
+        layer.values = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
+        layer.bitmask = bitmask
+        layer.bias = linear.bias
+        carry_mask(linear, layer)
+        if not transposed and (bits := layer._buffers.get("weight_mask")) is not None and torch.equal(bits, bitmask):
+            layer.weight_mask = bitmask  # one buffer for both
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
+        linear = dense_linear(self, self._dense(), self.trainable)
+        if not self.transposed:
+            carry_mask(self, linear)
+        return linear
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the weight of the layer that this one stands for is trained."""
+        return self.values.requires_grad
+
+    def _dense(self) -> Tensor:
+        return unpack24(self.values.detach(), self.bitmask, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, unpacked anew at every access; writing to it changes nothing."""
+        return oriented(self._dense(), self.transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, bias = self.values, self.bias
+        if (dtype := autocast_dtype(x)) is not None:
+            return linear24(x.to(dtype), values.to(dtype), self.bitmask, None if bias is None else bias.to(dtype))
+        return linear24(x, values, self.bitmask, bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -1,0 +1,122 @@
+"""The dense linear layer whose weight oneDNN has reordered."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.prepacked import prepack, prepacked_dense, prepacked_linear
+from .shared import autocast_dtype, carry_mask, dense_linear, oriented
+
+
+class PrepackedLinear(nn.Module):
+    """A dense linear layer for inference on a CPU, whose weight oneDNN has reordered once instead of at every call.
+
+    Holds the reordered weight and the bias; the state dict holds the plain dense ``weight``, and loading one reorders
+    it again, as ``to(dtype)`` does. Where oneDNN has no reordered form (another device, or a 16-bit dtype that the
+    CPU does not compute in) the weight stays plain and ``F.linear`` answers. Gradients reach ``x`` and ``bias``. The
+    weight cannot be trained: a call in training mode that would need its gradient raises.
+
+    Args:
+        weight: ``[out_features, in_features]``.
+        bias: the layer's bias Parameter, kept as it is, or None.
+        tokens: the number of rows of ``x`` that the layout is chosen for. It is fast for fewer, less so for more.
+        transposed: whether ``.weight`` and the state dict show ``[in_features, out_features]``, as in ``Linear24``.
+    """
+
+    packed: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None = None, *, tokens: int = 128, transposed: bool = False
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.tokens, self.transposed = tokens, transposed
+        self.trainable = weight.requires_grad
+        self.register_parameter("bias", bias)
+        self._keep(weight)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, tokens: int = 128, transposed: bool = False) -> "PrepackedLinear":
+        """Reorders the weight of a layer; the bias is its own Parameter, and a stored mask comes along."""
+        layer = cls(oriented(linear.weight, transposed), linear.bias, tokens=tokens, transposed=transposed)
+        carry_mask(linear, layer)
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The plain ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
+        linear = dense_linear(self, self._dense().clone(), self.trainable)
+        if not self.transposed:
+            carry_mask(self, linear)
+        return linear
+
+    def _keep(self, dense: Tensor) -> None:
+        self.packed = prepack(dense, self.tokens)
+        self.reordered = self.packed.is_mkldnn  # tracing forgets it
+
+    def _dense(self) -> Tensor:
+        return prepacked_dense(self.packed) if self.reordered else self.packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, restored anew at every access; writing to it changes nothing."""
+        return oriented(self._dense().clone(), self.transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.trainable and torch.is_grad_enabled():
+            raise RuntimeError(
+                "PrepackedLinear cannot train its weight: call model.eval(), use torch.no_grad(), "
+                "or turn it back with sparsekit.decompress_"
+            )
+        if not self.reordered or autocast_dtype(x) is not None:
+            return F.linear(x, self._dense(), self.bias)
+        return prepacked_linear(x, self.packed, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrepackedLinear":
+        super()._apply(fn, recurse)
+        self._keep(fn(self._dense()))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight"
+        weight = state_dict.get(key)
+        shape = (self.out_features, self.in_features)[:: -1 if self.transposed else 1]
+        if weight is None:
+            missing_keys.append(key)
+        elif weight.shape != shape:
+            error_msgs.append(f"{key} must have shape {shape}, got {tuple(weight.shape)}")
+        else:
+            self._keep(oriented(weight, self.transposed).to(self.packed.device, self.packed.dtype, copy=True))
+        rest = {name: tensor for name, tensor in state_dict.items() if name != key}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    # An opaque tensor can be neither copied nor pickled.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": self._dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep(self.packed)
+
+    def extra_repr(self) -> str:
+        form = "reordered" if self.reordered else "plain"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, weight={form}"
+        )

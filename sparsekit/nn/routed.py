@@ -1,0 +1,159 @@
+"""The 2:4 linear layer on a GPU: the kernel that was measured fastest for each number of tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import hardware_linear24, linear24, pack_hardware24
+from ..ops.hardware_linear24 import padded_shape
+from ..ops.layouts import device_name
+from .linear24 import Linear24
+from .shared import autocast_dtype
+
+
+class Route(NamedTuple):
+    """What multiplies calls of up to ``max_tokens`` tokens.
+
+    Args:
+        max_tokens: the last route of a plan takes any number of them.
+        kernel: the op ``"linear24"``; ``"hardware"``, which is the op ``hardware_linear24``; or ``"dense"``, which is
+            ``F.linear`` with a dense copy of the weight.
+        alg_id, split_k, split_k_mode: for ``hardware_linear24``.
+    """
+
+    max_tokens: int
+    kernel: Literal["linear24", "hardware", "dense"]
+    alg_id: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer multiplies, as it was measured: on one model of GPU, in one dtype.
+
+    Args:
+        device: the model, as ``ops.layouts.device_name`` gives it.
+        dtype: the dtype of the weight.
+        layout: the layout of ``hardware_layouts`` that the weight is packed in; None where no route needs one.
+        routes: by rising ``max_tokens``.
+    """
+
+    device: str
+    dtype: torch.dtype
+    layout: str | None
+    routes: tuple[Route, ...]
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether a route needs a dense copy of the weight."""
+        return any(route.kernel == "dense" for route in self.routes)
+
+
+class RoutedLinear24(Linear24):
+    """A ``Linear24`` that multiplies by a plan: other kernels for other numbers of tokens.
+
+    The state dict is that of ``Linear24``. On the device and in the dtype of its plan the layer holds ``packed``, the
+    weight as the GPU's tensor cores read it. ``values`` is a view of its head, so they are stored once; beside it is
+    the ``bitmask``, 1/16 of the dense 16-bit weight. Loading, copying and moving rebuild it from these two. Elsewhere,
+    where autocast asks for another dtype, and where gradients reach ``values``, the layer is a plain ``Linear24``.
+
+    A plan with dense routes keeps a dense copy of the weight, which would not follow an optimizer: ``values`` gets no
+    gradient then, and a call in training mode that would need it raises.
+    """
+
+    plan: Plan | None = None
+    packed: Tensor | None = None
+    dense: Tensor | None = None
+    layout = ""  # that ``packed`` has
+    frozen = False  # whether ``values`` would be trained but for a dense copy
+    ready = False  # whether the plan is followed
+
+    def follow(self, plan: Plan) -> "RoutedLinear24":
+        """Multiplies by ``plan`` from now on; returns the layer itself."""
+        trainable = self.trainable
+        self.plan, self.frozen = plan, trainable and plan.keeps_dense
+        self.values.requires_grad_(trainable and not self.frozen)
+        self._pack()
+        return self
+
+    @property
+    def trainable(self) -> bool:
+        return self.frozen or self.values.requires_grad
+
+    @property
+    def on_plan(self) -> bool:
+        """Whether the layer is where and what its plan was measured for."""
+        plan, values = self.plan, self.values
+        return plan is not None and plan.dtype == values.dtype and plan.device == device_name(values.device)
+
+    @torch.no_grad()
+    def _pack(self) -> None:
+        self.packed = self.dense = None
+        self.ready = self.on_plan
+        if self.plan is None or not self.ready:
+            return
+        if self.plan.layout is not None:
+            self.layout = self.plan.layout
+            self.packed = pack_hardware24(self.values.detach(), self.bitmask, self.in_features, self.layout)
+            rows, cols = padded_shape(self.out_features, self.in_features, self.layout)
+            head = self.packed[: rows * cols // 2].view(rows, cols // 2)
+            self.values.data = head[: self.out_features, : self.values.shape[1]]
+        if self.plan.keeps_dense:
+            self.dense = self._dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.frozen and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a Linear24 with a dense copy cannot train its weight: call model.eval(), use torch.no_grad(), "
+                "or turn it back with sparsekit.decompress_"
+            )
+        dtype = autocast_dtype(x) or x.dtype
+        trained = self.values.requires_grad and torch.is_grad_enabled()
+        if self.plan is None or not self.ready or trained or dtype != self.plan.dtype:
+            return super().forward(x)
+        tokens = x.shape[:-1].numel()
+        for route in self.plan.routes:
+            if tokens <= route.max_tokens:
+                break
+        return self.run(route, x.to(dtype))
+
+    def run(self, route: Route, x: Tensor) -> Tensor:
+        """Multiplies by one route, whatever the number of tokens; ``x`` is of the weight's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if route.kernel == "dense" and self.dense is not None:
+            return F.linear(x, self.dense, bias)
+        # Padded shapes hide a wrong number of columns: `linear24` rejects it.
+        if route.kernel == "hardware" and self.packed is not None and x.shape[-1:] == (self.in_features,):
+            _, _, alg_id, split_k, mode = route
+            return hardware_linear24(
+                x, self.packed, bias, self.out_features, self.layout, alg_id=alg_id, split_k=split_k, split_k_mode=mode
+            )
+        return linear24(x, self.values, self.bitmask, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedLinear24":
+        before = self.values.data_ptr(), self.values.dtype, self.values.device
+        super()._apply(fn, recurse)
+        if before != (self.values.data_ptr(), self.values.dtype, self.values.device):
+            self._pack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
+
+    # Copied or pickled, ``values`` is no longer the head of ``packed``.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None, "dense": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+    def extra_repr(self) -> str:
+        routes = self.plan.routes if self.plan is not None and self.ready else (Route(1, "linear24"),)
+        return f"{super().extra_repr()}, kernels={'/'.join(dict.fromkeys(route.kernel for route in routes))}"

@@ -1,0 +1,35 @@
+"""What the compressed layers share: orientation, autocast, stored masks, and the way back to ``nn.Linear``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import get_mask_info
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes linear layers in on ``x``'s device; None where it is off."""
+    device = x.device.type
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
+def oriented(weight: Tensor, transposed: bool) -> Tensor:
+    """The weight as ``[outputs, inputs]``, or back as the layer keeps it."""
+    return weight.t() if transposed else weight
+
+
+def dense_linear(layer: Any, weight: Tensor, requires_grad: bool) -> nn.Linear:
+    """An ``nn.Linear`` with this weight and what else ``layer`` has: its bias Parameter and its mode."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
+    linear.register_parameter("bias", layer.bias)
+    return linear.train(layer.training)
+
+
+def carry_mask(source: nn.Module, target: nn.Module) -> None:
+    """Gives ``target`` the stored mask of ``source``: the same buffer, not a copy."""
+    if get_mask_info(source) is not None:
+        target.register_buffer("weight_mask", source._buffers["weight_mask"], persistent=False)
+        target.weight_mask_info = source.weight_mask_info
