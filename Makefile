@@ -1,4 +1,5 @@
-# Every goal first makes its own environment, $(VENV), from $(PYTHON), pip and constraints.txt.
+# Every goal but gpu first makes its own environment, $(VENV), from $(PYTHON), pip and constraints.txt; gpu runs in
+# $(PYTHON) as it is, with the torch and the Triton that are there.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,18 +8,19 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 TORCH := $(shell grep '^torch==' constraints.txt)
 ARGS ?=
 
-.PHONY: help demo test bench lint wheel sanitize clean
+.PHONY: help demo test bench gpu lint wheel sanitize clean
 
 help:
 	@echo 'make demo       train a small language model, make it 2:4 sparse, run it faster than dense'
 	@echo 'make test       run the test suite'
 	@echo 'make bench      time every op against its baselines, write bench/results/ (under 10 minutes)'
+	@echo 'make gpu        on a machine with a GPU: build into $$(PYTHON) itself, test, check and measure (under 8 minutes)'
 	@echo 'make lint       ruff format, ruff check, mypy'
 	@echo 'make wheel      build the wheel and the source distribution into dist/'
 	@echo 'make sanitize   run the C++ tests under ASan and UBSan'
 	@echo 'make clean      remove what was built, keep $(VENV)'
 	@echo
-	@echo 'ARGS="..." is passed on to demo and test, PYTHON=python3.12 chooses the Python, SPARSEKIT_NATIVE=1 insists'
+	@echo 'ARGS="..." is passed on to demo, test and gpu, PYTHON=python3.12 chooses the Python, SPARSEKIT_NATIVE=1 insists'
 	@echo 'on the compiled kernels (0: never builds them). For a torch without CUDA, which is a tenth of the download:'
 	@echo '  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
 
@@ -41,6 +43,9 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
+
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

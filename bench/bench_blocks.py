@@ -4,8 +4,9 @@ import torch
 import sparsekit as sk
 from sparsekit.ops.blocks import block_scores_reference, block_topk_mask_reference
 
-from .baselines import block_topk, copy_call
+from .baselines import copy_call
 from .shapes import SQUARE, name
+from .usual import block_topk
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLE = slice(0, 512)  # rows: whole blocks

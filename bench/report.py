@@ -1,4 +1,4 @@
-"""Renders a result file as the table of the README: `python -m bench.report [results/<device>.json]`."""
+"""Renders result files as the tables of the README: `python -m bench.report [results/<device>.json]`."""
 
 import json
 import platform
@@ -6,6 +6,9 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+from .gpu import table as gpu
+from .gpu.table import table as _table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,12 +24,14 @@ def cpu_name() -> str:
 
 
 def slug(report: dict) -> str:
-    """The result file's name: processor and SIMD level."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{report['device']} {report['simd']}".lower()).strip("-")
+    """The result file's name: processor and SIMD level, or GPU."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{report['device']} {report.get('simd', '')}".lower()).strip("-")
 
 
 def render(report: dict) -> str:
     """The tables as markdown, with the machine named, and what falls short of its goal."""
+    if report.get("kind") == "gpu":
+        return gpu.render(report)
     memory = [row for row in report["rows"] if "tokens" not in row]
     linear = [row for row in report["rows"] if "tokens" in row]
     parts = [
@@ -83,16 +88,18 @@ def _short(row: dict) -> list[str]:
     return texts
 
 
-def _table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def render_gpus(reports: Iterable[dict]) -> str:
+    """The tables of every GPU among the reports; the goals, not measured, where there is none."""
+    return "\n".join(map(render, (each for each in reports if each.get("kind") == "gpu"))) or gpu.unmeasured()
 
 
 def main() -> None:
     paths = [Path(path) for path in sys.argv[1:]] or sorted(RESULTS.glob("*.json"))
-    if not paths:
-        raise SystemExit("bench.report: no results yet; run `make bench`")
-    print("\n".join(render(json.loads(path.read_text())) for path in paths), end="")
+    reports = [json.loads(path.read_text()) for path in paths]
+    for report in reports:
+        if report.get("kind") != "gpu":
+            print(render(report))
+    print(render_gpus(reports), end="")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ SQUARE = (4096, 4096)  # attention projections of a 7B decoder
 UP = (11008, 4096)  # its feed-forward
 BERT = (768, 768)  # attention projections of a BERT-base or GPT-2
 BERT_UP, BERT_DOWN = (3072, 768), (768, 3072)
+WIDE, DEEP = (14336, 4096), (4096, 14336)  # the feed-forward of an 8B decoder
 
 LINEAR = (SQUARE, BERT, BERT_UP, BERT_DOWN, UP)
 LARGE = (SQUARE, UP)
 FEW = (1, 4, 8, 16, 32)
 MANY = (64, 128, 512, 1024)
+
+GPU_LINEAR = (SQUARE, WIDE, DEEP, BERT_UP, BERT)
+GPU_TOKENS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096)
 
 
 def name(shape: tuple[int, int]) -> str:
