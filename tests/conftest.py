@@ -66,10 +66,10 @@ def ratios(monkeypatch):
     """Replaces the measurement: provider -> ratio, or a function of the token count; records what was asked."""
     table = {"2:4": 3.0, "prepacked": 2.0}
 
-    def measure(modules, x, *, dense, cold, budget):
-        measured.append((tuple(modules), tuple(x.shape), cold))
+    def measure(calls, plain, x, *, dense, clock, budget):
+        measured.append((tuple(calls), tuple(x.shape), clock.cold))
         timings = {}
-        for name in modules:
+        for name in ("plain", *calls):
             ratio = 1.0 if name == "plain" else table[name]
             ratio = ratio(len(x)) if callable(ratio) else ratio
             timings[name] = ratio and Timing(len(x) / ratio, ratio, float(ratio > 1), ratio, 0.0)

@@ -24,7 +24,8 @@ SIGNATURES = {
     "Magnitude": "pattern",
     "Wanda": "pattern",
     "keep_masks": "model, optimizer",
-    "compress_": "model, sample=None, *, where=None, forward=None, budget=0.5, progress=None",
+    "compress_": "model, sample=None, *, where=None, forward=None, budget=0.5, graphs=False, keep_dense=False, "
+    "progress=None",
     "decompress_": "model",
     "sparse_training_": "model, *, backward='straight_through', decay=0.0, where=None",
     "save": "model, path, *, format='sparsekit'",

@@ -11,7 +11,7 @@ from compressing import assert_same, blocks, decisions, reasons, snapshot
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import Timing, tune
+from sparsekit.compress import Timing, clock, tune
 from sparsekit.nn import Linear24
 from sparsekit.ops import backends
 
@@ -118,7 +118,7 @@ def test_the_rule(ratios, two_four, prepacked, decision):
 
 def test_a_fast_median_that_loses_a_quarter_stays(ratios, monkeypatch):
     quick = Timing(0.5, 2.0, 0.75, 2.0, 0.0)
-    monkeypatch.setattr(tune, "measure", lambda modules, x, **_: {name: quick for name in modules})
+    monkeypatch.setattr(tune, "measure", lambda calls, plain, x, **_: dict.fromkeys(("plain", *calls), quick))
     report = sk.compress_(blocks(1))
     assert set(decisions(report).values()) == {"plain"}
     assert "75% won" in report.layers[0].reason
@@ -126,7 +126,7 @@ def test_a_fast_median_that_loses_a_quarter_stays(ratios, monkeypatch):
 
 def test_cold_where_the_model_exceeds_the_cache(ratios, monkeypatch):
     for size, cold in ((2**20, False), (100, True)):
-        monkeypatch.setattr(tune, "last_level_cache", lambda size=size: size)
+        monkeypatch.setattr(clock, "cache_bytes", lambda device, size=size: size)
         ratios["measured"].clear()
         sk.compress_(blocks(1))
         assert {asked[2] for asked in ratios["measured"]} == {cold}

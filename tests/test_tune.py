@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit.compress import tune
-from sparsekit.compress.tune import Timing, measure, remembered
+from sparsekit.compress import cache, clock, tune
+from sparsekit.compress.cache import remembered
+from sparsekit.compress.clock import CpuClock
+from sparsekit.compress.tune import Timing, measure
 
 KEY = {"shape": (4, 8), "providers": ("prepacked",), "tokens": 1, "cold": False}
 ANSWER = {"plain": Timing(1.0, 1.0, 0.0, 1.0, 0.1), "prepacked": Timing(0.5, 2.0, 1.0, 1.0, 0.1), "2:4": None}
@@ -31,10 +33,11 @@ class Clock:
 
 
 @pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(tune, "time", clock)
-    monkeypatch.setattr(Slowed, "clock", clock)
+def fake_time(monkeypatch):
+    fake = Clock()
+    monkeypatch.setattr(tune, "time", fake)
+    monkeypatch.setattr(clock, "time", fake)
+    monkeypatch.setattr(Slowed, "clock", fake)
 
 
 class Slowed(nn.Module):
@@ -53,16 +56,20 @@ def never():
     raise AssertionError("measured again")
 
 
+def race(plain, x, budget=0.01, cold=False, dense=(), **calls):
+    return measure(calls, plain, x, dense=dense, clock=CpuClock(cold), budget=budget)
+
+
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 def test_measures_ratio_wins_and_best_dense(cold):
     linear = nn.Linear(8, 4)
-    modules = {
-        "plain": Slowed(linear, 0.004),
+    calls = {
         "fast": Slowed(linear, 0.001),
         "middle": Slowed(linear, 0.002),
         "wrong": Slowed(linear, 0.0, 1.01),
     }
-    timings = measure(modules, torch.randn(3, 8), dense=("plain", "middle", "wrong"), cold=cold, budget=0.01)
+    timings = race(Slowed(linear, 0.004), torch.randn(3, 8), cold=cold, dense=("middle", "wrong"), **calls)
+    assert list(timings) == ["plain", "fast", "middle", "wrong"]
     assert timings["wrong"] is None
     for name, seconds, ratio, wins, best_dense in (
         ("plain", 0.004, 1.0, 0.0, 0.5),
@@ -85,18 +92,24 @@ def test_medians_and_wins_of_an_uneven_race():
             self.seconds = 0.008 if self.turn % 3 == 0 else 0.001  # loses every third
             return super().forward(x)
 
-    modules = {"plain": Slowed(linear, 0.004), "uneven": Uneven(linear)}
-    timing = measure(modules, torch.randn(3, 8), dense=("plain",), cold=False, budget=1e-9)["uneven"]
+    timing = race(Slowed(linear, 0.004), torch.randn(3, 8), budget=1e-9, uneven=Uneven(linear))["uneven"]
     assert timing.wins == pytest.approx(6 / 9)
     assert timing.ratio == pytest.approx(4)
     assert timing.spread == pytest.approx((4 - 0.5) / 4)
+    assert not timing.faster
+
+
+@pytest.mark.parametrize(
+    ("ratio", "wins", "faster"), [(1.05, 0.8, True), (1.04, 1.0, False), (2.0, 0.79, False), (9.0, 1.0, True)]
+)
+def test_the_rule_of_being_faster(ratio, wins, faster):
+    assert Timing(1.0, ratio, wins, 1.0, 0.0).faster is faster
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_is_wrong(bad):
     linear = nn.Linear(8, 4)
-    modules = {"plain": Slowed(linear), "bad": Slowed(linear, 0.0, bad)}
-    assert measure(modules, torch.randn(1, 8), dense=("plain",), cold=False, budget=0.01)["bad"] is None
+    assert race(Slowed(linear), torch.randn(1, 8), bad=Slowed(linear, 0.0, bad))["bad"] is None
 
 
 @pytest.mark.parametrize("row", [0, 2, 4])
@@ -108,9 +121,19 @@ def test_a_wrong_first_middle_or_last_row_is_found(row):
             return y
 
     linear = nn.Linear(8, 4)
-    modules = {"plain": Slowed(linear), "bad": Wrong()}
-    timings = measure(modules, torch.randn(5, 8), dense=("plain",), cold=False, budget=0.01)
-    assert timings["bad"] is None
+    assert race(Slowed(linear), torch.randn(5, 8), bad=Wrong())["bad"] is None
+
+
+def test_what_is_wrong_only_at_the_end_is_found():
+    class Flaky(Slowed):
+        turn = 0
+
+        def forward(self, x):
+            self.turn += 1
+            return super().forward(x) + (self.turn > 1 + tune.MIN_ROUNDS)
+
+    linear = nn.Linear(8, 4)
+    assert race(Slowed(linear), torch.randn(5, 8), budget=1e-9, flaky=Flaky(linear))["flaky"] is None
 
 
 def test_budget_bounds_the_rounds(monkeypatch):
@@ -122,10 +145,9 @@ def test_budget_bounds_the_rounds(monkeypatch):
             count += 1
             return super().forward(x)
 
-    modules = {"plain": Slowed(nn.Linear(8, 4), 0.002)}
-    modules["counted"] = Counted(modules["plain"].linear, 0.002)
-    measure(modules, torch.randn(1, 8), dense=("plain",), cold=False, budget=1e-9)
-    assert count == 1 + tune.MIN_ROUNDS  # the check and the rounds
+    linear = nn.Linear(8, 4)
+    race(Slowed(linear, 0.002), torch.randn(1, 8), budget=1e-9, counted=Counted(linear, 0.002))
+    assert count == 1 + tune.MIN_ROUNDS + 1  # a check, the rounds, and a check
 
 
 def test_remembers(folder):
@@ -213,7 +235,7 @@ def _hammer(folder, process, mistakes):
         if timings["plain"].seconds != turn % 5:
             mistakes.put((process, turn))
         if turn % 3 == process:  # a third party that damages what is there
-            for file in tune.Path(folder).glob("*.json"):
+            for file in cache.Path(folder).glob("*.json"):
                 file.unlink(missing_ok=True)
 
 
@@ -231,4 +253,4 @@ def test_two_processes_share_a_cache(tmp_path):
 
 
 def test_last_level_cache_is_plausible():
-    assert 2**18 <= tune.last_level_cache() <= 2**31
+    assert 2**18 <= clock.last_level_cache() <= 2**31

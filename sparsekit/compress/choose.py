@@ -1,34 +1,58 @@
 """Which provider a layer gets: measured once per kind of layer, decided by one rule."""
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .._batches import Progress
 from .._layers import is_transposed
+from ..nn import Compressed, RoutedLinear24
 from ..ops import nm_prune
-from . import tune
-from .providers import PROVIDERS, Provider
+from ..ops.layouts import device_name
+from . import cache, clock, gpu, tune
+from .providers import PROVIDERS, refuses_routed
 from .sites import Site
 
-RATIO, WINS = 1.05, 0.8
+
+@dataclass(frozen=True)
+class Settings:
+    """How the caller of ``compress_`` wants layers measured."""
+
+    cold: Callable[[torch.device], bool]
+    budget: float
+    graphs: bool
+    keep_dense: bool
+    progress: Progress
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer becomes (None: it stays), why, and the timings by token bucket and provider."""
+    """What a layer becomes and why.
 
-    provider: Provider | None
+    Args:
+        decision: the name of the provider, or ``"plain"``.
+        build: makes the module of a site; None where the layer stays.
+        reason: why.
+        timings: what was measured, by token bucket and name.
+        names: which of the timings is the layer's, by token bucket.
+    """
+
+    decision: str
+    build: Callable[[Site], Compressed] | None
     reason: str
     timings: dict[int, tune.Timings]
+    names: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Kind:
     """All that a measurement depends on besides the machine: layers of one kind share it."""
 
+    device_name: str
     shape: tuple[int, int]
     dtype: str
     bias: bool
@@ -37,22 +61,29 @@ class Kind:
     layout_tokens: int
     tokens: int
     cold: bool
+    graphs: bool
 
 
-def choose(sites: list[Site], cold: bool, budget: float, progress: Progress) -> dict[str, Choice]:
+def choose(sites: list[Site], settings: Settings) -> dict[str, Choice]:
     """One choice per layer, by name."""
-    refusals = {site.name: {provider.name: provider.refuses(site.layer) for provider in PROVIDERS} for site in sites}
+    refusals = {site.name: _refusals(site, settings.keep_dense) for site in sites}
     alike: dict[Kind, list[Site]] = {}
     for site in sites:
         offers = tuple(name for name, refusal in refusals[site.name].items() if refusal is None)
         for tokens in sorted(site.calls) if offers else ():
-            alike.setdefault(_kind(site, offers, tokens, cold), []).append(site)
+            alike.setdefault(_kind(site, offers, tokens, settings), []).append(site)
     timings: dict[str, dict[int, tune.Timings]] = {site.name: {} for site in sites}
-    for kind, members in progress(list(alike.items())):
-        measured = _timings(kind, members[0].layer, budget)
+    for kind, members in settings.progress(list(alike.items())):
+        measured = _timings(kind, members[0].layer, settings.budget)
         for site in members:
             timings[site.name][kind.tokens] = measured
-    return {site.name: _decide(site, refusals[site.name], timings[site.name]) for site in sites}
+    return {site.name: _decide(site, refusals[site.name], timings[site.name], settings.keep_dense) for site in sites}
+
+
+def _refusals(site: Site, keep_dense: bool) -> dict[str, str | None]:
+    if clock.is_gpu(site.layer.weight.device):
+        return {"2:4": refuses_routed(site.layer, keep_dense)}
+    return {provider.name: provider.refuses(site.layer) for provider in PROVIDERS}
 
 
 def layout_tokens(site: Site) -> int:
@@ -60,9 +91,10 @@ def layout_tokens(site: Site) -> int:
     return max(site.calls)
 
 
-def _kind(site: Site, offers: tuple[str, ...], tokens: int, cold: bool) -> Kind:
-    layer = site.layer
+def _kind(site: Site, offers: tuple[str, ...], tokens: int, settings: Settings) -> Kind:
+    layer, device = site.layer, site.layer.weight.device
     return Kind(
+        device_name=device_name(device),
         shape=site.shape,
         dtype=str(layer.weight.dtype),
         bias=layer.bias is not None,
@@ -70,28 +102,38 @@ def _kind(site: Site, offers: tuple[str, ...], tokens: int, cold: bool) -> Kind:
         providers=offers,
         layout_tokens=layout_tokens(site),
         tokens=tokens,
-        cold=cold,
+        cold=settings.cold(device),
+        graphs=settings.graphs and clock.is_gpu(device),
     )
 
 
 def _timings(kind: Kind, layer: nn.Linear, budget: float) -> tune.Timings:
+    device, dtype = layer.weight.device, layer.weight.dtype
+
     def measure() -> tune.Timings:
         rows, cols = kind.shape
         offers = [provider for provider in PROVIDERS if provider.name in kind.providers]
-        generator = torch.Generator().manual_seed(0)  # the caller's random state is not ours to move
-        weight = torch.randn(rows, cols, generator=generator).div_(cols**0.5).to(layer.weight.dtype)
+        generator = torch.Generator(device).manual_seed(0)  # the caller's random state is not ours to move
+        randn = partial(torch.randn, generator=generator, device=device)
+        weight = randn(rows, cols).div_(cols**0.5).to(dtype)
         if any(not provider.dense for provider in offers):
             weight = nm_prune(weight, 2, 4)[0]
-        bias = torch.randn(rows, generator=generator).to(weight.dtype) if kind.bias else None
+        bias = randn(rows).to(dtype) if kind.bias else None
         plain = _stand_in(layer, weight.t().contiguous() if kind.transposed else weight, bias)
-        modules: dict[str, nn.Module] = {"plain": plain}
-        for provider in offers:
-            modules[provider.name] = provider.build(plain, kind.layout_tokens, kind.transposed)
-        dense = ("plain", *(provider.name for provider in offers if provider.dense))
-        x = torch.randn(kind.tokens, cols, generator=generator).to(weight.dtype)
-        return tune.measure(modules, x, dense=dense, cold=kind.cold, budget=budget)
+        x = randn(kind.tokens, cols).to(dtype)
+        timer = clock.clock(device, cold=kind.cold, graphs=kind.graphs)
+        calls: dict[str, clock.Call]
+        if clock.is_gpu(device):
+            names, _ = gpu.layouts(dtype, cols, device)
+            calls, wrong = gpu.offers(plain, x, names, timer, transposed=kind.transposed)
+        else:
+            calls = {offer.name: offer.build(plain, kind.layout_tokens, kind.transposed) for offer in offers}
+            wrong = []
+        dense = tuple(provider.name for provider in offers if provider.dense)
+        timings = tune.measure(calls, plain, x, dense=dense, clock=timer, budget=budget)
+        return timings | dict.fromkeys(wrong)
 
-    return tune.remembered(asdict(kind), measure)
+    return cache.remembered(asdict(kind), measure, device)
 
 
 def _stand_in(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -107,7 +149,13 @@ def _stand_in(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linea
     return plain
 
 
-def _decide(site: Site, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
+def _decide(site: Site, refusals: dict[str, str | None], timings: dict[int, tune.Timings], keep_dense: bool) -> Choice:
+    if clock.is_gpu(site.layer.weight.device):
+        return _decide_routed(site, refusals["2:4"], timings, keep_dense)
+    return _decide_provider(site, refusals, timings)
+
+
+def _decide_provider(site: Site, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
     """Takes the fastest over all calls of the sample among those that win at every token count."""
     remarks = [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
     seconds: dict[str, float] = {}
@@ -120,14 +168,34 @@ def _decide(site: Site, refusals: dict[str, str | None], timings: dict[int, tune
             remarks.append(f"{name}: a wrong result at {wrong[0]} tokens")
             continue
         right = {tokens: timing for tokens, timing in by_tokens.items() if timing is not None}
-        if lost := [tokens for tokens, timing in right.items() if timing.ratio < RATIO or timing.wins < WINS]:
+        if lost := [tokens for tokens, timing in right.items() if not timing.faster]:
             worst = min(lost, key=lambda tokens: right[tokens].ratio)
             remarks.append(f"{name}: {right[worst].ratio:.2f}x, {right[worst].wins:.0%} won at {worst} tokens")
             continue
         seconds[name] = sum(site.calls[tokens] * timing.seconds for tokens, timing in right.items())
     if not seconds:
-        return Choice(None, "; ".join(remarks), timings)
+        return Choice("plain", None, "; ".join(remarks), timings)
     fastest = min(seconds, key=lambda name: seconds[name])
     remarks += [f"{name}: faster than plain, but slower" for name in seconds if name != fastest]
     provider = next(provider for provider in PROVIDERS if provider.name == fastest)
-    return Choice(provider, "; ".join(["fastest", *remarks]), timings)
+
+    def build(site: Site) -> Compressed:
+        return provider.build(site.layer, layout_tokens(site), is_transposed(site.layer))
+
+    return Choice(fastest, build, "; ".join(["fastest", *remarks]), timings, dict.fromkeys(timings, fastest))
+
+
+def _decide_routed(site: Site, refusal: str | None, timings: dict[int, tune.Timings], keep_dense: bool) -> Choice:
+    if refusal is not None:
+        return Choice("plain", None, f"2:4: {refusal}", timings)
+    weight = site.layer.weight
+    decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, keep_dense)
+    _, remark = gpu.layouts(weight.dtype, site.shape[1], weight.device)
+    reason = "; ".join(filter(None, [decision.reason, remark]))
+    if (plan := decision.plan) is None:
+        return Choice("plain", None, reason, timings)
+
+    def build(site: Site) -> Compressed:
+        return RoutedLinear24.from_linear(site.layer, transposed=is_transposed(site.layer)).follow(plan)
+
+    return Choice("2:4", build, reason, timings, decision.names)

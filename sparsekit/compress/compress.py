@@ -1,22 +1,22 @@
 """Swaps linear layers for the fastest module that computes the same, never for a slower one."""
 
 import time
-from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._batches import Forward, Progress
-from .._layers import Where, check_model, is_transposed
-from ..nn import Compressed, PrepackedLinear
-from . import tune
-from .choose import Choice, choose, layout_tokens
-from .providers import Provider
+from .._layers import Where, check_model
+from ..nn import PrepackedLinear, RoutedLinear24
+from . import clock
+from .choose import Choice, Settings, choose
 from .report import CompressReport, LayerReport
 from .sites import Site, find_sites, watch
 from .swap import restore_all, swap_all
 
 TOKENS = (1, 16, 128)  # what is measured without a sample: a decoding step, a small batch, a prompt
+GPU_TOKENS = (*TOKENS, 2048)
 
 
 def compress_(
@@ -26,34 +26,44 @@ def compress_(
     where: Where | None = None,
     forward: Forward | None = None,
     budget: float = 0.5,
+    graphs: bool = False,
+    keep_dense: bool = False,
     progress: Progress | None = None,
 ) -> CompressReport:
     """Swaps every linear layer that gets faster for the fastest module that computes the same, in place.
 
     The sample is run once, in eval mode and without gradients, to see how many tokens each layer gets; a layer that it
-    does not reach stays. Token counts are rounded up to a power of two, at most 512. For every shape, dtype and count
-    the providers that the layer admits are timed on this machine on random data, in turns with the plain layer and
-    against each other, each after its result was checked: ``nn.Linear24`` where the weight is 2:4 (by its stored mask,
-    else by its zeros), and ``nn.PrepackedLinear`` in eval mode. Where the model is larger than the last-level cache,
-    weights are timed from memory.
+    does not reach stays. Token counts are rounded up to a power of two, at most 512 on a CPU and 8192 on a GPU. For
+    every shape, dtype and count, what the layer admits is timed on this machine on random data, in turns with the plain
+    layer and against each other, each after its result was checked. Where the model is larger than the last cache of
+    its device, weights are timed from memory.
 
-    A provider is taken only if its median ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both
-    at every token count seen; of several the one that needs the least time over all calls of the sample. So a layer
-    that would gain at one count and lose at another stays. Measure on a quiet machine: where other programs take the
-    cores, whatever uses several threads looks slow, and layers stay that need not. ``nn.Linear`` and transformers'
-    ``Conv1D`` are swapped; layers with tied weights, hooks, parametrizations or a parent that reads their weight stay,
-    and the report says why.
+    *On a CPU* a layer becomes ``nn.Linear24`` where its weight is 2:4 (by its stored mask, else by its zeros), or
+    ``nn.PrepackedLinear`` in eval mode. It is one module for all token counts, taken only if its median ratio to the
+    plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count seen; of several the one that needs
+    the least time over all calls of the sample. Measure on a quiet machine: where other programs take the cores,
+    whatever uses several threads looks slow, and layers stay that need not.
 
-    ``decompress_`` undoes it: the same module and Parameter objects return. Until then the Parameters of the swapped
-    weights are empty, without ``.grad``, and ``save_pretrained`` raises, because nobody could load what it would write.
+    *On a GPU* a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest kernel
+    at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that gave a
+    wrong result once is refused. A layer stays if at some count nothing is faster; with ``keep_dense`` those counts are
+    computed by a dense copy. A call takes as long as the device or the host, whichever needs longer.
+
+    ``nn.Linear`` and transformers' ``Conv1D`` are swapped; layers with tied weights, hooks, parametrizations or a
+    parent that reads their weight stay, and the report says why. ``decompress_`` undoes it: the same module and
+    Parameter objects return. Until then the Parameters of the swapped weights are empty, without ``.grad``, and
+    ``save_pretrained`` raises, because nobody could load what it would write.
 
     Args:
         model: any module tree. Layers that are compressed already stay as they are.
         sample: one batch (a tensor; a mapping, called as ``**``; a tuple, called as ``*``), or an iterable of batches.
-            None measures at 1, 16 and 128 tokens.
+            None measures at 1, 16 and 128 tokens, on a GPU at 2048 as well.
         where: a predicate on ``(name, module)`` that selects layers; None selects all.
         forward: ``forward(model, batch)``, in place of calling the model on a batch.
         budget: seconds that one shape may be measured at one token count; 9 rounds are made however long they take.
+        graphs: whether the model will run under CUDA graphs, so that what the host needs for a call does not count.
+        keep_dense: whether a layer on a GPU may hold its dense weight as well, 25/16 of the bytes, so that it gains at
+            some token counts and loses at none. Such a layer cannot be trained.
         progress: wraps the loop over the measurements and iterates it, as ``tqdm`` does.
 
     Returns:
@@ -76,11 +86,15 @@ def compress_(
     free = [site for site in sites if site.reason is None]
     if sample is None:
         for site in free:
-            site.calls.update(TOKENS)
-    choices = choose(free, before > tune.last_level_cache(), budget, progress or iter)
+            site.calls.update(GPU_TOKENS if clock.is_gpu(site.layer.weight.device) else TOKENS)
+
+    def cold(device: torch.device) -> bool:
+        return before > clock.cache_bytes(device)
+
+    choices = choose(free, Settings(cold, budget, graphs, keep_dense, progress or iter))
     tuned = time.perf_counter()
-    chosen = [(site, choices[site.name].provider) for site in free]
-    swap_all(model, [(site, partial(_build, provider)) for site, provider in chosen if provider is not None])
+    chosen = [(site, choices[site.name].build) for site in free]
+    swap_all(model, [(site, build) for site, build in chosen if build is not None])
     converted = time.perf_counter()
     layers = tuple(_layer_report(site, choices.get(site.name)) for site in sites)
     return CompressReport(layers, before, _resident_bytes(model), tuned - begin, converted - tuned)
@@ -108,15 +122,17 @@ def _layer_report(site: Site, choice: Choice | None) -> LayerReport:
     calls = dict(sorted(site.calls.items()))
     if choice is None:
         return LayerReport(site.name, site.shape, "plain", site.reason or "", calls)
-    decision = "plain" if choice.provider is None else choice.provider.name
-    return LayerReport(site.name, site.shape, decision, choice.reason, calls, choice.timings)
-
-
-def _build(provider: Provider, site: Site) -> Compressed:
-    return provider.build(site.layer, layout_tokens(site), is_transposed(site.layer))
+    return LayerReport(site.name, site.shape, choice.decision, choice.reason, calls, choice.timings, choice.names)
 
 
 def _resident_bytes(model: nn.Module) -> int:
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    tensors |= {id(module): module.packed for module in model.modules() if isinstance(module, PrepackedLinear)}
+    for module in model.modules():
+        if isinstance(module, PrepackedLinear):
+            tensors[id(module.packed)] = module.packed
+        elif isinstance(module, RoutedLinear24):
+            if module.packed is not None:
+                tensors[id(module.values)] = module.packed  # which begins with them
+            if module.dense is not None:
+                tensors[id(module.dense)] = module.dense
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -53,12 +53,22 @@ def unfit(layer: nn.Module) -> str | None:
 
 
 def _refuses_24(layer: nn.Linear) -> str | None:
-    weight = layer.weight.detach()
-    if weight.device.type != "cpu":
-        return f"no 2:4 kernel for {weight.device.type}"
+    if layer.weight.device.type != "cpu":
+        return f"no 2:4 kernel for {layer.weight.device.type}"
     if backends()["linear24"]["cpu"] == "reference":
         return "no compiled 2:4 kernel"
-    mask = get_mask(layer)
+    return _refuses_weight(layer)
+
+
+def refuses_routed(layer: nn.Linear, keep_dense: bool) -> str | None:
+    """Why a layer on a GPU cannot become a ``RoutedLinear24``, or None where it can."""
+    if keep_dense and layer.training and layer.weight.requires_grad:
+        return "with a dense copy it cannot be trained, and it is in training mode: call model.eval() first"
+    return _refuses_weight(layer)
+
+
+def _refuses_weight(layer: nn.Linear) -> str | None:
+    weight, mask = layer.weight.detach(), get_mask(layer)
     kept = weight != 0 if mask is None else mask
     if mask is not None and bool((weight[~mask] != 0).any()):
         return "its weight is not zero where its mask drops it"

@@ -17,7 +17,10 @@ class LayerReport:
         decision: ``"2:4"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
         reason: why.
         calls: how often the sample ran it, by token bucket.
-        timings: what was measured, by token bucket and provider; a provider that gave a wrong result has None.
+        timings: what was measured, by token bucket and name; what gave a wrong result has None. On a CPU the names are
+            those of the decisions. On a GPU ``"linear24"`` is the decode kernel, and ``"cusparselt_sm90:5:2:1"`` is
+            cuSPARSELt by algorithm 5 with split-K 2 of mode 1.
+        names: which of the timings the layer runs with, by token bucket.
     """
 
     name: str
@@ -26,12 +29,13 @@ class LayerReport:
     reason: str
     calls: dict[int, int] = field(default_factory=dict)
     timings: dict[int, dict[str, Timing | None]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
 
     def timing(self, tokens: int) -> Timing | None:
         """The timing of the module that was chosen, or, where the layer stays, of the best that was turned down."""
         found = {name: timing for name, timing in self.timings.get(tokens, {}).items() if timing is not None}
-        if self.decision != "plain":
-            return found[self.decision]
+        if tokens in self.names:
+            return found[self.names[tokens]]
         turned_down = [timing for name, timing in found.items() if name != "plain"]
         return max(turned_down, key=lambda timing: timing.ratio, default=None)
 

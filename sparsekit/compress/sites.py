@@ -10,9 +10,11 @@ from torch import nn
 from .._batches import Forward, as_batches, evaluating, layer_input, run_batch
 from .._layers import Where, borrowed, input_dim, is_transposed
 from ..nn import autocast_dtype
+from . import clock
 from .providers import unfit
 
-MAX_TOKENS = 512  # more are as good as this many for a ratio, and take longer to measure
+# More are as good as this many for a ratio, and take longer to measure.
+MAX_TOKENS, MAX_GPU_TOKENS = 512, 8192
 
 Places = list[tuple[nn.Module, str]]
 
@@ -68,7 +70,7 @@ def watch(model: nn.Module, sites: list[Site], sample: Any, forward: Forward | N
         x = layer_input(args, kwargs)
         dtypes[site.name].add(autocast_dtype(x) or x.dtype)
         if tokens := x.shape[:-1].numel():
-            site.calls[bucket(tokens)] += 1
+            site.calls[bucket(tokens, MAX_GPU_TOKENS if clock.is_gpu(site.layer.weight.device) else MAX_TOKENS)] += 1
 
     handles = []
     runs = 0
@@ -97,6 +99,6 @@ def _ruled_out(site: Site, other_dtypes: set[torch.dtype]) -> str | None:
     return None if site.calls else "the sample does not run it"
 
 
-def bucket(tokens: int) -> int:
+def bucket(tokens: int, largest: int) -> int:
     """The power of two that a token count is measured as."""
-    return min(1 << (tokens - 1).bit_length(), MAX_TOKENS)
+    return min(1 << (tokens - 1).bit_length(), largest)

@@ -1,30 +1,18 @@
-"""Times what a layer could become, on this machine, and remembers the answers."""
+"""Times what a layer could become against what it is."""
 
 import copy
-import hashlib
-import json
-import math
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .._files import write_json
-from ..ops import simd_level
+from .clock import Call, Clock
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 101
-MAX_SPREAD = 0.5  # a quiet machine shows 0.02 to 0.2
-SHORTEST = 200e-6  # seconds; a shorter call is timed several at a time
-MAX_EVICTION = 256 * 2**20  # bytes; bounds time and memory where a virtual machine reports the host's whole cache
+RATIO, WINS = 1.05, 0.8
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the largest output
 
 
@@ -46,35 +34,47 @@ class Timing:
     best_dense: float
     spread: float
 
+    @property
+    def faster(self) -> bool:
+        """Whether it is faster than the plain layer beyond doubt."""
+        return self.ratio >= RATIO and self.wins >= WINS
+
 
 Timings = dict[str, Timing | None]
 
 
 def measure(
-    modules: Mapping[str, nn.Module], x: Tensor, *, dense: tuple[str, ...], cold: bool, budget: float
+    calls: Mapping[str, Call], plain: nn.Module, x: Tensor, *, dense: tuple[str, ...], clock: Clock, budget: float
 ) -> Timings:
-    """Times modules that compute the same on one input; the one called ``"plain"`` is the baseline and the reference.
+    """Times calls that compute the same on one input against a module, and checks what they compute against it.
 
-    Rounds go on for ``budget`` seconds, with at least 9 and at most 101; the order changes from round to round.
+    Rounds go on for ``budget`` seconds, with at least 9 and at most 101; the order changes from round to round. Every
+    result is checked before and after, since some kernels are wrong now and then
+    (https://github.com/pytorch/pytorch/issues/155333).
 
     Args:
-        modules: the modules by name.
+        calls: what computes the same as ``plain``, by name.
+        plain: the baseline and the reference.
         x: the input.
-        dense: the names among which the best dense is chosen.
-        cold: whether the last-level cache is emptied of weights before every call, as the other layers of a model that
-            is larger than that cache would. Reading a buffer of twice its size does that at any size of weight and
-            with a bounded memory, where rotating over copies of the weight would need dozens.
+        dense: the names among which, with ``"plain"``, the best dense is chosen.
+        clock: what times a call.
         budget: seconds.
 
     Returns:
-        One ``Timing`` per name; None for a module that is wrong, which is not timed.
+        One ``Timing`` per name, ``"plain"`` first; None for a call that is wrong.
     """
     with torch.no_grad():
-        expected = copy.deepcopy(modules["plain"]).double()(_checked(x).double())
-        right = {name: module for name, module in modules.items() if _is_right(module, x, expected)}
-        times = _race(right, x, cold, budget)
-    best = min((name for name in dense if name in times), key=lambda name: statistics.median(times[name]))
-    return {name: _timing(times[name], times["plain"], times[best]) if name in times else None for name in modules}
+        exact = expected(plain, x)
+        right = {name: call for name, call in calls.items() if is_right(call, x, exact)}
+        times = _race({"plain": plain, **right}, x, clock, budget)
+        for name, call in right.items():
+            if not is_right(call, x, exact):
+                del times[name]
+    names = [name for name in ("plain", *dense) if name in times]
+    best = min(names, key=lambda name: statistics.median(times[name]))
+    return {
+        name: _timing(times[name], times["plain"], times[best]) if name in times else None for name in ("plain", *calls)
+    }
 
 
 def _timing(own: list[float], plain: list[float], best: list[float]) -> Timing:
@@ -89,124 +89,32 @@ def _timing(own: list[float], plain: list[float], best: list[float]) -> Timing:
     )
 
 
-def _race(modules: Mapping[str, nn.Module], x: Tensor, cold: bool, budget: float) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in modules}
-    evicted = torch.ones(min(2 * last_level_cache(), MAX_EVICTION) // 4 if cold else 0)
+def _race(calls: Mapping[str, Call], x: Tensor, clock: Clock, budget: float) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
-    modules["plain"](x)
-    calls = 1 if cold else math.ceil(SHORTEST / max(time.perf_counter() - begin, 1e-9))
-    names = list(modules)
+    clock.start(calls["plain"], x)
+    names = list(calls)
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - begin > budget:
             break
         names = names[1:] + names[:1]
         for name in names:
-            module = modules[name]
-            if cold:
-                evicted.sum()
-                x.sum()  # an input has just been computed
-            start = time.perf_counter()
-            for _ in range(calls):
-                module(x)
-            times[name].append((time.perf_counter() - start) / calls)
+            times[name].append(clock.seconds(calls[name], x))
     return times
 
 
+def expected(plain: nn.Module, x: Tensor) -> Tensor:
+    """What a right call gives for the rows that are checked, in float64."""
+    return copy.deepcopy(plain).double()(_checked(x).double())
+
+
+def is_right(call: Call, x: Tensor, exact: Tensor) -> bool:
+    """Whether a call gives ``expected(plain, x)``, up to the rounding of its dtype."""
+    difference = (_checked(call(x)).double() - exact).abs().amax()
+    return bool(difference <= TOLERANCE[x.dtype] * exact.abs().amax())
+
+
 def _checked(x: Tensor) -> Tensor:
-    """The first, a middle and the last row: the whole product in float64 would take longer than the measurement."""
-    return x[[0, len(x) // 2, len(x) - 1]]
-
-
-def _is_right(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
-    difference = (_checked(module(x)).double() - expected).abs().amax()
-    return bool(difference <= TOLERANCE[x.dtype] * expected.abs().amax())
-
-
-def remembered(key: Mapping[str, Any], compute: Callable[[], Timings]) -> Timings:
-    """The timings of ``key`` on this machine: from the tune cache, or else computed and put there.
-
-    The cache holds one small JSON file per key in ``$XDG_CACHE_HOME/sparsekit/tune`` (``~/.cache`` by default), written
-    whole or not at all, so that any number of processes may share it. A file that cannot be read is written anew.
-    What was measured on a busy machine, with a spread above one half, is used once and not kept.
-    ``SPARSEKIT_TUNE_CACHE=0`` switches the cache off, a path moves it; delete the folder to measure again.
-    """
-    folder = _cache_folder()
-    if folder is None:
-        return compute()
-    text = json.dumps({**_machine(), **key}, sort_keys=True)
-    full = json.loads(text)  # as it will be read: tuples are lists
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    if (known := _read(path, full)) is not None:
-        return known
-    timings = compute()
-    if all(timing is None or timing.spread <= MAX_SPREAD for timing in timings.values()):
-        _write(path, {"key": full, "timings": {name: timing and asdict(timing) for name, timing in timings.items()}})
-    return timings
-
-
-def _cache_folder() -> Path | None:
-    chosen = os.environ.get("SPARSEKIT_TUNE_CACHE", "")
-    if chosen == "0":
-        return None
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsekit" / "tune"
-
-
-def _read(path: Path, key: dict[str, Any]) -> Timings | None:
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        if entry["key"] != key:
-            return None
-        return {name: None if timing is None else Timing(**timing) for name, timing in entry["timings"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def _write(path: Path, entry: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, entry)
-    except OSError:  # a cache that cannot be written costs time, not correctness
-        return
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "device": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "simd": simd_level(),
-        "torch": torch.__version__,
-        "sparsekit": version("sparsekit"),
-        "extension": _extension_tag(),
-    }
-
-
-@cache
-def _cpu_name() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        info = ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.processor()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    )
-
-
-@cache
-def _extension_tag() -> str:
-    built = sorted(Path(__file__).parents[1].glob("_C.*"))
-    return hashlib.sha256(built[0].read_bytes()).hexdigest()[:16] if built else ""
-
-
-@cache
-def last_level_cache() -> int:
-    """Bytes of the largest cache of this machine's first CPU; 32 MiB where the system does not say."""
-    sizes = [32 * 2**20]
-    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-    try:
-        sizes = [int(path.read_text().strip().rstrip("K")) * 1024 for path in folders] or sizes
-    except (OSError, ValueError):
-        return sizes[0]
-    return max(sizes)
+    """Some rows, the first and the last among them: the whole product in float64 would take longer than the race."""
+    count = 3 if x.device.type == "cpu" else 64
+    return x[torch.linspace(0, len(x) - 1, min(count, len(x))).long()]

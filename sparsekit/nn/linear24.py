@@ -1,6 +1,7 @@
 """The linear layer on the packed 2:4 format."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from ..masks import get_mask
 from ..ops import linear24, nm_mask, pack24, unpack24, unpack_bits
 from .shared import autocast_dtype, carry_mask, dense_linear, oriented
+
+Layer = TypeVar("Layer", bound="Linear24")
 
 
 class Linear24(nn.Module):
@@ -54,7 +57,7 @@ class Linear24(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, transposed: bool = False) -> "Linear24":
+    def from_linear(cls: type[Layer], linear: nn.Linear, *, transposed: bool = False) -> Layer:
         """Packs a layer whose weight is 2:4: by its stored mask where it has one, else by its non-zeros.
 
         A stored mask may keep fewer than two of a group (1:4, say), never more; what it drops is not packed. The bias

@@ -1,0 +1,187 @@
+"""What computes a 2:4 layer on a GPU, and the plan that takes the fastest at every number of tokens."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Plan, Route, RoutedLinear24
+from ..ops import hardware_layouts
+from ..ops._vendor import ONE_KERNEL, TWO_KERNELS, suggest
+from ..ops.layouts import device_name
+from .clock import Call, Clock
+from .tune import Timings, expected, is_right
+
+LINEAR24 = "linear24"  # the decode kernel; other names are a layout and how its library computes: "cutlass_sm80:0:1:-1"
+ALGORITHMS = 64  # more than any cuSPARSELt to 0.9 has; it refuses an id that it has not
+SPLITS = tuple((split_k, mode) for split_k in (2, 4, 8) for mode in (ONE_KERNEL, TWO_KERNELS))
+SCREENED, KEPT = 3, 2  # calls to screen an algorithm by, and how many of each library race in earnest
+ANY = 1 << 62  # tokens
+
+
+def layouts(dtype: torch.dtype, cols: int, device: torch.device) -> tuple[tuple[str, ...], str]:
+    """The hardware layouts that a weight can have on a device, and what there is to say about them."""
+    if dtype == torch.float32:
+        return (), "tensor cores multiply 2:4 weights in 16 bits only"
+    if cols % 4 == 3:
+        return (), f"{cols} columns end in a group of three"
+    return hardware_layouts(device)
+
+
+def offers(
+    plain: nn.Linear, x: Tensor, names: Iterable[str], clock: Clock, *, transposed: bool
+) -> tuple[dict[str, Call], list[str]]:
+    """What is worth racing on one input: the decode kernel, and of every library its best few ways.
+
+    Args:
+        plain: the layer, with a 2:4 weight.
+        x: ``[tokens, columns]``.
+        names: the hardware layouts to try.
+        clock: what times a call.
+        transposed: whether ``plain.weight`` is ``[in_features, out_features]``.
+
+    Returns:
+        ``(calls, wrong)``: what to call by name, and the names of what gave a wrong result.
+    """
+    make = partial(RoutedLinear24.from_linear, plain, transposed=transposed)
+    calls: dict[str, Call] = {LINEAR24: make()}
+    wrong: list[str] = []
+    clock.start(plain, x)
+    with torch.no_grad():
+        exact = expected(plain, x)
+        for layout in names:
+            layer = make().follow(Plan(device_name(x.device), x.dtype, layout, ()))
+            screen = _Screen(layer, x, exact, clock)
+            if layout.startswith("cutlass"):
+                screen.add([(0, 1, -1)])
+            else:
+                screen.add((algorithm, 1, -1) for algorithm in range(ALGORITHMS))
+                screen.add((route.alg_id, *split) for route in screen.best() for split in SPLITS)
+                screen.add(_suggestions(layer, x))
+            calls |= {_name(layout, route): partial(layer.run, route) for route in screen.best()}
+            wrong += [_name(layout, route) for route in screen.wrong]
+    return calls, wrong
+
+
+class _Screen:
+    """Checks ways to multiply one layer by one input, and times those that are right."""
+
+    def __init__(self, layer: RoutedLinear24, x: Tensor, exact: Tensor, clock: Clock):
+        self.layer, self.x, self.exact, self.clock = layer, x, exact, clock
+        self.seconds: dict[Route, float] = {}
+        self.wrong: list[Route] = []
+
+    def add(self, ways: Iterable[tuple[int, int, int]]) -> None:
+        for way in ways:
+            route = Route(ANY, "hardware", *way)
+            call = partial(self.layer.run, route)
+            try:
+                right = is_right(call, self.x, self.exact)
+            except RuntimeError:  # how a library refuses what it has not
+                continue
+            if right:
+                self.seconds[route] = statistics.median(self.clock.seconds(call, self.x) for _ in range(SCREENED))
+            else:
+                self.wrong.append(route)
+
+    def best(self) -> list[Route]:
+        return sorted(self.seconds, key=lambda route: self.seconds[route])[:KEPT]
+
+
+def _suggestions(layer: RoutedLinear24, x: Tensor) -> list[tuple[int, int, int]]:
+    assert layer.packed is not None
+    try:
+        found = suggest(x, layer.packed, layer.bias, layer.out_features, layer.layout)
+    except RuntimeError:
+        return []
+    return [found] if found else []
+
+
+def _name(layout: str, route: Route) -> str:
+    return f"{layout}:{route.alg_id}:{route.split_k}:{route.split_k_mode}"
+
+
+def _layout(name: str) -> str | None:
+    return name.partition(":")[0] if ":" in name else None
+
+
+def _route(tokens: int, name: str) -> Route:
+    if name == "plain":
+        return Route(tokens, "dense")
+    return Route(tokens, "hardware", *map(int, name.split(":")[1:])) if _layout(name) else Route(tokens, "linear24")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan of a layer (None: it stays dense), what answers each number of tokens in it, and why."""
+
+    plan: Plan | None
+    names: dict[int, str]
+    reason: str
+
+
+def decide(
+    timings: Mapping[int, Timings], calls: Mapping[int, int], device: torch.device, dtype: torch.dtype, keep_dense: bool
+) -> Decision:
+    """Takes the fastest at every token count; a layer has one layout, the one that needs least time over all calls.
+
+    Args:
+        timings: what was measured, by token count.
+        calls: how often each count was seen.
+        device, dtype: of the weight.
+        keep_dense: whether the counts at which nothing is faster may go to a dense copy; else the layer stays then.
+    """
+    plans: dict[str | None, dict[int, str]] = {}
+    for layout in dict.fromkeys([None, *(_layout(name) for measured in timings.values() for name in measured)]):
+        names = {tokens: _fastest(measured, layout, keep_dense) for tokens, measured in sorted(timings.items())}
+        chosen = {tokens: name for tokens, name in names.items() if name is not None}
+        if len(chosen) == len(names) and set(chosen.values()) != {"plain"}:
+            plans[layout] = chosen
+    wrong = [f"{name}: a wrong result at {tokens} tokens" for tokens, name in _wrong(timings)]
+    remarks = [*wrong[:3], *([f"{len(wrong) - 3} more wrong results"] if len(wrong) > 3 else [])]
+    if not plans:
+        return Decision(None, {}, "; ".join([_lost(timings), *remarks]))
+
+    def seconds(layout: str | None) -> float:
+        return sum(calls[tokens] * _seconds(timings[tokens], name) for tokens, name in plans[layout].items())
+
+    layout = min(plans, key=seconds)
+    routes: list[Route] = []
+    for tokens, name in plans[layout].items():
+        route = _route(tokens, name)
+        if routes and routes[-1][1:] == route[1:]:
+            routes.pop()
+        routes.append(route)
+    ways = ", ".join(f"{name} at {tokens}" for tokens, name in plans[layout].items())
+    plan = Plan(device_name(device), dtype, layout, tuple(routes))
+    return Decision(plan, plans[layout], "; ".join([f"fastest: {ways} tokens", *remarks]))
+
+
+def _fastest(measured: Timings, layout: str | None, keep_dense: bool) -> str | None:
+    fits = [name for name, timing in measured.items() if timing and timing.faster and _layout(name) in (None, layout)]
+    return min(fits, key=lambda name: _seconds(measured, name), default="plain" if keep_dense else None)
+
+
+def _seconds(measured: Timings, name: str) -> float:
+    timing = measured[name]
+    assert timing is not None
+    return timing.seconds
+
+
+def _wrong(timings: Mapping[int, Timings]) -> list[tuple[int, str]]:
+    return [(tokens, name) for tokens, measured in timings.items() for name, timing in measured.items() if not timing]
+
+
+def _lost(timings: Mapping[int, Timings]) -> str:
+    """The best result at the token count where it is worst."""
+    best = {}
+    for tokens, measured in timings.items():
+        right = [timing for name, timing in measured.items() if timing is not None and name != "plain"]
+        if not right:
+            return f"nothing gave a right result at {tokens} tokens"
+        best[tokens] = max(right, key=lambda timing: (timing.faster, timing.ratio))
+    worst = min(best, key=lambda tokens: (best[tokens].faster, best[tokens].ratio))
+    return f"2:4: {best[worst].ratio:.2f}x, {best[worst].wins:.0%} won at {worst} tokens"
