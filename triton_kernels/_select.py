@@ -5,6 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
+def widen(x):
+    """fp32 of any float. bf16 by its bits, which costs the same: the interpreter's conversion drops denormals."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def magnitude_key(x):
     """int32 keys of fp32 ``x`` in magnitude order: the bits without the sign, one key above Inf's for every NaN."""
     return tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
