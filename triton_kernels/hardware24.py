@@ -1,0 +1,174 @@
+"""2:4 in the layouts that GPUs multiply with, from a dense weight or from the packed format, and back."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Table, on
+from ._metadata24 import load_metadata, store_metadata
+from ._select import keep2of4, magnitude_key
+from ._tiles import first_last, first_row, pairs, quads, row_of, tiles, unpairs, widen
+
+PRUNE = Table(
+    "prune_to_hardware24",
+    {
+        "32x256": {"BLOCK_ROWS": 32, "BLOCK_COLS": 256, "num_warps": 8},
+        "32x128": {"BLOCK_ROWS": 32, "BLOCK_COLS": 128, "num_warps": 4},
+        "64x128": {"BLOCK_ROWS": 64, "BLOCK_COLS": 128, "num_warps": 4},
+    },
+    {"any": "32x256"},
+)
+CONVERT = Table("to_hardware24", PRUNE.configs, {"any": "32x256"})
+
+
+@triton.jit
+def _prune_to_hardware24_kernel(
+    weight,
+    scale,
+    values,
+    metadata,
+    rows,
+    cols,
+    weight_row,
+    weight_col,
+    LAYOUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    first_of_tile = first_row(BLOCK_ROWS)
+    row = first_of_tile + tl.arange(0, BLOCK_ROWS)[:, None]
+    col = row_of(BLOCK_COLS, 8)
+    inside = (row < rows) & (col < cols)
+    entries = tl.load(weight + row * weight_row + col.to(tl.int64) * weight_col, inside, 0)
+    score = widen(entries)
+    if scale is not None:
+        score = tl.abs(score) * tl.load(scale + col, col < cols, 0)
+    k0, k1, k2, k3 = quads(magnitude_key(score))
+    k0, k1, k2, k3 = keep2of4(k0, k1, k2, k3)
+    e0, e1, e2, e3 = quads(entries)
+    first, last = first_last(k0, k1, k2, k3, e0, e1, e2, e3)
+    value = row_of(BLOCK_COLS // 2, 4)
+    tl.store(values + row * (cols // 2) + value, pairs(first, last), (row < rows) & (2 * value < cols))
+    low, _ = first_last(k0, k1, k2, k3, 0, 1, 2, 3)
+    _, high = first_last(k0, k1, k2, k3, 0, 4, 8, 12)
+    store_metadata(metadata, low | high, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
+
+
+@triton.jit
+def _to_hardware24_kernel(
+    values,
+    bitmask,
+    packed,
+    metadata,
+    rows,
+    cols,
+    values_row,
+    values_col,
+    bitmask_row,
+    bitmask_col,
+    LAYOUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    first_of_tile = first_row(BLOCK_ROWS)
+    row = first_of_tile + tl.arange(0, BLOCK_ROWS)[:, None]
+    value = row_of(BLOCK_COLS // 2, 8)
+    inside = (row < rows) & (2 * value < cols)
+    kept = tl.load(values + row * values_row + value.to(tl.int64) * values_col, inside, 0)
+    tl.store(packed + row * (cols // 2) + value, kept, inside)
+    byte = row_of(BLOCK_COLS // 8, 8)
+    inside = (row < rows) & (8 * byte < cols)
+    bits = tl.load(bitmask + row * bitmask_row + byte.to(tl.int64) * bitmask_col, inside, 0).to(tl.int32)
+    bits = pairs(bits & 15, bits >> 4)
+    b0, b1, b2, b3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
+    low, _ = first_last(b0, b1, b2, b3, 0, 1, 2, 3)
+    _, high = first_last(b0, b1, b2, b3, 0, 4, 8, 12)
+    store_metadata(metadata, low | high, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
+
+
+@triton.jit
+def _from_hardware24_kernel(
+    packed,
+    metadata,
+    values,
+    bitmask,
+    rows,
+    cols,
+    LAYOUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    first_of_tile = first_row(BLOCK_ROWS)
+    row = first_of_tile + tl.arange(0, BLOCK_ROWS)[:, None]
+    value = row_of(BLOCK_COLS // 2, 8)
+    inside = (row < rows) & (2 * value < cols)
+    kept = tl.load(packed + row * (cols // 2) + value, inside, 0)
+    tl.store(values + row * (cols // 2) + value, kept, inside)
+    block = tl.program_id(0) * (BLOCK_COLS // 32)
+    codes = load_metadata(metadata, first_of_tile, block, rows, cols, BLOCK_ROWS, BLOCK_COLS // 32, LAYOUT)
+    low, high = unpairs(1 << (codes & 3) | 1 << (codes >> 2))
+    byte = row_of(BLOCK_COLS // 8, 8)
+    tl.store(bitmask + row * (cols // 8) + byte, (low | high << 4).to(tl.uint8), (row < rows) & (8 * byte < cols))
+
+
+def _halves(packed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """The values, and the metadata as 32-bit words."""
+    return packed, packed[rows * cols // 2 :].view(torch.int32)
+
+
+def to_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> Tensor:
+    rows = values.shape[0]
+    packed = values.new_empty(rows * cols // 16 * 9)
+    if packed.numel() == 0:
+        return packed
+    config = CONVERT.config(values, "any")
+    with on(values):
+        _to_hardware24_kernel[tiles(rows, cols, config)](
+            values,
+            bitmask,
+            *_halves(packed, rows, cols),
+            rows,
+            cols,
+            *values.stride(),
+            *bitmask.stride(),
+            LAYOUT=layout,
+            **config,
+        )
+    return packed
+
+
+def from_hardware24(packed: Tensor, rows: int, cols: int, layout: str) -> tuple[Tensor, Tensor]:
+    values = packed.new_empty(rows, cols // 2)
+    bitmask = packed.new_empty(rows, cols // 8, dtype=torch.uint8)
+    if packed.numel() == 0:
+        return values, bitmask
+    packed = packed.contiguous()
+    if packed.storage_offset() % 2:  # the metadata is read in words of 32 bits
+        packed = packed.clone()
+    config = CONVERT.config(values, "any")
+    with on(packed):
+        _from_hardware24_kernel[tiles(rows, cols, config)](
+            *_halves(packed, rows, cols), values, bitmask, rows, cols, LAYOUT=layout, **config
+        )
+    return values, bitmask
+
+
+def prune_to_hardware24(weight: Tensor, scale: Tensor | None, layout: str) -> Tensor:
+    rows, cols = weight.shape
+    packed = weight.new_empty(rows * cols // 16 * 9)
+    if packed.numel() == 0:
+        return packed
+    config = PRUNE.config(weight, "any")
+    with on(weight):
+        _prune_to_hardware24_kernel[tiles(rows, cols, config)](
+            weight,
+            None if scale is None else scale.contiguous(),
+            *_halves(packed, rows, cols),
+            rows,
+            cols,
+            *weight.stride(),
+            LAYOUT=layout,
+            **config,
+        )
+    return packed
