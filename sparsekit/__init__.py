@@ -24,5 +24,7 @@ from .prune import PruneReport as PruneReport
 from .prune import Wanda as Wanda
 from .prune import keep_masks as keep_masks
 from .prune import prune_ as prune_
+from .semi_structured import from_sparse_semi_structured as from_sparse_semi_structured
+from .semi_structured import to_sparse_semi_structured as to_sparse_semi_structured
 from .train import SparseTraining as SparseTraining
 from .train import sparse_training_ as sparse_training_

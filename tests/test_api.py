@@ -28,6 +28,8 @@ SIGNATURES = {
     "progress=None",
     "decompress_": "model",
     "sparse_training_": "model, *, backward='straight_through', decay=0.0, where=None",
+    "to_sparse_semi_structured": "values, bitmask, cols, *, layout=None, alg_id=0",
+    "from_sparse_semi_structured": "tensor, *, layout=None",
     "save": "model, path, *, format='sparsekit'",
     "load": "model, path, *, dense=False",
 }

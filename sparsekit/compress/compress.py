@@ -62,8 +62,8 @@ def compress_(
         forward: ``forward(model, batch)``, in place of calling the model on a batch.
         budget: seconds that one shape may be measured at one token count; 9 rounds are made however long they take.
         graphs: whether the model will run under CUDA graphs, so that what the host needs for a call does not count.
-        keep_dense: whether a layer on a GPU may hold its dense weight as well, 25/16 of the bytes, so that it gains at
-            some token counts and loses at none. Such a layer cannot be trained.
+        keep_dense: whether a layer on a GPU may hold its dense weight as well, 13/8 of the bytes instead of 5/8, so
+            that it gains at some token counts and loses at none. Such a layer cannot be trained.
         progress: wraps the loop over the measurements and iterates it, as ``tqdm`` does.
 
     Returns:

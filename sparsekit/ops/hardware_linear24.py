@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import LIBRARY, check_ints, check_like, check_weight, define
-from .hardware24 import MULTIPLES, from_hardware24_reference
+from .hardware24 import from_hardware24_reference, hardware_multiple
 from .sparse24 import _unpack24, unpack24_reference
 
 # Packed by `torch._cslt_compress`, where the order of the metadata is not known: nothing else reads it.
@@ -14,13 +14,14 @@ UNKNOWN = "cusparselt"
 
 def padded_shape(rows: int, cols: int, layout: str) -> tuple[int, int]:
     """The shape that a weight has in a hardware layout: zeros are added where it is no multiple."""
-    row_multiple, col_multiple = MULTIPLES.get(layout, (128, 128))
+    row_multiple, col_multiple = (128, 128) if layout == UNKNOWN else hardware_multiple(layout)
     return -(-rows // row_multiple) * row_multiple, -(-cols // col_multiple) * col_multiple
 
 
 def hardware_linear24_reference(
     x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, layout: str, alg_id: int, split_k: int, split_k_mode: int
 ) -> Tensor:
+    hardware_multiple(layout)  # nothing here can read another
     shape = padded_shape(rows, x.shape[-1], layout)
     weight = unpack24_reference(*from_hardware24_reference(packed, *shape, layout), shape[1])[:rows, : x.shape[-1]]
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
@@ -103,8 +104,6 @@ def hardware_linear24(
     if x.dtype == torch.float32:
         raise TypeError("x must be float16 or bfloat16, got torch.float32")
     check_ints(rows=rows, alg_id=alg_id, split_k=split_k, split_k_mode=split_k_mode)
-    if layout not in MULTIPLES and (layout != UNKNOWN or x.device.type == "cpu"):
-        raise ValueError(f"layout must be one of {tuple(MULTIPLES)}, got {layout!r}")
     padded_rows, padded_cols = padded_shape(rows, x.shape[-1], layout)
     check_like("packed", packed, x.dtype, (padded_rows * padded_cols // 16 * 9,), x)
     if bias is not None:

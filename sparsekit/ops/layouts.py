@@ -61,8 +61,16 @@ def pack_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> 
         layout: a layout of ``to_hardware24``, or ``"cusparselt"``.
 
     Returns:
-        What ``hardware_linear24`` takes; its head, as ``[padded rows, padded cols / 2]``, begins with ``values``.
+        What ``hardware_linear24`` takes, in the dtype of ``values``; its head, as ``[padded rows, padded cols / 2]``, begins with ``values``.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: no layout has this name, or the columns end in a group of three.
     """
+    if values.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"values must be float16 or bfloat16, got {values.dtype}")
+    if cols % 4 == 3:
+        raise ValueError(f"cols must not end in a group of three, got {cols}")
     rows, shape = len(values), padded_shape(len(values), cols, layout)
     if shape != (rows, cols):
         dense = values.new_zeros(shape)
