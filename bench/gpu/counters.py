@@ -53,12 +53,13 @@ def parse(text: str) -> list[dict[str, Any]]:
     header, units, *rows = table
     return [
         {
-            "kernel": dict(zip(header, row, strict=False)).get("Kernel Name", "?"),
+            "kernel": dict(zip(header, row, strict=True)).get("Kernel Name", "?"),
             "counters": {
                 key: f"{value} {unit}".strip()
-                for key, unit, value in zip(header, units, row, strict=False)
+                for key, unit, value in zip(header, units, row, strict=True)
                 if WANTED.search(key)
             },
         }
         for row in rows
+        if len(row) == len(header)
     ]

@@ -32,7 +32,17 @@ def render(report: Row) -> str:
     """The tables of README: the machine, the ops, the products by tokens, and what falls short of its goal."""
     parts = [machine(report)]
     if ops := rows(report, "masks", "op"):
-        header = ["op", "shape", "dtype", "us", "GB/s", "of the copy", "goal", "over the usual way"]
+        header = [
+            "op",
+            "shape",
+            "dtype",
+            "us",
+            "GB/s",
+            "of the copy",
+            "goal",
+            "over the usual way",
+            "over the reference",
+        ]
         parts.append(table(header, (_op(row, limits(report)[0]) for row in ops)))
     if cells := products(report):
         parts += [_pivot("2:4 product, fastest", cells, _fastest), _pivot("`linear24`", cells, _ratio("linear24"))]
@@ -84,6 +94,7 @@ def _op(row: Row, copy: float | None) -> list[str]:
         "" if copy is None else f"{rate / copy:.0%}",
         f"{row['goal']:g}" if row["goal"] else "",
         ", ".join(f"{value / seconds:.1f}x ({key})" for key, value in usual.items()),
+        "" if isinstance(row["baselines"]["reference"], str) else f"{row['baselines']['reference'] / seconds:.0f}x",
     ]
 
 

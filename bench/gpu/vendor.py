@@ -48,12 +48,10 @@ class CuSparseLt:
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, algorithm: Algorithm) -> Tensor:
         """``x @ W.T + bias`` from a packed weight of ``rows`` rows."""
-        tokens = x.shape[0]
-        x = F.pad(x, (0, 0, 0, -tokens % FEWEST))
         out = torch._cslt_sparse_mm(
-            packed.view(rows, -1), x.t(), bias=bias, transpose_result=True, **self._arguments(algorithm)
+            packed.view(rows, -1), _padded(x).t(), bias=bias, transpose_result=True, **self._arguments(algorithm)
         )
-        return out[:tokens]
+        return out[: x.shape[0]]
 
     def _arguments(self, algorithm: Algorithm) -> dict[str, Any]:
         if algorithm.split_k == 1:
@@ -67,9 +65,17 @@ class CuSparseLt:
 
     def offers(self, x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> tuple[list[Algorithm], Algorithm]:
         """All algorithms for a product, without splitting, and the one that the library's own search picks."""
-        x = F.pad(x, (0, 0, 0, -x.shape[0] % FEWEST))
-        picked = torch._C._cusparselt.mm_search(packed.view(rows, -1), x.t(), bias, None, None, True)
-        highest = picked[3] if len(picked) > 3 else ALGORITHMS
-        mode = (ONE_KERNEL if picked[2] else TWO_KERNELS) if isinstance(picked[2], bool) else int(picked[2])
-        own = Algorithm(int(picked[0]), int(picked[1]), mode)
-        return [Algorithm(index) for index in range(max(0, min(int(highest), ALGORITHMS)) + 1)], own
+        id_, split_k, mode, *highest = torch._C._cusparselt.mm_search(
+            packed.view(rows, -1), _padded(x).t(), bias, None, None, True
+        )
+        if isinstance(mode, bool):  # whether one kernel reduces the parts, in older releases of torch
+            mode = ONE_KERNEL if mode else TWO_KERNELS
+        own = Algorithm(int(id_)) if split_k == 1 else Algorithm(int(id_), int(split_k), int(mode))
+        count = min(int(highest[0]), ALGORITHMS) if highest else ALGORITHMS
+        return [Algorithm(index) for index in range(max(count, 0) + 1)], own
+
+
+def _padded(x: Tensor) -> Tensor:
+    """More rows, where there are too few; a padding of nothing would copy."""
+    missing = -x.shape[0] % FEWEST
+    return F.pad(x, (0, 0, 0, missing)) if missing else x

@@ -1,0 +1,339 @@
+"""The pieces of the GPU bench, against answers that a person can check."""
+
+import itertools
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.gpu import counters, goals, tune, vendor
+from bench.gpu.clock import DeviceClock, HostClock, Race
+from bench.gpu.findings import findings
+from bench.gpu.lab import Sizes, check_same, reference, relative_error
+from bench.gpu.linear import check_close
+from bench.gpu.log import Log, read
+from bench.gpu.rehearsal import rehearsal_lab
+from bench.gpu.table import details, fastest, products, render, short, unmeasured
+from bench.report import RESULTS, render_gpus, slug
+from bench.usual import rank_mask24, topk_scatter
+from sparsekit.ops.nm import nm_mask_reference
+from sparsekit.triton_kernels._launch import TABLES, Table
+
+README = Path(__file__).parents[1] / "README.md"
+MACHINE = [
+    {"name": "device", "device": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0"},
+    {"name": "copy", "GB/s": {"copy_": 4000.0, "clone": 3900.0}},
+    {"name": "product", "TFLOP/s": 800.0},
+]
+MASK = {
+    "op": "nm_mask 2:4",
+    "shape": "4096x4096",
+    "dtype": "bf16",
+    "goal": 12.5,
+    "seconds": {"own": 13.1e-6},
+    "bytes": 3 * 4096**2,
+    "baselines": {"topk": 1.31e-3, "reference": 655e-6},
+}
+CELL = {"op": "linear", "shape": "4096x4096", "dtype": "bf16", "tokens": 1, "goal": {"linear24": 1.5}}
+DENSE = {"seconds": {"F.linear": 8e-6, "linear24": 6.4e-6}, "host": {"F.linear": 9e-6}, "ratios": {"linear24": 1.25}}
+BEST = {"seconds": {"cuSPARSELt": 1e-5}, "ratios": {"cuSPARSELt": 0.8}, "algorithm": "algorithm 3", "goal": {}}
+CHOSEN = {
+    "seconds": {"compress_": 6.4e-6},
+    "ratios": {"compress_": 1.24},
+    "decision": "2:4",
+    "goal": {"compress_": 1.0},
+}
+
+
+def report(**rows):
+    parts = {name: {"status": "done", "seconds": 1.0, "rows": each} for name, each in rows.items()}
+    return {"kind": "gpu", "device": "NVIDIA H200", "date": "2026-11-21", "commit": "abc1234", "parts": parts}
+
+
+FULL = report(
+    machine=MACHINE, masks=[MASK], linear=[CELL | DENSE], search=[CELL | BEST], runtime=[CELL | CHOSEN], suite=[]
+)
+
+
+def test_log_is_on_disk_at_once_and_says_what_is_left_out(tmp_path):
+    log = Log(tmp_path / "rows.jsonl", 60)
+    log.write(first=1)
+    assert read(log.path) == [{"first": 1}]
+    for _, item in log.each({"a": 1, "b": 2, "c": 3}):
+        log.write(item=item)
+        log.end = 0.0 if item == 2 else log.end
+    assert read(log.path)[1:] == [{"item": 1}, {"item": 2}, {"cut": "2 of 3, the time was up before c"}]
+    with log.path.open("a") as file:
+        file.write('{"half": ')
+    assert len(read(log.path)) == 4
+    assert read(tmp_path / "never.jsonl") == []
+
+
+def test_log_turns_an_exception_into_a_line(tmp_path):
+    log = Log(tmp_path / "rows.jsonl", 60)
+    with log.guard("a row"):
+        raise ValueError("\nwrong\nin two lines")
+    assert read(log.path) == [{"what": "a row", "error": "ValueError: wrong"}]
+
+    def lost():
+        raise RuntimeError("the device is lost")
+
+    log.healthy = lost
+    with pytest.raises(RuntimeError, match="the device is lost"), log.guard("another"):
+        raise ValueError("illegal memory access")
+    assert read(log.path)[1]["what"] == "another"
+
+
+def test_race_takes_turns_and_counts_the_buffers(monkeypatch):
+    clock, called = [0.0], []
+
+    def call(key, seconds):
+        def run():
+            called.append(key)
+            clock[0] += seconds
+
+        return run
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    race = HostClock().race({"own": [call("own", 1.0)] * 2, "slow": [call("slow", 3.0)]}, budget=0)
+    assert race.times == {"own": [1.0, 1.0], "slow": [3.0, 3.0]} and race.host == race.times
+    assert called[-6:] == ["slow", "own", "own", "own", "own", "slow"]
+    assert race.ratios("own") == {"slow": 3.0}
+    assert Race({"a": [1.0, 2.0, 3.0]}, {}).spread("a") == 1.0
+
+
+def test_buffers_exceed_the_cache():
+    clock = HostClock()
+    clock.cache = 60 * 2**20
+    assert [clock.sets(nbytes) for nbytes in (2**25, 2**20, 2**30)] == [6, 64, 2]
+
+
+class FakeCuda:
+    """As much of torch.cuda as the clock asks for: events read a clock that calls advance."""
+
+    def __init__(self, capturable=True):
+        self.now, self.slept, self.capturable, self.captured = 0.0, [], capturable, []
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(L2_cache_size=100)
+
+    def synchronize(self, device=None):
+        return
+
+    def _sleep(self, cycles):
+        self.slept.append(cycles)
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(at=None, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: (end.at - event.at) * 1e3
+        return event
+
+    def CUDAGraph(self):
+        def replay():
+            self.now += 0.5
+
+        return SimpleNamespace(replay=replay)
+
+    @contextmanager
+    def graph(self, graph):
+        if not self.capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured.append(graph)
+        yield
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_device_clock_queues_up_or_replays(monkeypatch, capturable):
+    fake = FakeCuda(capturable)
+    monkeypatch.setattr("bench.gpu.clock.torch.cuda", fake)
+
+    def call():
+        fake.now += 1.0
+
+    clock = DeviceClock(torch.device("cuda", 0))
+    assert clock.sets(10) == 30
+    race = clock.race({"own": [call, call]}, budget=0, capture=True)
+    assert race.seconds()["own"] == pytest.approx(0.25 if capturable else 1.0)
+    assert ("own" in race.host) != capturable and len(fake.captured) == capturable
+    assert len(race.times["own"]) == 7 and all(cycles >= 50e-6 * 2.1e9 - 1 for cycles in fake.slept)
+    assert clock.seconds([call]) == pytest.approx(1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_device_clock_on_a_gpu():
+    device = torch.device("cuda", 0)
+    clock, x = DeviceClock(device), torch.randn(2048, 2048, device=device)
+    race = clock.race({"small": [lambda: x[:64] + 1] * 4, "large": [lambda: x @ x] * 4}, 0.05, capture=True)
+    assert not race.host and race.ratios("small")["large"] > 2
+
+
+def test_wrong_results_are_named():
+    check_same((torch.ones(2), 3), [torch.ones(2)])
+    with pytest.raises(ValueError, match=r"1 of 2 entries of result 1 differ"):
+        check_same((torch.ones(2), torch.ones(2)), (torch.ones(2), torch.tensor([1.0, 0.0])))
+    with pytest.raises(ValueError, match=r"result 0 is torch.float32 \(2,\), not torch.float64 \(2,\)"):
+        check_same(torch.ones(2), torch.ones(2).double())
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 5.0])) == pytest.approx(34**-0.5)
+    assert check_close(torch.tensor([[2.0]]), torch.tensor([[2.0]])) == 0
+    with pytest.raises(ValueError, match=r"a relative error of 0\.5"):
+        check_close(torch.tensor([[1.0]]), torch.tensor([[2.0]]))
+    with pytest.raises(ValueError, match="a relative error of nan"):
+        check_close(torch.tensor([[float("nan")]]), torch.tensor([[2.0]]))
+    with pytest.raises(ValueError, match=r"has shape \(1,\), not \(2,\)"):
+        check_close(torch.ones(1), torch.ones(2))
+
+
+def test_references_are_found_by_name():
+    assert reference("nm_mask") is nm_mask_reference
+    with pytest.raises(LookupError, match="no op is called nm_msk"):
+        reference("nm_msk")
+
+
+def test_rank_by_comparisons_is_the_mask():
+    every = torch.tensor(list(itertools.product([-2.0, -1.0, 0.0, 1.0], repeat=4)))
+    assert torch.equal(rank_mask24(every), nm_mask_reference(every, 2, 4))
+    distinct = torch.randn(16, 64)
+    assert torch.equal(rank_mask24(distinct), topk_scatter(distinct, 2, 4))
+
+
+@pytest.mark.parametrize(
+    "found, own, count",
+    [
+        ((3, 1, -1, 39), vendor.Algorithm(3), 40),
+        ((3, 4, 2, 5), vendor.Algorithm(3, 4, 2), 6),
+        ((7, 2, True, 1), vendor.Algorithm(7, 2, vendor.ONE_KERNEL), 2),
+        ((7, 2, False), vendor.Algorithm(7, 2, vendor.TWO_KERNELS), vendor.ALGORITHMS + 1),
+    ],
+    ids=str,
+)
+def test_algorithms_that_the_library_offers(monkeypatch, found, own, count):
+    def search(packed, x_t, bias, alpha, dtype, transposed):
+        assert packed.shape == (4, 18) and x_t.shape == (32, 8) and transposed and alpha is dtype is None
+        return found
+
+    monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=search), raising=False)
+    offered, picked = vendor.CuSparseLt().offers(torch.ones(3, 32), torch.ones(72), None, 4)
+    assert picked == own and [each.id for each in offered] == list(range(count))
+
+
+def test_the_vendor_gets_whole_tiles_of_tokens(monkeypatch):
+    calls = []
+
+    def multiply(packed, x_t, **arguments):
+        calls.append((tuple(packed.shape), tuple(x_t.shape), arguments))
+        return torch.zeros(x_t.shape[1], packed.shape[0])
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    library = vendor.CuSparseLt()
+    assert library.linear(torch.ones(3, 32), torch.ones(72), None, 4, vendor.Algorithm(5)).shape == (3, 4)
+    assert library.linear(torch.ones(16, 32), torch.ones(72), None, 4, vendor.Algorithm(5, 2, 1)).shape == (16, 4)
+    assert calls[0] == ((4, 18), (32, 8), {"bias": None, "transpose_result": True, "alg_id": 5})
+    assert calls[1][1] == (32, 16) and calls[1][2]["split_k"] == 2 and calls[1][2]["split_k_mode"] == 1
+
+
+NCU = """==PROF== Connected to process 1
+"ID","Kernel Name","gpu__time_duration.sum","launch__grid_size","sm__throughput.avg.pct_of_peak_sustained_elapsed"
+"","","us","","%"
+"0","sparse_gemm","120.5","132","81.25"
+"""
+
+
+def test_counters_are_read_from_the_raw_page():
+    wanted = {"gpu__time_duration.sum": "120.5 us", "sm__throughput.avg.pct_of_peak_sustained_elapsed": "81.25 %"}
+    assert counters.parse(NCU) == [{"kernel": "sparse_gemm", "counters": wanted}]
+    assert counters.parse("==ERROR== no permission") == []
+    rows = [{"shape": "4096x4096", "tokens": 4096, "algorithm": "algorithm 12, split-k 4 mode 2"}]
+    assert counters.chosen(rows) == (12, 4, 2)
+    assert counters.chosen([rows[0] | {"algorithm": "algorithm 12"}]) == (12, 1, -1)
+    assert counters.chosen([rows[0] | {"tokens": 1}]) == (0, 1, -1)
+
+
+def test_counters_say_why_they_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(counters.shutil, "which", lambda tool: "ncu")
+    said = SimpleNamespace(stdout="==ERROR== LibraryNotLoaded\n", stderr="")
+    monkeypatch.setattr(counters.subprocess, "run", lambda *args, **kwargs: said)
+    log = Log(tmp_path / "counters.jsonl", 60)
+    counters.measure(None, log)
+    assert read(log.path) == [{"name": "ncu", "result": "not measured", "reason": "==ERROR== LibraryNotLoaded"}]
+    said.stdout = NCU
+    counters.measure(None, log)
+    assert read(log.path)[1]["kernel"] == "sparse_gemm"
+
+
+def test_tune_times_what_is_right_and_keeps_the_fastest(tmp_path, monkeypatch):
+    monkeypatch.delitem(TABLES, "toy", raising=False)
+    table = Table("toy", {"slow": {"spin": 3}, "fast": {"spin": 1}, "wrong": {"spin": 0}}, {"small": "slow"})
+    x, clock = torch.zeros(1), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def call():
+        spin = table.config(x, "small")["spin"]
+        clock[0] += spin
+        return torch.tensor(spin > 0)
+
+    def workload(lab):
+        return [call, call], lambda got: check_same(got, torch.tensor(True))
+
+    lab = rehearsal_lab()
+    ((row, choice),) = tune.tune(lab, "toy", workload)
+    TABLES.pop("toy")
+    assert choice == {"": {"toy": {"small": "fast"}}}
+    assert row["seconds"] == {"slow": 3.0, "fast": 1.0} and row["best"] == "fast" and row["before"] == "slow"
+    assert row["wrong"].keys() == {"wrong"}
+    path = tmp_path / "table" / "triton.json"
+    tune.keep({"sm_90": {"toy": {"small": "slow"}}}, path)
+    tune.keep({"sm_90": {"toy": {"small": "fast"}}, "sm_80": {"toy": {"large": "slow"}}}, path)
+    known = json.loads(path.read_text())
+    assert known == {"sm_90": {"toy": {"small": "fast"}}, "sm_80": {"toy": {"large": "slow"}}}
+
+
+def test_goals_are_those_of_the_large_weights():
+    assert goals.op_goal("nm_mask 2:4", "4096x4096", "bf16") == 12.5
+    assert goals.op_goal("nm_mask 2:4", "4096x4096", "fp32") is None
+    assert goals.linear_goals("4096x14336", 16) == {"linear24": 1.5}
+    assert goals.linear_goals("4096x14336", 1024) == {"best": 1.2}
+    assert goals.linear_goals("768x768", 1) == goals.linear_goals("4096x4096", 64) == {}
+    assert Sizes().masks[0] == (4096, 4096)
+
+
+def test_report_names_the_machine_its_limits_and_what_is_missed():
+    text = render(FULL)
+    assert text.startswith("NVIDIA H200, torch 2.11.0, triton 3.6.0, cuda 13.0, commit abc1234, 2026-11-21; medians")
+    assert "A copy: 4000 GB/s; the largest dense bf16 product: 800 TFLOP/s." in text
+    assert "| `nm_mask 2:4` | 4096x4096 | bf16 | 13.1 | 3842 | 96% | 12.5 | 100.0x (topk) | 50x |" in text
+    assert "| 4096x4096 | 1.25 linear24 |" in text and "| 4096x4096 | 1.24 |" in text
+    assert list(short(FULL)) == [
+        "`nm_mask 2:4` 4096x4096 bf16: 13.1 us, goal 12.5 us",
+        "`linear24` 4096x4096, 1 tokens: 1.25x of cuBLAS, goal 1.5x",
+    ]
+    assert slug(FULL) == "nvidia-h200"
+    slow = CELL | {"tokens": 2048, "goal": {"best": 1.2}, "seconds": {}, "host": {}, "ratios": {"cuSPARSELt": 0.9}}
+    assert "| 4096x4096 | **0.90** cuSPARSELt |" in render(report(search=[slow]))
+    assert list(short(report(search=[slow]))) == [
+        "the fastest 2:4 product 4096x4096, 2048 tokens: 0.90x of cuBLAS, goal 1.2x"
+    ]
+
+
+def test_details_list_every_product_and_error():
+    (cell,) = products(FULL).values()
+    assert fastest(cell) == ("linear24", 1.25)
+    text = details(FULL)
+    assert "| 4096x4096 | 1 | linear24 | 6.4 |  | 5.2 | 1% | 1.25 |" in text
+    assert "| 4096x4096 | 1 | cuSPARSELt (algorithm 3) | 10.0 |  | 3.4 | 0% | 0.80 |" in text
+    assert "- masks: done in 1 s" in text and "Errors:\n\n- none" in text
+    broken = report(masks=[{"what": "nm_mask", "error": "ValueError: wrong"}] * 2)
+    assert "Errors:\n\n- masks, nm_mask: ValueError: wrong (2 times)" in "\n\n".join(findings(broken))
+    assert "medians" in render(broken) and "not measured" in render(broken)
+
+
+def test_readme_shows_what_was_measured_on_gpus_or_that_nothing_was():
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    assert render_gpus(reports) in README.read_text()
+    assert render_gpus([]) == unmeasured()
+    assert unmeasured().count("not measured") == len(goals.OPS) + 3
+    assert "| `nm_mask 2:4` | 12.5 us | 10.5 us | not measured |" in unmeasured()
