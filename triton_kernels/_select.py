@@ -29,14 +29,22 @@ def _not(word):
 
 
 @triton.jit
+def keep2of4_signs(k0, k1, k2, k3):
+    """``keep2of4`` as four int32 words that are negative where kept; their other bits mean nothing.
+
+    Keys are not negative, so the sign of a difference compares, and logic on whole words needs no predicates.
+    """
+    b0 = _majority(k0 - k1, k0 - k2, k0 - k3)  # negative: beaten by two others
+    b1 = _majority(~(k0 - k1), k1 - k2, k1 - k3)
+    b2 = _majority(~(k0 - k2), ~(k1 - k2), k2 - k3)
+    return ~b0, ~b1, ~b2, ~(b0 ^ b1 ^ b2)
+
+
+@triton.jit
 def keep2of4(k0, k1, k2, k3):
     """Which two of four keys are the largest: kept is what beats two others, and ties go to the lower index."""
-    k01, k02, k03 = k0 >= k1, k0 >= k2, k0 >= k3
-    k12, k13, k23 = k1 >= k2, k1 >= k3, k2 >= k3
-    b0 = _majority(k01, k02, k03)
-    b1 = _majority(~k01, k12, k13)
-    b2 = _majority(~k02, ~k12, k23)
-    return b0, b1, b2, b0 ^ b1 ^ b2  # two of four are kept, so the parity of three tells the fourth
+    b0, b1, b2, b3 = keep2of4_signs(k0, k1, k2, k3)
+    return b0 < 0, b1 < 0, b2 < 0, b3 < 0
 
 
 @triton.jit
@@ -78,4 +86,4 @@ def keep2of4_pairs(w0, w1, w2, w3, NAN: tl.constexpr):
     b1 = _majority(_not(u0 - k1), u1 - k2, u1 - k3) | nan1
     b2 = _majority(_not(u0 - k2), _not(u1 - k2), u2 - k3)
     b2 = (nan2 & _not(nan0 & nan1)) | (b2 & _not(nan2))
-    return b0, b1, b2, b0 ^ b1 ^ b2
+    return b0, b1, b2, b0 ^ b1 ^ b2  # two of four are kept, so the parity of three tells the fourth
