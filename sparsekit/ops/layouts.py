@@ -50,8 +50,11 @@ def hardware_layouts(device: torch.device) -> Layouts:
     return Layouts((*cusparselt, *cutlass), remark)
 
 
+@torch.no_grad()
 def pack_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> Tensor:
     """Rewrites what ``pack24`` packed in a layout of ``hardware_layouts``, padded with zeros to its multiples.
+
+    Outside autograd.
 
     Args:
         values: ``[rows, 2 * (cols // 4) + cols % 4]``, float16 or bfloat16; ``cols % 4`` is not 3, since a group of the
@@ -61,7 +64,8 @@ def pack_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> 
         layout: a layout of ``to_hardware24``, or ``"cusparselt"``.
 
     Returns:
-        What ``hardware_linear24`` takes, in the dtype of ``values``; its head, as ``[padded rows, padded cols / 2]``, begins with ``values``.
+        What ``hardware_linear24`` takes, in the dtype of ``values``. Its head, as ``[padded rows, padded cols / 2]``,
+        begins with ``values``.
 
     Raises:
         TypeError: a wrong dtype.
