@@ -9,13 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _shifts(ROWS: tl.constexpr, GROUPS: tl.constexpr, LAYOUT: tl.constexpr):
-    """``[ROWS, GROUPS]``: by how many bits each nibble is shifted in its 32-bit word."""
+def _shifts(ROWS: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr):
+    """``[ROWS, UNITS]``: by how many bits the first of the two nibbles of a unit of eight columns is shifted."""
     half = tl.arange(0, ROWS)[:, None] // 8 % 2
-    group = tl.arange(0, GROUPS)[None, :]
+    unit = tl.arange(0, UNITS)[None, :]
     if LAYOUT == "cusparselt_sm90":
-        return 4 * (half + group // 4 % 2 * 2 + group % 2 * 4)
-    return 4 * (half * 4 + group % 4)
+        return 4 * half + unit // 2 % 2 * 8
+    return 16 * half + unit % 2 * 8
 
 
 @triton.jit
@@ -36,13 +36,16 @@ def _runs(row, block, rows, cols, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LAYO
 
 
 @triton.jit
-def store_metadata(metadata, codes, row, block, rows, cols, LAYOUT: tl.constexpr):
-    """Stores the nibbles ``[ROWS, COLS / 4]`` of the tile at ``row`` and ``32 * block``, int32."""
-    ROWS: tl.constexpr = codes.shape[0]
-    BLOCKS: tl.constexpr = codes.shape[1] // 8
-    codes = codes << _shifts(ROWS, codes.shape[1], LAYOUT)
-    words = tl.xor_sum(tl.reshape(codes, [ROWS // 16, 2, 8, BLOCKS, 2, 2, 2]), 6)
-    words = tl.xor_sum(words, 1)  # [ROWS / 16, 8, BLOCKS, 2, 2]
+def store_metadata(metadata, even, odd, row, block, rows, cols, LAYOUT: tl.constexpr):
+    """Stores the nibbles of the even and of the odd groups of a tile, ``[ROWS, COLS / 8]``.
+
+    The tile starts at ``row`` and at column ``32 * block``.
+    """
+    ROWS: tl.constexpr = even.shape[0]
+    BLOCKS: tl.constexpr = even.shape[1] // 4
+    units = even | odd << (16 if LAYOUT == "cusparselt_sm90" else 4)
+    units = units << _shifts(ROWS, even.shape[1], LAYOUT)
+    words = tl.xor_sum(tl.reshape(units, [ROWS // 16, 2, 8, BLOCKS, 2, 2]), 1)  # [ROWS / 16, 8, BLOCKS, 2, 2]
     if LAYOUT == "cusparselt_sm90":
         words = tl.permute(tl.xor_sum(words, 3), [2, 0, 1, 3])
     else:
@@ -54,14 +57,15 @@ def store_metadata(metadata, codes, row, block, rows, cols, LAYOUT: tl.constexpr
 
 @triton.jit
 def load_metadata(metadata, row, block, rows, cols, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The nibbles that ``store_metadata`` stored."""
+    """The two tiles of nibbles that ``store_metadata`` stored."""
     where, inside = _runs(row, block, rows, cols, ROWS, BLOCKS, LAYOUT)
     words = tl.load(metadata + where, inside, 0)
     if LAYOUT == "cusparselt_sm90":
         words = tl.permute(tl.reshape(words, [BLOCKS, ROWS // 16, 8, 2]), [1, 2, 0, 3])
-        words = tl.reshape(words, [ROWS // 16, 1, 8, BLOCKS, 1, 2, 1])
+        words = tl.reshape(words, [ROWS // 16, 1, 8, BLOCKS, 1, 2])
     else:
         words = tl.permute(tl.reshape(words, [BLOCKS, ROWS // 32, 8, 2, 2]), [1, 3, 2, 0, 4])
-        words = tl.reshape(words, [ROWS // 16, 1, 8, BLOCKS, 2, 1, 1])
-    words = tl.broadcast_to(words, [ROWS // 16, 2, 8, BLOCKS, 2, 2, 2])
-    return tl.reshape(words, [ROWS, 8 * BLOCKS]) >> _shifts(ROWS, 8 * BLOCKS, LAYOUT) & 15
+        words = tl.reshape(words, [ROWS // 16, 1, 8, BLOCKS, 2, 1])
+    words = tl.broadcast_to(words, [ROWS // 16, 2, 8, BLOCKS, 2, 2])
+    even = tl.reshape(words, [ROWS, 4 * BLOCKS]) >> _shifts(ROWS, 4 * BLOCKS, LAYOUT)
+    return even & 15, even >> (16 if LAYOUT == "cusparselt_sm90" else 4) & 15

@@ -30,14 +30,6 @@ def row_of(tile_columns: tl.constexpr, vector: tl.constexpr):
 
 
 @triton.jit
-def widen(x):
-    """fp32 ``x``, exact. Of bfloat16 by its bits: the interpreter of Triton 3.7 rounds denormals in ``.to``."""
-    if x.dtype == tl.bfloat16:
-        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
 def quads(tile):
     """``[R, C]`` to its four columns of groups, ``[R, C / 4]`` each: the entries of a group share a thread."""
     rows: tl.constexpr = tile.shape[0]

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ._launch import Table, on
 from ._metadata24 import load_metadata, store_metadata
-from ._select import keep2of4, magnitude_key
-from ._tiles import first_last, first_row, pairs, quads, row_of, tiles, unpairs, widen
+from ._pairs24 import prune_units, unit_codes
+from ._select import keep2of4, magnitude_key, widen
+from ._tiles import first_last, first_row, pairs, quads, row_of, tiles, unpairs
 
 PRUNE = Table(
     "prune_to_hardware24",
@@ -20,6 +21,14 @@ PRUNE = Table(
     {"any": "32x256"},
 )
 CONVERT = Table("to_hardware24", PRUNE.configs, {"any": "32x256"})
+
+
+@triton.jit
+def codes(k0, k1, k2, k3):
+    """The metadata nibbles of what is kept, ``[R, C / 4]``: of the even and of the odd groups."""
+    first, _ = first_last(k0, k1, k2, k3, 0, 1, 2, 3)
+    _, last = first_last(k0, k1, k2, k3, 0, 4, 8, 12)
+    return unpairs(first | last)
 
 
 @triton.jit
@@ -41,18 +50,22 @@ def _prune_to_hardware24_kernel(
     col = row_of(BLOCK_COLS, 8)
     inside = (row < rows) & (col < cols)
     entries = tl.load(weight + row * weight_row + col.to(tl.int64) * weight_col, inside, 0)
-    score = widen(entries)
-    if scale is not None:
-        score = tl.abs(score) * tl.load(scale + col, col < cols, 0)
-    k0, k1, k2, k3 = quads(magnitude_key(score))
-    k0, k1, k2, k3 = keep2of4(k0, k1, k2, k3)
-    e0, e1, e2, e3 = quads(entries)
-    first, last = first_last(k0, k1, k2, k3, e0, e1, e2, e3)
-    value = row_of(BLOCK_COLS // 2, 4)
-    tl.store(values + row * (cols // 2) + value, pairs(first, last), (row < rows) & (2 * value < cols))
-    low, _ = first_last(k0, k1, k2, k3, 0, 1, 2, 3)
-    _, high = first_last(k0, k1, k2, k3, 0, 4, 8, 12)
-    store_metadata(metadata, low | high, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
+    if scale is None:
+        kept, k0, k1, k2, k3 = prune_units(entries)
+        word = row_of(BLOCK_COLS // 4, 2)
+        words = values.to(tl.pointer_type(tl.uint32), bitcast=True)
+        tl.store(words + row * (cols // 4) + word, kept, (row < rows) & (word < cols // 4))
+        even, odd = unit_codes(k0, k1, k2, k3)
+    else:
+        score = tl.abs(widen(entries)) * tl.load(scale + col, col < cols, 0)
+        k0, k1, k2, k3 = quads(magnitude_key(score))
+        k0, k1, k2, k3 = keep2of4(k0, k1, k2, k3)
+        e0, e1, e2, e3 = quads(entries)
+        first, last = first_last(k0, k1, k2, k3, e0, e1, e2, e3)
+        value = row_of(BLOCK_COLS // 2, 4)
+        tl.store(values + row * (cols // 2) + value, pairs(first, last), (row < rows) & (value < cols // 2))
+        even, odd = codes(k0, k1, k2, k3)
+    store_metadata(metadata, even, odd, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
 
 
 @triton.jit
@@ -74,17 +87,16 @@ def _to_hardware24_kernel(
     first_of_tile = first_row(BLOCK_ROWS)
     row = first_of_tile + tl.arange(0, BLOCK_ROWS)[:, None]
     value = row_of(BLOCK_COLS // 2, 8)
-    inside = (row < rows) & (2 * value < cols)
+    inside = (row < rows) & (value < cols // 2)
     kept = tl.load(values + row * values_row + value.to(tl.int64) * values_col, inside, 0)
     tl.store(packed + row * (cols // 2) + value, kept, inside)
     byte = row_of(BLOCK_COLS // 8, 8)
-    inside = (row < rows) & (8 * byte < cols)
+    inside = (row < rows) & (byte < cols // 8)
     bits = tl.load(bitmask + row * bitmask_row + byte.to(tl.int64) * bitmask_col, inside, 0).to(tl.int32)
     bits = pairs(bits & 15, bits >> 4)
     b0, b1, b2, b3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
-    low, _ = first_last(b0, b1, b2, b3, 0, 1, 2, 3)
-    _, high = first_last(b0, b1, b2, b3, 0, 4, 8, 12)
-    store_metadata(metadata, low | high, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
+    even, odd = codes(b0, b1, b2, b3)
+    store_metadata(metadata, even, odd, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
 
 
 @triton.jit
@@ -102,14 +114,15 @@ def _from_hardware24_kernel(
     first_of_tile = first_row(BLOCK_ROWS)
     row = first_of_tile + tl.arange(0, BLOCK_ROWS)[:, None]
     value = row_of(BLOCK_COLS // 2, 8)
-    inside = (row < rows) & (2 * value < cols)
+    inside = (row < rows) & (value < cols // 2)
     kept = tl.load(packed + row * (cols // 2) + value, inside, 0)
     tl.store(values + row * (cols // 2) + value, kept, inside)
     block = tl.program_id(0) * (BLOCK_COLS // 32)
-    codes = load_metadata(metadata, first_of_tile, block, rows, cols, BLOCK_ROWS, BLOCK_COLS // 32, LAYOUT)
-    low, high = unpairs(1 << (codes & 3) | 1 << (codes >> 2))
+    even, odd = load_metadata(metadata, first_of_tile, block, rows, cols, BLOCK_ROWS, BLOCK_COLS // 32, LAYOUT)
+    low = 1 << (even & 3) | 1 << (even >> 2)
+    high = 1 << (odd & 3) | 1 << (odd >> 2)
     byte = row_of(BLOCK_COLS // 8, 8)
-    tl.store(bitmask + row * (cols // 8) + byte, (low | high << 4).to(tl.uint8), (row < rows) & (8 * byte < cols))
+    tl.store(bitmask + row * (cols // 8) + byte, (low | high << 4).to(tl.uint8), (row < rows) & (byte < cols // 8))
 
 
 def _halves(packed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Table, on
-from ._select import keep2of4, magnitude_key
-from ._tiles import first_last, first_row, pairs, quads, row_of, tiles, unpairs, unquads, widen
+from ._pairs24 import prune_units, unit_bits
+from ._select import keep2of4, magnitude_key, widen
+from ._tiles import first_last, first_row, pairs, quads, row_of, tiles, unpairs, unquads
 
 _NO_FAULT = 2**63 - 1
 # A thread holds eight columns of a row in each step: 16 bytes of 16-bit weights, 8 of values, one of the bitmask.
@@ -19,7 +20,7 @@ PACK = Table(
         "16x256": {"BLOCK_ROWS": 16, "BLOCK_COLS": 256, "num_warps": 8},
         "32x256": {"BLOCK_ROWS": 32, "BLOCK_COLS": 256, "num_warps": 8},
     },
-    {"any": "8x256"},
+    {"any": "16x256"},
 )
 
 
@@ -88,6 +89,31 @@ def _pack24_kernel(
     byte = row_of(BLOCK_COLS // 8, 1)
     inside = (row < rows) & (byte < bitmask_cols)
     tl.store(bitmask + row * bitmask_cols + byte, (low | high << 4).to(tl.uint8), inside)
+
+
+@triton.jit
+def _prune_pack24_kernel(
+    weight,
+    values,
+    bitmask,
+    rows,
+    cols,
+    weight_row,
+    weight_col,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """The 16-bit weights of a multiple of eight columns, ranked by themselves."""
+    row = first_row(BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
+    col = row_of(BLOCK_COLS, 8)
+    inside = (row < rows) & (col < cols)
+    entries = tl.load(weight + row * weight_row + col.to(tl.int64) * weight_col, inside, 0)
+    kept, k0, k1, k2, k3 = prune_units(entries)
+    word = row_of(BLOCK_COLS // 4, 2)
+    words = values.to(tl.pointer_type(tl.uint32), bitcast=True)
+    tl.store(words + row * (cols // 4) + word, kept, (row < rows) & (word < cols // 4))
+    byte = row_of(BLOCK_COLS // 8, 1)
+    tl.store(bitmask + row * (cols // 8) + byte, unit_bits(k0, k1, k2, k3), (row < rows) & (byte < cols // 8))
 
 
 @triton.jit
@@ -161,6 +187,11 @@ def _pack(
         return values, bitmask
     config = PACK.config(weight, "any")
     with on(weight):
+        if prune and scale is None and weight.dtype != torch.float32 and cols % 8 == 0:
+            _prune_pack24_kernel[tiles(rows, cols, config)](
+                weight, values, bitmask, rows, cols, *weight.stride(), **config
+            )
+            return values, bitmask
         _pack24_kernel[tiles(rows, cols, config)](
             weight,
             mask,
@@ -202,4 +233,3 @@ def unpack24(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
             **config,
         )
     return weight
-

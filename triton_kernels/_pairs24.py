@@ -1,0 +1,61 @@
+"""2:4 of 16-bit entries in units of eight: two groups side by side in the halves of words, at half the instructions."""
+
+import triton
+import triton.language as tl
+
+from ._select import keep2of4_pairs, swap_halves
+from ._tiles import pairs, quads, unpairs
+
+
+@triton.jit
+def _not(word):
+    return word ^ 0xFFFFFFFF  # the interpreter has no ~ for unsigned words
+
+
+@triton.jit
+def _choose(kept, entry, other):
+    """``entry`` in the halves whose top bit is set in ``kept``, else ``other``."""
+    chosen = (kept >> 15 & 0x00010001) * 0xFFFF
+    return (entry & chosen) | (other & _not(chosen))
+
+
+@triton.jit
+def prune_units(entries):
+    """The kept entries of a tile ``[R, C]``, two in a word ``[R, C / 4]``, and what is kept.
+
+    That is four words per unit, ``[R, C / 8]``, one for each column of a group: the top bit of a half is set where the
+    column of that group is kept, the other bits mean nothing.
+    """
+    # Two entries of one load: the compiler finds the register that was loaded.
+    low, high = unpairs(entries.to(tl.uint16, bitcast=True).to(tl.uint32))
+    w0, w1, w2, w3 = quads(low | high << 16)
+    e0, e1 = swap_halves(w0, w2)
+    e2, e3 = swap_halves(w1, w3)
+    nan: tl.constexpr = 0x7F817F81 if entries.dtype == tl.bfloat16 else 0x7C017C01
+    k0, k1, k2, k3 = keep2of4_pairs(e0, e1, e2, e3, nan)
+    first = _choose(k0, e0, _choose(k1, e1, e2))
+    last = _choose(k3, e3, _choose(k2, e2, e1))
+    first_group, second_group = swap_halves(first, last)
+    return pairs(first_group, second_group), k0, k1, k2, k3
+
+
+@triton.jit
+def _nibbles(b0, b1, b2, b3):
+    """The top bits of halves as the low four bits of halves, ``b0`` the lowest."""
+    low = (b0 >> 3 & 0x10001000) | (b1 >> 2 & 0x20002000)
+    high = (b2 >> 1 & 0x40004000) | (b3 & 0x80008000)
+    return (low | high) >> 12  # what the upper half leaves in the lower one is above the nibble
+
+
+@triton.jit
+def unit_bits(k0, k1, k2, k3):
+    """The mask of two groups as a byte, uint8 ``[R, C / 8]``."""
+    nibbles = _nibbles(k0, k1, k2, k3)
+    return (nibbles & 15 | nibbles >> 12).to(tl.uint8)
+
+
+@triton.jit
+def unit_codes(k0, k1, k2, k3):
+    """The metadata nibbles of the first and of the second groups, uint32 ``[R, C / 8]``."""
+    nibbles = _nibbles(_not(k0) & k1, _not(k0 | k1), k3 | _not(k2), k3 | k2)
+    return nibbles & 15, nibbles >> 16
