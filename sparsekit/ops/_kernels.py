@@ -14,10 +14,31 @@ from ._define import LIBRARY
 
 NATIVE = _native.load()
 # The file of triton_kernels whose launcher, named as the op, answers it on GPUs.
-TRITON: dict[str, str] = {}
+TRITON: dict[str, str] = {
+    "pack24": "sparse24",
+    "unpack24": "sparse24",
+    "prune_pack24": "sparse24",
+    "to_hardware24": "hardware24",
+    "from_hardware24": "hardware24",
+    "prune_to_hardware24": "hardware24",
+    "prune_both_to_hardware24": "hardware24",
+}
 # Answered on GPUs by the function of the same name in ops/_vendor.py: libraries that come with PyTorch.
 VENDOR = ("hardware_linear24",)
-OPS = ("nm_mask", "nm_prune", "nm_prune_", "block_scores", "block_topk_mask", "pack24", "unpack24", "linear24")
+OPS = (
+    "nm_mask",
+    "nm_mask_bits",
+    "nm_prune",
+    "nm_prune_",
+    "transposable_mask",
+    "block_scores",
+    "block_topk_mask",
+    "tier_prune",
+    "pack24",
+    "prune_pack24",
+    "unpack24",
+    "linear24",
+)
 
 
 def register_vendor() -> None:
