@@ -14,7 +14,7 @@ from bench.gpu.clock import DeviceClock, HostClock, Race
 from bench.gpu.findings import findings
 from bench.gpu.lab import Sizes, check_same, reference, relative_error
 from bench.gpu.linear import check_close
-from bench.gpu.log import Log, read
+from bench.gpu.log import Log, last_error, read
 from bench.gpu.rehearsal import rehearsal_lab
 from bench.gpu.table import details, fastest, products, render, short, unmeasured
 from bench.report import RESULTS, render_gpus, slug
@@ -85,6 +85,12 @@ def test_log_turns_an_exception_into_a_line(tmp_path):
     with pytest.raises(RuntimeError, match="the device is lost"), log.guard("another"):
         raise ValueError("illegal memory access")
     assert read(log.path)[1]["what"] == "another"
+
+
+def test_the_last_exception_is_what_ended_a_process():
+    trace = "Traceback\n  File x\ntorch.AcceleratorError: CUDA error: lost\nCompile with `TORCH_USE_CUDA_DSA`\n"
+    assert last_error(trace) == "torch.AcceleratorError: CUDA error: lost"
+    assert last_error("one\ntwo\n\n") == "two" and last_error("") == "it said nothing"
 
 
 def test_race_takes_turns_and_counts_the_buffers(monkeypatch):

@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-from .log import Log
+from .log import Log, last_error
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "-e", "."]
@@ -26,11 +27,10 @@ def measure(lab: object, log: Log) -> None:
         )
         if done.returncode:
             print(done.stdout)
-            said = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-            raise RuntimeError((said or done.stdout.splitlines() or ["it said nothing"])[-1])
+            raise RuntimeError(f"{last_error(done.stdout)} (with setuptools {version('setuptools')})")
     code = "from sparsekit.ops import simd_level; print(simd_level())"
     with log.guard("import"):
         tried = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         if tried.returncode:
-            raise RuntimeError(tried.stderr.strip().splitlines()[-1])
+            raise RuntimeError(last_error(tried.stderr))
         log.write(name="build", cpu_kernels=tried.stdout.strip())

@@ -1,6 +1,7 @@
 """The rows of one part, on disk as soon as they are known."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,13 @@ class Log:
 def one_line(error: BaseException) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:300]
+
+
+def last_error(text: str) -> str:
+    """What ended a process, from all that it printed: the last exception, else the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    return (raised or lines or ["it said nothing"])[-1][:300]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

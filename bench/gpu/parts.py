@@ -1,7 +1,6 @@
 """The parts of a run, each in a process of its own, so that a fault, a hang or a lost device ends one part only."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .log import Log, one_line, read
+from .log import Log, last_error, one_line, read
 
 ROOT = Path(__file__).parents[2]
 GRACE = 15.0  # seconds that a part has to start and to end its last item
@@ -86,7 +85,7 @@ def run(part: Part, out: Path, seconds: float, rehearse: bool) -> dict[str, Any]
         )
         try:
             process.wait(seconds + GRACE)
-            ended = {"status": "failed", "reason": last_words(said, process.returncode)} if process.returncode else {}
+            ended = {"status": "failed", "reason": _last_words(said, process.returncode)} if process.returncode else {}
         except subprocess.TimeoutExpired:
             ended = {"status": "stopped", "reason": f"it did not end within {seconds + GRACE:.0f} s"}
         finally:
@@ -100,11 +99,8 @@ def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"status": "cut short", "reason": "; ".join(cuts)} if cuts else {"status": "done"}
 
 
-def last_words(said: Path, code: int) -> str:
-    """The exception that ended a process, which is not always its last line."""
-    lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
-    return f"exit code {code}: {(raised or lines or ['it said nothing'])[-1]}"[:300]
+def _last_words(said: Path, code: int) -> str:
+    return f"exit code {code}: {last_error(said.read_text(errors='replace'))}"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
