@@ -65,7 +65,7 @@ def test_table():
     training = sk.sparse_training_(model)
     assert str(training) == (
         "layer  shape    product       reason\n"
-        "0      8x16     masked dense  no 2:4 tensor cores on cpu\n"
+        "0      8x16     masked dense  cpu has no 2:4 tensor cores that PyTorch can use\n"
         "1      4x4x3x3  plain         it is a Conv2d, only nn.Linear trains sparse\n"
         "1 of 2 layers train sparse, 1 of them by a masked dense product"
     )
@@ -141,26 +141,35 @@ def test_a_model_on_the_meta_device_can_be_prepared():
     assert torch.equal(model(x), x @ sk.nm_prune(model[0].weight, 2, 4)[0].t())
 
 
-LAYOUTS = {  # capability, cuSPARSELt there, rows, cols, transposable -> layout
-    "hopper": ((9, 0), True, 64, 32, False, "cusparselt_sm90"),
-    "hopper-both": ((9, 0), True, 64, 128, True, "cusparselt_sm90"),
-    "hopper-both-narrow": ((9, 0), True, 64, 32, True, None),
-    "hopper-odd": ((9, 0), True, 96, 32, False, None),
-    "hopper-without": ((9, 0), False, 64, 32, False, None),
-    "ampere": ((8, 0), True, 128, 128, True, "cusparselt_sm80"),
-    "ampere-small": ((8, 6), True, 64, 64, True, "cutlass_sm80"),
-    "ampere-small-both": ((8, 6), True, 32, 64, True, None),
-    "ampere-without": ((8, 9), False, 128, 128, False, "cutlass_sm80"),
-    "blackwell": ((10, 0), True, 128, 128, False, None),
-    "turing": ((7, 5), True, 128, 128, False, None),
+LAYOUTS = {  # of the device, rows, cols, transposable -> the layout
+    "hopper": (("cusparselt_sm90",), 64, 32, False, "cusparselt_sm90"),
+    "hopper-both": (("cusparselt_sm90",), 64, 128, True, "cusparselt_sm90"),
+    "hopper-both-narrow": (("cusparselt_sm90",), 64, 32, True, None),
+    "hopper-odd": (("cusparselt_sm90",), 96, 32, False, None),
+    "ampere": (("cusparselt_sm80", "cutlass_sm80"), 128, 128, True, "cusparselt_sm80"),
+    "ampere-small": (("cusparselt_sm80", "cutlass_sm80"), 64, 64, True, "cutlass_sm80"),
+    "ampere-small-both": (("cusparselt_sm80", "cutlass_sm80"), 32, 64, True, None),
+    "ampere-without": (("cutlass_sm80",), 128, 128, False, "cutlass_sm80"),
+    "unknown": (("cusparselt",), 128, 128, False, None),
+    "none": ((), 128, 128, False, None),
 }
 
 
-@pytest.mark.parametrize("capability, library, rows, cols, both, layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts_by_gpu_and_shape(monkeypatch, capability, library, rows, cols, both, layout):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: library)
-    device = torch.device("cuda", 0)
-    found, reason = hardware.hardware_layout(device, torch.bfloat16, rows, cols, both)
-    assert found == layout and (reason == "") == (layout is not None)
-    assert hardware.hardware_layout(device, torch.float32, rows, cols, both)[0] is None
+@pytest.mark.parametrize("names, rows, cols, transposable, layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_by_device_and_shape(monkeypatch, names, rows, cols, transposable, layout):
+    monkeypatch.setattr(hardware, "hardware_layouts", lambda device: (names, "a remark"))
+    arguments = (torch.Size((rows, cols)), transposable)
+    for dtype in (torch.float16, torch.bfloat16):
+        found, reason = hardware.hardware_layout(torch.device("cuda", 0), dtype, *arguments)
+        assert found == layout and (reason == "") == (layout is not None)
+    assert hardware.hardware_layout(torch.device("cuda", 0), torch.float32, *arguments)[0] is None
+
+
+def test_reasons_for_a_dense_product(monkeypatch):
+    def reason(dtype=torch.float16, rows=128, names=("cusparselt_sm90",)):
+        monkeypatch.setattr(hardware, "hardware_layouts", lambda device: (names, "a remark"))
+        return hardware.hardware_layout(torch.device("cuda", 0), dtype, torch.Size((rows, 128)), False)[1]
+
+    assert reason(torch.float32) == "it computes in torch.float32, not float16 or bfloat16"
+    assert reason(rows=100) == "100 x 128 is no multiple of the 64 x 32 of cusparselt_sm90"
+    assert reason(names=()) == reason(torch.float32, names=()) == "a remark"

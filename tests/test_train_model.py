@@ -229,7 +229,6 @@ def test_a_gradient_scaler_and_autocast(model, x):
     assert not torch.equal(model[0].weight, weight) and torch.isfinite(model[0].weight).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's tracer does it
 def test_a_compiled_model_trains_and_notices_the_end(model, x):
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -2,43 +2,38 @@
 
 import torch
 
-from ..ops import hardware_multiple
+from ..ops import hardware_layouts
+from ..ops.hardware24 import MULTIPLES
 
 
 def hardware_layout(
-    device: torch.device, dtype: torch.dtype, rows: int, cols: int, transposable: bool
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, transposable: bool
 ) -> tuple[str | None, str]:
     """The packed 2:4 layout in which this device multiplies such a weight; None where it has none, and the reason.
 
-    Without one a layer multiplies densely with its masked weight, which is a dense layer and one pass over the weight.
+    Without one a layer multiplies densely by its masked weight: a dense layer, and one pass over the weight.
 
     Args:
         device, dtype: where and in what the product runs.
-        rows, cols: the shape of the weight.
+        shape: that of the weight, ``[rows, cols]``.
         transposable: whether its transpose is multiplied too.
     """
-    if device.type != "cuda":
-        return None, f"no 2:4 tensor cores on {device.type}"
+    names, remark = _layouts(device)
+    rows, cols = shape
     if dtype not in (torch.float16, torch.bfloat16):
-        return None, f"it computes in {dtype}, not float16 or bfloat16"
-    layouts = _layouts(device)
-    for layout in layouts:
-        high, wide = hardware_multiple(layout)
+        return None, f"it computes in {dtype}, not float16 or bfloat16" if names else remark
+    for name in names:
+        high, wide = MULTIPLES[name]
         if transposable:
             high = wide = max(high, wide)
         if rows % high == 0 and cols % wide == 0:
-            return layout, ""
-    if not layouts:
-        return None, "no 2:4 product of this torch runs on this GPU"
-    return None, f"{rows} x {cols} fits no 2:4 layout"
+            return name, ""
+        remark = f"{rows} x {cols} is no multiple of the {high} x {wide} of {name}"
+    return None, remark
 
 
-def _layouts(device: torch.device) -> tuple[str, ...]:
-    """The layouts that a GPU multiplies, the best first."""
-    if torch.version.hip:
-        return ()
-    major, minor = torch.cuda.get_device_capability(device)
-    cusparselt = torch.backends.cusparselt.is_available()
-    if major == 8:
-        return ("cusparselt_sm80", "cutlass_sm80") if cusparselt else ("cutlass_sm80",)
-    return ("cusparselt_sm90",) if cusparselt and (major, minor) == (9, 0) else ()
+@torch.compiler.assume_constant_result
+def _layouts(device: torch.device) -> tuple[tuple[str, ...], str]:
+    """The device's layouts that an op packs a weight in at every step; and why there is none."""
+    names, remark = hardware_layouts(device)
+    return tuple(name for name in names if name in MULTIPLES), remark

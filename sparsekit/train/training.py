@@ -54,7 +54,7 @@ class SparseTraining:
         for name, layer in self._running():
             if torch.isnan(layer.weight).any():
                 raise ValueError(f"the weight of {name or 'the model'} contains NaN: its training has diverged")
-            bits[name] = pack_bits(layer.recipe.prune(layer.weight)[1])
+            bits[name] = pack_bits(layer.recipe.mask(layer.weight))
         for name, layer in self._running():
             mask = unpack_bits(bits[name], layer.in_features)
             layer.weight.masked_fill_(~mask, 0)
@@ -141,7 +141,8 @@ def sparse_training_(
 
 def _find(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], tuple[LayerReport, ...]]:
     """The layers that ``where`` selects and that can train sparse, by name; and those that cannot."""
-    layers, skipped, lent = {}, [], borrowed(model)
+    layers: dict[str, nn.Linear] = {}
+    skipped, lent = [], borrowed(model)
     for name, module in model.named_modules():
         compressed = isinstance(module, Compressed)
         if not (compressed or input_dim(module) is not None) or (where is not None and not where(name, module)):
@@ -150,7 +151,7 @@ def _find(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], 
             skipped.append(LayerReport(name, weight_shape(module), "plain", reason))
         else:
             layers[name] = module
-    return layers, tuple(skipped)  # type: ignore[return-value]
+    return layers, tuple(skipped)
 
 
 def _unfit(layer: nn.Module) -> str | None:
@@ -177,5 +178,5 @@ def _report(name: str, layer: nn.Linear) -> LayerReport:
     if not isinstance(layer, MaskedLinear):
         return LayerReport(name, shape, "plain", "its sparse training is over")
     dtype = autocast_dtype(weight) or weight.dtype
-    layout, reason = hardware_layout(weight.device, dtype, *weight.shape, layer.recipe.transposable)
+    layout, reason = hardware_layout(weight.device, dtype, weight.shape, layer.recipe.transposable)
     return LayerReport(name, shape, layout or "masked dense", reason)

@@ -1,0 +1,128 @@
+"""The two steps of a linear layer in sparse training: prune the weight, multiply by its packed forms."""
+
+import torch
+from torch import Tensor
+
+from ._define import LIBRARY, define
+from .hardware24 import _prune_both_to_hardware24, _prune_to_hardware24
+from .hardware_linear24 import _hardware_linear24
+from .nm import _nm_prune
+from .transposable import _transposable_mask
+
+
+def train_prune24_reference(weight: Tensor, transposable: bool, decay: float) -> Tensor:
+    if transposable:
+        return torch.where(_transposable_mask(weight), weight, 0).contiguous()
+    return _nm_prune(weight, 2, 4, None)[0]
+
+
+def train_linear24_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposable: bool, layout: str
+) -> tuple[Tensor, Tensor]:
+    if transposable:
+        packed, packed_t, _ = _prune_both_to_hardware24(weight, layout)
+    else:
+        packed, packed_t = _prune_to_hardware24(weight, None, layout), weight.new_empty(0)
+    return _product(x, packed, bias, weight.shape[0], layout), packed_t
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, layout: str) -> Tensor:
+    return _hardware_linear24(x, packed, bias, rows, layout, 0, 1, -1)
+
+
+def _prune_fake(weight: Tensor, transposable: bool, decay: float) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposable: bool, layout: str
+) -> tuple[Tensor, Tensor]:
+    rows, cols = weight.shape
+    return x.new_empty(*x.shape[:-1], rows), weight.new_empty(rows * cols // 16 * 9 if transposable else 0)
+
+
+_train_prune24 = define(
+    "train_prune24(Tensor weight, bool transposable, float decay) -> Tensor", train_prune24_reference, _prune_fake
+)
+_train_linear24 = define(
+    "train_linear24(Tensor x, Tensor weight, Tensor? bias, bool transposable, str layout) -> (Tensor, Tensor)",
+    train_linear24_reference,
+    _linear_fake,
+)
+
+
+def _prune_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    weight, _, ctx.decay = inputs
+    if ctx.decay:
+        ctx.save_for_backward(weight, output)
+
+
+def _prune_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    if ctx.decay:
+        weight, pruned = ctx.saved_tensors
+        grad = torch.add(grad, weight - pruned, alpha=ctx.decay)
+    return grad, None, None
+
+
+def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _, ctx.transposable, ctx.layout = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1] if ctx.transposable else weight)
+
+
+def _linear_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    x, other = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    tokens = grad.reshape(-1, grad.shape[-1])  # [tokens, rows]
+    if ctx.needs_input_grad[0] and ctx.transposable:
+        if torch.is_grad_enabled():
+            raise RuntimeError("train_linear24 has no second gradients with transposable masks")
+        grad_x = _product(grad, other, None, x.shape[-1], ctx.layout)
+    elif ctx.needs_input_grad[0]:
+        grad_x = grad @ other
+    if ctx.needs_input_grad[1]:
+        grad_weight = tokens.t() @ x.reshape(-1, x.shape[-1])
+    if ctx.needs_input_grad[2]:
+        grad_bias = tokens.sum(0)
+    return grad_x, grad_weight, grad_bias, None, None
+
+
+torch.library.register_autograd("sparsekit::train_prune24", _prune_backward, setup_context=_prune_setup, lib=LIBRARY)
+torch.library.register_autograd("sparsekit::train_linear24", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)
+
+
+def train_prune24(weight: Tensor, *, transposable: bool = False, decay: float = 0.0) -> Tensor:
+    """Zeroes what the 2:4 mask of a weight drops; the gradient passes everywhere, as if nothing were dropped.
+
+    Args:
+        weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides.
+        transposable: whether the mask is that of ``transposable_mask``; else that of ``nm_mask(weight, 2, 4)``.
+        decay: what the gradient is increased by: ``decay * weight`` where dropped (SR-STE,
+            https://arxiv.org/abs/2102.04010).
+
+    Returns:
+        The pruned weight, contiguous.
+    """
+    return _train_prune24(weight, transposable, decay)
+
+
+def train_linear24(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, transposable: bool = False, layout: str
+) -> Tensor:
+    """Computes ``x @ pruned.T + bias`` in a hardware layout, where ``pruned`` is ``train_prune24(weight)``.
+
+    The gradient of ``x`` is computed in the layout too where the mask is transposable, else by a dense product. The
+    gradient of ``weight`` is ``grad.T @ x``, dense.
+
+    Args:
+        x: ``[..., cols]``, float16 or bfloat16, any strides.
+        weight: ``[rows, cols]`` of ``x``'s dtype, multiples of ``hardware_multiple(layout)``, of the larger of both
+            where the mask is transposable; 2:4 already where it is not.
+        bias: ``[rows]`` of ``x``'s dtype, or None.
+        transposable: as in ``train_prune24``.
+        layout: a layout of ``to_hardware24`` that is one of the device's ``hardware_layouts``.
+
+    Returns:
+        ``[..., rows]`` in ``x``'s dtype.
+    """
+    return _train_linear24(x, weight, bias, transposable, layout)[0]
