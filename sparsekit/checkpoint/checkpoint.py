@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._layers import check_model
 from ..compress.swap import check_known, empty, get_original, guard_saving, refill, set_original
 from ..masks import remove_mask
-from ..nn import Compressed, Linear24, PrepackedLinear, weight_shape
+from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, weight_shape
 from .archive import read, seal, unique, write
 from .bitmask24 import from_bitmask24, to_bitmask24
 from .structure import Layer, dump, join, parse
@@ -64,6 +64,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     Everything is verified before the model is touched, and nothing is ever unpickled. Parameters are replaced, so make
     the optimizer afterwards. Each tensor goes to the device of the one that it replaces, to the CPU from ``meta``.
     ``decompress_`` makes the compressed layers dense again, as after ``compress_``.
+
+    A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces. A file does
+    not say what is fastest on another machine: on a GPU load with ``dense=True``, and let ``compress_`` measure.
 
     Args:
         model: the same architecture, freshly made, pruned or compressed; also on the meta device.
@@ -135,8 +138,12 @@ def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str
     if layer.kind == "linear24":
         rows, cols = layer.matrix
         values, bitmask = (tensors[join(name, part)].to(device) for part in ("values", "bitmask"))
-        new = Linear24(cols, rows, False, transposed=layer.transposed, device="meta", dtype=values.dtype)
+        plan = module.plan if isinstance(module, RoutedLinear24) else None
+        kind = Linear24 if plan is None else RoutedLinear24
+        new = kind(cols, rows, False, transposed=layer.transposed, device="meta", dtype=values.dtype)
         new.values, new.bitmask = nn.Parameter(values, requires_grad=trainable), bitmask
+        if isinstance(new, RoutedLinear24) and plan is not None:
+            new.follow(plan)
     else:
         weight = tensors[join(name, "weight")].to(device)
         weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)
@@ -223,7 +230,7 @@ def _stored(module: nn.Module) -> Tensor:
 
 
 def _trainable(module: nn.Module) -> bool:
-    return module.trainable if isinstance(module, PrepackedLinear) else _stored(module).requires_grad
+    return module.trainable if isinstance(module, Compressed) else _stored(module).requires_grad
 
 
 def _device(tensor: Tensor) -> torch.device:
