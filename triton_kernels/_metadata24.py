@@ -14,37 +14,40 @@ def _shifts(ROWS: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr):
     half = tl.arange(0, ROWS)[:, None] // 8 % 2
     unit = tl.arange(0, UNITS)[None, :]
     if LAYOUT == "cusparselt_sm90":
-        return 4 * half + unit // 2 % 2 * 8
-    return 16 * half + unit % 2 * 8
+        shift = 4 * half + unit // 2 % 2 * 8
+    else:
+        shift = 16 * half + unit % 2 * 8
+    return shift.to(tl.uint32)
 
 
 @triton.jit
 def _runs(row, block, rows, cols, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
     """``[BLOCKS, ROWS]``: where the words of a tile are, in words, and whether the tile has them.
 
-    ``ROWS`` is 32 or 64 and divides ``row``, the tile's first; ``block`` is its first block of 32 columns.
+    ``ROWS`` divides ``row``, the tile's first; ``block`` is its first block of 32 columns.
     """
     block += tl.arange(0, BLOCKS)[:, None]
-    word = tl.arange(0, ROWS)[None, :]
+    row += tl.arange(0, ROWS)[None, :]
     if LAYOUT == "cusparselt_sm90":
-        start = row // 64 * (2 * cols) + block * 64 + row % 64
+        where = row // 64 * (2 * cols) + row % 64 + block * 64
     elif LAYOUT == "cusparselt_sm80":
-        start = block // 2 * (2 * rows.to(tl.int64)) + row // 128 * 256 + block % 2 * 128 + row % 128
+        where = row // 128 * 256 + row % 128 + block // 2 * (2 * rows.to(tl.int64)) + block % 2 * 128
     else:
-        start = block * rows.to(tl.int64) + row
-    return start + word, (row + word < rows) & (32 * block < cols)
+        where = row + block * rows.to(tl.int64)
+    return where, (row < rows) & (32 * block < cols)
 
 
 @triton.jit
-def store_metadata(metadata, even, odd, row, block, rows, cols, LAYOUT: tl.constexpr):
-    """Stores the nibbles of the even and of the odd groups of a tile, ``[ROWS, COLS / 8]``.
+def store_metadata(metadata, units, row, block, rows, cols, LAYOUT: tl.constexpr):
+    """Stores the nibbles of a tile that starts at ``row`` and at column ``32 * block``.
 
-    The tile starts at ``row`` and at column ``32 * block``.
+    ``units`` is uint32 ``[ROWS, COLS / 8]``: those of an even and of an odd group in the halves of a word.
     """
-    ROWS: tl.constexpr = even.shape[0]
-    BLOCKS: tl.constexpr = even.shape[1] // 4
-    units = even | odd << (16 if LAYOUT == "cusparselt_sm90" else 4)
-    units = units << _shifts(ROWS, even.shape[1], LAYOUT)
+    ROWS: tl.constexpr = units.shape[0]
+    BLOCKS: tl.constexpr = units.shape[1] // 4
+    if LAYOUT != "cusparselt_sm90":
+        units = (units | units >> 12) & 0xFF
+    units = units << _shifts(ROWS, units.shape[1], LAYOUT)
     words = tl.xor_sum(tl.reshape(units, [ROWS // 16, 2, 8, BLOCKS, 2, 2]), 1)  # [ROWS / 16, 8, BLOCKS, 2, 2]
     if LAYOUT == "cusparselt_sm90":
         words = tl.permute(tl.xor_sum(words, 3), [2, 0, 1, 3])
@@ -57,7 +60,7 @@ def store_metadata(metadata, even, odd, row, block, rows, cols, LAYOUT: tl.const
 
 @triton.jit
 def load_metadata(metadata, row, block, rows, cols, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The two tiles of nibbles that ``store_metadata`` stored."""
+    """The nibbles that ``store_metadata`` stored: of the even and of the odd groups, ``[ROWS, 4 * BLOCKS]``."""
     where, inside = _runs(row, block, rows, cols, ROWS, BLOCKS, LAYOUT)
     words = tl.load(metadata + where, inside, 0)
     if LAYOUT == "cusparselt_sm90":
@@ -67,5 +70,5 @@ def load_metadata(metadata, row, block, rows, cols, ROWS: tl.constexpr, BLOCKS: 
         words = tl.permute(tl.reshape(words, [BLOCKS, ROWS // 32, 8, 2, 2]), [1, 3, 2, 0, 4])
         words = tl.reshape(words, [ROWS // 16, 1, 8, BLOCKS, 2, 1])
     words = tl.broadcast_to(words, [ROWS // 16, 2, 8, BLOCKS, 2, 2])
-    even = tl.reshape(words, [ROWS, 4 * BLOCKS]) >> _shifts(ROWS, 4 * BLOCKS, LAYOUT)
-    return even & 15, even >> (16 if LAYOUT == "cusparselt_sm90" else 4) & 15
+    units = tl.reshape(words, [ROWS, 4 * BLOCKS]) >> _shifts(ROWS, 4 * BLOCKS, LAYOUT)
+    return units & 15, units >> (16 if LAYOUT == "cusparselt_sm90" else 4) & 15

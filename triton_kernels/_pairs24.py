@@ -56,6 +56,5 @@ def unit_bits(k0, k1, k2, k3):
 
 @triton.jit
 def unit_codes(k0, k1, k2, k3):
-    """The metadata nibbles of the first and of the second groups, uint32 ``[R, C / 8]``."""
-    nibbles = _nibbles(_not(k0) & k1, _not(k0 | k1), k3 | _not(k2), k3 | k2)
-    return nibbles & 15, nibbles >> 16
+    """The metadata nibble of the two groups of each unit in the halves of a word, ``[R, C / 8]``."""
+    return _nibbles(_not(k0) & k1, _not(k0 | k1), k3 | _not(k2), k3 | k2) & 0x000F000F

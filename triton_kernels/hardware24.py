@@ -24,11 +24,12 @@ CONVERT = Table("to_hardware24", PRUNE.configs, {"any": "32x256"})
 
 
 @triton.jit
-def codes(k0, k1, k2, k3):
-    """The metadata nibbles of what is kept, ``[R, C / 4]``: of the even and of the odd groups."""
+def _codes(k0, k1, k2, k3):
+    """``unit_codes`` of what is kept of each group, ``[R, C / 4]``."""
     first, _ = first_last(k0, k1, k2, k3, 0, 1, 2, 3)
     _, last = first_last(k0, k1, k2, k3, 0, 4, 8, 12)
-    return unpairs(first | last)
+    even, odd = unpairs((first | last).to(tl.uint32))
+    return even | odd << 16
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _prune_to_hardware24_kernel(
         word = row_of(BLOCK_COLS // 4, 2)
         words = values.to(tl.pointer_type(tl.uint32), bitcast=True)
         tl.store(words + row * (cols // 4) + word, kept, (row < rows) & (word < cols // 4))
-        even, odd = unit_codes(k0, k1, k2, k3)
+        units = unit_codes(k0, k1, k2, k3)
     else:
         score = tl.abs(widen(entries)) * tl.load(scale + col, col < cols, 0)
         k0, k1, k2, k3 = quads(magnitude_key(score))
@@ -64,8 +65,8 @@ def _prune_to_hardware24_kernel(
         first, last = first_last(k0, k1, k2, k3, e0, e1, e2, e3)
         value = row_of(BLOCK_COLS // 2, 4)
         tl.store(values + row * (cols // 2) + value, pairs(first, last), (row < rows) & (value < cols // 2))
-        even, odd = codes(k0, k1, k2, k3)
-    store_metadata(metadata, even, odd, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
+        units = _codes(k0, k1, k2, k3)
+    store_metadata(metadata, units, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
 
 
 @triton.jit
@@ -95,8 +96,8 @@ def _to_hardware24_kernel(
     bits = tl.load(bitmask + row * bitmask_row + byte.to(tl.int64) * bitmask_col, inside, 0).to(tl.int32)
     bits = pairs(bits & 15, bits >> 4)
     b0, b1, b2, b3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
-    even, odd = codes(b0, b1, b2, b3)
-    store_metadata(metadata, even, odd, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
+    units = _codes(b0, b1, b2, b3)
+    store_metadata(metadata, units, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ TRITON: dict[str, str] = {
     "to_hardware24": "hardware24",
     "from_hardware24": "hardware24",
     "prune_to_hardware24": "hardware24",
-    "prune_both_to_hardware24": "hardware24",
+    "prune_both_to_hardware24": "hardware24_both",
 }
 # Answered on GPUs by the function of the same name in ops/_vendor.py: libraries that come with PyTorch.
 VENDOR = ("hardware_linear24",)
