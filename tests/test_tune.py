@@ -254,3 +254,4 @@ def test_two_processes_share_a_cache(tmp_path):
 
 def test_last_level_cache_is_plausible():
     assert 2**18 <= clock.last_level_cache() <= 2**31
+    assert clock.cache_bytes(torch.device("cpu")) == clock.last_level_cache()

@@ -1,0 +1,90 @@
+"""The clock of a GPU and the key of its measurements, on a GPU that is acted."""
+
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparsekit.compress import clock
+from sparsekit.compress.cache import remembered
+from sparsekit.compress.tune import Timing
+
+KEY = {"shape": (4, 8), "tokens": 1}
+ANSWER = {"plain": Timing(1.0, 1.0, 0.0, 1.0, 0.1)}
+
+
+def never():
+    raise AssertionError("measured again")
+
+
+class Gpu:
+    """Stands in for ``torch.cuda``: work takes the time that it says, events read the device's own clock."""
+
+    now = 0.0
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        event = SimpleNamespace(synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: (end.at - event.at) * 1e3
+        return event
+
+    def device(self, device):
+        return nullcontext()
+
+    def _sleep(self, cycles):
+        self.now += cycles / 2e9
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(
+            name="GPU 9", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 * 2**20, gcnArchName=""
+        )
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+@pytest.mark.parametrize(
+    ("host", "device", "graphs", "expected"),
+    [(0.001, 0.003, False, 0.003), (0.004, 0.003, False, 0.004), (0.004, 0.003, True, 0.003)],
+)
+def test_a_gpu_is_as_slow_as_its_device_or_its_host(monkeypatch, cold, host, device, graphs, expected):
+    gpu, now = Gpu(), 0.0
+    monkeypatch.setattr(torch, "cuda", gpu)
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(clock, "cache_bytes", lambda device: 1024)
+
+    def call(x):
+        nonlocal now
+        now += host
+        gpu.now += device
+
+    timer = clock.GpuClock(torch.device("cpu"), cold, graphs)
+    assert timer.evicted.nbytes == (2048 if cold else 0)
+    timer.start(call, torch.randn(2, 3))
+    assert timer.seconds(call, torch.randn(2, 3)) == pytest.approx(expected)
+
+
+def test_a_clock_for_every_device(monkeypatch):
+    assert type(clock.clock(torch.device("cpu"), cold=True, graphs=True)) is clock.CpuClock
+    monkeypatch.setattr(clock, "GpuClock", lambda *args: args)
+    device = torch.device("cuda", 0)
+    assert clock.clock(device, cold=False, graphs=True) == (device, False, True)
+
+
+def test_the_key_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKIT_TUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch, "cuda", Gpu())
+    device = torch.device("cuda", 0)
+    assert clock.cache_bytes(device) == 50 * 2**20
+    remembered(KEY, lambda: ANSWER, device)
+    assert remembered(KEY, never, torch.device("cuda", 1)) == ANSWER  # the same model
+    (file,) = tmp_path.iterdir()
+    key = json.loads(file.read_text())["key"]
+    assert {"device", "capability", "torch", "cuda", "cusparselt", "triton", "kernels", "sparsekit"} <= key.keys()
+    assert key["device"] == "GPU 9" and key["capability"] == [9, 0]
+    with pytest.raises(AssertionError, match="measured again"):
+        remembered(KEY, never)  # on the CPU
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 9999)
+    with pytest.raises(AssertionError, match="measured again"):
+        remembered(KEY, never, device)
