@@ -101,7 +101,7 @@ def test_the_vendor_layout_is_found_from_its_output(rehearsed):
 
 def test_checks_and_runtime(rehearsed):
     _, report = rehearsed
-    assert [row["right"] for row in all_rows(report, "checks")] == [True] * 3
+    assert [row["right"] for row in all_rows(report, "checks")] == [True] * 4
     runtime = all_rows(report, "runtime")
     assert [row["works"] for row in runtime if row.get("name") == "torch.compile"] == [True] * 4
     assert sum("ratios" in row for row in runtime) == len(TINY.linear) * len(TINY.tokens)

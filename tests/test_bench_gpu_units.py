@@ -318,6 +318,11 @@ def test_report_names_the_machine_its_limits_and_what_is_missed():
         "`linear24` 4096x4096, 1 tokens: 1.25x of cuBLAS, goal 1.5x",
     ]
     assert slug(FULL) == "nvidia-h200"
+    noisy = CELL | CHOSEN | {"ratios": {"compress_": 0.98}}
+    assert not list(short(report(runtime=[noisy])))
+    assert list(short(report(runtime=[noisy | {"ratios": {"compress_": 0.96}}]))) == [
+        "`compress_` 4096x4096, 1 tokens: 0.96x of cuBLAS, goal 1.0x"
+    ]
     slow = CELL | {"tokens": 2048, "goal": {"best": 1.2}, "seconds": {}, "host": {}, "ratios": {"cuSPARSELt": 0.9}}
     assert "| 4096x4096 | **0.90** cuSPARSELt |" in render(report(search=[slow]))
     assert list(short(report(search=[slow]))) == [
@@ -329,8 +334,8 @@ def test_details_list_every_product_and_error():
     (cell,) = products(FULL).values()
     assert fastest(cell) == ("linear24", 1.25)
     text = details(FULL)
-    assert "| 4096x4096 | 1 | linear24 | 6.4 |  | 5.2 | 1% | 1.25 |" in text
-    assert "| 4096x4096 | 1 | cuSPARSELt (algorithm 3) | 10.0 |  | 3.4 | 0% | 0.80 |" in text
+    assert "| 4096x4096 | 1 | linear24 | 6.4 |  | 5.2 | 1% | 2949 | 74% | 1.25 |" in text
+    assert "| 4096x4096 | 1 | cuSPARSELt (algorithm 3) | 10.0 |  | 3.4 | 0% | 1887 | 47% | 0.80 |" in text
     assert "- masks: done in 1 s" in text and "Errors:\n\n- none" in text
     broken = report(masks=[{"what": "nm_mask", "error": "ValueError: wrong"}] * 2)
     assert "Errors:\n\n- masks, nm_mask: ValueError: wrong (2 times)" in "\n\n".join(findings(broken))

@@ -18,7 +18,7 @@ from .log import read
 from .parts import PARTS, TUNE, Part
 from .table import details, render
 
-RESERVE = 10.0  # seconds at the end, for a part that ends late and for writing
+RESERVE = 10 + parts.GRACE  # seconds at the end, for a part that ends late and for writing
 Run = Callable[[Part, Path, float, bool], dict[str, Any]]
 
 

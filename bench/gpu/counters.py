@@ -9,12 +9,11 @@ import sys
 from typing import Any
 
 from .lab import Lab
-from .log import Log, read
+from .log import NOT_MEASURED, Log, read
 
 SHAPE, TOKENS = (4096, 4096), 4096
 # How busy the tensor cores, shared memory and device memory were, at what clocks.
 WANTED = re.compile(r"throughput|pipe_tensor|mem_shared|bank_conflict|duration|cycles_per_second|per_second|registers")
-NOT_MEASURED = "not measured"
 
 
 def measure(lab: Lab, log: Log) -> None:

@@ -2,11 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
-from .table import NOT_MEASURED, named, rows
-
-Row = dict[str, Any]
+from .log import NOT_MEASURED, Row, named, rows
 
 
 def findings(report: Row) -> Iterator[str]:
@@ -46,11 +43,8 @@ def _product(report: Row) -> Iterator[str]:
     for row in report["parts"].get("checks", {}).get("rows", []):
         if "error_norm" in row:
             right = "right" if row["right"] else "WRONG"
-            yield f"{row['name']} {row['shape']}: {right}, relative error {_numbers(row['error_norm'])}"
-
-
-def _numbers(value: Any) -> str:
-    return ", ".join(f"{key} {each:.2g}" for key, each in value.items()) if isinstance(value, dict) else f"{value:.2g}"
+            errors = ", ".join(f"{key} {each:.2g}" for key, each in row["error_norm"].items())
+            yield f"{row['name']} {row['shape']}: {right}, relative error {errors}"
 
 
 def _host(report: Row) -> Iterator[str]:

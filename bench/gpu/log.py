@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Row = dict[str, Any]
+NOT_MEASURED = "not measured"
 
 
 class Log:
@@ -62,7 +64,7 @@ def last_error(text: str) -> str:
     return (raised or lines or ["it said nothing"])[-1][:300]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Row]:
     """The rows of a file; a last line that was cut off is dropped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -71,3 +73,12 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def rows(report: Row, part: str, key: str) -> list[Row]:
+    """The rows of a part that have a key; none where the part did not run."""
+    return [row for row in report["parts"].get(part, {}).get("rows", []) if key in row and "error" not in row]
+
+
+def named(report: Row, part: str, name: str) -> list[Row]:
+    return [row for row in rows(report, part, "name") if row["name"] == name]
