@@ -79,27 +79,47 @@ inline void fold_blocks(float* total, float* spare, int64_t blocks, int64_t widt
   std::copy_n(from, blocks, scores);
 }
 
+// The sums of the columns of a strip of blocks, and room to fold them into scores.
+class StripTotals {
+ public:
+  explicit StripTotals(int64_t width) : width_(width), sums_(new float[2 * width]) {}
+
+  float* sums() { return sums_.get(); }
+
+  // For the `cols` columns of a strip, all that it has of its blocks' `width`.
+  void clear(int64_t cols, int64_t width) {
+    std::fill_n(sums(), cols, -0.0f);  // plus x it is x, even where x is -0.0
+    std::fill(sums() + cols, sums() + width, 0.0f);
+  }
+
+  void score(const BlockStrip& strip, int64_t block_rows, int64_t block_cols, float* scores) {
+    if (strip.rows < block_rows)  // rows of zeros below the edge turn -0.0 to 0.0
+      for (int64_t i = 0; i < strip.cols; ++i) sums_[i] += 0.0f;
+    fold_blocks(sums(), sums() + width_, strip.blocks(block_cols), block_cols, scores);
+  }
+
+ private:
+  int64_t width_;
+  std::unique_ptr<float[]> sums_;
+};
+
 }  // namespace
 
 void block_scores(const BlockScoresArgs& a, int64_t begin, int64_t end) {
   const int64_t wide = (a.cols + a.block_cols - 1) / a.block_cols;
   const int64_t blocks = std::min(wide, std::max<int64_t>(1, kStripEntries / a.block_cols)), width = blocks * a.block_cols;
-  const std::unique_ptr<float[]> buffers(new float[3 * width]);
-  float* total = buffers.get();
+  StripTotals totals(width);
+  const std::unique_ptr<float[]> floats(new float[width]);
   dispatch(a.dtype, [&]<class T>(T*) {
     for_strips(a, begin, end, blocks, [&](const BlockStrip& strip) {
-      const int64_t strip_blocks = (strip.cols + a.block_cols - 1) / a.block_cols;
-      std::fill_n(total, strip.cols, -0.0f);  // plus x it is x, even where x is -0.0
-      std::fill(total + strip.cols, total + strip_blocks * a.block_cols, 0.0f);
+      totals.clear(strip.cols, strip.blocks(a.block_cols) * a.block_cols);
       for (int64_t row = strip.top; row < strip.top + strip.rows; ++row) {
         const T* weight = static_cast<const T*>(a.weight) + row * a.weight_stride + strip.left;
-        add_row(as_floats(weight, total + 2 * width, strip.cols), a.scale ? a.scale + strip.left : nullptr,
-                a.mask ? a.mask + row * a.cols + strip.left : nullptr, total, strip.cols);
+        add_row(as_floats(weight, floats.get(), strip.cols), a.scale ? a.scale + strip.left : nullptr,
+                a.mask ? a.mask + row * a.cols + strip.left : nullptr, totals.sums(), strip.cols);
       }
-      if (strip.rows < a.block_rows)  // rows of zeros below the edge turn -0.0 to 0.0
-        for (int64_t i = 0; i < strip.cols; ++i) total[i] += 0.0f;
-      fold_blocks(total, total + width, strip_blocks, a.block_cols,
-                  a.scores + strip.top / a.block_rows * wide + strip.left / a.block_cols);
+      totals.score(strip, a.block_rows, a.block_cols,
+                   a.scores + strip.top / a.block_rows * wide + strip.left / a.block_cols);
     });
   });
 }

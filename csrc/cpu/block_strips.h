@@ -11,6 +11,8 @@ constexpr int64_t kStripEntries = 4096;  // 16 KB of floats or keys, half the ca
 // Whole blocks, but for the last of a row of blocks.
 struct BlockStrip {
   int64_t top, rows, left, cols;
+
+  int64_t blocks(int64_t block_cols) const { return (cols + block_cols - 1) / block_cols; }
 };
 
 // Walks the block rows [begin, end) in strips of `blocks` blocks.

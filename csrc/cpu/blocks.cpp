@@ -1,4 +1,6 @@
-// Block scores and top-k per block: block_scores, block_topk_mask.
+// Block scores, top-k per block and tiers: block_scores, block_topk_mask, tier_prune.
+#include <tuple>
+
 #include "glue.h"
 
 namespace sparsekit {
@@ -47,10 +49,41 @@ Tensor block_topk_mask(Tensor score, int64_t k, int64_t block_rows, int64_t bloc
   return mask;
 }
 
+std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64_t k, int64_t block_rows,
+                                              int64_t block_cols, std::optional<Tensor> scale,
+                                              std::optional<Tensor> score_scale) {
+  Tensor pruned = empty(weight, shape_of(weight), weight.scalar_type());
+  Tensor mask = empty(weight, shape_of(weight), ScalarType::Bool);
+  Tensor scores = empty(weight, shape_of(tiers), ScalarType::Float);
+  if (weight.numel() == 0) return {pruned, mask, scores};
+  const Rows rows = rows_of(weight);
+  tiers = torch::stable::contiguous(tiers);
+  const TierPruneArgs args{.weight = weight.const_data_ptr(),
+                           .weight_stride = rows.stride,
+                           .tiers = static_cast<const uint8_t*>(tiers.const_data_ptr()),
+                           .scale = contiguous_data<float>(scale),
+                           .score_scale = contiguous_data<float>(score_scale),
+                           .pruned = pruned.mutable_data_ptr(),
+                           .mask = static_cast<bool*>(mask.mutable_data_ptr()),
+                           .scores = static_cast<float*>(scores.mutable_data_ptr()),
+                           .rows = rows.rows,
+                           .cols = rows.cols,
+                           .block_rows = block_rows,
+                           .block_cols = block_cols,
+                           .k = k,
+                           .dtype = dtype_of(weight),
+                           .stream = exceeds_caches(weight.numel() * (1 + weight.element_size()))};
+  const Kernels& table = kernels();
+  torch::stable::parallel_for(0, ceil_div(rows.rows, block_rows), row_grain(rows.cols * block_rows),
+                              [&](int64_t begin, int64_t end) { table.tier_prune(args, begin, end); });
+  return {pruned, mask, scores};
+}
+
 }  // namespace
 }  // namespace sparsekit
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("block_scores", TORCH_BOX(&sparsekit::block_scores));
   m.impl("block_topk_mask", TORCH_BOX(&sparsekit::block_topk_mask));
+  m.impl("tier_prune", TORCH_BOX(&sparsekit::tier_prune));
 }

@@ -166,4 +166,17 @@ void expand64(const T* values, uint64_t kept, T* weight, bool stream) {
 }  // namespace
 }  // namespace sparsekit::SPARSEKIT_LEVEL
 
+#else
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+template <class T>
+void compress64(const T* weight, uint64_t kept, T* values, bool) {
+  for (; kept; kept &= kept - 1) *values++ = weight[std::countr_zero(kept)];
+}
+
+}  // namespace
+}  // namespace sparsekit::SPARSEKIT_LEVEL
+
 #endif

@@ -21,7 +21,8 @@ struct NmArgs {
   void* pruned;  // [rows, cols] of the weight's dtype, may be weight itself; null: mask only
   int64_t pruned_stride;
   const float* scale;  // [cols] or null
-  bool* mask;          // [rows, cols], contiguous
+  bool* mask;          // [rows, cols], contiguous, or null
+  uint8_t* bits;       // [rows, ceil(cols / 8)], contiguous, or null: the same mask, eight columns to a byte
   int64_t cols;
   int n, m;
   DType dtype;
@@ -46,12 +47,46 @@ struct BlockTopkArgs {
   DType dtype;
 };
 
+struct TierPruneArgs {
+  const void* weight;  // [rows, cols]
+  int64_t weight_stride;
+  const uint8_t* tiers;      // [ceil(rows / block_rows), ceil(cols / block_cols)], contiguous
+  const float* scale;        // [cols] or null: what entries are ranked by
+  const float* score_scale;  // [cols] or null
+  void* pruned;              // [rows, cols] of the weight's dtype, contiguous
+  bool* mask;                // [rows, cols], contiguous
+  float* scores;             // of the shape of tiers, contiguous
+  int64_t rows, cols, block_rows, block_cols, k;  // block_cols is a multiple of 4
+  DType dtype;
+  bool stream;
+};
+
+struct TransposableArgs {
+  const void* score;  // [rows, cols]
+  int64_t score_stride;
+  bool* mask;  // [rows, cols], contiguous
+  int64_t rows, cols;
+  DType dtype;
+  bool stream;
+};
+
 struct Pack24Args {
   const void* weight;  // [rows, cols]
   int64_t weight_stride;
   const bool* mask;  // [rows, cols], contiguous, or null
   void* values;      // [rows, 2 * (cols / 4) + cols % 4], contiguous
   uint8_t* bitmask;  // [rows, ceil(cols / 8)], contiguous
+  int64_t cols;
+  DType dtype;
+  bool stream;
+};
+
+struct PrunePack24Args {
+  const void* weight;  // [rows, cols]
+  int64_t weight_stride;
+  const float* scale;  // [cols] or null
+  void* values;        // as of Pack24Args
+  uint8_t* bitmask;
   int64_t cols;
   DType dtype;
   bool stream;
@@ -84,8 +119,12 @@ struct Kernels {
   // Block rows [begin, end).
   void (*block_scores)(const BlockScoresArgs&, int64_t begin, int64_t end);
   void (*block_topk)(const BlockTopkArgs&, int64_t begin, int64_t end);
+  void (*tier_prune)(const TierPruneArgs&, int64_t begin, int64_t end);
+  // Rows [4 * begin, 4 * end), the last of which may be fewer.
+  void (*transposable)(const TransposableArgs&, int64_t begin, int64_t end);
   // Returns the first group that breaks 2:4, as row * (cols / 4) + group, or -1.
   int64_t (*pack24)(const Pack24Args&, int64_t begin, int64_t end);
+  void (*prune_pack24)(const PrunePack24Args&, int64_t begin, int64_t end);
   void (*unpack24)(const Unpack24Args&, int64_t begin, int64_t end);
   void (*linear24)(const Linear24Args&, ParallelFor);
 };

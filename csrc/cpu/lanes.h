@@ -16,6 +16,22 @@ inline void fence() {
 #endif
 }
 
+// Ones in the lowest `count` bits, of 64.
+inline uint64_t low_bits(int64_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
+
+// The first columns of a mask are in the first bytes, whatever the byte order of the machine.
+inline void store_bytes(uint8_t* to, uint64_t bits, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; ++i) to[i] = static_cast<uint8_t>(bits >> 8 * i);
+}
+
+inline void pack_bits(const bool* mask, uint8_t* bits, int64_t cols) {
+  for (int64_t i = 0; i < cols; i += 8) {
+    unsigned byte = 0;
+    for (int64_t j = i; j < std::min(i + 8, cols); ++j) byte |= static_cast<unsigned>(mask[j]) << (j - i);
+    bits[i / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
 // For lane i the lane (i + r) % m of its group.
 template <class Int, int kLanes, int m, int r>
 alignas(64) constexpr std::array<Int, kLanes> rotation = [] {

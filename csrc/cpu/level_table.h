@@ -4,6 +4,9 @@
 #include "linear24_kernel.h"
 #include "nm_kernel.h"
 #include "pack24_kernel.h"
+#include "prune_pack24_kernel.h"
+#include "tier_prune_kernel.h"
+#include "transposable_kernel.h"
 
 #define SPARSEKIT_JOIN_(a, b) a##b
 #define SPARSEKIT_JOIN(a, b) SPARSEKIT_JOIN_(a, b)
@@ -17,7 +20,10 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .nm = SPARSEKIT_LEVEL::nm,
     .block_scores = SPARSEKIT_LEVEL::block_scores,
     .block_topk = SPARSEKIT_LEVEL::block_topk,
+    .tier_prune = SPARSEKIT_LEVEL::tier_prune,
+    .transposable = SPARSEKIT_LEVEL::transposable,
     .pack24 = SPARSEKIT_LEVEL::pack24,
+    .prune_pack24 = SPARSEKIT_LEVEL::prune_pack24,
     .unpack24 = SPARSEKIT_LEVEL::unpack24,
     .linear24 = SPARSEKIT_LEVEL::linear24,
 };

@@ -1,4 +1,4 @@
-// N:M masks and pruning: nm_mask, nm_prune, nm_prune_.
+// N:M masks and pruning: nm_mask, nm_mask_bits, nm_prune, nm_prune_.
 #include <tuple>
 
 #include "glue.h"
@@ -6,23 +6,25 @@
 namespace sparsekit {
 namespace {
 
-// Groups do not cross rows that are whole multiples of m, so a contiguous tensor may be cut anew: many short rows
-// cost no row starts, and one long row is shared by all threads.
+// Groups do not cross rows that are whole multiples of m, nor bytes of bits those of 8, so a contiguous tensor may be
+// cut anew: many short rows cost no row starts, and one long row is shared by all threads.
 void run_flat(NmArgs args, int64_t count) {
-  const int64_t width = 16384 / args.m * args.m, pieces = count / width;
+  const int64_t width = 16384 / (8 * args.m) * (8 * args.m), pieces = count / width;
   const Kernels& table = kernels();
   args.cols = args.weight_stride = args.pruned_stride = width;
   torch::stable::parallel_for(0, pieces, 2, [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
   const int64_t size = args.dtype == DType::F32 ? 4 : 2, done = pieces * width;
   args.weight = static_cast<const char*>(args.weight) + done * size;
   if (args.pruned) args.pruned = static_cast<char*>(args.pruned) + done * size;
-  args.mask += done;
+  if (args.mask) args.mask += done;
+  if (args.bits) args.bits += done / 8;
   args.cols = count - done;
   if (args.cols > 0) table.nm(args, 0, 1);
 }
 
 void run(const NmArgs& args, int64_t rows) {
-  if (!args.scale && args.cols % args.m == 0 && args.weight_stride == args.cols && args.pruned_stride == args.cols)
+  const bool whole = args.cols % args.m == 0 && (!args.bits || args.cols % 8 == 0);
+  if (!args.scale && whole && args.weight_stride == args.cols && args.pruned_stride == args.cols)
     return run_flat(args, rows * args.cols);
   const Kernels& table = kernels();
   torch::stable::parallel_for(0, rows, row_grain(args.cols),
@@ -40,6 +42,7 @@ Tensor masked(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale, 
        .pruned_stride = in_place ? rows.stride : rows.cols,
        .scale = contiguous_data<float>(scale),
        .mask = static_cast<bool*>(mask.mutable_data_ptr()),
+       .bits = nullptr,
        .cols = rows.cols,
        .n = static_cast<int>(n),
        .m = static_cast<int>(m),
@@ -50,6 +53,27 @@ Tensor masked(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale, 
 }
 
 Tensor nm_mask(Tensor score, int64_t n, int64_t m) { return masked(score, n, m, std::nullopt, nullptr); }
+
+Tensor nm_mask_bits(Tensor score, int64_t n, int64_t m) {
+  std::vector<int64_t> shape = shape_of(score);
+  shape.back() = (shape.back() + 7) / 8;
+  Tensor bits = empty(score, shape, ScalarType::Byte);
+  const Rows rows = rows_of(score);
+  run({.weight = score.const_data_ptr(),
+       .weight_stride = rows.stride,
+       .pruned = nullptr,
+       .pruned_stride = rows.cols,
+       .scale = nullptr,
+       .mask = nullptr,
+       .bits = static_cast<uint8_t*>(bits.mutable_data_ptr()),
+       .cols = rows.cols,
+       .n = static_cast<int>(n),
+       .m = static_cast<int>(m),
+       .dtype = dtype_of(score),
+       .stream = false},
+      rows.rows);
+  return bits;
+}
 
 std::tuple<Tensor, Tensor> nm_prune(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale) {
   Tensor pruned = empty(weight, shape_of(weight), weight.scalar_type());
@@ -70,6 +94,7 @@ Tensor nm_prune_(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scal
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("nm_mask", TORCH_BOX(&sparsekit::nm_mask));
+  m.impl("nm_mask_bits", TORCH_BOX(&sparsekit::nm_mask_bits));
   m.impl("nm_prune", TORCH_BOX(&sparsekit::nm_prune));
   m.impl("nm_prune_", TORCH_BOX(&sparsekit::nm_prune_));
 }

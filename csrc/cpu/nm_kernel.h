@@ -12,7 +12,8 @@ struct NmRow {
   const T* weight;
   const float* scale;  // or null
   T* pruned;           // or null
-  bool* mask;
+  bool* mask;          // or null
+  uint8_t* bits;       // or null
   bool stream_mask, stream_pruned;
 };
 
@@ -26,6 +27,7 @@ template <class T>
 void nm_any(const NmRow<T>& row, int64_t cols, int n, int m) {
   constexpr int kGroups = 16;
   int32_t key[32][kGroups] = {}, before[32][kGroups];
+  bool kept[32 * kGroups];
   for (int64_t start = 0; start < cols; start += kGroups * m) {
     const int groups = static_cast<int>(std::min<int64_t>(kGroups, (cols - start) / m));
     for (int lane = 0; lane < groups; ++lane)
@@ -40,11 +42,13 @@ void nm_any(const NmRow<T>& row, int64_t cols, int n, int m) {
           before[j][lane] += 1 - later;
         }
     const int64_t full = start + groups * m, end = std::min<int64_t>(start + kGroups * m, cols);
+    bool* mask = row.mask ? row.mask + start : kept;
     for (int lane = 0; lane < groups; ++lane)
-      for (int i = 0; i < m; ++i) row.mask[start + lane * m + i] = before[i][lane] < n;
-    for (int64_t i = full; i < end; ++i) row.mask[i] = true;
+      for (int i = 0; i < m; ++i) mask[lane * m + i] = before[i][lane] < n;
+    std::fill(mask + (full - start), mask + (end - start), true);
     if (row.pruned)
-      for (int64_t i = start; i < end; ++i) row.pruned[i] = row.mask[i] ? row.weight[i] : T{};
+      for (int64_t i = start; i < end; ++i) row.pruned[i] = mask[i - start] ? row.weight[i] : T{};
+    if (row.bits) pack_bits(mask, row.bits + start / 8, end - start);
   }
 }
 
@@ -89,8 +93,11 @@ void nm_steps(NmRow<T> row, int64_t cols, int n) {
     else
       return keep_and_prune(i);
   };
-  for (int64_t i = 0; i < cols; i += kStep)
-    store_mask(row.mask + i, join(keep16(i), keep16(i + kStep / 2)), row.stream_mask);
+  for (int64_t i = 0; i < cols; i += kStep) {
+    const Keep8 keep = join(keep16(i), keep16(i + kStep / 2));
+    if (row.mask) store_mask(row.mask + i, keep, row.stream_mask);
+    if (row.bits) store_bytes(row.bits + i / 8, bits_of(keep), kStep / 8);
+  }
 }
 
 template <int M, bool kScaled, class T>
@@ -104,14 +111,47 @@ void nm_grouped(const NmRow<T>& row, int64_t cols, int n) {
   T pruned[kStep];
   std::copy_n(row.weight + whole, rest, weight);
   if (kScaled) std::copy_n(row.scale + whole, rest, scale);
-  nm_steps<M, kScaled, T>({weight, scale, pruned, mask, false, false}, kStep, n);
+  nm_steps<M, kScaled, T>({weight, scale, pruned, mask, nullptr, false, false}, kStep, n);
   std::fill(mask + full, mask + rest, true);
   std::copy(weight + full, weight + rest, pruned + full);
-  std::copy_n(mask, rest, row.mask + whole);
+  if (row.mask) std::copy_n(mask, rest, row.mask + whole);
+  if (row.bits) pack_bits(mask, row.bits + whole / 8, rest);
   if (row.pruned) std::copy_n(pruned, rest, row.pruned + whole);
 }
 
 #endif
+
+// Which of 64 columns 2:4 keeps, the first in the lowest bit. kScaled: a scale is given.
+template <bool kScaled, class T>
+uint64_t kept24(const T* weight, const float* scale) {
+  const NmRow<T> row{weight, kScaled ? scale : nullptr, nullptr, nullptr, nullptr, false, false};
+  uint64_t bits = 0;
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+  const auto keep16 = [&](int i) {
+    if constexpr (sizeof(T) == 4)
+      return join(nm_keep_at<4, kScaled>(row, i, 2), nm_keep_at<4, kScaled>(row, i + Keys32::kLanes, 2));
+    else
+      return nm_keep_at<4, kScaled>(row, i, 2);
+  };
+  for (int i = 0; i < 64; i += kStep) bits |= uint64_t{bits_of(join(keep16(i), keep16(i + kStep / 2)))} << i;
+#else
+  bool mask[64];
+  nm_any<T>({row.weight, row.scale, nullptr, mask, nullptr, false, false}, 64, 2, 4);
+  for (int i = 0; i < 64; ++i) bits |= uint64_t{mask[i]} << i;
+#endif
+  return bits;
+}
+
+// The same of fewer columns: what is left over of groups is kept, and bits past the last column are 0.
+template <bool kScaled, class T>
+uint64_t kept24(const T* weight, const float* scale, int64_t cols) {
+  T padded[64] = {};
+  float padded_scale[64] = {};
+  std::copy_n(weight, cols, padded);
+  if (kScaled) std::copy_n(scale, cols, padded_scale);
+  const uint64_t full = low_bits(cols / 4 * 4);
+  return (kept24<kScaled>(padded, padded_scale) & full) | (low_bits(cols) & ~full);
+}
 
 template <class T>
 void nm_row(const NmRow<T>& row, int64_t cols, int n, int m) {
@@ -129,10 +169,11 @@ void nm(const NmArgs& a, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* weight = static_cast<const T*>(a.weight) + i * a.weight_stride;
       T* pruned = a.pruned ? static_cast<T*>(a.pruned) + i * a.pruned_stride : nullptr;
-      bool* mask = a.mask + i * a.cols;
+      bool* mask = a.mask ? a.mask + i * a.cols : nullptr;
+      uint8_t* bits = a.bits ? a.bits + i * ((a.cols + 7) / 8) : nullptr;
       const bool past_caches = a.stream && pruned != weight;  // in place, the caches hold the line already
-      nm_row<T>({weight, a.scale, pruned, mask, a.stream && aligned(mask), past_caches && aligned(pruned)}, a.cols,
-                a.n, a.m);
+      nm_row<T>({weight, a.scale, pruned, mask, bits, a.stream && aligned(mask), past_caches && aligned(pruned)},
+                a.cols, a.n, a.m);
     }
   });
   if (a.stream) fence();

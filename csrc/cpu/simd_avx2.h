@@ -103,12 +103,47 @@ inline Keep8 join(Keep16 low, Keep16 high) {
   return {_mm256_permute4x64_epi64(_mm256_packs_epi16(low.lanes, high.lanes), 0xd8)};
 }
 
+inline uint32_t bits_of(Keep8 keep) { return static_cast<uint32_t>(_mm256_movemask_epi8(keep.lanes)); }
 inline void store_mask(bool* to, Keep8 keep, bool stream) {
   store(to, _mm256_and_si256(keep.lanes, _mm256_set1_epi8(1)), stream);
 }
 template <class Keep>
 void store_kept(void* to, const void* from, Keep keep, bool stream) {
   store(to, _mm256_and_si256(load(from), keep.lanes), stream);
+}
+
+// The lanes of entries [i, i + lanes) from bits, as many as a vector of T holds.
+template <class T, int i>
+auto keep_bits(uint64_t bits) {
+  if constexpr (sizeof(T) == 4) {
+    const __m256i bit = _mm256_slli_epi32(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), i % 32);
+    const __m256i half = _mm256_set1_epi32(static_cast<int>(bits >> i / 32 * 32));
+    return Keep32{_mm256_cmpeq_epi32(_mm256_and_si256(half, bit), bit)};
+  } else {
+    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+    const __m256i quarter = _mm256_set1_epi16(static_cast<int16_t>(bits >> i));
+    return Keep16{_mm256_cmpeq_epi16(_mm256_and_si256(quarter, bit), bit)};
+  }
+}
+
+// 64 bits as bytes.
+inline void store_mask64(bool* to, uint64_t bits, bool stream) {
+  const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  for (int i = 0; i < 64; i += 32) {
+    const __m256i half = _mm256_set1_epi32(static_cast<int>(bits >> i));
+    const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(half, byte), bit);
+    store(to + i, _mm256_min_epu8(set, _mm256_set1_epi8(1)), stream);
+  }
+}
+
+// total += the magnitudes, times the scale, of the lanes to keep.
+template <bool kScaled, class T>
+void add_kept(const T* weight, Keep32 keep, const float* scale, float* total) {
+  __m256 score = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), load_floats(weight));
+  if constexpr (kScaled) score = _mm256_mul_ps(score, _mm256_loadu_ps(scale));
+  score = _mm256_and_ps(score, _mm256_castsi256_ps(keep.lanes));
+  _mm256_storeu_ps(total, _mm256_add_ps(_mm256_loadu_ps(total), score));
 }
 
 }  // namespace

@@ -101,6 +101,7 @@ inline Keep16 less(Keys16 count, int n) {
 inline Keep16 join(Keep32 low, Keep32 high) { return {_mm512_kunpackw(high.bits, low.bits)}; }
 inline Keep8 join(Keep16 low, Keep16 high) { return {_mm512_kunpackd(high.bits, low.bits)}; }
 
+inline uint64_t bits_of(Keep8 keep) { return keep.bits; }
 inline void store_mask(bool* to, Keep8 keep, bool stream) {
   store(to, _mm512_maskz_mov_epi8(keep.bits, _mm512_set1_epi8(1)), stream);
 }
@@ -109,6 +110,28 @@ inline void store_kept(void* to, const void* from, Keep32 keep, bool stream) {
 }
 inline void store_kept(void* to, const void* from, Keep16 keep, bool stream) {
   store(to, _mm512_maskz_mov_epi16(keep.bits, load(from)), stream);
+}
+
+// The lanes of entries [i, i + lanes) from bits, as many as a vector of T holds.
+template <class T, int i>
+auto keep_bits(uint64_t bits) {
+  if constexpr (sizeof(T) == 4)
+    return Keep32{static_cast<__mmask16>(bits >> i)};
+  else
+    return Keep16{static_cast<__mmask32>(bits >> i)};
+}
+
+// 64 bits as bytes.
+inline void store_mask64(bool* to, uint64_t bits, bool stream) { store_mask(to, Keep8{bits}, stream); }
+
+// total += the magnitudes, times the scale, of the lanes to keep.
+template <bool kScaled, class T>
+void add_kept(const T* weight, Keep32 keep, const float* scale, float* total) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(load_floats(weight)), _mm512_set1_epi32(0x7fffffff));
+  __m512 score = _mm512_castsi512_ps(bits);
+  if constexpr (kScaled) score = _mm512_mul_ps(score, _mm512_loadu_ps(scale));
+  score = _mm512_castsi512_ps(_mm512_maskz_mov_epi32(keep.bits, _mm512_castps_si512(score)));
+  _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), score));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The packed 2:4 format and its linear layer: pack24, unpack24, linear24.
+// The packed 2:4 format and its linear layer: pack24, prune_pack24, unpack24, linear24.
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -54,6 +54,25 @@ std::tuple<Tensor, Tensor> pack24(Tensor weight, std::optional<Tensor> mask, boo
   return {values, bitmask};
 }
 
+std::tuple<Tensor, Tensor> prune_pack24(Tensor weight, std::optional<Tensor> scale) {
+  const int64_t cols = weight.size(1);
+  Tensor values = empty(weight, {weight.size(0), values_per_row(cols)}, weight.scalar_type());
+  Tensor bitmask = empty(weight, {weight.size(0), bytes_per_row(cols)}, ScalarType::Byte);
+  const Rows rows = rows_of(weight);
+  const PrunePack24Args args{.weight = weight.const_data_ptr(),
+                             .weight_stride = rows.stride,
+                             .scale = contiguous_data<float>(scale),
+                             .values = values.mutable_data_ptr(),
+                             .bitmask = static_cast<uint8_t*>(bitmask.mutable_data_ptr()),
+                             .cols = cols,
+                             .dtype = dtype_of(weight),
+                             .stream = exceeds_caches(values.numel() * values.element_size())};
+  const Kernels& table = kernels();
+  torch::stable::parallel_for(0, rows.rows, row_grain(cols),
+                              [&](int64_t begin, int64_t end) { table.prune_pack24(args, begin, end); });
+  return {values, bitmask};
+}
+
 Tensor unpack24(Tensor values, Tensor bitmask, int64_t cols) {
   Tensor weight = empty(values, {values.size(0), cols}, values.scalar_type());
   if (weight.numel() == 0) return weight;
@@ -103,6 +122,7 @@ Tensor linear24(Tensor x, Tensor values, Tensor bitmask, std::optional<Tensor> b
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("pack24", TORCH_BOX(&sparsekit::pack24));
+  m.impl("prune_pack24", TORCH_BOX(&sparsekit::prune_pack24));
   m.impl("unpack24", TORCH_BOX(&sparsekit::unpack24));
   m.impl("linear24", TORCH_BOX(&sparsekit::linear24));
 }

@@ -1,0 +1,127 @@
+// Transposable 2:4 masks: the best of the 90 patterns of every 4x4 tile, one tile to a lane.
+//
+// Two rows leave one, two or six ways to complete a pattern with the other two. A sum rounds monotonically, so the best
+// total of a first half is reached by the best of its second halves: 36 totals are compared instead of 90, in the order
+// of the patterns. Which second half reached it first is told afterwards.
+#pragma once
+
+#include "nm_kernel.h"
+#include "tiles.h"
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+// The columns that a row can keep, as bits, in lexicographic order; 5 - i are the columns that i does not keep.
+constexpr int kPairs[6] = {0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100};
+
+// What row 2 and row 3 keep, in the first pattern whose rows 0 and 1 keep the pairs p and q. Where p and q share one
+// column, the only other pattern exchanges the two.
+struct Half {
+  int row2, row3;
+};
+constexpr Half completion(int p, int q) {
+  for (int row2 = 0; row2 < 6; ++row2)
+    for (int row3 = 0; row3 < 6; ++row3)
+      if ((kPairs[row2] & kPairs[row3]) == (15 & ~(kPairs[p] | kPairs[q])) &&
+          (kPairs[row2] | kPairs[row3]) == (15 & ~(kPairs[p] & kPairs[q])))
+        return {row2, row3};
+  return {};
+}
+
+// The sums of the magnitudes that each row keeps of each pair.
+using RowSums = TileFloats[4][6];
+
+struct BestPattern {
+  TileFloats total;
+  TileFloats first;  // the total with the first completion; where rows 0 and 1 are complements, without one
+  TileInts kept;     // the columns kept, four bits a row; there without rows 2 and 3
+};
+
+template <int p, int q>
+void consider(const RowSums& sums, const TileFloats& any_complements, BestPattern& best) {
+  constexpr bool kComplements = q == 5 - p;
+  constexpr Half kHalf = completion(p, q);
+  constexpr int kTop = kPairs[p] | kPairs[q] << 4, kBottom = kPairs[kHalf.row2] << 8 | kPairs[kHalf.row3] << 12;
+  const TileFloats top = sums[0][p] + sums[1][q], bottom = sums[2][kHalf.row2] + sums[3][kHalf.row3];
+  TileFloats best_bottom = kComplements ? any_complements : bottom;
+  if constexpr (!kComplements && p != q) best_bottom = larger(bottom, sums[2][kHalf.row3] + sums[3][kHalf.row2]);
+  const TileFloats total = top + best_bottom, first = kComplements ? top : top + bottom;
+  const TileInts better = as_ints(total) > as_ints(best.total);
+  best.total = larger(total, best.total);
+  best.first = select(better, first, best.first);
+  best.kept = better ? TileInts{} + (kComplements ? kTop : kTop | kBottom) : best.kept;
+}
+
+// The bits of the best pattern of every tile, row 0 in the lowest four.
+inline TileInts best_pattern(const RowSums& sums) {
+  TileFloats complements[6], any_complements = sums[2][0] + sums[3][5];
+  for (int pair = 0; pair < 6; ++pair) {
+    complements[pair] = sums[2][pair] + sums[3][5 - pair];
+    any_complements = larger(any_complements, complements[pair]);
+  }
+  BestPattern best{TileFloats{} - 1, {}, {}};
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (consider<i / 6, i % 6>(sums, any_complements, best), ...);
+  }(std::make_integer_sequence<int, 36>());
+  TileInts below{};
+  for (int pair = 5; pair >= 0; --pair) {
+    const TileInts reaches = as_ints(best.first + complements[pair]) == as_ints(best.total);
+    below = reaches ? TileInts{} + (kPairs[pair] << 8 | kPairs[5 - pair] << 12) : below;
+  }
+  const TileInts exchanged = (best.kept & 0xff) | (best.kept & 0xf00) << 4 | (best.kept & 0xf000) >> 4;
+  const TileInts completed = as_ints(best.first) < as_ints(best.total) ? exchanged : best.kept;
+  return best.kept < 0x100 ? best.kept | below : completed;
+}
+
+// A tile to each lane: 4 rows of 4 * kLanes columns.
+template <class T>
+void mask_tiles(const T* score, int64_t stride, bool* mask, int64_t mask_stride, bool stream) {
+  RowSums sums;
+  for (int row = 0; row < 4; ++row) {
+    TileInts magnitude[4];
+    load_tiles(score + row * stride, magnitude);
+    int pair = 0;
+    for (int lower = 0; lower < 4; ++lower)
+      for (int upper = lower + 1; upper < 4; ++upper)
+        sums[row][pair++] = as_floats(magnitude[lower]) + as_floats(magnitude[upper]);
+  }
+  const TileInts kept = best_pattern(sums);
+  for (int row = 0; row < 4; ++row) store_tiles(mask + row * mask_stride, kept >> 4 * row & 15, stream);
+}
+
+}  // namespace
+
+void transposable(const TransposableArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t kStrip = 4 * kLanes;
+  const int64_t full = a.cols / 4 * 4, whole = full / kStrip * kStrip, rest = full - whole;
+  dispatch(a.dtype, [&]<class T>(T*) {
+    for (int64_t top = 4 * begin; top < std::min(4 * end, a.rows); top += 4) {
+      const T* score = static_cast<const T*>(a.score) + top * a.score_stride;
+      bool* mask = a.mask + top * a.cols;
+      if (a.rows - top < 4) {
+        for (int64_t row = 0; row < a.rows - top; ++row)
+          nm_row<T>({score + row * a.score_stride, nullptr, nullptr, mask + row * a.cols, nullptr, false, false}, a.cols,
+                    2, 4);
+        break;
+      }
+      const bool stream = a.stream && aligned(mask) && a.cols % 64 == 0;
+      for (int64_t i = 0; i < whole; i += kStrip) mask_tiles(score + i, a.score_stride, mask + i, a.cols, stream);
+      if (rest > 0) {
+        T padded[4 * kStrip] = {};
+        alignas(64) bool tiles[4 * kStrip];
+        for (int row = 0; row < 4; ++row) std::copy_n(score + row * a.score_stride + whole, rest, padded + row * kStrip);
+        mask_tiles(padded, kStrip, tiles, kStrip, false);
+        for (int row = 0; row < 4; ++row) std::copy_n(tiles + row * kStrip, rest, mask + row * a.cols + whole);
+      }
+      for (int64_t i = full; i < a.cols; ++i) {
+        const T column[4] = {score[i], score[a.score_stride + i], score[2 * a.score_stride + i],
+                             score[3 * a.score_stride + i]};
+        const uint64_t kept = kept24<false>(column, nullptr, 4);
+        for (int row = 0; row < 4; ++row) mask[row * a.cols + i] = kept >> row & 1;
+      }
+    }
+  });
+  if (a.stream) fence();
+}
+
+}  // namespace sparsekit::SPARSEKIT_LEVEL
