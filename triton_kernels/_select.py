@@ -19,6 +19,15 @@ def magnitude_key(x):
 
 
 @triton.jit
+def score_key(x, scale):
+    """The key of ``abs(x) * scale``, one fp32 product; of ``x`` itself where ``scale`` is None."""
+    x = widen(x)
+    if scale is not None:
+        x = tl.abs(x) * scale
+    return magnitude_key(x)
+
+
+@triton.jit
 def _majority(a, b, c):
     return ((a ^ b) & (a ^ c)) ^ a  # in this form it becomes the fewest three-input logic instructions
 

@@ -15,6 +15,11 @@ from ._define import LIBRARY
 NATIVE = _native.load()
 # The file of triton_kernels whose launcher, named as the op, answers it on GPUs.
 TRITON: dict[str, str] = {
+    "nm_mask": "nm",
+    "nm_mask_bits": "nm",
+    "nm_prune": "nm",
+    "nm_prune_": "nm",
+    "transposable_mask": "transposable",
     "pack24": "sparse24",
     "unpack24": "sparse24",
     "prune_pack24": "sparse24",

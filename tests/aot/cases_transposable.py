@@ -1,0 +1,11 @@
+import torch
+
+from sparsekit.triton_kernels.transposable import transposable_mask
+
+from .case import Case, meta
+
+CASES = [
+    Case("bf16", lambda: transposable_mask(meta(4096, 4096)), loads=16, stores=8),
+    Case("fp32", lambda: transposable_mask(meta(4096, 4096, dtype=torch.float32)), loads=16, stores=4),
+    Case("odd", lambda: transposable_mask(meta(6, 4099)), hot=False),
+]

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, ties
+
+from sparsekit.ops.nm import nm_mask_bits_reference, nm_prune_reference
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),  # NumPy, interpreting
+]
+kernels = pytest.importorskip("sparsekit.triton_kernels.nm")
+fast = pytest.importorskip("sparsekit.triton_kernels._nm24")
+
+PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 1), (1, 2), (4, 8), (16, 32), (2, 5), (3, 3), (7, 31)]
+SHAPES = [(0,), (3,), (37,), (3, 0), (0, 8), (1, 1), (2, 3, 12), (7, 64), (5, 259), (3, 1032)]
+
+
+def pattern_id(pattern):
+    return f"{pattern[0]}of{pattern[1]}"
+
+
+def shape_id(shape):
+    return "x".join(map(str, shape))
+
+
+def check(base, gpu, n, m, scale=None, layout=torch.Tensor.contiguous):
+    """Every launcher against the reference, on a weight that the layout made of ``base``."""
+    pruned, mask = nm_prune_reference(base, n, m, scale)
+    on_gpu = None if scale is None else scale.to(gpu)
+    weight = layout(base.to(gpu))
+    poison(mask, pruned)
+    got, its_mask = kernels.nm_prune(weight, n, m, on_gpu)
+    assert_same(got.cpu(), pruned)
+    assert_same(its_mask.cpu(), mask)
+    if scale is None:
+        assert_same(kernels.nm_mask(weight, n, m).cpu(), mask)
+        assert_same(kernels.nm_mask_bits(weight, n, m).cpu(), nm_mask_bits_reference(base, n, m))
+    assert_same(kernels.nm_prune_(weight, n, m, on_gpu).cpu(), mask)
+    assert_same(weight.cpu().contiguous(), pruned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_literal(gpu, dtype):
+    weight = torch.tensor([[1, -4, 3, 2, 5, 5, 5, 5], [8, 7, 6, 9, 0, -0.0, 1, 2]], dtype=dtype, device=gpu)
+    scale = torch.tensor([10, 1, 1, 0.25, 1, 1, 2, 3], device=gpu)
+    assert kernels.nm_mask(weight, 2, 4).int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0], [1, 0, 0, 1, 0, 0, 1, 1]]
+    assert kernels.nm_mask_bits(weight, 2, 4).tolist() == [[0b00110110], [0b11001001]]
+    pruned, mask = kernels.nm_prune(weight, 2, 4, scale)
+    assert mask.int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0, 1, 1]]
+    assert pruned.tolist() == [[1, -4, 0, 0, 0, 0, 5, 5], [8, 7, 0, 0, 0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_shapes(gpu, dtype, shape):
+    check(hostile(*shape, dtype=dtype), gpu, 2, 4)
+    check(hostile(*shape, dtype=dtype), gpu, 2, 4, hostile(shape[-1]))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=pattern_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("cols", [64, 75])
+def test_patterns(gpu, dtype, pattern, cols):
+    check(hostile(5, cols, dtype=dtype), gpu, *pattern)
+    check(ties(5, cols, dtype=dtype), gpu, *pattern, hostile(cols))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+def test_every_kind_of_nan(gpu, dtype):
+    # Payloads differ: what ranks NaNs by their bits gets these groups wrong.
+    nan = torch.finfo(dtype).max
+    bits = torch.tensor([torch.inf, nan], dtype=dtype).view(torch.int16)
+    inf, largest = bits.tolist()
+    some = torch.tensor([inf + 1, 0x7FFF, inf + 3, inf, largest, 0], dtype=torch.int16)
+    groups = some[torch.cartesian_prod(*[torch.arange(6)] * 4)]  # every group of these six
+    sign = torch.where(torch.rand(groups.shape) < 0.5, -0x8000, 0).to(torch.int16)
+    check((groups ^ sign).view(dtype).view(-1, 48), gpu, 2, 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(6, 40), (4, 3, 21)], ids=shape_id)
+def test_any_strides(gpu, layout, dtype, shape):
+    for scale in (None, hostile(shape[-1])):
+        check(ties(*shape, dtype=dtype), gpu, 2, 4, scale, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("offset", [1, 4])
+def test_contiguous_but_misaligned(gpu, dtype, offset):
+    def window(base):
+        return torch.cat([base.new_zeros(offset), base.flatten()])[offset:].view(base.shape)
+
+    for scale in (None, hostile(24)):
+        check(hostile(5, 24, dtype=dtype), gpu, 2, 4, scale, window)
+    strided = torch.stack([torch.rand(24), torch.full((24,), torch.nan)], 1)[:, 0]
+    check(hostile(5, 24, dtype=dtype), gpu, 2, 4, strided)
+
+
+def test_prune_in_place_leaves_the_neighbors(gpu):
+    larger = torch.randn(6, 40, device=gpu)
+    before, window = larger.clone(), (slice(1, 4), slice(3, 35))
+    kernels.nm_prune_(larger[window], 2, 4, None)
+    assert torch.equal(larger[window].cpu(), nm_prune_reference(before[window].cpu(), 2, 4, None)[0])
+    larger[window] = before[window]
+    assert torch.equal(larger, before)
+
+
+CONFIGS = [(table, name) for table in (fast.PAIRS, fast.SCALED, kernels.TILES) for name in table.configs]
+
+
+@pytest.mark.parametrize("table, name", CONFIGS, ids=lambda value: getattr(value, "kernel", value))
+def test_every_configuration(gpu, table, name):
+    # More than one block along every axis, and blocks that are not full.
+    general = table is kernels.TILES
+    weight = ties(5, 1032 if general else 2056).to(torch.float32 if general else torch.bfloat16)
+    scale = None if table is fast.PAIRS else torch.rand(weight.shape[1])
+    with table.force(name):
+        check(weight, gpu, 2, 4, scale)

@@ -1,0 +1,93 @@
+"""2:4 masks in both directions, by trying every pattern of a 4x4 tile."""
+
+from itertools import combinations, product
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _select
+from ._launch import Table, on
+from .nm import nm_mask
+
+PAIRS = tuple(combinations(range(4), 2))
+# The 90 patterns in lexicographic order: the pair that every row keeps, then the tile's 16 bits, row by row.
+PATTERNS = tl.constexpr(
+    tuple(
+        (*rows, sum(1 << (4 * row + column) for row, pair in enumerate(rows) for column in PAIRS[pair]))
+        for rows in product(range(len(PAIRS)), repeat=4)
+        if all(sum(column in PAIRS[pair] for pair in rows) == 2 for column in range(4))
+    )
+)
+TABLE = Table(
+    "transposable",
+    {
+        "512x2": {"COLS": 512, "num_warps": 2},
+        "1024x4": {"COLS": 1024, "num_warps": 4},
+        "512x4": {"COLS": 512, "num_warps": 4},
+    },
+    default={"any": "1024x4"},
+)
+
+
+@triton.jit
+def _row(x_ptr, inside):
+    """The magnitudes of one row of the tiles, NaN as Inf, and their sums by pairs of columns."""
+    bits = _select.widen(tl.load(x_ptr, mask=inside, other=0.0)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    x0, x1, x2, x3 = _select.split4(tl.minimum(bits, 0x7F800000).to(tl.float32, bitcast=True))
+    return x0 + x1, x0 + x2, x0 + x3, x1 + x2, x1 + x3, x2 + x3
+
+
+@triton.jit
+def _transposable_kernel(x_ptr, mask_ptr, units, tiles, UNIT: tl.constexpr, COLS: tl.constexpr):
+    """``COLS / 4`` of the ``tiles`` of a row of tiles; the matrix has ``units * UNIT`` columns."""
+    cols = units * UNIT
+    blocks = tl.cdiv(tiles * 4, COLS)
+    col0 = tl.program_id(0) % blocks * COLS
+    start = (tl.program_id(0) // blocks).to(tl.int64) * 4 * cols + col0
+    col = tl.arange(0, COLS)
+    inside = col < tiles * 4 - col0
+    x_ptr += start + col
+    row0 = _row(x_ptr, inside)
+    row1 = _row(x_ptr + cols, inside)
+    row2 = _row(x_ptr + 2 * cols, inside)
+    row3 = _row(x_ptr + 3 * cols, inside)
+    best = tl.full([COLS // 4], -1, tl.int32)
+    kept = tl.zeros([COLS // 4], tl.int32)
+    for i in tl.static_range(90):
+        value = (row0[PATTERNS[i][0]] + row1[PATTERNS[i][1]]) + (row2[PATTERNS[i][2]] + row3[PATTERNS[i][3]])
+        value = value.to(tl.int32, bitcast=True)  # not negative: the same order, and 61 registers instead of 96
+        stays = best >= value
+        best = tl.where(stays, best, value)
+        kept = tl.where(stays, kept, PATTERNS[i][4])
+    for row in tl.static_range(4):
+        bits = kept >> (4 * row)
+        if UNIT % 4 == 0:  # four bytes are stored as one word
+            word = ((bits & 15) * 0x00204081) & 0x01010101
+            words = mask_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (start + row * cols) // 4
+            tile = tl.arange(0, COLS // 4)
+            tl.store(words + tile, word, mask=tile < tiles - col0 // 4)
+        else:
+            mask = _select.join4(bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1)
+            tl.store(mask_ptr + start + row * cols + col, mask != 0, mask=inside)
+
+
+def transposable_mask(score: Tensor) -> Tensor:
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    score = score.contiguous()
+    rows, cols = (size // 4 * 4 for size in score.shape)
+    if rows < score.shape[0] or cols < score.shape[1]:
+        mask[rows:, :cols] = nm_mask(score[rows:, :cols], 2, 4)
+        mask[:rows, cols:] = nm_mask(score[:rows, cols:].t(), 2, 4).t()
+        mask[rows:, cols:] = True
+    if rows * cols == 0:
+        return mask
+    config = dict(TABLE.config(score, "any"))
+    config["COLS"] = min(triton.next_power_of_2(cols), config["COLS"])
+    unit = gcd(score.shape[1], 32)
+    grid = (rows // 4 * triton.cdiv(cols, config["COLS"]),)
+    with on(score):
+        _transposable_kernel[grid](score, mask, score.shape[1] // unit, cols // 4, UNIT=unit, **config)
+    return mask
