@@ -1,0 +1,54 @@
+"""What compress_ returns, measured again: never slower than dense, whatever the shape of a real layer."""
+
+import copy
+import statistics
+import time
+
+import pytest
+import torch
+from helpers import dtype_id
+from torch import nn
+
+import sparsekit as sk
+from bench import shapes
+
+TOKENS = (1, 16, 128)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [
+    pytest.param(shape, dtype, marks=[pytest.mark.slow] if shape in shapes.LARGE else [])
+    for shape in shapes.LINEAR
+    for dtype in (DTYPES if shape not in shapes.LARGE else DTYPES[:2])
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), CASES, ids=lambda x: shapes.name(x) if isinstance(x, tuple) else dtype_id(x)
+)
+def test_never_slower_than_dense(shape, dtype):
+    """Module against module, in turns, at every token count; the best of three tries, for a noisy machine."""
+    rows, cols = shape
+    model = nn.Sequential(nn.Linear(cols, rows)).eval().to(dtype)
+    sk.prune_(model, sk.Magnitude("2:4"))
+    dense, batches = copy.deepcopy(model), [torch.randn(tokens, cols).to(dtype) for tokens in TOKENS]
+    report = sk.compress_(model, batches, budget=0.3)
+    if not report.swapped:
+        assert type(model[0]) is nn.Linear
+        pytest.skip(f"nothing was faster than dense: {report.layers[0].reason}")
+    for x in batches:
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), dense(x), rtol=5e-2, atol=5e-2)
+            ratios = []
+            while len(ratios) < 3 and max(ratios, default=0) < 0.97:
+                ratios.append(paired_ratio(dense, model, x))
+        assert max(ratios) >= 0.97, f"{ratios} at {len(x)} tokens, compress_ measured {report.layers[0].timing(len(x))}"
+
+
+def paired_ratio(dense, model, x):
+    ratios, begin = [], time.perf_counter()
+    while len(ratios) < 9 or (time.perf_counter() - begin < 0.2 and len(ratios) < 99):
+        start = time.perf_counter()
+        dense(x)
+        middle = time.perf_counter()
+        model(x)
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    return statistics.median(ratios)
