@@ -6,10 +6,13 @@ import triton.language as tl
 from ._launch import Config
 
 
+MOST = 65535  # programs along the second axis of a grid
+
+
 def tiles(rows: int, cols: int, config: Config) -> tuple[int, int, int]:
-    """The grid of a kernel's tiles, columns first; the second axis of a grid ends at 65535, so rows may take two."""
+    """The grid of a kernel's tiles: columns, then rows, which take a third axis where the second ends."""
     down = triton.cdiv(rows, config["BLOCK_ROWS"])
-    layers = triton.cdiv(down, 65535)
+    layers = triton.cdiv(down, MOST)
     return triton.cdiv(cols, config["BLOCK_COLS"]), triton.cdiv(down, layers), layers
 
 
