@@ -65,7 +65,7 @@ def first_entry(cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCKS
 
 
 @triton.jit
-def _inside(row, col, top, left, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, UNIT: tl.constexpr):
+def inside(row, col, top, left, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, UNIT: tl.constexpr):
     return (row < tl.minimum(rows - top, BLOCK_ROWS)) & (col < BLOCK_COLS // UNIT) & (left // UNIT + col < cols // UNIT)
 
 
@@ -96,7 +96,7 @@ def load_slices(
         if WHOLE:
             entries = tl.load(at)
         else:
-            entries = tl.load(at, _inside(row, col, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, UNIT), 0)
+            entries = tl.load(at, inside(row, col, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, UNIT), 0)
         if UNIT == 2:
             word = entries.to(tl.uint32)
             even, odd = word & 0xFFFF, word >> 16
@@ -139,7 +139,7 @@ def store_mask(
         if WHOLE:
             tl.store(at, entries)
         else:
-            tl.store(at, entries, _inside(row, col, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, UNIT))
+            tl.store(at, entries, inside(row, col, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, UNIT))
 
 
 def as_bits(matrix: Tensor, block_cols: int) -> tuple[Tensor, int]:
