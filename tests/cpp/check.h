@@ -123,11 +123,23 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
+// A mask of bytes as the bits of every row.
+inline std::vector<char> as_bits(const std::vector<char>& mask, int64_t rows, int64_t cols) {
+  std::vector<char> bits(static_cast<size_t>(rows * ((cols + 7) / 8)), 0);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t col = 0; col < cols; ++col)
+      bits[row * ((cols + 7) / 8) + col / 8] |= static_cast<char>(mask[row * cols + col] << col % 8);
+  return bits;
+}
+
 inline constexpr DType kDTypes[] = {DType::F32, DType::F16, DType::BF16};
 
 }  // namespace check
 
 void test_nm();
 void test_pack24();
+void test_prune_pack24();
 void test_blocks();
+void test_tiers();
+void test_transposable();
 void test_linear24();

@@ -30,7 +30,9 @@ int main() {
   for (const auto* level : check::levels()) std::printf(" %s", level->level);
   std::printf("\n");
   const std::pair<const char*, void (*)()> tests[] = {
-      {"nm", test_nm}, {"pack24", test_pack24}, {"blocks", test_blocks}, {"linear24", test_linear24}};
+      {"nm", test_nm},         {"pack24", test_pack24},           {"prune_pack24", test_prune_pack24},
+      {"blocks", test_blocks}, {"tiers", test_tiers},             {"transposable", test_transposable},
+      {"linear24", test_linear24}};
   for (const auto& [name, test] : tests) {
     const int before = check::failures;
     test();

@@ -13,7 +13,7 @@ struct Case {
   DType dtype;
   int n, m;
   int64_t rows, cols, padding;
-  bool scaled, in_place, prune, stream;
+  bool scaled, in_place, prune, mask, bits, stream;
   Flush flush;
   Values values;
 };
@@ -22,6 +22,7 @@ std::string describe(const Kernels& level, const Case& c) {
   return std::string("nm ") + level.level + " " + name(c.dtype) + " " + std::to_string(c.n) + ":" +
          std::to_string(c.m) + " [" + std::to_string(c.rows) + ", " + std::to_string(c.cols) + "+" +
          std::to_string(c.padding) + "]" + (c.scaled ? " scaled" : "") + (c.in_place ? " in place" : "") +
+         (c.mask ? " to bools" : "") + (c.bits ? " to bits" : "") +
          (c.stream ? " stream" : "") + (c.flush == Flush::End ? " end" : " begin") + " values " +
          std::to_string(static_cast<int>(c.values));
 }
@@ -52,7 +53,7 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
   const size_t size = size_of(c.dtype);
   const int64_t stride = c.cols + c.padding, span = (c.rows - 1) * stride + c.cols;
   Buffer weight(span * size, c.flush), scale(c.cols * 4, c.flush), mask(c.rows * c.cols, c.flush),
-      copy(c.rows * c.cols * size, c.flush);
+      bits(c.rows * ((c.cols + 7) / 8), c.flush), copy(c.rows * c.cols * size, c.flush);
   random.fill(weight.data(), span, c.dtype, c.values);
   random.fill(scale.data(), c.cols, DType::F32, c.values == Values::Bits ? Values::Bits : Values::Special);
   const std::vector<char> before = weight.copy();
@@ -64,7 +65,8 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
                     .pruned = c.prune ? pruned.data() : nullptr,
                     .pruned_stride = pruned_stride,
                     .scale = c.scaled ? scale.as<float>() : nullptr,
-                    .mask = mask.as<bool>(),
+                    .mask = c.mask ? mask.as<bool>() : nullptr,
+                    .bits = c.bits ? bits.as<uint8_t>() : nullptr,
                     .cols = c.cols,
                     .n = c.n,
                     .m = c.m,
@@ -72,7 +74,8 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
                     .stream = c.stream};
   level.nm(args, c.rows / 2, c.rows);
   level.nm(args, 0, c.rows / 2);
-  expect(std::memcmp(mask.data(), want.data(), want.size()) == 0, describe(level, c) + ": mask");
+  if (c.mask) expect(std::memcmp(mask.data(), want.data(), want.size()) == 0, describe(level, c) + ": mask");
+  if (c.bits) expect(bits.copy() == as_bits(want, c.rows, c.cols), describe(level, c) + ": bits");
   if (!c.prune) return;
   std::vector<char> after = c.in_place ? before : std::vector<char>(copy.size());
   for (int64_t row = 0; row < c.rows; ++row)
@@ -91,11 +94,14 @@ void literal(const Kernels& level) {
   const float scale[] = {9, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   const bool by_magnitude[] = {0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1}, by_scale[] = {1, 1, 0, 0};
   bool mask[13];
+  uint8_t bits[2];
   NmArgs args{.weight = weight, .weight_stride = 13, .pruned = nullptr, .pruned_stride = 0, .scale = nullptr,
-              .mask = mask, .cols = 13, .n = 2, .m = 4, .dtype = DType::F32, .stream = false};
+              .mask = mask, .bits = bits, .cols = 13, .n = 2, .m = 4, .dtype = DType::F32, .stream = false};
   level.nm(args, 0, 1);
   expect(std::equal(mask, mask + 13, by_magnitude), std::string(level.level) + ": literal 2:4 mask");
+  expect(bits[0] == 0b00110110 && bits[1] == 0b00011001, std::string(level.level) + ": literal 2:4 bits");
   args.scale = scale;
+  args.bits = nullptr;
   level.nm(args, 0, 1);
   expect(std::equal(mask, mask + 4, by_scale), std::string(level.level) + ": literal 2:4 mask with a scale");
 }
@@ -114,10 +120,10 @@ void test_nm() {
         for (int64_t cols : kCols)
           for (Values values : {Values::Normal, Values::Ties, Values::Bits, Values::Special}) {
             Random random(++seed);
-            const bool in_place = random.below(2), prune = in_place || random.below(2);
+            const bool in_place = random.below(2), prune = in_place || random.below(2), bits = random.below(2);
             run(*level,
                 {dtype, n, m, 1 + random.below(3), cols, random.below(2) * random.below(40), random.below(2) == 1,
-                 in_place, prune, random.below(2) == 1, random.below(2) ? Flush::End : Flush::Begin, values},
+                 in_place, prune, !bits || random.below(2), bits, random.below(2) == 1, random.below(2) ? Flush::End : Flush::Begin, values},
                 seed);
           }
   }
