@@ -20,23 +20,36 @@ def _choose(kept, entry, other):
 
 
 @triton.jit
-def prune_units(entries):
-    """The kept entries of a tile ``[R, C]``, two in a word ``[R, C / 4]``, and what is kept.
-
-    That is four words per unit, ``[R, C / 8]``, one for each column of a group: the top bit of a half is set where the
-    column of that group is kept, the other bits mean nothing.
-    """
+def units(entries):
+    """A tile ``[R, C]`` as the four columns of its groups, ``[R, C / 8]``: words with two groups side by side."""
     # Two entries of one load: the compiler finds the register that was loaded.
     low, high = unpairs(entries.to(tl.uint16, bitcast=True).to(tl.uint32))
     w0, w1, w2, w3 = quads(low | high << 16)
     e0, e1 = swap_halves(w0, w2)
     e2, e3 = swap_halves(w1, w3)
-    nan: tl.constexpr = 0x7F817F81 if entries.dtype == tl.bfloat16 else 0x7C017C01
-    k0, k1, k2, k3 = keep2of4_pairs(e0, e1, e2, e3, nan)
+    return e0, e1, e2, e3
+
+
+@triton.jit
+def kept_entries(k0, k1, k2, k3, e0, e1, e2, e3):
+    """What ``units`` keep, two entries of a group in a word, ``[R, C / 4]``; kept is where a half's top bit is set."""
     first = _choose(k0, e0, _choose(k1, e1, e2))
     last = _choose(k3, e3, _choose(k2, e2, e1))
     first_group, second_group = swap_halves(first, last)
-    return pairs(first_group, second_group), k0, k1, k2, k3
+    return pairs(first_group, second_group)
+
+
+@triton.jit
+def prune_units(entries):
+    """What 2:4 keeps of a tile ``[R, C]``: the entries, as ``kept_entries``, and the mask.
+
+    That is four words per unit, ``[R, C / 8]``, one for each column of a group: the top bit of a half is set where the
+    column of that group is kept, the other bits mean nothing.
+    """
+    e0, e1, e2, e3 = units(entries)
+    nan: tl.constexpr = 0x7F817F81 if entries.dtype == tl.bfloat16 else 0x7C017C01
+    k0, k1, k2, k3 = keep2of4_pairs(e0, e1, e2, e3, nan)
+    return kept_entries(k0, k1, k2, k3, e0, e1, e2, e3), k0, k1, k2, k3
 
 
 @triton.jit

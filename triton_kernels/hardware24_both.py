@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ._launch import Table, on
 from ._metadata24 import store_metadata
+from ._pairs24 import kept_entries, units
 from ._select import widen
-from ._tiles import first_last, first_row, quads, row_of, tiles, unpairs
+from ._tiles import first_row, pairs, quads, row_of, tiles, unpairs
 from .transposable import PATTERNS
 
 BOTH = Table(
@@ -23,16 +24,16 @@ BOTH = Table(
 
 
 @triton.jit
-def _pair_sums(e0, e1, e2, e3):
-    """The sums of magnitudes of every pair of columns, NaN as Inf; ``e`` is a row of tiles."""
-    m0, m1, m2, m3 = _magnitude(e0), _magnitude(e1), _magnitude(e2), _magnitude(e3)
-    return m0 + m1, m0 + m2, m0 + m3, m1 + m2, m1 + m3, m2 + m3
-
-
-@triton.jit
 def _magnitude(entries):
     bits = widen(entries).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.minimum(bits, 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pair_sums(entries):
+    """The sums of magnitudes of every pair of columns of a row of tiles, NaN as Inf."""
+    m0, m1, m2, m3 = quads(_magnitude(entries))
+    return m0 + m1, m0 + m2, m0 + m3, m1 + m2, m1 + m3, m2 + m3
 
 
 @triton.jit
@@ -48,15 +49,27 @@ def _best_pattern(row0, row1, row2, row3):
 
 
 @triton.jit
-def _select(kept, e0, e1, e2, e3, FIRST: tl.constexpr, STEP: tl.constexpr):
-    """One line of each tile: the two entries that it keeps as a word, and its metadata nibble."""
-    k0, k1 = (kept >> FIRST & 1) != 0, (kept >> FIRST + STEP & 1) != 0
-    k2, k3 = (kept >> FIRST + 2 * STEP & 1) != 0, (kept >> FIRST + 3 * STEP & 1) != 0
-    first, last = first_last(k0, k1, k2, k3, e0, e1, e2, e3)
-    low, high = first.to(tl.uint16, bitcast=True).to(tl.uint32), last.to(tl.uint16, bitcast=True).to(tl.uint32)
-    lower, _ = first_last(k0, k1, k2, k3, 0, 1, 2, 3)
-    _, upper = first_last(k0, k1, k2, k3, 0, 4, 8, 12)
-    return low | high << 16, (lower | upper).to(tl.uint32)
+def _line(kept, e0, e1, e2, e3, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """What one line of the tiles keeps; its bits of ``kept`` start at ``FIRST``."""
+    kept = kept << 15 - FIRST - 3 * STEP
+    return kept_entries(kept << 3 * STEP, kept << 2 * STEP, kept << STEP, kept, e0, e1, e2, e3)
+
+
+@triton.jit
+def _codes(kept):
+    """The metadata nibble of each of the eight rows of two masks of 4x4, from the masks' nibbles."""
+    lowest: tl.constexpr = 0x11111111
+    k0, k1, k2, k3 = kept & lowest, kept >> 1 & lowest, kept >> 2 & lowest, kept >> 3 & lowest
+    return k1 & (k0 ^ lowest) | ((k0 | k1) ^ lowest) << 1 | (k3 | k2 ^ lowest) << 2 | (k3 | k2) << 3
+
+
+@triton.jit
+def _transposed(kept):
+    """Two masks of 4x4, transposed: first in each 2x2, then the 2x2s."""
+    moved = (kept ^ kept >> 3) & 0x0A0A0A0A
+    kept = kept ^ moved ^ moved << 3
+    moved = (kept ^ kept >> 6) & 0x00CC00CC
+    return kept ^ moved ^ moved << 6
 
 
 @triton.jit
@@ -67,12 +80,10 @@ def _stack(l0, l1, l2, l3):
 
 
 @triton.jit
-def _units(nibbles):
-    """The nibbles of the four lines of each tile, ``[R, C]``, as the units ``[4 * R, C / 2]`` of ``store_metadata``."""
-    even, odd = unpairs(nibbles)
-    line = tl.arange(0, 4)[None, :, None].to(tl.uint32)
-    units = (even | odd << 16)[:, None, :] >> 4 * line & 0x000F000F
-    return tl.reshape(units, [4 * nibbles.shape[0], nibbles.shape[1] // 2])
+def _units(codes):
+    """Codes of the rows of two tiles, ``[R, C / 2]``, as the units ``[4 * R, C / 2]`` of ``store_metadata``."""
+    row = tl.arange(0, 4)[None, :, None].to(tl.uint32)
+    return tl.reshape(codes[:, None, :] >> 4 * row & 0x000F000F, [4 * codes.shape[0], codes.shape[1]])
 
 
 @triton.jit
@@ -97,45 +108,46 @@ def _prune_both_to_hardware24_kernel(
     col = row_of(BLOCK_COLS, 8).to(tl.int64)
     inside = (4 * tile_row < rows) & (col < cols)
     entries = weight + 4 * tile_row * weight_row + col * weight_col
-    a0, a1, a2, a3 = quads(tl.load(entries, inside, 0))
-    b0, b1, b2, b3 = quads(tl.load(entries + weight_row, inside, 0))
-    c0, c1, c2, c3 = quads(tl.load(entries + 2 * weight_row, inside, 0))
-    d0, d1, d2, d3 = quads(tl.load(entries + 3 * weight_row, inside, 0))
-    kept = _best_pattern(
-        _pair_sums(a0, a1, a2, a3), _pair_sums(b0, b1, b2, b3), _pair_sums(c0, c1, c2, c3), _pair_sums(d0, d1, d2, d3)
-    )
+    a = tl.load(entries, inside, 0)
+    b = tl.load(entries + weight_row, inside, 0)
+    c = tl.load(entries + 2 * weight_row, inside, 0)
+    d = tl.load(entries + 3 * weight_row, inside, 0)
+    even, odd = unpairs(_best_pattern(_pair_sums(a), _pair_sums(b), _pair_sums(c), _pair_sums(d)))
+    kept = even.to(tl.uint32) | odd.to(tl.uint32) << 16
+    a0, a1, a2, a3 = units(a)
+    b0, b1, b2, b3 = units(b)
+    c0, c1, c2, c3 = units(c)
+    d0, d1, d2, d3 = units(d)
 
-    row_a, code_a = _select(kept, a0, a1, a2, a3, 0, 1)
-    row_b, code_b = _select(kept, b0, b1, b2, b3, 4, 1)
-    row_c, code_c = _select(kept, c0, c1, c2, c3, 8, 1)
-    row_d, code_d = _select(kept, d0, d1, d2, d3, 12, 1)
     inside = (4 * tile_row < rows) & (tile_col < cols // 4)
     line = words + 4 * tile_row * (cols // 4) + tile_col
-    tl.store(line, row_a, inside)
-    tl.store(line + cols // 4, row_b, inside)
-    tl.store(line + 2 * (cols // 4), row_c, inside)
-    tl.store(line + 3 * (cols // 4), row_d, inside)
-    units = _units(code_a | code_b << 4 | code_c << 8 | code_d << 12)
-    store_metadata(metadata, units, first_row(BLOCK_ROWS), tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
+    tl.store(line, _line(kept, a0, a1, a2, a3, 0, 1), inside)
+    tl.store(line + cols // 4, _line(kept, b0, b1, b2, b3, 4, 1), inside)
+    tl.store(line + 2 * (cols // 4), _line(kept, c0, c1, c2, c3, 8, 1), inside)
+    tl.store(line + 3 * (cols // 4), _line(kept, d0, d1, d2, d3, 12, 1), inside)
+    block = tl.program_id(0) * (BLOCK_COLS // 32)
+    store_metadata(metadata, _units(_codes(kept)), first_row(BLOCK_ROWS), block, rows, cols, LAYOUT)
 
-    even, odd = unpairs(kept)
     byte = row_of(BLOCK_COLS // 8, 1)
     inside = (4 * tile_row < rows) & (byte < cols // 8)
     for i in tl.static_range(4):
-        bits = (even >> 4 * i & 15) | (odd >> 4 * i & 15) << 4
+        bits = (kept >> 4 * i & 0x0F) | (kept >> 12 + 4 * i & 0xF0)
         tl.store(bitmask + (4 * tile_row + i) * (cols // 8) + byte, bits.to(tl.uint8), inside)
 
-    col_0, code_0 = _select(kept, a0, b0, c0, d0, 0, 4)
-    col_1, code_1 = _select(kept, a1, b1, c1, d1, 1, 4)
-    col_2, code_2 = _select(kept, a2, b2, c2, d2, 2, 4)
-    col_3, code_3 = _select(kept, a3, b3, c3, d3, 3, 4)
-    lines = _stack(tl.trans(col_0), tl.trans(col_1), tl.trans(col_2), tl.trans(col_3))
+    lines = _stack(
+        tl.trans(_line(kept, a0, b0, c0, d0, 0, 4)),
+        tl.trans(_line(kept, a1, b1, c1, d1, 1, 4)),
+        tl.trans(_line(kept, a2, b2, c2, d2, 2, 4)),
+        tl.trans(_line(kept, a3, b3, c3, d3, 3, 4)),
+    )
     row_t = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[:, None]
     word_t = first_row(BLOCK_ROWS // 4) + tl.arange(0, BLOCK_ROWS // 4)[None, :]
     tl.store(words_t + row_t * (rows // 4) + word_t, lines, (row_t < cols) & (word_t < rows // 4))
-    units = _units(tl.trans(code_0 | code_1 << 4 | code_2 << 8 | code_3 << 12))
-    block_t = (first_row(BLOCK_ROWS) // 32).to(tl.int32)
-    store_metadata(metadata_t, units, tl.program_id(0).to(tl.int64) * BLOCK_COLS, block_t, cols, rows, LAYOUT)
+    codes = _codes(_transposed(kept))
+    even, odd = unpairs(tl.trans(pairs(codes & 0xFFFF, codes >> 16)))
+    block = (first_row(BLOCK_ROWS) // 32).to(tl.int32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_COLS
+    store_metadata(metadata_t, _units(even | odd << 16), first, block, cols, rows, LAYOUT)
 
 
 def prune_both_to_hardware24(weight: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,10 @@ def _to(layout: str) -> object:
     return hardware24.to_hardware24(meta(4096, 2048), meta(4096, 512, dtype=torch.uint8), 4096, layout)
 
 
+def _from(layout: str) -> object:
+    return hardware24.from_hardware24(meta(4096 * 4096 // 16 * 9), 4096, 4096, layout)
+
+
 SM90 = "cusparselt_sm90"
 CASES = [
     Case("prune", lambda: _prune("32x256", SM90), loads=16, stores=8),
@@ -32,10 +36,9 @@ CASES = [
     ),
     Case("to", lambda: _to(SM90), loads=16, stores=16),
     Case("to-sm80", lambda: _to("cusparselt_sm80"), loads=16, stores=16),
-    Case(
-        "from", lambda: hardware24.from_hardware24(meta(4096 * 4096 // 16 * 9), 4096, 4096, SM90), loads=16, stores=16
-    ),
-    Case("both", lambda: _both("64x128", SM90), loads=16, stores=8),
-    Case("both-square", lambda: _both("64x64", SM90), loads=16, stores=8),
-    Case("both-wide", lambda: _both("32x256", "cusparselt_sm80"), loads=16, stores=8),
+    Case("from", lambda: _from(SM90), loads=8, stores=16),
+    # Four rows at a time: a wavefront of 64 lanes has half as much to load.
+    Case("both", lambda: _both("64x128", SM90), loads=8, stores=4),
+    Case("both-square", lambda: _both("64x64", SM90), loads=8, stores=4),
+    Case("both-wide", lambda: _both("32x256", "cusparselt_sm80"), loads=8, stores=4),
 ]
