@@ -1,0 +1,198 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, sparse24
+
+from sparsekit.ops.sparse24 import linear24_reference, pack24_reference
+
+pytestmark = pytest.mark.triton
+pytest.importorskip("triton")
+from sparsekit.triton_kernels import linear24 as family  # noqa: E402
+from sparsekit.triton_kernels.linear24 import TABLE, linear24  # noqa: E402
+
+HALVES = (torch.float16, torch.bfloat16)
+NAN = float("nan")
+FAST = "32x8"  # the configuration with the fewest steps to interpret
+
+
+def packed(gpu, rows, cols, dtype):
+    weight, mask = sparse24(rows, cols, dtype)
+    values, bitmask = pack24_reference(weight, mask, True)
+    return weight.to(gpu), values.to(gpu), bitmask.to(gpu)
+
+
+def random(gpu, *shape, dtype):
+    return torch.randn(shape).to(dtype).to(gpu)
+
+
+def assert_linear(x, weight, values, bitmask, bias):
+    """Compares with float64, allowing fp32 sums in any order and one rounding to the dtype."""
+    actual = linear24(x, values, bitmask, bias)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = F.linear(x.abs().double(), weight.abs().double(), None if bias is None else bias.abs().double())
+    bound = size * (weight.shape[1] + 2) * 2**-24 + exact.abs() * torch.finfo(x.dtype).eps + 1e-7
+    assert actual.dtype == x.dtype and actual.shape == exact.shape and actual.is_contiguous()
+    assert ((actual.double() - exact).abs() <= bound).all()
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_literal(gpu, dtype):
+    weight = torch.tensor([[0, 1, 2, 0, 1], [3, 0, 0, -1, 0]], dtype=dtype)
+    values, bitmask = (part.to(gpu) for part in pack24_reference(weight, None, True))
+    x = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 1, 1, 0]], dtype=dtype, device=gpu)
+    assert linear24(x, values, bitmask, None).tolist() == [[13, -1], [2, -1]]
+    assert linear24(x, values, bitmask, torch.tensor([1, 2], dtype=dtype, device=gpu)).tolist() == [[14, 1], [3, 1]]
+    assert linear24(x[0], values, bitmask, None).tolist() == [13, -1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_every_pattern_of_a_group(gpu, dtype):
+    """One row per pair of kept columns; the inputs are powers of two, so that no entry hides behind another."""
+    pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
+    weight = torch.zeros(6, 32)
+    for row, (a, b) in enumerate(pairs):
+        for group in range(8):
+            first, second = pairs[(row + group) % 6]
+            weight[row, 4 * group + first], weight[row, 4 * group + second] = 3, -5
+    values, bitmask = pack24_reference(weight.to(dtype), None, True)
+    for col in range(32):
+        x = torch.zeros(1, 32, dtype=dtype)
+        x[0, col] = 1
+        y = linear24(x.to(gpu), values.to(gpu), bitmask.to(gpu), None)
+        assert y.cpu().tolist() == [weight[:, col].tolist()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 8, 16, 17, 33, 64, 65, 130])
+def test_tokens(gpu, dtype, tokens):
+    weight, values, bitmask = packed(gpu, 19, 70, dtype)
+    x, bias = random(gpu, tokens, 70, dtype=dtype), random(gpu, 19, dtype=dtype)
+    with TABLE.force(FAST):
+        assert_linear(x, weight, values, bitmask, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("rows, cols", [(1, 4), (3, 3), (5, 64), (1, 16), (33, 256), (35, 1031), (7, 1090)])
+def test_shapes(gpu, dtype, rows, cols):
+    weight, values, bitmask = packed(gpu, rows, cols, dtype)
+    x = random(gpu, 3, cols, dtype=dtype)
+    with TABLE.force(FAST):
+        assert_linear(x, weight, values, bitmask, None)
+        assert_linear(x[:1], weight, values, bitmask, random(gpu, rows, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
+@pytest.mark.parametrize("name", TABLE.configs)
+def test_every_configuration(gpu, dtype, name):
+    weight, values, bitmask = packed(gpu, 40, 2120, dtype)
+    x, bias = random(gpu, 11, 2120, dtype=dtype), random(gpu, 40, dtype=dtype)
+    with TABLE.force(name):
+        first = assert_linear(x, weight, values, bitmask, bias)
+        assert_linear(x[:2], weight, values, bitmask, None)
+        if name == FAST or gpu.type == "cuda":
+            assert_same(linear24(x, values, bitmask, bias), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3), (1, 2, 3)], ids=str)
+def test_leading_dimensions(gpu, dtype, leading):
+    weight, values, bitmask = packed(gpu, 9, 20, dtype)
+    with TABLE.force(FAST):
+        assert_linear(random(gpu, *leading, 20, dtype=dtype), weight, values, bitmask, random(gpu, 9, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("rows, cols", [(0, 8), (5, 0), (0, 0)])
+def test_without_rows_or_columns(gpu, dtype, rows, cols):
+    _, values, bitmask = packed(gpu, rows, cols, dtype)
+    x, bias = random(gpu, 3, cols, dtype=dtype), random(gpu, rows, dtype=dtype)
+    assert_same(linear24(x, values, bitmask, bias), bias.expand(3, rows).contiguous())
+    assert_same(linear24(x, values, bitmask, None), torch.zeros(3, rows, dtype=dtype, device=gpu))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("cols", [70, 128])
+def test_any_strides(gpu, layout, dtype, cols):
+    _, values, bitmask = packed(gpu, 7, cols, dtype)
+    x, bias = random(gpu, 3, cols, dtype=dtype), random(gpu, 7, dtype=dtype)
+    with TABLE.force(FAST):
+        expected = linear24(x, values, bitmask, bias)
+        for which in range(3):  # one at a time: each has its own way to be read word by word
+            operands = [LAYOUTS[layout](part) if which == i else part for i, part in enumerate((x, values, bitmask))]
+            assert_same(linear24(*operands, torch.stack([bias, bias], 1)[:, 0]), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rows_of_a_wider_tensor(gpu, dtype):
+    """The values as the front of rows that go on, of every length modulo a word and a vector."""
+    weight, values, bitmask = packed(gpu, 9, 132, dtype)
+    x = random(gpu, 2, 132, dtype=dtype)
+    with TABLE.force(FAST):
+        for extra in (1, 2, 6, 8):
+            wider = values.new_full((9, 66 + extra), NAN)
+            wider[:, :66] = values
+            assert_linear(x, weight, wider[:, :66], bitmask, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_does_not_swallow_nan(gpu, dtype, tokens):
+    weight, mask = sparse24(40, 75, dtype)
+    values, bitmask = (part.to(gpu) for part in pack24_reference(weight, mask, True))
+    for col in (0, 70, 73):  # 73 is in the tail
+        x = random(gpu, tokens, 75, dtype=dtype)
+        x[tokens // 2, col] = NAN
+        with TABLE.force(FAST):
+            hit = torch.isnan(linear24(x, values, bitmask, None)).cpu()
+        assert hit[tokens // 2][mask[:, col]].all()
+        hit[tokens // 2] = False
+        assert not hit.any()
+
+
+def test_fp32_is_not_rounded_to_tf32(gpu):
+    values, bitmask = (part.to(gpu) for part in pack24_reference(torch.tensor([[1.0, 2**-20, 0, 0]]), None, True))
+    x = torch.tensor([[1 + 2**-20, 1, 0, 0]], device=gpu)
+    assert linear24(x, values, bitmask, None).item() == 1 + 2**-19
+
+
+def test_splits_add_up_in_order(gpu, monkeypatch):
+    """Three splits of the columns on a pretended GPU, each launch of which is counted."""
+    weight, values, bitmask = packed(gpu, 5, 1100, torch.bfloat16)
+    x, bias = random(gpu, 2, 1100, dtype=torch.bfloat16), random(gpu, 5, dtype=torch.bfloat16)
+    grids = []
+
+    class Spy:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(family, "processors", lambda tensor: 3)
+    monkeypatch.setattr(family, "_linear24_kernel", Spy(family._linear24_kernel))
+    with TABLE.force("128x8_split"):
+        assert_linear(x, weight, values, bitmask, bias)
+    assert grids == [(1, 3)]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
+def test_matches_the_reference_where_sums_are_exact(gpu, dtype):
+    weight, mask = sparse24(24, 136, dtype)
+    weight = torch.where(mask, weight.sign(), 0)
+    values, bitmask = pack24_reference(weight, mask, True)
+    x, bias = torch.randint(-3, 4, (10, 136)).to(dtype), torch.randint(-3, 4, (24,)).to(dtype)
+    with TABLE.force(FAST):
+        actual = linear24(x.to(gpu), values.to(gpu), bitmask.to(gpu), bias.to(gpu))
+    assert_same(actual.cpu(), linear24_reference(x, values, bitmask, bias))
+
+
+@pytest.mark.parametrize("bucket", [1, 8, 16, 32, 64])
+def test_every_shape_class_has_a_configuration(bucket):
+    shapes = {"small": (768, 3072), "medium": (4096, 4096), "wide": (14336, 4096), "deep": (4096, 14336)}
+    for size, (rows, cols) in shapes.items():
+        shape_class = family._shape_class(bucket, rows, cols)
+        assert shape_class == f"{bucket}_{size}"
+        assert TABLE.name("", shape_class) in TABLE.configs
