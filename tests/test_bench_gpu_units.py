@@ -106,7 +106,7 @@ def test_race_takes_turns_and_counts_the_buffers(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     race = HostClock().race({"own": [call("own", 1.0)] * 2, "slow": [call("slow", 3.0)]}, budget=0)
     assert race.times == {"own": [1.0, 1.0], "slow": [3.0, 3.0]} and race.host == race.times
-    assert called[-6:] == ["slow", "own", "own", "own", "own", "slow"]
+    assert called == ["own", "own", "slow", "slow", "own", "own", "own", "own", "slow"]  # once to warm up, two rounds
     assert race.ratios("own") == {"slow": 3.0}
     assert Race({"a": [1.0, 2.0, 3.0]}, {}).spread("a") == 1.0
 
@@ -114,7 +114,7 @@ def test_race_takes_turns_and_counts_the_buffers(monkeypatch):
 def test_buffers_exceed_the_cache():
     clock = HostClock()
     clock.cache = 60 * 2**20
-    assert [clock.sets(nbytes) for nbytes in (2**25, 2**20, 2**30)] == [6, 64, 2]
+    assert [clock.sets(nbytes) for nbytes in (2**25, 2**20, 2**30)] == [6, 64, 1]
 
 
 class FakeCuda:

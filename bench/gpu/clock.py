@@ -57,7 +57,7 @@ class HostClock:
 
     def sets(self, nbytes: int) -> int:
         """How many buffers of ``nbytes`` are three times the cache: a round over them finds none there."""
-        return max(2, min(MAX_SETS, -(-3 * self.cache // max(nbytes, 1))))
+        return max(1, min(MAX_SETS, -(-3 * self.cache // max(nbytes, 1))))
 
     def race(self, contenders: Contenders, budget: float = 0.25, *, capture: bool = False) -> Race:
         """Times every contender for ``budget`` seconds, at least 7 rounds in rotating order.
@@ -100,14 +100,9 @@ class HostClock:
         return lambda: [call() for call in calls], False
 
     def _warm_up(self, run: Call) -> float:
-        """The seconds that the host needs for a run."""
+        """The seconds that the host needs for a run, of which the first one costs more."""
         run()
-        self.synchronize()
-        begin = time.perf_counter()
-        run()
-        took = time.perf_counter() - begin
-        self.synchronize()
-        return took
+        return 0.0
 
     def _time(self, run: Call, host_seconds: float) -> tuple[float, float]:
         begin = time.perf_counter()
@@ -147,6 +142,15 @@ class DeviceClock(HostClock):
             graph.replay()
 
         return replay, True
+
+    def _warm_up(self, run: Call) -> float:
+        super()._warm_up(run)
+        self.synchronize()
+        begin = time.perf_counter()
+        run()
+        took = time.perf_counter() - begin
+        self.synchronize()
+        return took
 
     def _time(self, run: Call, host_seconds: float) -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -25,6 +25,7 @@ class Sizes:
     """The shapes that are measured, the important ones first."""
 
     masks: tuple[Shape, ...] = (shapes.SQUARE, shapes.WIDE, shapes.BERT_DOWN)
+    both_ways: tuple[Shape, ...] = masks  # multiples of 128, which torch's own pruner needs
     linear: tuple[Shape, ...] = shapes.GPU_LINEAR
     tokens: tuple[int, ...] = shapes.GPU_TOKENS
     layout_rows: tuple[int, ...] = (64, 96, 128, 768, 3072)

@@ -22,7 +22,8 @@ from .vendor import Algorithm
 
 LAYOUT = "cusparselt_sm90"
 TINY = Sizes(
-    masks=((128, 128), (64, 192)),
+    masks=((64, 64), (16, 32)),
+    both_ways=((128, 128),),
     linear=((128, 128), (64, 192)),
     tokens=(1, 16, 96),
     layout_rows=(64, 96),
