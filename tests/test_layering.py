@@ -15,8 +15,8 @@ LAYERS = [
     ["sparsekit.ops"],
     ["sparsekit.masks", "sparsekit._batches", "sparsekit._files", "sparsekit._layers"],
     ["sparsekit.nn"],
-    ["sparsekit.prune", "sparsekit.compress", "sparsekit.train"],
-    ["sparsekit.checkpoint"],
+    ["sparsekit.prune", "sparsekit.compress"],
+    ["sparsekit.checkpoint", "sparsekit.train"],
     ["sparsekit"],
 ]
 KERNELS = {"sparsekit._native", "sparsekit.triton_kernels"}

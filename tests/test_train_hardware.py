@@ -8,18 +8,14 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
 from sparsekit.ops import train24, transposable_mask
-from sparsekit.train import hardware
-from sparsekit.train.product import Recipe, sparse_linear
+from sparsekit.train import choose, hardware
+from sparsekit.train.product import Recipe, multiply
 
 LAYOUTS = ("cusparselt_sm90", "cusparselt_sm80", "cutlass_sm80")
 backwards = pytest.mark.parametrize("backward", ["straight_through", "transposable"])
 
 
-@pytest.fixture(params=LAYOUTS)
-def layout(request, monkeypatch):
-    """Lets this machine multiply in one layout."""
-    monkeypatch.setattr(hardware, "hardware_layouts", lambda device: ((request.param,), ""))
-    return request.param
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture
@@ -39,11 +35,12 @@ def expected(x, weight, bias, backward, grad):
     return y, grad @ pruned, tokens.t() @ inputs, tokens.sum(0)
 
 
+@layouts
 @backwards
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_output_and_gradients(layout, products, backward, dtype):
     x, weight, bias = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((2, 5, 128), (256, 128), (256,)))
-    y = sparse_linear(x, weight, bias, Recipe(backward, 0.0))
+    y = multiply(x, weight, bias, Recipe(backward, 0.0), layout)
     grad = torch.randn(2, 5, 256).to(dtype)
     y.backward(grad)
     both = [(2, 5, 128), (2, 5, 256)]  # forward, and where the transpose is 2:4 also the gradient of x
@@ -57,15 +54,17 @@ def test_output_and_gradients(layout, products, backward, dtype):
         assert torch.equal(weight.grad, grad.flatten(0, -2).t() @ x.flatten(0, -2))
 
 
+@layouts
 @backwards
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
 def test_frozen_tensors_get_no_gradient(layout, backward, frozen):
     tensors = {"x": torch.randn(3, 128), "weight": torch.randn(128, 128), "bias": torch.randn(128)}
     tensors = {name: tensor.bfloat16().requires_grad_(name != frozen) for name, tensor in tensors.items()}
-    sparse_linear(**tensors, recipe=Recipe(backward, 0.0)).sum().backward()
+    multiply(**tensors, recipe=Recipe(backward, 0.0), layout=layout).sum().backward()
     assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
 
 
+@layouts
 @backwards
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_autocast(layout, products, backward, stored):
@@ -73,7 +72,7 @@ def test_autocast(layout, products, backward, stored):
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((5, 128), (128, 128), (128,)))
     weight = weight.detach().to(stored).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = sparse_linear(x, weight, bias, Recipe(backward, 0.0))
+        y = multiply(x, weight, bias, Recipe(backward, 0.0), layout)
     grad = torch.randn(5, 128).bfloat16()
     y.backward(grad)
     assert products
@@ -86,46 +85,52 @@ def test_autocast(layout, products, backward, stored):
         torch.testing.assert_close(actual, value.to(dtype), atol=0.1, rtol=0.02)
 
 
+@layouts
 @backwards
 def test_decay(layout, backward):
     x, weight = torch.randn(8, 128).bfloat16(), torch.randn(128, 128).bfloat16().requires_grad_()
     grads = []
     for decay in (0.0, 0.5):
         weight.grad = None
-        sparse_linear(x, weight, None, Recipe(backward, decay)).sum().backward()
+        multiply(x, weight, None, Recipe(backward, decay), layout).sum().backward()
         grads.append(weight.grad)
     mask = Recipe(backward, 0.0).mask(weight.detach())
     assert torch.equal(grads[1], torch.add(grads[0], weight.detach().masked_fill(mask, 0), alpha=0.5))
 
 
+@layouts
 @backwards
 def test_empty_input(layout, backward):
     x, weight = torch.randn(0, 128).bfloat16().requires_grad_(), torch.randn(128, 128).bfloat16().requires_grad_()
-    y = sparse_linear(x, weight, None, Recipe(backward, 0.0))
+    y = multiply(x, weight, None, Recipe(backward, 0.0), layout)
     y.sum().backward()
     assert y.shape == x.grad.shape == (0, 128) and (weight.grad == 0).all()
 
 
+@layouts
 def test_second_gradients(layout):
     """By the dense product of a straight-through backward; the packed transpose has none, and says so."""
     x, weight = torch.randn(4, 128).bfloat16().requires_grad_(), torch.randn(128, 128).bfloat16()
-    y = sparse_linear(x, weight, None, Recipe("straight_through", 0.0))
+    y = multiply(x, weight, None, Recipe("straight_through", 0.0), layout)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)
     pruned = sk.nm_prune(weight.float(), 2, 4)[0]
     wanted = (2 * pruned.t() @ pruned).sum(0).expand(4, 128)
     assert (second.float() - wanted).norm() < 0.02 * wanted.norm()
-    y = sparse_linear(x, weight, None, Recipe("transposable", 0.0))
+    y = multiply(x, weight, None, Recipe("transposable", 0.0), layout)
     with pytest.raises(RuntimeError, match="train_linear24 has no second gradients with transposable masks"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
+@layouts
 @backwards
-def test_a_model_trains_as_with_masked_dense_products(layout, backward, monkeypatch):
+def test_a_model_trains_as_with_masked_dense_products(layout, backward, products, monkeypatch):
     """Plain, compiled and checkpointed, in bfloat16; sums are rounded in another order, no more."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 3)).bfloat16()
     x = torch.randn(16, 128).bfloat16()
+    monkeypatch.setattr(hardware, "hardware_layouts", lambda device: ((layout,), ""))
+    monkeypatch.setattr(choose, "is_faster", lambda kind, tokens: True)
     handle = sk.sparse_training_(model, backward=backward, decay=0.01)
     assert [layer.product for layer in handle.layers] == [layout, layout, "masked dense"]
 
@@ -135,10 +140,15 @@ def test_a_model_trains_as_with_masked_dense_products(layout, backward, monkeypa
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).float()
 
     sparse = step(model)
+    assert len(products) == (3 if backward == "transposable" else 2)  # the first layer's input needs no gradient
+    products.clear()
     assert torch.equal(step(torch.compile(model, fullgraph=True, backend="aot_eager")), sparse)
+    assert products
     assert torch.equal(step(lambda x: checkpoint(model, x, use_reentrant=False)), sparse)
-    monkeypatch.setattr(hardware, "hardware_layouts", lambda device: ((), "none"))
+    monkeypatch.setattr(choose, "is_faster", lambda kind, tokens: False)
+    products.clear()
     dense = step(model)
+    assert not products
     assert (sparse - dense).norm() < 0.02 * dense.norm()
 
 

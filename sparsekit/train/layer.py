@@ -1,8 +1,12 @@
 """The layer that trains sparse: an ``nn.Linear`` in all but its product."""
 
+import torch
 from torch import Tensor, nn
 
-from .product import Recipe, sparse_linear
+from ..nn import autocast_dtype
+from . import choose
+from .hardware import hardware_layout
+from .product import Recipe, multiply
 
 
 class MaskedLinear(nn.Linear):
@@ -16,10 +20,25 @@ class MaskedLinear(nn.Linear):
     recipe: Recipe
 
     def forward(self, x: Tensor) -> Tensor:
-        return sparse_linear(x, self.weight, self.bias, self.recipe)
+        weight, transposable = self.weight, self.recipe.transposable
+        dtype = autocast_dtype(x) or weight.dtype
+        layout, _ = hardware_layout(weight.device, dtype, weight.shape, transposable)
+        if layout is not None:
+            # The number of tokens of a traced graph may be unknown.
+            tokens = choose.MAX_TOKENS if torch.compiler.is_compiling() else x.shape[:-1].numel()
+            layout = _if_faster(layout, weight.device, dtype, *weight.shape, transposable, tokens)
+        return multiply(x, weight, self.bias, self.recipe, layout)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backward={self.recipe.backward}, decay={self.recipe.decay}"
+
+
+@torch.compiler.assume_constant_result
+def _if_faster(
+    layout: str, device: torch.device, dtype: torch.dtype, rows: int, cols: int, transposable: bool, tokens: int
+) -> str | None:
+    kind = choose.Kind(device, dtype, torch.Size((rows, cols)), transposable, layout)
+    return layout if choose.is_faster(kind, tokens) else None
 
 
 def start(layer: nn.Linear, recipe: Recipe) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from ..nn import autocast_dtype
 from ..ops import nm_mask, transposable_mask
 from ..ops.train24 import train_linear24, train_prune24
-from .hardware import hardware_layout
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Recipe:
         return transposable_mask(weight) if self.transposable else nm_mask(weight, 2, 4)
 
 
-def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, layout: str | None) -> Tensor:
     """Computes ``x @ pruned.T + bias``, where ``pruned`` is what the recipe's mask leaves of ``weight``.
 
     Gradients of ``x`` and ``bias`` are those of this product. ``weight`` gets the gradient of ``pruned``, also where
@@ -37,10 +36,14 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe
 
     Nothing is kept from one call to the next. A cache could not know when it is stale: fused optimizers, writes through
     ``.data`` and FSDP's gathering change a weight without a new ``_version``.
+
+    Args:
+        x, weight, bias: as those of ``F.linear``.
+        recipe: chooses the mask.
+        layout: the hardware layout that is multiplied; None for a dense product with the pruned weight.
     """
     autocast = autocast_dtype(x)
     dtype = autocast or weight.dtype
-    layout, _ = hardware_layout(weight.device, dtype, weight.shape, recipe.transposable)
     # What packs a weight both ways prunes it, too; but it ranks what it is given, and knows no decay.
     if layout is None or not recipe.transposable or recipe.decay or weight.dtype != dtype:
         weight = train_prune24(weight, transposable=recipe.transposable, decay=recipe.decay)

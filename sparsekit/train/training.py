@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from .._layers import Where, borrowed, check_model, input_dim
+from ..compress.tune import RATIO
 from ..masks import MaskInfo, Pattern, remove_mask, set_mask
 from ..nn import Compressed, autocast_dtype, weight_shape
 from ..ops import pack_bits, unpack_bits
 from ..ops._define import DTYPES
+from .choose import RATIOS, Kind
 from .hardware import hardware_layout
 from .layer import MaskedLinear, start, stop
 from .product import Recipe
@@ -179,4 +181,9 @@ def _report(name: str, layer: nn.Linear) -> LayerReport:
         return LayerReport(name, shape, "plain", "its sparse training is over")
     dtype = autocast_dtype(weight) or weight.dtype
     layout, reason = hardware_layout(weight.device, dtype, weight.shape, layer.recipe.transposable)
-    return LayerReport(name, shape, layout or "masked dense", reason)
+    if layout is None:
+        return LayerReport(name, shape, "masked dense", reason)
+    ratios = RATIOS.get(Kind(weight.device, dtype, weight.shape, layer.recipe.transposable, layout), {})
+    slower = ratios and max(ratios.values()) < RATIO
+    measured = ", ".join(f"{ratio:.2f}x at {tokens} tokens" for tokens, ratio in sorted(ratios.items()))
+    return LayerReport(name, shape, "masked dense" if slower else layout, f"{layout} is {measured}" if ratios else "")
