@@ -23,6 +23,7 @@ TRITON: dict[str, str] = {
     "pack24": "sparse24",
     "unpack24": "sparse24",
     "prune_pack24": "sparse24",
+    "linear24": "linear24",
     "to_hardware24": "hardware24",
     "from_hardware24": "hardware24",
     "prune_to_hardware24": "hardware24",
