@@ -57,7 +57,7 @@ def test_every_part_runs_to_its_end(rehearsed):
     _, report = rehearsed
     assert list(report["parts"]) == ["build", "machine", "tune", *(part.name for part in parts.PARTS[2:])]
     for part, ended in report["parts"].items():
-        assert ended["status"] == "done" or part == "tune" and "the time was up before" in ended["reason"]
+        assert ended["status"] == "done" or (part == "tune" and "the time was up before" in ended["reason"])
     unexpected = [text for text in errors(report) if not any(each in text for each in EXPECTED)]
     assert unexpected == ["assert 1 == 2"] or unexpected == ["AssertionError: not equal"]
 
