@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _select
-from ._launch import Table
+from ._launch import Config, Table, architecture
 
 # The least magnitude that is a NaN, in both halves of a word.
 NANS = {torch.bfloat16: 0x7F817F81, torch.float16: 0x7C017C01}
@@ -40,12 +40,17 @@ def size_class(x: Tensor) -> str:
     return "large" if x.numel() >= LARGE else "small"
 
 
+def for_waves(config: Config, x: Tensor) -> Config:
+    """A copy with half the warps on AMD's data center GPUs, whose warps have 64 threads: the same work per thread."""
+    return config | {"num_warps": config["num_warps"] // (2 if architecture(x).startswith("gfx9") else 1)}
+
+
 def fits(x: Tensor, cols: int) -> bool:
     """Whether every row of ``cols`` entries is whole units of a tensor that starts on 16 bytes."""
     return x.dtype in NANS and cols % 8 == 0 and x.data_ptr() % 16 == 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _nm24_pairs_kernel(x_ptr, mask_ptr, bits_ptr, pruned_ptr, units, NAN: tl.constexpr, UNITS: tl.constexpr):
     """2:4 of 16-bit entries by their own magnitude. A thread's unit is 16 bytes: eight entries, two groups."""
     first = tl.program_id(0).to(tl.int64) * UNITS
@@ -104,7 +109,7 @@ def _keep_scaled(low, high, scale, BF16: tl.constexpr):
     return mask, (k0 & 0xFFFF) | (k1 << 16), (k2 & 0xFFFF) | (k3 << 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "units"])
 def _nm24_scaled_kernel(
     x_ptr,
     scale_ptr,
@@ -154,7 +159,7 @@ def _nm24_scaled_kernel(
 
 def by_magnitude(x: Tensor, mask: Tensor | None, bits: Tensor | None, pruned: Tensor | None) -> None:
     """Writes the outputs that are given, of contiguous ``x`` that ``fits``."""
-    config = PAIRS.config(x, size_class(x))
+    config = for_waves(PAIRS.config(x, size_class(x)), x)
     units, block = x.numel() // 8, config["BLOCK"] // 8
     _nm24_pairs_kernel[(triton.cdiv(units, block),)](
         x, mask, bits, pruned, units, NAN=NANS[x.dtype], UNITS=block, num_warps=config["num_warps"]
@@ -163,7 +168,7 @@ def by_magnitude(x: Tensor, mask: Tensor | None, bits: Tensor | None, pruned: Te
 
 def scaled(x: Tensor, scale: Tensor, mask: Tensor, pruned: Tensor) -> None:
     """Writes both outputs, of contiguous ``x`` that ``fits``."""
-    config = dict(SCALED.config(x, size_class(x)))
+    config = for_waves(SCALED.config(x, size_class(x)), x)
     rows, units = x.numel() // x.shape[-1], x.shape[-1] // 8
     config["UNITS"] = min(triton.next_power_of_2(units), config["UNITS"])
     config["ROWS"] = config.pop("BLOCK") // 8 // config["UNITS"]

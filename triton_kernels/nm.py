@@ -28,7 +28,7 @@ def _loses(key, index, other, other_index):
     return ((key - other - (other_index < index).to(tl.int32)) >> 31) & 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "units", "tiles"])
 def _nm_kernel(
     x_ptr,
     scale_ptr,
@@ -37,15 +37,15 @@ def _nm_kernel(
     pruned_ptr,
     rows,
     units,
+    tiles,
     UNIT: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """N of M in a tile of a matrix of ``units * UNIT`` columns; UNIT, a power of two, tells how rows are aligned."""
-    cols = units * UNIT
-    tiles = tl.cdiv(cols, COLS)
+    """N of M in a tile of a matrix of ``units * UNIT`` columns, ``tiles`` wide; UNIT tells how rows are aligned."""
+    cols = units.to(tl.int64) * UNIT
     row0 = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
     col0 = (tl.program_id(0) % tiles).to(tl.int64) * COLS
     row = tl.arange(0, ROWS)[:, None]
@@ -121,14 +121,15 @@ def _launch(
             if scale is None:
                 return _nm24.by_magnitude(x, mask, bits, pruned)
             return _nm24.scaled(x, scale, mask, pruned)
-        config = dict(TILES.config(x, _nm24.size_class(x)))
+        config = _nm24.for_waves(TILES.config(x, _nm24.size_class(x)), x)
         block, widest = config.pop("BLOCK"), config.pop("COLS")
         widest = block if rows == 1 else widest
         config["COLS"] = max(min(triton.next_power_of_2(cols), widest), triton.next_power_of_2(m), 8)
         config["ROWS"] = block // config["COLS"]
         unit = gcd(cols, 32)
-        grid = (triton.cdiv(rows, config["ROWS"]) * triton.cdiv(cols, config["COLS"]),)
-        _nm_kernel[grid](x, scale, mask, bits, pruned, rows, cols // unit, UNIT=unit, N=n, M=m, **config)
+        tiles = triton.cdiv(cols, config["COLS"])
+        grid = (triton.cdiv(rows, config["ROWS"]) * tiles,)
+        _nm_kernel[grid](x, scale, mask, bits, pruned, rows, cols // unit, tiles, UNIT=unit, N=n, M=m, **config)
 
 
 def nm_mask(score: Tensor, n: int, m: int) -> Tensor:

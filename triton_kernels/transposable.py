@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _select
 from ._launch import Table, on
+from ._nm24 import for_waves
 from .nm import nm_mask
 
 PAIRS = tuple(combinations(range(4), 2))
@@ -40,15 +41,16 @@ def _row(x_ptr, inside):
     return x0 + x1, x0 + x2, x0 + x3, x1 + x2, x1 + x3, x2 + x3
 
 
-@triton.jit
-def _transposable_kernel(x_ptr, mask_ptr, units, tiles, UNIT: tl.constexpr, COLS: tl.constexpr):
-    """``COLS / 4`` of the ``tiles`` of a row of tiles; the matrix has ``units * UNIT`` columns."""
+@triton.jit(do_not_specialize=["units"])
+def _transposable_kernel(x_ptr, mask_ptr, units, UNIT: tl.constexpr, COLS: tl.constexpr):
+    """``COLS / 4`` tiles of a row of tiles; the matrix has ``units * UNIT`` columns."""
     cols = units * UNIT
-    blocks = tl.cdiv(tiles * 4, COLS)
+    whole = cols // 4 * 4
+    blocks = tl.cdiv(whole, COLS)
     col0 = tl.program_id(0) % blocks * COLS
     start = (tl.program_id(0) // blocks).to(tl.int64) * 4 * cols + col0
     col = tl.arange(0, COLS)
-    inside = col < tiles * 4 - col0
+    inside = col < whole - col0
     x_ptr += start + col
     row0 = _row(x_ptr, inside)
     row1 = _row(x_ptr + cols, inside)
@@ -68,7 +70,7 @@ def _transposable_kernel(x_ptr, mask_ptr, units, tiles, UNIT: tl.constexpr, COLS
             word = ((bits & 15) * 0x00204081) & 0x01010101
             words = mask_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (start + row * cols) // 4
             tile = tl.arange(0, COLS // 4)
-            tl.store(words + tile, word, mask=tile < tiles - col0 // 4)
+            tl.store(words + tile, word, mask=tile < (whole - col0) // 4)
         else:
             mask = _select.join4(bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1)
             tl.store(mask_ptr + start + row * cols + col, mask != 0, mask=inside)
@@ -84,10 +86,10 @@ def transposable_mask(score: Tensor) -> Tensor:
         mask[rows:, cols:] = True
     if rows * cols == 0:
         return mask
-    config = dict(TABLE.config(score, "any"))
+    config = for_waves(TABLE.config(score, "any"), score)
     config["COLS"] = min(triton.next_power_of_2(cols), config["COLS"])
     unit = gcd(score.shape[1], 32)
     grid = (rows // 4 * triton.cdiv(cols, config["COLS"]),)
     with on(score):
-        _transposable_kernel[grid](score, mask, score.shape[1] // unit, cols // 4, UNIT=unit, **config)
+        _transposable_kernel[grid](score, mask, score.shape[1] // unit, UNIT=unit, **config)
     return mask

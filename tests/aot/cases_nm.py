@@ -22,4 +22,6 @@ CASES = [
     Case("mask48", lambda: nm.nm_mask(meta(*LARGE), 4, 8), loads=16, stores=8),
     Case("bits16of32", lambda: nm.nm_mask_bits(meta(*LARGE), 16, 32), loads=16),
     Case("prune3of7", lambda: nm.nm_prune(meta(33, 65), 3, 7, _scale(65)), hot=False),
+    Case("one-group", lambda: nm.nm_prune(meta(1, 4), 2, 4, _scale(4)), hot=False),
+    Case("one-unit", lambda: nm.nm_prune(meta(1, 8), 2, 4, _scale(8)), hot=False),
 ]
