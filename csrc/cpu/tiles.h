@@ -7,21 +7,17 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// The compiler turns their operators into the instructions of the level.
-typedef float TileFloats __attribute__((vector_size(kLanes * 4)));
+// Floats that are not negative as their bits, which have the same order. The compiler turns the operators into the
+// instructions of the level.
 typedef int32_t TileInts __attribute__((vector_size(kLanes * 4)));
+typedef float TileFloats __attribute__((vector_size(kLanes * 4)));
 
-inline TileInts as_ints(const TileFloats& lanes) { return reinterpret_cast<TileInts>(lanes); }
-inline TileFloats as_floats(const TileInts& lanes) { return reinterpret_cast<TileFloats>(lanes); }
-
-inline TileFloats select(const TileInts& where, const TileFloats& a, const TileFloats& b) {
-  return as_floats(where ? as_ints(a) : as_ints(b));
+// The bits of the sum of floats.
+inline TileInts plus(const TileInts& a, const TileInts& b) {
+  return reinterpret_cast<TileInts>(reinterpret_cast<TileFloats>(a) + reinterpret_cast<TileFloats>(b));
 }
 
-// Of floats that are not negative, which are ordered as their bits.
-inline TileFloats larger(const TileFloats& a, const TileFloats& b) {
-  return as_floats(as_ints(a) > as_ints(b) ? as_ints(a) : as_ints(b));
-}
+inline TileInts larger(const TileInts& a, const TileInts& b) { return a > b ? a : b; }
 
 // The fp32 bits without the sign; NaN becomes Inf.
 inline TileInts magnitude(const TileInts& bits) {

@@ -28,48 +28,52 @@ constexpr Half completion(int p, int q) {
   return {};
 }
 
-// The sums of the magnitudes that each row keeps of each pair.
-using RowSums = TileFloats[4][6];
+// The sums of the magnitudes that each row keeps of each pair, as bits.
+using RowSums = TileInts[4][6];
+
+// What rows 0 and 1 keep with the first completion, four bits a row; without it where they are complements.
+constexpr int kept_bits(int p, int q) {
+  const Half half = completion(p, q);
+  return kPairs[p] | kPairs[q] << 4 | (q == 5 - p ? 0 : kPairs[half.row2] << 8 | kPairs[half.row3] << 12);
+}
 
 struct BestPattern {
-  TileFloats total;
-  TileFloats first;  // the total with the first completion; where rows 0 and 1 are complements, without one
-  TileInts kept;     // the columns kept, four bits a row; there without rows 2 and 3
+  TileInts total;
+  TileInts first;  // the total with the first completion; where rows 0 and 1 are complements, without one
+  TileInts kept;
 };
 
 template <int p, int q>
-void consider(const RowSums& sums, const TileFloats& any_complements, BestPattern& best) {
+void consider(const RowSums& sums, const TileInts& any_complements, BestPattern& best) {
   constexpr bool kComplements = q == 5 - p;
   constexpr Half kHalf = completion(p, q);
-  constexpr int kTop = kPairs[p] | kPairs[q] << 4, kBottom = kPairs[kHalf.row2] << 8 | kPairs[kHalf.row3] << 12;
-  const TileFloats top = sums[0][p] + sums[1][q], bottom = sums[2][kHalf.row2] + sums[3][kHalf.row3];
-  TileFloats best_bottom = kComplements ? any_complements : bottom;
-  if constexpr (!kComplements && p != q) best_bottom = larger(bottom, sums[2][kHalf.row3] + sums[3][kHalf.row2]);
-  const TileFloats total = top + best_bottom, first = kComplements ? top : top + bottom;
-  const TileInts better = as_ints(total) > as_ints(best.total);
+  const TileInts top = plus(sums[0][p], sums[1][q]), bottom = plus(sums[2][kHalf.row2], sums[3][kHalf.row3]);
+  TileInts best_bottom = kComplements ? any_complements : bottom;
+  if constexpr (!kComplements && p != q) best_bottom = larger(bottom, plus(sums[2][kHalf.row3], sums[3][kHalf.row2]));
+  const TileInts total = plus(top, best_bottom), better = total > best.total;
   best.total = larger(total, best.total);
-  best.first = select(better, first, best.first);
-  best.kept = better ? TileInts{} + (kComplements ? kTop : kTop | kBottom) : best.kept;
+  best.first = better ? (kComplements ? top : plus(top, bottom)) : best.first;
+  best.kept = better ? TileInts{} + kept_bits(p, q) : best.kept;
 }
 
 // The bits of the best pattern of every tile, row 0 in the lowest four.
 inline TileInts best_pattern(const RowSums& sums) {
-  TileFloats complements[6], any_complements = sums[2][0] + sums[3][5];
+  TileInts complements[6], any_complements{};
   for (int pair = 0; pair < 6; ++pair) {
-    complements[pair] = sums[2][pair] + sums[3][5 - pair];
+    complements[pair] = plus(sums[2][pair], sums[3][5 - pair]);
     any_complements = larger(any_complements, complements[pair]);
   }
-  BestPattern best{TileFloats{} - 1, {}, {}};
+  BestPattern best{TileInts{} - 1, {}, {}};
   [&]<int... i>(std::integer_sequence<int, i...>) {
     (consider<i / 6, i % 6>(sums, any_complements, best), ...);
   }(std::make_integer_sequence<int, 36>());
   TileInts below{};
-  for (int pair = 5; pair >= 0; --pair) {
-    const TileInts reaches = as_ints(best.first + complements[pair]) == as_ints(best.total);
-    below = reaches ? TileInts{} + (kPairs[pair] << 8 | kPairs[5 - pair] << 12) : below;
-  }
+  for (int pair = 5; pair >= 0; --pair)
+    below = plus(best.first, complements[pair]) == best.total
+                ? TileInts{} + (kPairs[pair] << 8 | kPairs[5 - pair] << 12)
+                : below;
   const TileInts exchanged = (best.kept & 0xff) | (best.kept & 0xf00) << 4 | (best.kept & 0xf000) >> 4;
-  const TileInts completed = as_ints(best.first) < as_ints(best.total) ? exchanged : best.kept;
+  const TileInts completed = best.first < best.total ? exchanged : best.kept;
   return best.kept < 0x100 ? best.kept | below : completed;
 }
 
@@ -83,7 +87,7 @@ void mask_tiles(const T* score, int64_t stride, bool* mask, int64_t mask_stride,
     int pair = 0;
     for (int lower = 0; lower < 4; ++lower)
       for (int upper = lower + 1; upper < 4; ++upper)
-        sums[row][pair++] = as_floats(magnitude[lower]) + as_floats(magnitude[upper]);
+        sums[row][pair++] = plus(magnitude[lower], magnitude[upper]);
   }
   const TileInts kept = best_pattern(sums);
   for (int row = 0; row < 4; ++row) store_tiles(mask + row * mask_stride, kept >> 4 * row & 15, stream);
