@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sparsekit as sk
-from sparsekit.ops.nm import nm_mask_reference, nm_prune_reference
+from sparsekit.ops.bits import pack_bits
+from sparsekit.ops.nm import nm_mask_bits_reference, nm_mask_reference, nm_prune_reference
 
 from .baselines import copy_call
 from .shapes import SQUARE, name
@@ -32,3 +33,16 @@ def bench_nm(record, op, pattern, dtype):
     goal = {"copy_": 0.7, "topk": 50} if pattern == (2, 4) else {}
     row = {"op": f"{op} {pattern[0]}:{pattern[1]}", "shape": name(SQUARE), "dtype": dtype, "goal": goal}
     record(row, call, baselines, bytes_moved=moved, copied=copied)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_nm_mask_bits(record, dtype):
+    score = torch.randn(SQUARE).to(DTYPES[dtype])
+    bits = sk.nm_mask_bits(score, 2, 4)
+    assert torch.equal(bits[SAMPLE], nm_mask_bits_reference(score[SAMPLE], 2, 4))
+    baselines, copied = copy_call(score)
+    baselines["topk"] = lambda: pack_bits(topk_scatter(score, 2, 4))
+    goal = {"copy_": 0.7, "topk": 50}
+    row = {"op": "nm_mask_bits 2:4", "shape": name(SQUARE), "dtype": dtype, "goal": goal}
+    moved = score.nbytes + bits.nbytes
+    record(row, lambda: sk.nm_mask_bits(score, 2, 4), baselines, bytes_moved=moved, copied=copied)

@@ -4,10 +4,12 @@ import torch.nn.functional as F
 
 import sparsekit as sk
 from sparsekit.nn import Linear24
-from sparsekit.ops.sparse24 import pack24_reference
+from sparsekit.ops.bits import pack_bits
+from sparsekit.ops.sparse24 import pack24_reference, prune_pack24_reference
 
 from .baselines import copy_call, dense_calls
 from .shapes import FEW, LARGE, LINEAR, MANY, SQUARE, UP, name
+from .usual import topk_prune
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest output
@@ -36,6 +38,26 @@ def bench_format(record, op, dtype):
     row = {"op": op, "shape": name(SQUARE), "dtype": dtype, "goal": {"copy_": 0.6} if op == "pack24" else {}}
     moved = weight.nbytes + sum(part.nbytes for part in packed)
     record(row, call, baselines, bytes_moved=moved, copied=copied)
+
+
+def usual_prune_pack(weight, scale):
+    """2:4 pruning by a score, then the kept values and the mask as bits, as it is usually written."""
+    pruned, mask = topk_prune(weight, 2, 4, scale)
+    return pruned[mask].view(len(weight), -1), pack_bits(mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_prune_pack24(record, dtype):
+    weight, scale = torch.randn(SQUARE).to(DTYPES[dtype]), torch.rand(SQUARE[1])
+    packed = sk.prune_pack24(weight, scale=scale)
+    for got, expected in zip(packed, prune_pack24_reference(weight, scale), strict=True):
+        assert torch.equal(got, expected)
+    baselines, copied = copy_call(weight)
+    baselines["topk"] = lambda: usual_prune_pack(weight, scale)
+    goal = {"copy_": 0.6, "topk": 50}
+    row = {"op": "prune_pack24", "shape": name(SQUARE), "dtype": dtype, "goal": goal}
+    moved = weight.nbytes + sum(part.nbytes for part in packed)
+    record(row, lambda: sk.prune_pack24(weight, scale=scale), baselines, bytes_moved=moved, copied=copied)
 
 
 @pytest.mark.parametrize(

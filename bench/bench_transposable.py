@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+import sparsekit as sk
+from sparsekit.ops.transposable import tile_masks, transposable_mask_reference
+
+from .baselines import copy_call
+from .shapes import SQUARE, name
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAMPLE = slice(0, 256)  # rows: whole tiles
+
+
+def usual_search(score, patterns):
+    """Every tile times all 90 patterns, as the exact search is usually written."""
+    rows, cols = score.shape
+    tiles = score.float().abs().view(rows // 4, 4, cols // 4, 4).transpose(1, 2).reshape(-1, 16)
+    best = (tiles @ patterns.flatten(1).t()).argmax(1)
+    return patterns[best].bool().view(rows // 4, cols // 4, 4, 4).transpose(1, 2).reshape(rows, cols)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_transposable(record, dtype):
+    score = torch.randn(SQUARE).to(DTYPES[dtype])
+    assert torch.equal(sk.transposable_mask(score)[SAMPLE], transposable_mask_reference(score[SAMPLE]))
+    baselines, copied = copy_call(score)
+    patterns = tile_masks(score.device).float()
+    baselines["matmul"] = lambda: usual_search(score, patterns)
+    row = {"op": "transposable_mask", "shape": name(SQUARE), "dtype": dtype, "goal": {"matmul": 20}}
+    moved = score.nbytes + score.numel()
+    record(row, lambda: sk.transposable_mask(score), baselines, bytes_moved=moved, copied=copied)
