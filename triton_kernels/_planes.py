@@ -109,7 +109,7 @@ def keep_topk(keys, valid, k, BITS: tl.constexpr):
 
 @triton.jit
 def _majority(a, b, c):
-    return (a & b) | (c & (a | b))
+    return ((a ^ b) & (a ^ c)) ^ a
 
 
 @triton.jit
