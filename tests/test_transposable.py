@@ -91,14 +91,10 @@ def test_large_and_threads(simd, threads):
         assert_same(sk.transposable_mask(score), expected)
 
 
-@given(height=st.integers(0, 4), width=st.integers(0, 12), data=st.data())
-def test_two_of_every_row_and_column(simd, height, width, data):
-    mask = sk.transposable_mask(hostile(4 * height, 4 * width))
-    tiles = (
-        mask.unflatten(0, (height, 4)).unflatten(2, (width, 4)).int() if mask.numel() else mask.new_zeros(1, 4, 1, 4)
-    )
-    if mask.numel():
-        assert (tiles.sum(1) == 2).all() and (tiles.sum(3) == 2).all()
+@given(height=st.integers(1, 4), width=st.integers(1, 12))
+def test_two_of_every_row_and_column(simd, height, width):
+    tiles = sk.transposable_mask(hostile(4 * height, 4 * width)).unflatten(0, (height, 4)).unflatten(2, (width, 4))
+    assert (tiles.sum(1) == 2).all() and (tiles.sum(3) == 2).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

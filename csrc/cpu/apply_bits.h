@@ -21,7 +21,8 @@ template <bool kScaled, class T>
 void apply64(const T* weight, uint64_t kept, const float* scale, const Applied<T>& to, int64_t column) {
   constexpr int kWide = Keys32::kLanes, kNarrow = kWide * 4 / sizeof(T);
   [&]<int... i>(std::integer_sequence<int, i...>) {
-    (store_kept(to.pruned + column + i * kNarrow, weight + column + i * kNarrow, keep_bits<T, i * kNarrow>(kept), to.stream), ...);
+    (store_kept(to.pruned + column + i * kNarrow, weight + column + i * kNarrow, keep_bits<T, i * kNarrow>(kept),
+                to.stream), ...);
   }(std::make_integer_sequence<int, 64 / kNarrow>());
   [&]<int... i>(std::integer_sequence<int, i...>) {
     (add_kept<kScaled>(weight + column + i * kWide, keep_bits<float, i * kWide>(kept),

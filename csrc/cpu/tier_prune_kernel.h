@@ -1,5 +1,5 @@
-// Tiers: which entries of a strip of blocks stay, as bits; then mask, pruned copy and column sums, while the strip is in
-// the caches.
+// Tiers: which entries of a strip of blocks stay, as bits; then mask, pruned copy and column sums, while the strip is
+// in the caches.
 #pragma once
 
 #include "apply_bits.h"
@@ -96,11 +96,11 @@ void keep_row(const TierPruneArgs& a, const BlockStrip& strip, int64_t row, int6
     s.kept[word] = s.dense[word];
     if (!s.two[word]) continue;
     const int64_t i = word * 64, cols = std::min<int64_t>(64, strip.cols - i);
-    const auto of_columns = [&]<bool kScaled>() {
+    const auto kept = [&]<bool kScaled>(std::bool_constant<kScaled>) {
       const float* from = kScaled ? scale + i : nullptr;
       return cols == 64 ? kept24<kScaled>(weight + i, from) : kept24<kScaled>(weight + i, from, cols);
     };
-    s.kept[word] |= s.two[word] & (scale ? of_columns.template operator()<true>() : of_columns.template operator()<false>());
+    s.kept[word] |= s.two[word] & (scale ? kept(std::true_type{}) : kept(std::false_type{}));
   }
   for (int64_t i = 0; i < topk; ++i) {
     const uint32_t* bits = s.topk.get() + i * s.pitch / 32;
@@ -114,7 +114,8 @@ void keep_row(const TierPruneArgs& a, const BlockStrip& strip, int64_t row, int6
 
 template <class T, int64_t kCols>
 void tier_strip(const TierPruneArgs& a, const BlockStrip& strip, TierScratch& s) {
-  const int64_t first = strip.top / a.block_rows * ((a.cols + a.block_cols - 1) / a.block_cols) + strip.left / a.block_cols;
+  const int64_t wide = (a.cols + a.block_cols - 1) / a.block_cols;
+  const int64_t first = strip.top / a.block_rows * wide + strip.left / a.block_cols;
   const uint8_t* tiers = a.tiers + first;
   const int64_t blocks = strip.blocks(a.block_cols), words = (strip.cols + 63) / 64;
   std::fill_n(s.dense.get(), words, 0);

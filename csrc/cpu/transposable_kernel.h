@@ -104,8 +104,8 @@ void transposable(const TransposableArgs& a, int64_t begin, int64_t end) {
       bool* mask = a.mask + top * a.cols;
       if (a.rows - top < 4) {
         for (int64_t row = 0; row < a.rows - top; ++row)
-          nm_row<T>({score + row * a.score_stride, nullptr, nullptr, mask + row * a.cols, nullptr, false, false}, a.cols,
-                    2, 4);
+          nm_row<T>({score + row * a.score_stride, nullptr, nullptr, mask + row * a.cols, nullptr, false, false},
+                    a.cols, 2, 4);
         break;
       }
       const bool stream = a.stream && aligned(mask) && a.cols % 64 == 0;
@@ -113,7 +113,8 @@ void transposable(const TransposableArgs& a, int64_t begin, int64_t end) {
       if (rest > 0) {
         T padded[4 * kStrip] = {};
         alignas(64) bool tiles[4 * kStrip];
-        for (int row = 0; row < 4; ++row) std::copy_n(score + row * a.score_stride + whole, rest, padded + row * kStrip);
+        for (int row = 0; row < 4; ++row)
+          std::copy_n(score + row * a.score_stride + whole, rest, padded + row * kStrip);
         mask_tiles(padded, kStrip, tiles, kStrip, false);
         for (int row = 0; row < 4; ++row) std::copy_n(tiles + row * kStrip, rest, mask + row * a.cols + whole);
       }

@@ -123,7 +123,8 @@ void test_nm() {
             const bool in_place = random.below(2), prune = in_place || random.below(2), bits = random.below(2);
             run(*level,
                 {dtype, n, m, 1 + random.below(3), cols, random.below(2) * random.below(40), random.below(2) == 1,
-                 in_place, prune, !bits || random.below(2), bits, random.below(2) == 1, random.below(2) ? Flush::End : Flush::Begin, values},
+                 in_place, prune, !bits || random.below(2), bits, random.below(2) == 1,
+                 random.below(2) ? Flush::End : Flush::Begin, values},
                 seed);
           }
   }

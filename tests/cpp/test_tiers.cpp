@@ -30,12 +30,14 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
   const int64_t stride = c.cols + c.padding, span = (c.rows - 1) * stride + c.cols, count = c.rows * c.cols;
   const int64_t tall = (c.rows + c.block_rows - 1) / c.block_rows, wide = (c.cols + c.block_cols - 1) / c.block_cols;
   Buffer weight(span * size, c.flush), scale(c.cols * 4, c.flush), score_scale(c.cols * 4, c.flush),
-      tiers(tall * wide, c.flush), pruned(count * size, c.flush), mask(count, c.flush), scores(tall * wide * 4, c.flush);
+      tiers(tall * wide, c.flush), pruned(count * size, c.flush), mask(count, c.flush),
+      scores(tall * wide * 4, c.flush);
   random.fill(weight.data(), span, c.dtype, c.values);
   random.fill(scale.data(), c.cols, DType::F32, Values::Special);
   random.fill(score_scale.data(), c.cols, DType::F32, Values::Special);
   const int64_t kinds = 1 + random.below(4);
-  for (int64_t i = 0; i < tall * wide; ++i) tiers.as<uint8_t>()[i] = static_cast<uint8_t>(kinds == 4 ? random.below(256) : random.below(kinds));
+  for (int64_t i = 0; i < tall * wide; ++i)
+    tiers.as<uint8_t>()[i] = static_cast<uint8_t>(random.below(kinds == 4 ? 256 : kinds));
   for (auto [begin, end] : {std::pair{tall / 2, tall}, std::pair{int64_t{0}, tall / 2}})
     level.tier_prune({.weight = weight.data(), .weight_stride = stride, .tiers = tiers.as<uint8_t>(),
                       .scale = c.scaled ? scale.as<float>() : nullptr,
@@ -45,7 +47,8 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
                       .stream = c.stream},
                      begin, end);
 
-  Buffer sparse24(count, Flush::End), topk(count, Flush::End), ranked(count * 4, Flush::End), total(tall * wide * 4, Flush::End);
+  Buffer sparse24(count, Flush::End), topk(count, Flush::End), ranked(count * 4, Flush::End),
+      total(tall * wide * 4, Flush::End);
   plain.nm({.weight = weight.data(), .weight_stride = stride, .pruned = nullptr, .pruned_stride = 0,
             .scale = c.scaled ? scale.as<float>() : nullptr, .mask = sparse24.as<bool>(), .bits = nullptr,
             .cols = c.cols, .n = 2, .m = 4, .dtype = c.dtype, .stream = false},

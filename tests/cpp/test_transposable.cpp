@@ -61,13 +61,15 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
       for (const auto& pattern : kPatterns) {
         float row[4];
         for (int i = 0; i < 4; ++i) {
-          const int lower = std::countr_zero(static_cast<unsigned>(pattern[i])), upper = std::bit_width(static_cast<unsigned>(pattern[i])) - 1;
+          const unsigned kept_bits = static_cast<unsigned>(pattern[i]);
+          const int lower = std::countr_zero(kept_bits), upper = std::bit_width(kept_bits) - 1;
           row[i] = magnitude(top + i, left + lower) + magnitude(top + i, left + upper);
         }
         const float total = (row[0] + row[1]) + (row[2] + row[3]);
         if (total > best) best = total, kept = pattern;
       }
-      for (int i = 0; i < 16; ++i) want[(top + i / 4) * c.cols + left + i % 4] = static_cast<char>(kept[i / 4] >> i % 4 & 1);
+      for (int i = 0; i < 16; ++i)
+        want[(top + i / 4) * c.cols + left + i % 4] = static_cast<char>(kept[i / 4] >> i % 4 & 1);
     }
   // At the edges 2 of 4, NaN above Inf, ties to the lower index.
   const auto two_of_four = [&](auto at) {
@@ -111,7 +113,8 @@ void rounding(const Kernels& level) {
   for (uint64_t seed = 1; seed <= 50; ++seed) {
     Random random(seed);
     std::vector<float> score(4 * 256);
-    for (float& value : score) value = std::ldexp(static_cast<float>(1 + random.below(7)), static_cast<int>(random.below(3)) * 12);
+    for (float& value : score)
+      value = std::ldexp(static_cast<float>(1 + random.below(7)), static_cast<int>(random.below(3)) * 12);
     bool mask[4 * 256];
     level.transposable({.score = score.data(), .score_stride = 256, .mask = mask, .rows = 4, .cols = 256,
                         .dtype = DType::F32, .stream = false}, 0, 1);
