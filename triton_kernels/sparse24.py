@@ -72,7 +72,7 @@ def _pack24_kernel(
         tl.atomic_min(fault, tl.min(tl.where(wrong, where, 2**63 - 1)))
     if RAGGED:  # a tail is kept whole
         tail = 4 * group + 4 > cols
-        k0, k1, k2, k3 = k0 | tail, k1 | tail, k2 & ~tail, k3 & ~tail
+        k0, k1 = k0 | tail, k1 | tail
     e0, e1, e2, e3 = quads(entries)
     first, last = first_last(k0, k1, k2, k3, e0, e1, e2, e3)
     one, two = first_last(k0, k1, k2, k3, 1, 2, 4, 8)
