@@ -65,16 +65,22 @@ def test_patterns(gpu, dtype, pattern, cols):
     check(ties(5, cols, dtype=dtype), gpu, *pattern, hostile(cols))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_every_kind_of_nan(gpu, dtype):
     # Payloads differ: what ranks NaNs by their bits gets these groups wrong.
-    nan = torch.finfo(dtype).max
-    bits = torch.tensor([torch.inf, nan], dtype=dtype).view(torch.int16)
-    inf, largest = bits.tolist()
-    some = torch.tensor([inf + 1, 0x7FFF, inf + 3, inf, largest, 0], dtype=torch.int16)
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    inf, largest = torch.tensor([torch.inf, torch.finfo(dtype).max], dtype=dtype).view(integer).tolist()
+    some = torch.tensor([inf + 1, torch.iinfo(integer).max, inf + 3, inf, largest, 0], dtype=integer)
     groups = some[torch.cartesian_prod(*[torch.arange(6)] * 4)]  # every group of these six
-    sign = torch.where(torch.rand(groups.shape) < 0.5, -0x8000, 0).to(torch.int16)
-    check((groups ^ sign).view(dtype).view(-1, 48), gpu, 2, 4)
+    sign = torch.where(torch.rand(groups.shape) < 0.5, torch.iinfo(integer).min, 0).to(integer)
+    for pattern in [(2, 4), (1, 4)]:
+        check((groups ^ sign).view(dtype).view(-1, 48), gpu, *pattern)
+
+
+@pytest.mark.parametrize("pattern", [(2, 3), (4, 8)], ids=pattern_id)
+def test_groups_that_straddle_tiles(gpu, pattern):
+    for scale in (None, torch.rand(1100)):
+        check(ties(3, 1100), gpu, *pattern, scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

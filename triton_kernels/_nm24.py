@@ -173,4 +173,6 @@ def scaled(x: Tensor, scale: Tensor, mask: Tensor, pruned: Tensor) -> None:
     config["UNITS"] = min(triton.next_power_of_2(units), config["UNITS"])
     config["ROWS"] = config.pop("BLOCK") // 8 // config["UNITS"]
     grid = (triton.cdiv(rows, config["ROWS"]) * triton.cdiv(units, config["UNITS"]),)
-    _nm24_scaled_kernel[grid](x, scale, mask, pruned, rows, units, BF16=x.dtype == torch.bfloat16, **config)
+    _nm24_scaled_kernel[grid](
+        x, scale, mask, pruned, rows, units, BF16=x.dtype == torch.bfloat16, enable_fp_fusion=False, **config
+    )

@@ -129,7 +129,21 @@ def _launch(
         unit = gcd(cols, 32)
         tiles = triton.cdiv(cols, config["COLS"])
         grid = (triton.cdiv(rows, config["ROWS"]) * tiles,)
-        _nm_kernel[grid](x, scale, mask, bits, pruned, rows, cols // unit, tiles, UNIT=unit, N=n, M=m, **config)
+        _nm_kernel[grid](
+            x,
+            scale,
+            mask,
+            bits,
+            pruned,
+            rows,
+            cols // unit,
+            tiles,
+            UNIT=unit,
+            N=n,
+            M=m,
+            enable_fp_fusion=False,
+            **config,
+        )
 
 
 def nm_mask(score: Tensor, n: int, m: int) -> Tensor:

@@ -91,5 +91,5 @@ def transposable_mask(score: Tensor) -> Tensor:
     unit = gcd(score.shape[1], 32)
     grid = (rows // 4 * triton.cdiv(cols, config["COLS"]),)
     with on(score):
-        _transposable_kernel[grid](score, mask, score.shape[1] // unit, UNIT=unit, **config)
+        _transposable_kernel[grid](score, mask, score.shape[1] // unit, UNIT=unit, enable_fp_fusion=False, **config)
     return mask
