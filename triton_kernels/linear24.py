@@ -1,6 +1,7 @@
 """``x @ W.T + bias`` straight from a packed 2:4 ``W``, for few tokens, where the bytes of ``W`` decide the time."""
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -157,41 +158,24 @@ def linear24(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None) ->
     tokens = math.prod(x.shape[:-1])
     if tokens > MOST_TOKENS:
         return F.linear(x, unpack24(values, bitmask, cols), bias)
-    y = x.new_empty(*x.shape[:-1], rows)
-    if y.numel():
-        flat = x.reshape(tokens, cols)
-        bias = bias if bias is None else bias.contiguous()
+    y = x.new_empty((*x.shape[:-1], rows))
+    if tokens and rows:
+        flat = x if x.dim() == 2 else x.reshape(tokens, cols)
+        if bias is not None and not bias.is_contiguous():
+            bias = bias.contiguous()
         with on(x):
             (linear24_fp32 if x.dtype == torch.float32 else _linear_16)(flat, values, bitmask, bias, y)
     return y
 
 
-def _shape_class(tokens: int, rows: int, cols: int) -> str:
-    bucket = 1 if tokens == 1 else 8 if tokens <= 8 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    if rows * cols < 1 << 22:
-        return f"{bucket}_small"
-    return f"{bucket}_medium" if rows * cols < 1 << 25 else f"{bucket}_deep" if cols > rows else f"{bucket}_wide"
-
-
-def _aligned(tensor: Tensor, size: int) -> bool:
-    """Whether neighbors along a row can be read ``size`` bytes at a time."""
-    row, col = tensor.stride()
-    return col == 1 and not (row * tensor.element_size() % size or tensor.data_ptr() % size)
-
-
 def _linear_16(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, y: Tensor) -> None:
     tokens, cols = x.shape
     rows = values.shape[0]
-    config: Config = dict(TABLE.config(x, _shape_class(tokens, rows, cols)))
-    vendor = _VENDORS[architecture(x)[:2]]
-    blocks = min(triton.next_power_of_2(triton.cdiv(tokens, 8)), 4)  # sums of more tokens do not fit the registers
-    blocks = max(blocks, 2) if vendor == "amd" else blocks  # the narrowest mfma has 16 columns
-    programs = triton.cdiv(rows, 8 * config["BLOCKS"] * config["ROW_WARPS"]) * triton.cdiv(tokens, 8 * blocks)
-    steps = triton.cdiv(cols, 64 * config["LOADS"] * (config["num_warps"] // config["ROW_WARPS"]))
-    splits = max(1, min(config.pop("FILL") * processors(x) // programs, steps))
-    steps = triton.cdiv(steps, splits)
-    partial = y if splits == 1 else torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
-    _linear24_kernel[(programs, splits)](
+    arch = architecture(x)
+    name = TABLE.name(arch, _shape_class(tokens, rows, cols))
+    grid, steps, constants = _plan(tokens, rows, cols, name, arch, processors(x))
+    partial = y if grid[1] == 1 else x.new_empty((grid[1], tokens, rows), dtype=torch.float32)
+    _linear24_kernel[grid](
         x,
         values,
         bitmask,
@@ -204,13 +188,40 @@ def _linear_16(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, 
         *x.stride(),
         *values.stride(),
         *bitmask.stride(),
-        TOKEN_BLOCKS=blocks,
-        TAIL=cols % 4,
         ALIGNED=_aligned(x, 4) and _aligned(values, 4) and _aligned(bitmask, 2),
-        TARGET=vendor,
-        WARPS=config["num_warps"],
-        num_stages=1,
-        **config,
+        **constants,
     )
-    if splits > 1:
-        _add_splits_kernel[(triton.cdiv(y.numel(), 256),)](partial, y, y.numel(), splits, BLOCK=256, num_warps=2)
+    if grid[1] > 1:
+        _add_splits_kernel[(-(-y.numel() // 256),)](partial, y, y.numel(), grid[1], BLOCK=256, num_warps=2)
+
+
+@lru_cache(maxsize=4096)
+def _shape_class(tokens: int, rows: int, cols: int) -> str:
+    bucket = 1 if tokens == 1 else 8 if tokens <= 8 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    if rows * cols < 1 << 22:
+        return f"{bucket}_small"
+    return f"{bucket}_medium" if rows * cols < 1 << 25 else f"{bucket}_deep" if cols > rows else f"{bucket}_wide"
+
+
+@lru_cache(maxsize=4096)  # a model has few shapes, and this takes longer than the kernel
+def _plan(
+    tokens: int, rows: int, cols: int, name: str, arch: str, processors: int
+) -> tuple[tuple[int, int], int, Config]:
+    """The grid, by rows and splits of the columns; the steps of a program; and the kernel's constants."""
+    config = TABLE.configs[name]
+    vendor = _VENDORS[arch[:2]]
+    blocks = min(triton.next_power_of_2(triton.cdiv(tokens, 8)), 4)  # sums of more tokens do not fit the registers
+    blocks = max(blocks, 2) if vendor == "amd" else blocks  # the narrowest mfma has 16 columns
+    programs = triton.cdiv(rows, 8 * config["BLOCKS"] * config["ROW_WARPS"]) * triton.cdiv(tokens, 8 * blocks)
+    steps = triton.cdiv(cols, 64 * config["LOADS"] * (config["num_warps"] // config["ROW_WARPS"]))
+    splits = max(1, min(config["FILL"] * processors // programs, steps))
+    steps = triton.cdiv(steps, splits)
+    constants = {key: value for key, value in config.items() if key != "FILL"}
+    constants |= {"TOKEN_BLOCKS": blocks, "TAIL": cols % 4, "TARGET": vendor, "WARPS": config["num_warps"]}
+    return (programs, splits), steps, constants | {"num_stages": 1}
+
+
+def _aligned(tensor: Tensor, size: int) -> bool:
+    """Whether neighbors along a row can be read ``size`` bytes at a time."""
+    row, col = tensor.stride()
+    return col == 1 and not (row * tensor.element_size() % size or tensor.data_ptr() % size)
