@@ -7,6 +7,7 @@ import torch
 
 from bench.gpu import __main__ as program
 from bench.gpu import build, counters, masks, parts, suite
+from bench.gpu.goals import MODES
 from bench.gpu.rehearsal import TINY
 from bench.gpu.table import details, render
 from bench.report import slug
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.gpu
 def test_right(): pass
 def test_wrong(): assert 1 == 2, "not equal"
 """
-TUNE_SECONDS = 2  # the interpreter would take minutes for all configurations
+LONG, TUNE_SECONDS = 600, 2  # on a busy machine too; the interpreter would take minutes for all configurations
 EXPECTED = ("operation not supported when calling", "wrong: a relative error", "a graph needs a GPU")
 
 
@@ -37,7 +38,7 @@ def rehearsed(tmp_path_factory):
 
 
 def attempt(part, out, seconds, rehearse):
-    return parts.attempt(part, out, TUNE_SECONDS if part is parts.TUNE else seconds, rehearse)
+    return parts.attempt(part, out, TUNE_SECONDS if part is parts.TUNE else LONG, rehearse)
 
 
 def all_rows(report, part):
@@ -108,8 +109,8 @@ def test_checks_and_runtime(rehearsed):
     _, report = rehearsed
     assert [row["right"] for row in all_rows(report, "checks")] == [True] * 4
     runtime = all_rows(report, "runtime")
-    assert [row["works"] for row in runtime if row.get("name") == "torch.compile"] == [True] * 4
-    assert sum("ratios" in row for row in runtime) == len(TINY.linear) * len(TINY.tokens)
+    assert [row["works"] for row in runtime if row.get("name") == "torch.compile"] == [True] * 2
+    assert sum("ratios" in row for row in runtime) == len(MODES) * len(TINY.linear) * len(TINY.tokens)
     assert [row for row in all_rows(report, "suite") if row.get("name") == "tests"] == [
         {"name": "tests", "passed": 1, "failed": 1}
     ]
@@ -131,7 +132,7 @@ def test_the_tables_are_written(rehearsed):
     out, report = rehearsed
     text = (out / "table.md").read_text()
     assert render(report) in text and details(report) in text
-    assert "| `nm_mask 2:4` | 64x64 | bf16 |" in text and "| `linear24` | 1 | 16 | 96 |" in text
+    assert "| `nm_mask 2:4` | 64x64 | bf16 |" in text and "| `linear24` | 1 | 96 |" in text
     assert "- 64x64 cusparselt_sm90: equal; 512 bytes of metadata, 512 by the closed form" in text
     assert slug(report) == "rehearsal"
 

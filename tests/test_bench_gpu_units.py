@@ -109,6 +109,7 @@ def test_race_takes_turns_and_counts_the_buffers(monkeypatch):
     assert called == ["own", "own", "slow", "slow", "own", "own", "own", "own", "slow"]  # once to warm up, two rounds
     assert race.ratios("own") == {"slow": 3.0}
     assert Race({"a": [1.0, 2.0, 3.0]}, {}).spread("a") == 1.0
+    assert Race({"a": [1.0, 4.0]}, {"a": [2.0, 3.0]}).calls().times == {"a": [2.0, 4.0]}
 
 
 def test_buffers_exceed_the_cache():
@@ -286,7 +287,8 @@ def test_tune_times_what_is_right_and_keeps_the_fastest(tmp_path, monkeypatch):
         return [call, call], lambda got: check_same(got, torch.tensor(True))
 
     lab = rehearsal_lab()
-    ((row, choice),) = tune.tune(lab, "toy", workload)
+    ((row, choice),) = tune.tune(lab, workload, {})
+    assert not list(tune.tune(lab, workload, choice))
     TABLES.pop("toy")
     assert choice == {"": {"toy": {"small": "fast"}}}
     assert row["seconds"] == {"slow": 3.0, "fast": 1.0} and row["best"] == "fast" and row["before"] == "slow"

@@ -34,6 +34,11 @@ class Race:
     def host_seconds(self) -> dict[str, float]:
         return {key: statistics.median(each) for key, each in self.host.items()}
 
+    def calls(self) -> "Race":
+        """What a caller waits for who sends call after call: the device or the host, whichever takes longer."""
+        pairs = {key: zip(each, self.host[key], strict=True) for key, each in self.times.items()}
+        return Race({key: [max(pair) for pair in each] for key, each in pairs.items()}, self.host)
+
     def spread(self, key: str) -> float:
         """The interquartile range of a contender's times over their median."""
         low, median, high = statistics.quantiles(self.times[key], n=4)

@@ -11,7 +11,7 @@ from bench.usual import rank_mask24
 from sparsekit.ops.nm import nm_mask_reference
 
 from .lab import Lab, check_same
-from .linear import check_close
+from .linear import DENSE, check_close
 from .log import Log
 
 TOKENS = (1, 16, 1024)
@@ -46,11 +46,11 @@ def product(lab: Lab, tokens: int) -> dict[str, Any]:
     check_close(tuned(x, weights[0]), F.linear(x.float(), weights[0].float()))
     raced = lab.clock.race(
         {
-            "F.linear": [partial(F.linear, x, weight) for weight in weights],
+            DENSE: [partial(F.linear, x, weight) for weight in weights],
             "compiled": [partial(tuned, x, weight) for weight in weights],
         }
     )
-    ratios = {"compiled": raced.ratios("compiled")["F.linear"]}
+    ratios = {"compiled": raced.ratios("compiled")[DENSE]}
     return {"op": "linear", "shape": name(shape), "dtype": "bf16", "tokens": tokens, "ratios": ratios} | {
         "seconds": raced.seconds(),
         "host": raced.host_seconds(),

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from .goals import MODES
 from .log import NOT_MEASURED, Row, named, rows
 
 
@@ -62,8 +63,9 @@ def _counters(report: Row) -> Iterator[str]:
 
 
 def _runtime(report: Row) -> Iterator[str]:
-    for row in named(report, "runtime", "compress_"):
-        yield f"{row['shape']} became {row['layer']}"
+    for mode in MODES:
+        for row in named(report, "runtime", mode):
+            yield f"{mode}: {row['shape']} became {row['layer']}"
     for key in ("CUDA graph", "torch.compile"):
         for row in named(report, "runtime", key):
             yield f"{key}, {row['shape']}, {row['tokens']} tokens: {'works' if row['works'] else 'WRONG'}"

@@ -33,7 +33,7 @@ class Sizes:
     probes: tuple[Shape, ...] = ((64, 64), (128, 128), (96, 64), (192, 256))
     copy_bytes: int = 2**31
     product: tuple[int, ...] = (8192, 16384)
-    compress_seconds: float = 0.3  # that `compress_` may measure one shape at one token count
+    compress_seconds: float = 0.2  # that `compress_` may measure one shape at one token count
 
 
 @dataclass(frozen=True)

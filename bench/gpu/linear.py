@@ -16,6 +16,7 @@ from .goals import linear_goals
 from .lab import Lab, relative_error
 from .log import Log, one_line
 
+DENSE = "F.linear"
 TOLERANCE = 1e-2  # bf16 operands, against the same product in fp32
 DECODE = 64  # tokens, up to which linear24 is measured
 
@@ -70,7 +71,7 @@ def _semi_structured(lab: Lab, layer: Layer) -> Callable[[Tensor], Tensor]:
 
 def measure(lab: Lab, log: Log) -> None:
     """Check 3 with the vendor's defaults: device and host time of every form at every shape and token count."""
-    forms: dict[str, Forms] = {"F.linear": dense, "linear24": _decode, "semi-structured": _semi_structured}
+    forms: dict[str, Forms] = {DENSE: dense, "linear24": _decode, "semi-structured": _semi_structured}
     for shape in lab.sizes.linear:
         if log.left() <= 0:
             log.write(cut=f"the time was up before {name(shape)}")
@@ -122,7 +123,7 @@ def one(
         "flops": 2 * tokens * shape[0] * shape[1],
         "seconds": raced.seconds(),
         "host": raced.host_seconds(),
-        "ratios": {key: raced.ratios(key)["F.linear"] for key in right if key != "F.linear"},
+        "ratios": {key: raced.ratios(key)[DENSE] for key in right if key != DENSE},
         "wrong": wrong,
     }
 

@@ -40,7 +40,7 @@ PARTS = (
     Part("masks", 70),
     Part("linear", 50),
     Part("search", 50),
-    Part("runtime", 60),
+    Part("runtime", 75),
     Part("suite", 110, lab=False),
     Part("counters", 30),
     Part("compiled", 40),

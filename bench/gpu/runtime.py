@@ -12,10 +12,15 @@ from bench.shapes import name
 
 from .goals import NEVER_SLOWER
 from .lab import DTYPES, Lab
-from .linear import check_close
+from .linear import DENSE, check_close
 from .log import Log
 
 FOLDED = (1, 1024)  # tokens that graphs and torch.compile are tried with
+# By name: how `compress_` is called, and whether what the host needs for a call counts.
+MODES: dict[str, tuple[dict[str, bool], bool]] = {
+    "compress_": ({"keep_dense": True}, True),
+    "compress_, graphs": ({"keep_dense": True, "graphs": True}, False),
+}
 
 
 def measure(lab: Lab, log: Log) -> None:
@@ -23,13 +28,17 @@ def measure(lab: Lab, log: Log) -> None:
     for what, shape in log.each({name(shape): shape for shape in lab.sizes.linear}):
         with log.guard(what):
             plain = dense_layers(lab, shape)
-            model = dense_layers(lab, shape, like=plain)
             batches = [lab.randn(tokens, shape[1]) for tokens in lab.sizes.tokens]
-            report = sk.compress_(model, batches, forward=_all, budget=lab.sizes.compress_seconds)
-            log.write(name="compress_", shape=what, report=str(report).splitlines(), layer=repr(model[0]))
-            for x in batches:
-                with log.guard(f"{what}, {len(x)} tokens"):
-                    log.write(**one(lab, plain, model, x, shape, report.layers[0].decision))
+            for mode, (options, hosted) in MODES.items():
+                with log.guard(f"{mode} {what}"):
+                    model = dense_layers(lab, shape, like=plain)
+                    report = sk.compress_(model, batches, forward=_all, budget=lab.sizes.compress_seconds, **options)
+                    log.write(name=mode, shape=what, report=str(report).splitlines(), layer=repr(model[0]))
+                    layer = report.layers[0]
+                    for x in batches:
+                        with log.guard(f"{mode} {what}, {len(x)} tokens"):
+                            decision = layer.names.get(len(x), layer.decision)
+                            log.write(**one(lab, plain, model, x, mode, hosted) | {"shape": what, "decision": decision})
             for tokens in FOLDED:
                 x = lab.randn(tokens, shape[1])
                 for key, check in {"CUDA graph": graphed, "torch.compile": compiled}.items():
@@ -55,28 +64,22 @@ def _all(model: nn.Module, x: Tensor) -> object:
     return [layer(x) for layer in model.children()]
 
 
-def one(
-    lab: Lab, plain: nn.ModuleList, model: nn.ModuleList, x: Tensor, shape: tuple[int, int], decision: str
-) -> dict[str, Any]:
+def one(lab: Lab, plain: nn.ModuleList, model: nn.ModuleList, x: Tensor, mode: str, hosted: bool) -> dict[str, Any]:
     """The row of one token count: the compressed layers against the dense ones."""
     weight, bias = plain[0].weight, plain[0].bias
     check_close(model[0](x), F.linear(x.float(), weight.float(), bias.float()))
     raced = lab.clock.race(
-        {
-            "F.linear": [partial(F.linear, x, layer.weight, layer.bias) for layer in plain],
-            "compress_": [partial(layer, x) for layer in model],
-        }
+        {DENSE: [partial(layer, x) for layer in plain], mode: [partial(layer, x) for layer in model]}
     )
+    compared = raced.calls() if hosted else raced
     return {
         "op": "linear",
-        "shape": name(shape),
         "dtype": "bf16",
         "tokens": len(x),
-        "goal": {"compress_": NEVER_SLOWER},
-        "decision": decision,
+        "goal": {mode: NEVER_SLOWER},
         "seconds": raced.seconds(),
         "host": raced.host_seconds(),
-        "ratios": {"compress_": raced.ratios("compress_")["F.linear"]},
+        "ratios": {mode: compared.ratios(mode)[DENSE]},
     }
 
 

@@ -11,7 +11,7 @@ from bench.shapes import name
 
 from .clock import Call
 from .lab import Lab
-from .linear import Layer, check_close, dense, grid, layers
+from .linear import DENSE, Layer, check_close, dense, grid, layers
 from .log import Log, one_line
 from .vendor import ONE_KERNEL, SPLITS, TWO_KERNELS, Algorithm
 
@@ -66,7 +66,7 @@ def best(
     attempt([Algorithm(fastest.id, split, mode) for split in SPLITS for mode in (ONE_KERNEL, TWO_KERNELS)])
     order = sorted(seconds, key=lambda each: seconds[each])[:KEPT]
     named = {f"algorithm {each}": calls(each) for each in order}
-    raced = lab.clock.race({"F.linear": [partial(dense(lab, each), x) for each in made], **named})
+    raced = lab.clock.race({DENSE: [partial(dense(lab, each), x) for each in made], **named})
     timed = raced.seconds()
     winner = min(named, key=lambda key: timed[key])
     return {
@@ -74,9 +74,9 @@ def best(
         "shape": name(shape),
         "dtype": "bf16",
         "tokens": tokens,
-        "seconds": {"F.linear": timed["F.linear"], "cuSPARSELt": timed[winner]},
+        "seconds": {DENSE: timed[DENSE], "cuSPARSELt": timed[winner]},
         "host": {"cuSPARSELt": raced.host_seconds()[winner]},
-        "ratios": {"cuSPARSELt": raced.ratios(winner)["F.linear"]},
+        "ratios": {"cuSPARSELt": raced.ratios(winner)[DENSE]},
         "algorithm": winner,
         "picked by the library": str(own),
         "next": {str(each): seconds[each] for each in order},

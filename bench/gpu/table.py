@@ -8,6 +8,7 @@ from .findings import findings
 from .log import NOT_MEASURED, Row, named, rows
 
 DENSE = "F.linear"
+MERGED = ("ratios", "seconds", "host", "goal")  # of the rows of one product, by provider
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -46,7 +47,7 @@ def render(report: Row) -> str:
         parts.append(table(header, (_op(row, limits(report)[0]) for row in ops)))
     if cells := products(report):
         parts += [_pivot("2:4 product, fastest", cells, _fastest), _pivot("`linear24`", cells, _ratio("linear24"))]
-        parts.append(_pivot("`compress_`", cells, _ratio("compress_")))
+        parts += [_pivot(f"`{mode}`", cells, _ratio(mode)) for mode in goals.MODES]
         parts.append("Times faster than `F.linear` (cuBLAS) at that many tokens; bold where dense is faster.")
     if missed := list(short(report)):
         parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in missed))
@@ -96,12 +97,11 @@ def products(report: Row) -> dict[tuple[str, int], Row]:
         for row in rows(report, part, "tokens"):
             if "ratios" not in row:
                 continue
-            cell = cells.setdefault(
-                (row["shape"], row["tokens"]), {"ratios": {}, "seconds": {}, "host": {}, "goal": {}}
-            )
-            for key in ("ratios", "seconds", "host", "goal"):
+            cell = cells.setdefault((row["shape"], row["tokens"]), {key: {} for key in ("choice", *MERGED)})
+            for key in MERGED:
                 cell[key] = row.get(key, {}) | cell[key]
-            cell |= {key: row[key] for key in ("decision", "algorithm", "flops") if key in row}
+            for key in row["ratios"]:
+                cell["choice"][key] = row.get("decision") or row.get("algorithm")
     return cells
 
 
@@ -114,7 +114,7 @@ def _pivot(title: str, cells: dict[tuple[str, int], Row], show: Any) -> str:
 
 def fastest(cell: Row) -> tuple[str, float] | None:
     """The fastest way to multiply by the 2:4 weight, and its ratio over dense."""
-    found = {key: ratio for key, ratio in cell["ratios"].items() if key != "compress_"}
+    found = {key: ratio for key, ratio in cell["ratios"].items() if key not in goals.MODES}
     best = max(found, key=lambda key: found[key], default=None)
     return None if best is None else (best, found[best])
 
@@ -143,7 +143,7 @@ def short(report: Row) -> Iterator[str]:
             best = fastest(cell)
             got = (best and best[1]) if key == "best" else cell["ratios"].get(key)
             what = "the fastest 2:4 product" if key == "best" else f"`{key}`"
-            noise = goals.NOISE if key == "compress_" else 0
+            noise = goals.NOISE if key in goals.MODES else 0
             if got is None:
                 yield f"{what} {shape}, {tokens} tokens: {NOT_MEASURED}, goal {wanted}x"
             elif got < wanted - noise:
@@ -161,7 +161,7 @@ def details(report: Row) -> str:
 def _product(shape: str, tokens: int, cell: Row, copy: float | None, product: float | None) -> Iterator[list[str]]:
     rows_, cols = map(int, shape.split("x"))
     for key, seconds in cell["seconds"].items():
-        remark = {"cuSPARSELt": cell.get("algorithm"), "compress_": cell.get("decision")}.get(key)
+        remark = cell["choice"].get(key)
         flops = 2 * rows_ * cols * tokens / seconds / 1e12
         dense = key == DENSE or remark == "plain"
         moved = rows_ * cols * (2 if dense else 9 / 8) / seconds / 1e9  # bf16: whole, or half with four bits a group

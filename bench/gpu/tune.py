@@ -26,8 +26,8 @@ def measure(lab: Lab, log: Log) -> None:
     choices: Choices = {}
     for what, prepare in log.each(workloads(lab)):
         with log.guard(what):
-            for row, choice in tune(lab, what, prepare):
-                log.write(**row)
+            for row, choice in tune(lab, prepare, choices):
+                log.write(workload=what, **row)
                 merge(choices, choice)
                 (log.path.parent / "configs.json").write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
     if lab.device.type == "cuda":
@@ -66,12 +66,14 @@ def _product(lab: Lab, shape: tuple[int, int], tokens: int) -> tuple[list[Call],
     return calls, lambda got: check_close(got, expected)
 
 
-def tune(lab: Lab, what: str, prepare: Workload) -> Iterator[tuple[dict[str, Any], Choices]]:
-    """For each table that the workload asks: the row of its configurations, and the fastest that is right."""
+def tune(lab: Lab, prepare: Workload, known: Choices) -> Iterator[tuple[dict[str, Any], Choices]]:
+    """For each table that the workload asks and nothing has tuned: the row of its configurations, and the fastest."""
     calls, check = prepare(lab)
     with watch() as asked:
         check(calls[0]())
     for table, arch, shape_class in sorted(asked, key=lambda each: (each[0].kernel, each[2])):
+        if shape_class in known.get(arch, {}).get(table.kernel, {}):
+            continue
         right, wrong = [], {}
         for config in table.configs:
             try:
@@ -85,9 +87,8 @@ def tune(lab: Lab, what: str, prepare: Workload) -> Iterator[tuple[dict[str, Any
         raced = lab.clock.race({config: [partial(_forced, table, config, calls)] for config in right})
         seconds = {config: each / len(calls) for config, each in raced.seconds().items()}
         best = min(seconds, key=lambda config: seconds[config])
-        row = {"kernel": table.kernel, "class": shape_class, "workload": what, "best": best}
-        before = table.name(arch, shape_class)
-        yield {**row, "before": before, "seconds": seconds, "wrong": wrong}, {arch: {table.kernel: {shape_class: best}}}
+        row = {"kernel": table.kernel, "class": shape_class, "best": best, "before": table.name(arch, shape_class)}
+        yield {**row, "seconds": seconds, "wrong": wrong}, {arch: {table.kernel: {shape_class: best}}}
 
 
 def _forced(table: Any, config: str, calls: list[Call]) -> object:
