@@ -28,9 +28,10 @@ class TableClock:
         pass
 
     def seconds(self, call, x):
-        name = "plain" if isinstance(call, nn.Linear) else "linear24"
-        if not isinstance(call, nn.Module):
-            name = call.args[0][2:]
+        name = "plain"
+        if isinstance(call, RoutedLinear24):
+            (route,) = call.plan.routes
+            name = route[2:] if route.kernel == "hardware" else route.kernel
         seconds = self.table.get(name, self.table.get("other", 9.0))
         self.asked.append((name, len(x)))
         return seconds(len(x)) if callable(seconds) else seconds
@@ -39,7 +40,7 @@ class TableClock:
 @pytest.fixture
 def table(monkeypatch):
     """Seconds by name; a library's algorithm is ``(alg_id, split_k, split_k_mode)``."""
-    table = {"plain": 1.0, "linear24": 9.0}
+    table = {"plain": 1.0, "dense": 1.0, "linear24": 9.0}
     table["clocks"] = []
 
     def make(device, *, cold, graphs):
@@ -127,7 +128,7 @@ def test_a_count_at_which_nothing_is_faster(table, keep_dense):
         return
     assert model[0].up.plan.routes == (Route(1, "linear24"), Route(512, "dense"))
     assert model[0].up.plan.layout is None
-    assert report.layers[0].names == {1: "linear24", 64: "plain", 512: "plain"}
+    assert report.layers[0].names == {1: "linear24", 64: "dense", 512: "dense"}
     assert torch.equal(model[0].up.dense, dense[0].up.weight)
     with torch.no_grad():
         for batch in batches:
@@ -137,6 +138,14 @@ def test_a_count_at_which_nothing_is_faster(table, keep_dense):
         snapshot(model)[1],
         [(n, id(q), *p[2:]) for p, (n, q) in zip(snapshot(dense)[1], model.named_parameters(), strict=True)],
     )
+
+
+def test_a_dense_copy_that_costs_the_host_too_much_is_not_kept(table):
+    table |= {"linear24": few(0.5), "dense": 1.04}
+    report = sk.compress_(model_of(), samples(1, 64), keep_dense=True)
+    assert set(decisions(report).values()) == {"plain"}
+    table["dense"] = 1.03
+    assert set(decisions(sk.compress_(model_of(), samples(1, 64), keep_dense=True)).values()) == {"2:4"}
 
 
 def test_where_nothing_is_ever_faster_no_dense_copy_is_kept(table):
@@ -220,7 +229,7 @@ def test_on_ampere_the_better_library_packs(table, vendor, monkeypatch, cutlass,
     seconds = TableClock.seconds
 
     def by_library(self, call, x):
-        if not isinstance(call, nn.Module) and call.func.__self__.layout == "cutlass_sm80":
+        if getattr(call, "layout", "") == "cutlass_sm80":
             return cutlass
         return seconds(self, call, x)
 

@@ -111,17 +111,12 @@ def test_gradients_reach_values_and_the_packed_weight_follows(vendor):
 
 
 def test_frozen_values_leave_gradients_of_x_to_the_libraries(monkeypatch):
-    monkeypatch.setattr(routed, "hardware_linear24", torch_op)
+    monkeypatch.setattr(routed, "HARDWARE", torch.ops.sparsekit.hardware_linear24.default)
     linear, layer = make()
     layer.requires_grad_(False)
     x = torch.randn(16, 40).half().requires_grad_()
     upstream = torch.randn(16, 48).half()
     assert_close(torch.autograd.grad(layer(x), x, upstream)[0], (upstream.float() @ linear.weight.float()).half())
-
-
-def torch_op(x, packed, bias, rows, layout, **options):
-    """The op itself, with its gradient."""
-    return torch.ops.sparsekit.hardware_linear24(x, packed, bias, rows, layout, *options.values())
 
 
 DENSE = (Route(4, "linear24"), Route(16, "dense"), Route(64, "hardware", 3))
@@ -238,7 +233,7 @@ def test_rejects_inputs_that_do_not_fit():
 @compiles
 @pytest.mark.parametrize("routes", [ROUTES, DENSE], ids=["", "dense"])
 def test_compiles_whole_and_for_any_token_count(monkeypatch, routes):
-    monkeypatch.setattr(routed, "hardware_linear24", torch_op)
+    monkeypatch.setattr(routed, "HARDWARE", torch.ops.sparsekit.hardware_linear24.default)
     torch._dynamo.reset()
     linear, layer = make(routes=routes)
     model = nn.Sequential(layer, nn.ReLU()).eval()

@@ -86,9 +86,6 @@ def install(monkeypatch, vendor: Vendor, capability: tuple[int, int] = (9, 0)) -
     from sparsekit.nn import routed
     from sparsekit.ops import _vendor, layouts
 
-    def multiply(x, packed, bias, rows, layout, *, alg_id, split_k, split_k_mode):
-        return _vendor.hardware_linear24(x, packed, bias, rows, layout, alg_id, split_k, split_k_mode)
-
     layouts.hardware_layouts.cache_clear()
     monkeypatch.setattr(layouts, "_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
@@ -97,5 +94,5 @@ def install(monkeypatch, vendor: Vendor, capability: tuple[int, int] = (9, 0)) -
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", vendor.cutlass_mm)
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", vendor.cutlass_addmm)
     monkeypatch.setattr(clock, "is_gpu", lambda device: True)
-    monkeypatch.setattr(routed, "hardware_linear24", multiply)
+    monkeypatch.setattr(routed, "HARDWARE", _vendor.hardware_linear24)
     return vendor

@@ -62,6 +62,7 @@ class Kind:
     tokens: int
     cold: bool
     graphs: bool
+    keep_dense: bool
 
 
 def choose(sites: list[Site], settings: Settings) -> dict[str, Choice]:
@@ -77,7 +78,7 @@ def choose(sites: list[Site], settings: Settings) -> dict[str, Choice]:
         measured = _timings(kind, members[0].layer, settings.budget)
         for site in members:
             timings[site.name][kind.tokens] = measured
-    return {site.name: _decide(site, refusals[site.name], timings[site.name], settings.keep_dense) for site in sites}
+    return {site.name: _decide(site, refusals[site.name], timings[site.name]) for site in sites}
 
 
 def _refusals(site: Site, keep_dense: bool) -> dict[str, str | None]:
@@ -104,6 +105,7 @@ def _kind(site: Site, offers: tuple[str, ...], tokens: int, settings: Settings) 
         tokens=tokens,
         cold=settings.cold(device),
         graphs=settings.graphs and clock.is_gpu(device),
+        keep_dense=settings.keep_dense and clock.is_gpu(device),
     )
 
 
@@ -125,7 +127,7 @@ def _timings(kind: Kind, layer: nn.Linear, budget: float) -> tune.Timings:
         calls: dict[str, clock.Call]
         if clock.is_gpu(device):
             names, _ = gpu.layouts(dtype, cols, device)
-            calls, wrong = gpu.offers(plain, x, names, timer, transposed=kind.transposed)
+            calls, wrong = gpu.offers(plain, x, names, timer, transposed=kind.transposed, keep_dense=kind.keep_dense)
         else:
             calls = {offer.name: offer.build(plain, kind.layout_tokens, kind.transposed) for offer in offers}
             wrong = []
@@ -149,9 +151,9 @@ def _stand_in(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linea
     return plain
 
 
-def _decide(site: Site, refusals: dict[str, str | None], timings: dict[int, tune.Timings], keep_dense: bool) -> Choice:
+def _decide(site: Site, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
     if clock.is_gpu(site.layer.weight.device):
-        return _decide_routed(site, refusals["2:4"], timings, keep_dense)
+        return _decide_routed(site, refusals["2:4"], timings)
     return _decide_provider(site, refusals, timings)
 
 
@@ -185,11 +187,11 @@ def _decide_provider(site: Site, refusals: dict[str, str | None], timings: dict[
     return Choice(fastest, build, "; ".join(["fastest", *remarks]), timings, dict.fromkeys(timings, fastest))
 
 
-def _decide_routed(site: Site, refusal: str | None, timings: dict[int, tune.Timings], keep_dense: bool) -> Choice:
+def _decide_routed(site: Site, refusal: str | None, timings: dict[int, tune.Timings]) -> Choice:
     if refusal is not None:
         return Choice("plain", None, f"2:4: {refusal}", timings)
     weight = site.layer.weight
-    decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, keep_dense)
+    decision = gpu.decide(timings, site.calls, weight.device, weight.dtype)
     _, remark = gpu.layouts(weight.dtype, site.shape[1], weight.device)
     reason = "; ".join(filter(None, [decision.reason, remark]))
     if (plan := decision.plan) is None:

@@ -2,8 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,10 @@ from ..ops.layouts import device_name
 from .clock import Call, Clock
 from .tune import Timings, expected, is_right
 
-LINEAR24 = "linear24"  # the decode kernel; other names are a layout and how its library computes: "cutlass_sm80:0:1:-1"
+# The names of the decode kernel and of a dense copy; others are a layout and how its library computes:
+# "cusparselt_sm90:5:2:1" is algorithm 5 with split-K 2 of mode 1.
+LINEAR24, DENSE = "linear24", "dense"
+EVEN = 0.97  # the ratio from which a dense copy counts as no slower
 ALGORITHMS = 64  # more than any cuSPARSELt to 0.9 has; it refuses an id that it has not
 SPLITS = tuple((split_k, mode) for split_k in (2, 4, 8) for mode in (ONE_KERNEL, TWO_KERNELS))
 SCREENED, KEPT = 3, 2  # calls to screen an algorithm by, and how many of each library race in earnest
@@ -32,7 +34,7 @@ def layouts(dtype: torch.dtype, cols: int, device: torch.device) -> tuple[tuple[
 
 
 def offers(
-    plain: nn.Linear, x: Tensor, names: Iterable[str], clock: Clock, *, transposed: bool
+    plain: nn.Linear, x: Tensor, names: Iterable[str], clock: Clock, *, transposed: bool, keep_dense: bool
 ) -> tuple[dict[str, Call], list[str]]:
     """What is worth racing on one input: the decode kernel, and of every library its best few ways.
 
@@ -42,26 +44,32 @@ def offers(
         names: the hardware layouts to try.
         clock: what times a call.
         transposed: whether ``plain.weight`` is ``[in_features, out_features]``.
+        keep_dense: whether a dense copy is worth racing: in this module, it costs the host more than in its own.
 
     Returns:
         ``(calls, wrong)``: what to call by name, and the names of what gave a wrong result.
     """
-    make = partial(RoutedLinear24.from_linear, plain, transposed=transposed)
-    calls: dict[str, Call] = {LINEAR24: make()}
+
+    def follow(layout: str | None, *routes: Route) -> RoutedLinear24:
+        layer = RoutedLinear24.from_linear(plain, transposed=transposed)
+        return layer.follow(Plan(device_name(x.device), x.dtype, layout, routes))
+
+    calls: dict[str, Call] = {LINEAR24: follow(None, Route(ANY, "linear24"))}
+    if keep_dense:
+        calls[DENSE] = follow(None, Route(ANY, "dense"))
     wrong: list[str] = []
     clock.start(plain, x)
     with torch.no_grad():
         exact = expected(plain, x)
         for layout in names:
-            layer = make().follow(Plan(device_name(x.device), x.dtype, layout, ()))
-            screen = _Screen(layer, x, exact, clock)
+            screen = _Screen(follow(layout), x, exact, clock)
             if layout.startswith("cutlass"):
                 screen.add([(0, 1, -1)])
             else:
                 screen.add((algorithm, 1, -1) for algorithm in range(ALGORITHMS))
                 screen.add((route.alg_id, *split) for route in screen.best() for split in SPLITS)
-                screen.add(_suggestions(layer, x))
-            calls |= {_name(layout, route): partial(layer.run, route) for route in screen.best()}
+                screen.add(_suggestions(screen.layer, x))
+            calls |= {_name(layout, route): screen.call(route) for route in screen.best()}
             wrong += [_name(layout, route) for route in screen.wrong]
     return calls, wrong
 
@@ -74,10 +82,18 @@ class _Screen:
         self.seconds: dict[Route, float] = {}
         self.wrong: list[Route] = []
 
+    def call(self, route: Route) -> RoutedLinear24:
+        """A module on the layer's own tensors that takes one route, so that what is timed is what will be called."""
+        module = RoutedLinear24.__new__(RoutedLinear24)
+        module.__dict__.update(self.layer.__dict__)
+        assert self.layer.plan is not None
+        module.plan = replace(self.layer.plan, routes=(route,))
+        return module
+
     def add(self, ways: Iterable[tuple[int, int, int]]) -> None:
         for way in ways:
             route = Route(ANY, "hardware", *way)
-            call = partial(self.layer.run, route)
+            call = self.call(route)
             try:
                 right = is_right(call, self.x, self.exact)
             except RuntimeError:  # how a library refuses what it has not
@@ -109,9 +125,9 @@ def _layout(name: str) -> str | None:
 
 
 def _route(tokens: int, name: str) -> Route:
-    if name == "plain":
-        return Route(tokens, "dense")
-    return Route(tokens, "hardware", *map(int, name.split(":")[1:])) if _layout(name) else Route(tokens, "linear24")
+    if _layout(name) is None:
+        return Route(tokens, "dense" if name == DENSE else "linear24")
+    return Route(tokens, "hardware", *map(int, name.split(":")[1:]))
 
 
 @dataclass(frozen=True)
@@ -124,21 +140,22 @@ class Decision:
 
 
 def decide(
-    timings: Mapping[int, Timings], calls: Mapping[int, int], device: torch.device, dtype: torch.dtype, keep_dense: bool
+    timings: Mapping[int, Timings], calls: Mapping[int, int], device: torch.device, dtype: torch.dtype
 ) -> Decision:
     """Takes the fastest at every token count; a layer has one layout, the one that needs least time over all calls.
+
+    Where nothing is faster than the plain layer, a dense copy answers if there is one, else the layer stays.
 
     Args:
         timings: what was measured, by token count.
         calls: how often each count was seen.
         device, dtype: of the weight.
-        keep_dense: whether the counts at which nothing is faster may go to a dense copy; else the layer stays then.
     """
     plans: dict[str | None, dict[int, str]] = {}
     for layout in dict.fromkeys([None, *(_layout(name) for measured in timings.values() for name in measured)]):
-        names = {tokens: _fastest(measured, layout, keep_dense) for tokens, measured in sorted(timings.items())}
+        names = {tokens: _fastest(measured, layout) for tokens, measured in sorted(timings.items())}
         chosen = {tokens: name for tokens, name in names.items() if name is not None}
-        if len(chosen) == len(names) and set(chosen.values()) != {"plain"}:
+        if len(chosen) == len(names) and set(chosen.values()) != {DENSE}:
             plans[layout] = chosen
     wrong = [f"{name}: a wrong result at {tokens} tokens" for tokens, name in _wrong(timings)]
     remarks = [*wrong[:3], *([f"{len(wrong) - 3} more wrong results"] if len(wrong) > 3 else [])]
@@ -160,9 +177,11 @@ def decide(
     return Decision(plan, plans[layout], "; ".join([f"fastest: {ways} tokens", *remarks]))
 
 
-def _fastest(measured: Timings, layout: str | None, keep_dense: bool) -> str | None:
+def _fastest(measured: Timings, layout: str | None) -> str | None:
     fits = [name for name, timing in measured.items() if timing and timing.faster and _layout(name) in (None, layout)]
-    return min(fits, key=lambda name: _seconds(measured, name), default="plain" if keep_dense else None)
+    dense = measured.get(DENSE)
+    even = DENSE if dense is not None and dense.ratio >= EVEN else None
+    return min(fits, key=lambda name: _seconds(measured, name), default=even)
 
 
 def _seconds(measured: Timings, name: str) -> float:
@@ -179,7 +198,7 @@ def _lost(timings: Mapping[int, Timings]) -> str:
     """The best result at the token count where it is worst."""
     best = {}
     for tokens, measured in timings.items():
-        right = [timing for name, timing in measured.items() if timing is not None and name != "plain"]
+        right = [timing for name, timing in measured.items() if timing and name not in ("plain", DENSE)]
         if not right:
             return f"nothing gave a right result at {tokens} tokens"
         best[tokens] = max(right, key=lambda timing: (timing.faster, timing.ratio))

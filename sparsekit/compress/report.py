@@ -18,8 +18,8 @@ class LayerReport:
         reason: why.
         calls: how often the sample ran it, by token bucket.
         timings: what was measured, by token bucket and name; what gave a wrong result has None. On a CPU the names are
-            those of the decisions. On a GPU ``"linear24"`` is the decode kernel, and ``"cusparselt_sm90:5:2:1"`` is
-            cuSPARSELt by algorithm 5 with split-K 2 of mode 1.
+            those of the decisions. On a GPU ``"linear24"`` is the decode kernel, ``"dense"`` a dense copy, and
+            ``"cusparselt_sm90:5:2:1"`` cuSPARSELt by algorithm 5 with split-K 2 of mode 1.
         names: which of the timings the layer runs with, by token bucket.
     """
 
@@ -36,7 +36,7 @@ class LayerReport:
         found = {name: timing for name, timing in self.timings.get(tokens, {}).items() if timing is not None}
         if tokens in self.names:
             return found[self.names[tokens]]
-        turned_down = [timing for name, timing in found.items() if name != "plain"]
+        turned_down = [timing for name, timing in found.items() if name not in ("plain", "dense")]
         return max(turned_down, key=lambda timing: timing.ratio, default=None)
 
 

@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import hardware_linear24, linear24, pack_hardware24
+from ..ops import pack_hardware24
 from ..ops.hardware_linear24 import padded_shape
 from ..ops.layouts import device_name
 from .linear24 import Linear24
 from .shared import autocast_dtype
+
+LINEAR24 = torch.ops.sparsekit.linear24.default
+HARDWARE = torch.ops.sparsekit.hardware_linear24.default
 
 
 class Route(NamedTuple):
@@ -70,6 +73,7 @@ class RoutedLinear24(Linear24):
     packed: Tensor | None = None
     dense: Tensor | None = None
     layout = ""  # that ``packed`` has
+    device_type = ""
     frozen = False  # whether ``values`` would be trained but for a dense copy
     ready = False  # whether the plan is followed
 
@@ -97,6 +101,7 @@ class RoutedLinear24(Linear24):
         self.ready = self.on_plan
         if self.plan is None or not self.ready:
             return
+        self.device_type = self.values.device.type
         if self.plan.layout is not None:
             self.layout = self.plan.layout
             self.packed = pack_hardware24(self.values.detach(), self.bitmask, self.in_features, self.layout)
@@ -106,7 +111,22 @@ class RoutedLinear24(Linear24):
         if self.plan.keeps_dense:
             self.dense = self._dense()
 
+    # On a GPU a small call waits for the host, to which `nn.Linear` costs 3 us: what is read here comes from
+    # dictionaries, and what linear24 and hardware_linear24 check of a weight was checked when it was packed.
     def forward(self, x: Tensor) -> Tensor:
+        plan = self.plan
+        if (
+            plan is None
+            or not self.ready
+            or x.dtype != plan.dtype
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(self.device_type)
+        ):
+            return self._forward(x)
+        return self._route(plan, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """The same with gradients, under autocast, or off the plan."""
         if self.frozen and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "a Linear24 with a dense copy cannot train its weight: call model.eval(), use torch.no_grad(), "
@@ -116,24 +136,31 @@ class RoutedLinear24(Linear24):
         trained = self.values.requires_grad and torch.is_grad_enabled()
         if self.plan is None or not self.ready or trained or dtype != self.plan.dtype:
             return super().forward(x)
-        tokens = x.shape[:-1].numel()
-        for route in self.plan.routes:
+        return self._route(self.plan, x.to(dtype))
+
+    def _route(self, plan: Plan, x: Tensor) -> Tensor:
+        shape = x.shape
+        if shape[-1:] != (self.in_features,) or self.in_features == 0:
+            return super().forward(x)  # which rejects it: padded, it might fit
+        tokens = x.numel() // self.in_features
+        for route in plan.routes:
             if tokens <= route.max_tokens:
                 break
-        return self.run(route, x.to(dtype))
+        return self.run(route, x)
 
     def run(self, route: Route, x: Tensor) -> Tensor:
-        """Multiplies by one route, whatever the number of tokens; ``x`` is of the weight's dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if route.kernel == "dense" and self.dense is not None:
+        """Multiplies by one route, whatever the number of tokens; ``x`` is of the weight's dtype and columns."""
+        parameters = self._parameters
+        bias: Tensor | None = parameters["bias"]
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        kernel = route.kernel
+        if kernel == "dense" and self.dense is not None:
             return F.linear(x, self.dense, bias)
-        # Padded shapes hide a wrong number of columns: `linear24` rejects it.
-        if route.kernel == "hardware" and self.packed is not None and x.shape[-1:] == (self.in_features,):
+        if kernel == "hardware" and self.packed is not None:
             _, _, alg_id, split_k, mode = route
-            return hardware_linear24(
-                x, self.packed, bias, self.out_features, self.layout, alg_id=alg_id, split_k=split_k, split_k_mode=mode
-            )
-        return linear24(x, self.values, self.bitmask, bias)
+            return _call(HARDWARE, x, self.packed, bias, self.out_features, self.layout, alg_id, split_k, mode)
+        return _call(LINEAR24, x, parameters["values"], self._buffers["bitmask"], bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedLinear24":
         before = self.values.data_ptr(), self.values.dtype, self.values.device
@@ -157,3 +184,10 @@ class RoutedLinear24(Linear24):
     def extra_repr(self) -> str:
         routes = self.plan.routes if self.plan is not None and self.ready else (Route(1, "linear24"),)
         return f"{super().extra_repr()}, kernels={'/'.join(dict.fromkeys(route.kernel for route in routes))}"
+
+
+def _call(op: Callable[..., Tensor], *args: Any) -> Tensor:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python: 5 us
+        return op(*args)
