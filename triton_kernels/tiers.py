@@ -153,7 +153,8 @@ def _tier_prune_kernel(
     kept = keep24(keys, bits)
     if not WHOLE:  # a tail shorter than four is kept
         kept |= valid_words(top, left, rows, cols // 4 * 4, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, WHOLE) ^ 0xFFFFFFFF
-    kept = tl.where(tier == 1, kept, keep_topk(keys, valid, k, bits))
+    if tl.max(tier) > 1:
+        kept = tl.where(tier == 1, kept, keep_topk(keys, valid, k, bits))
     kept = tl.where(tier == 0, valid, kept & valid)
     store_mask(kept, mask, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, WRITTEN, WHOLE)
     _store_pruned(even, odd, kept, pruned, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, READ, WHOLE)
