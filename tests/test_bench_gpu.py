@@ -145,7 +145,7 @@ def test_without_a_gpu_one_sentence_says_so(capsys):
 
 
 def test_a_part_runs_in_a_process_of_its_own(tmp_path):
-    ended = parts.run(parts.PARTS[1], tmp_path, 30, rehearse=True)
+    ended = parts.run(parts.PARTS[1], tmp_path, LONG, rehearse=True)
     assert ended["status"] == "done"
     assert {row.get("name") for row in parts.read(parts.rows_path(tmp_path, parts.PARTS[1]))} >= {"device", "copy"}
 

@@ -4,10 +4,8 @@ SHAPE, DTYPE = "4096x4096", "bf16"
 DECODE, MANY = 16, 1024  # tokens: the decode goals hold up to the first, the goals of a product from the second on
 DECODE_RATIO, MANY_RATIO, NEVER_SLOWER = 1.5, 1.2, 1.0  # over cuBLAS
 DECODE_SHAPES = ("4096x4096", "14336x4096", "4096x14336")
-MODES = (
-    "compress_",
-    "compress_, graphs",
-)  # calls one after the other; replayed as graphs, where the host waits for none
+# Called one after the other, where the host's time counts; replayed as graphs, where it does not.
+MODES = ("compress_", "compress_, graphs")
 NOISE = 0.03  # by which a layer that stays dense may seem slower than itself
 
 # Microseconds, and those of the bytes moved at 4.8 TB/s. The op that prunes also writes its bool mask, a byte an entry
