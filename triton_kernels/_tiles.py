@@ -5,7 +5,6 @@ import triton.language as tl
 
 from ._launch import Config
 
-
 MOST = 65535  # programs along the second axis of a grid
 
 
