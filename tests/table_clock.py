@@ -1,0 +1,53 @@
+"""Timings from a table, for compress_ on an acted GPU."""
+
+import torch
+from compressing import blocks
+
+from sparsekit.compress import clock
+from sparsekit.nn import RoutedLinear24
+
+
+class TableClock:
+    """Tells times from a table: by ``"plain"``, ``"linear24"`` or a route, a number or a function of the tokens."""
+
+    def __init__(self, table):
+        self.table, self.cold = table, False
+        self.asked = []
+
+    def start(self, call, x):
+        pass
+
+    def seconds(self, call, x):
+        name = "plain"
+        if isinstance(call, RoutedLinear24):
+            (route,) = call.plan.routes
+            name = route[2:] if route.kernel == "hardware" else route.kernel
+        seconds = self.table.get(name, self.table.get("other", 9.0))
+        self.asked.append((name, len(x)))
+        return seconds(len(x)) if callable(seconds) else seconds
+
+
+def install_clock(monkeypatch):
+    """A table that ``compress_`` measures by; a library's algorithm is ``(alg_id, split_k, split_k_mode)``."""
+    table = {"plain": 1.0, "dense": 1.0, "linear24": 9.0, "clocks": []}
+
+    def make(device, *, cold, graphs):
+        made = TableClock(table)
+        made.cold, made.graphs = cold, graphs
+        table["clocks"].append(made)
+        return made
+
+    monkeypatch.setattr(clock, "clock", make)
+    return table
+
+
+def model_of(dtype=torch.float16, **kwargs):
+    return blocks(1, **kwargs).to(dtype)
+
+
+def few(seconds, otherwise=9.0):
+    return lambda tokens: seconds if tokens <= 16 else otherwise
+
+
+def samples(*tokens, dtype=torch.float16):
+    return [torch.randn(count, 16).to(dtype) for count in tokens]
