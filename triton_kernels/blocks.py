@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Config, Table, on
-from ._planes import keep_topk, key_planes
+from ._planes import keep_topk, key_planes, words_of
 from ._select import widen
-from ._strips import MANTISSA, as_bits, first_entry, load_slices, program, store_mask, valid_words
+from ._strips import place, program, store_mask
 from ._wide import wide_topk_mask
 
 # A thread takes 16 bytes of a row at a time. Fewer warps mean fewer, smaller pieces to wait for at the end.
@@ -90,18 +90,13 @@ def _block_topk_mask_kernel(
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WHOLE: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    READ: tl.constexpr,
-    WRITTEN: tl.constexpr,
 ):
-    top, left = first_entry(cols, BLOCK_ROWS, BLOCK_COLS, BLOCKS)
-    even, odd = load_slices(
-        score, top, left, rows, cols, score_row, score_col, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, READ, WHOLE
-    )
-    valid = valid_words(top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, WHOLE)
-    kept = keep_topk(key_planes(even, odd, MANTISSA), valid, k, 31 if MANTISSA == 23 else 15)
-    store_mask(kept, mask, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, WRITTEN, WHOLE)
+    row, col, inside = place(rows, cols, 16, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    entries = tl.load(score + row * score_row + col.to(tl.int64) * score_col, inside, 0)
+    kept = keep_topk(key_planes(entries), words_of(inside), k)
+    store_mask(kept, mask, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
 
 
 def block_scores(weight: Tensor, block_rows: int, block_cols: int, scale: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -158,19 +153,9 @@ def block_topk_mask(score: Tensor, k: int, block_rows: int, block_cols: int) -> 
         wide_topk_mask(score, mask, k, block_rows, block_cols)
         return mask
     grid, constants = launch
-    bits, read = as_bits(score, block_cols)
-    written = 4 if (cols | block_cols | constants["WIDTH"]) % 4 == 0 else 1
+    quads = (cols | block_cols | constants["WIDTH"]) % 4 == 0
     with on(score):
         _block_topk_mask_kernel[(grid,)](
-            bits,
-            mask.view(torch.int32 if written == 4 else torch.int8),
-            k,
-            rows,
-            cols,
-            *bits.stride(),
-            MANTISSA=MANTISSA[score.dtype],
-            READ=read,
-            WRITTEN=written,
-            **constants,
+            score, mask.view(torch.int32 if quads else torch.int8), k, rows, cols, *score.stride(), **constants
         )
     return mask

@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Table, on
-from ._planes import has, keep24, keep_topk, key_planes
-from ._strips import MANTISSA, as_bits, first_entry, inside, load_slices, place, program, store_mask, valid_words
-from ._tiles import pairs, unpairs
+from ._planes import has, keep24, keep_topk, key_planes, slices, words_of
+from ._select import widen
+from ._strips import blocks_of, place, program, store_mask
 from .blocks import block_scores, block_topk_mask, sum_columns
 from .nm import nm_mask
 
@@ -16,97 +16,26 @@ TIERS = Table("tier_prune", {f"{warps}-warps": {"num_warps": warps} for warps in
 
 
 @triton.jit
-def _magnitude(bits, factor, MANTISSA: tl.constexpr):
-    """fp32 magnitude, times its factor, of a float given by its bits, uint32."""
-    if MANTISSA == 23:
-        x = bits.to(tl.float32, bitcast=True)
-    elif MANTISSA == 7:
-        x = (bits << 16).to(tl.float32, bitcast=True)
-    else:
-        x = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    x = tl.abs(x)
-    if factor is not None:
-        x = x * factor
+def _magnitudes(entries, factors):
+    """fp32 magnitudes ``[16, BLOCKS, WIDTH]``, times the factors of their columns, which repeat from row to row."""
+    x = tl.abs(widen(entries))
+    if factors is not None:
+        segments: tl.constexpr = factors.shape[0]
+        rows = tl.reshape(x, [16 // segments, segments, x.shape[1], x.shape[2]]) * factors[None, :, :, :]
+        x = tl.reshape(rows, x.shape)
     return x
 
 
 @triton.jit
-def _load_factors(scale, left, cols, BLOCK_COLS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
-    """The factors of the even and of the odd columns, for each slice of a row."""
-    evens, odds = (), ()
-    for s in tl.static_range(COLS // WIDTH if COLS > WIDTH else 1):
-        if scale is None:
-            even, odd = None, None
-        else:
-            _, col = place(s, COLS, WIDTH)
-            even, odd = unpairs(tl.load(scale + left + col, (col < BLOCK_COLS) & (left + col < cols), 0))
-        evens += (even,)
-        odds += (odd,)
-    return evens, odds
-
-
-@triton.jit
-def _scaled_planes(even, odd, even_factors, odd_factors, SEGMENTS: tl.constexpr, MANTISSA: tl.constexpr):
-    evens, odds = (), ()
-    for s in tl.static_range(16):
-        evens += (_magnitude(even[s], even_factors[s % SEGMENTS], MANTISSA).to(tl.uint32, bitcast=True),)
-        odds += (_magnitude(odd[s], odd_factors[s % SEGMENTS], MANTISSA).to(tl.uint32, bitcast=True),)
-    return key_planes(evens, odds, 23)
-
-
-@triton.jit
-def _store_pruned(
-    even,
-    odd,
-    kept,
-    pruned,
-    top,
-    left,
-    rows,
-    cols,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    UNIT: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    for s in tl.static_range(16):
-        row, col = place(s, COLS // UNIT, WIDTH // UNIT)
-        if UNIT == 2:
-            entries = ((even[s] | odd[s] << 16) & (kept >> s & 0x00010001) * 0xFFFF).to(tl.int32)
-        else:
-            even_kept, odd_kept = has(kept, s)
-            entries = pairs(tl.where(even_kept, even[s], 0), tl.where(odd_kept, odd[s], 0))
-            entries = entries.to(pruned.dtype.element_ty)
-        at = pruned + (top + row) * (cols // UNIT) + left // UNIT + col
-        if WHOLE:
-            tl.store(at, entries)
-        else:
-            tl.store(at, entries, inside(row, col, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, UNIT))
-
-
-@triton.jit
-def _sum_blocks(
-    even, odd, kept, even_factors, odd_factors, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, MANTISSA: tl.constexpr
-):
-    """``block_scores`` of what is kept: rows one after the other, then columns by halves; ``[BLOCKS, 1]``."""
-    totals = ()
-    for segment in tl.static_range(SEGMENTS):
-        even_total = tl.zeros_like(kept).to(tl.float32) - 0.0
-        odd_total = even_total
-        for s in tl.static_range(segment, ROWS * SEGMENTS, SEGMENTS):
-            even_kept, odd_kept = has(kept, s)
-            even_total += tl.where(even_kept, _magnitude(even[s], even_factors[segment], MANTISSA), 0.0)
-            odd_total += tl.where(odd_kept, _magnitude(odd[s], odd_factors[segment], MANTISSA), 0.0)
-        totals += (pairs(even_total, odd_total),)
-    for stage in tl.static_range(1, 5):
-        if SEGMENTS >> stage > 0:
-            halves = ()
-            for segment in tl.static_range(SEGMENTS >> stage):
-                halves += (totals[segment] + totals[segment + (SEGMENTS >> stage)],)
-            totals = halves
-    return sum_columns(totals[0])
+def _sum_blocks(x, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """``block_scores`` of magnitudes: rows one after the other, then columns by halves; ``[1, BLOCKS, 1]``."""
+    blocks: tl.constexpr = x.shape[1]
+    rows = tl.permute(tl.reshape(x, [16 // SEGMENTS, SEGMENTS, blocks, x.shape[2]]), 0, 2, 1, 3)
+    rows = slices(tl.reshape(rows, [16 // SEGMENTS, blocks, SEGMENTS * x.shape[2]]))
+    total = rows[0]
+    for row in tl.static_range(1, ROWS):
+        total = total + rows[row]
+    return tl.reshape(sum_columns(tl.reshape(total, [blocks, SEGMENTS * x.shape[2]])), [1, blocks, 1])
 
 
 @triton.jit
@@ -130,37 +59,37 @@ def _tier_prune_kernel(
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
+    VECTOR: tl.constexpr,
     WHOLE: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    READ: tl.constexpr,
-    WRITTEN: tl.constexpr,
 ):
-    top, left = first_entry(cols, BLOCK_ROWS, BLOCK_COLS, BLOCKS)
-    even, odd = load_slices(
-        weight, top, left, rows, cols, weight_row, weight_col, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, READ, WHOLE
-    )
-    count = tl.cdiv(cols, BLOCK_COLS)
-    block_row, block = top // BLOCK_ROWS, left // BLOCK_COLS
-    tier = tl.load(tiers + block_row * tiers_row + block.to(tl.int64) * tiers_col, block < count, 0).to(tl.int32)
+    row, col, inside = place(rows, cols, 16, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    at = weight + row * weight_row + col.to(tl.int64) * weight_col
+    entries = tl.load(at, inside, 0)
     segments: tl.constexpr = COLS // WIDTH if COLS > WIDTH else 1  # slices of one row
-    bits: tl.constexpr = 15 if scale is None and MANTISSA != 23 else 31
+    _, factor, counts = place(rows, cols, segments, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    block_row, block = blocks_of(cols, BLOCK_COLS, BLOCKS)
+    count = tl.cdiv(cols, BLOCK_COLS)
+    tier = tl.load(tiers + block_row * tiers_row + block.to(tl.int64) * tiers_col, block < count, 0).to(tl.int32)
     if scale is None:
-        keys = key_planes(even, odd, MANTISSA)
+        keys = key_planes(entries)
     else:
-        even_factors, odd_factors = _load_factors(scale, left, cols, BLOCK_COLS, COLS, WIDTH)
-        keys = _scaled_planes(even, odd, even_factors, odd_factors, segments, MANTISSA)
-    valid = valid_words(top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, WHOLE)
-    kept = keep24(keys, bits)
+        keys = key_planes(_magnitudes(entries, tl.load(scale + factor, counts, 0)))
+    valid = words_of(inside)
+    kept = keep24(keys)
     if not WHOLE:  # a tail shorter than four is kept
-        kept |= valid_words(top, left, rows, cols // 4 * 4, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, WHOLE) ^ 0xFFFFFFFF
-    if tl.max(tier) > 1:
-        kept = tl.where(tier == 1, kept, keep_topk(keys, valid, k, bits))
+        kept |= words_of(col >= cols // 4 * 4)
+    kept = tl.where(tier > 1, keep_topk(keys, valid, k), kept)
     kept = tl.where(tier == 0, valid, kept & valid)
-    store_mask(kept, mask, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, WRITTEN, WHOLE)
-    _store_pruned(even, odd, kept, pruned, top, left, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, READ, WHOLE)
+    store_mask(kept, mask, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    keep = has(kept)
+    entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
+    tl.store(pruned + row * cols + col, tl.where(keep, entries, 0.0), inside)
     if WIDTH <= COLS:
-        even_factors, odd_factors = _load_factors(score_scale, left, cols, BLOCK_COLS, COLS, WIDTH)
-        total = _sum_blocks(even, odd, kept, even_factors, odd_factors, BLOCK_ROWS, segments, MANTISSA)
+        if score_scale is None:
+            x = _magnitudes(entries, None)
+        else:
+            x = _magnitudes(entries, tl.load(score_scale + factor, counts, 0))
+        total = _sum_blocks(tl.where(keep, x, 0.0), BLOCK_ROWS, segments)
         tl.store(scores + block_row * count + block, total, block < count)
 
 
@@ -183,25 +112,20 @@ def tier_prune(
     if launch is None:
         return _prune_in_passes(weight, tiers, k, block_rows, block_cols, scale, score_scale)
     grid, constants = launch
-    bits, read = as_bits(weight, block_cols)
-    written = 4 if cols % 4 == 0 else 1
     with on(weight):
         _tier_prune_kernel[(grid,)](
-            bits,
+            weight,
             tiers,
             scale,
             score_scale,
-            pruned.view(bits.dtype),
-            mask.view(torch.int32 if written == 4 else torch.int8),
+            pruned,
+            mask.view(torch.int32 if cols % 4 == 0 else torch.int8),
             scores,
             k,
             rows,
             cols,
-            *bits.stride(),
+            *weight.stride(),
             *tiers.stride(),
-            MANTISSA=MANTISSA[weight.dtype],
-            READ=read,
-            WRITTEN=written,
             enable_fp_fusion=False,
             **constants,
         )
