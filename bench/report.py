@@ -39,23 +39,25 @@ def render(report: dict) -> str:
         f"commit {report['commit']}, {report['date']}; medians over {report['processes']} processes."
     ]
     if memory:
-        parts.append(_table(["op", "dtype", "ms", "GB/s", "of `copy_`", "over torch's `topk`"], map(_memory, memory)))
+        header = ["op", "dtype", "ms", "GB/s", "of `copy_`", "over the usual torch code"]
+        parts.append(_table(header, map(_memory, memory)))
     if linear:
         parts.append(_linear(linear))
-    if short := [text for row in report["rows"] for text in _short(row)]:
+    if short := _short(report["rows"]):
         parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in short))
     return "\n\n".join(parts) + "\n"
 
 
 def _memory(row: dict) -> list[str]:
     seconds, ratios = row["seconds"]["own"], row["ratios"]
+    usual = [f"{ratio:.0f}x (`{key}`)" for key, ratio in ratios.items() if key != "copy_"]
     return [
         f"`{row['op']}`",
         row["dtype"],
         f"{seconds * 1e3:.2f}",
         f"{row['bytes'] / seconds / 1e9:.1f}",
         f"{ratios['copy_']:.0%}",
-        f"{ratios['topk']:.0f}x" if "topk" in ratios else "",
+        ", ".join(usual),
     ]
 
 
@@ -75,17 +77,23 @@ def _cell(ratios: dict) -> str:
     return f"{best if ratios['best dense'] >= 1 else f'**{best}**'} ({ratios['F.linear']:.1f})"
 
 
-def _short(row: dict) -> list[str]:
-    """What a row misses of its goals."""
-    what = " ".join([f"`{row['op']}`", row["shape"], row["dtype"]])
-    what += f", {row['tokens']} tokens" if "tokens" in row else ""
-    texts = []
-    for key, wanted in row["goal"].items():
-        got = row["ratios"][key]
-        if got < wanted:
-            number = (lambda ratio: f"{ratio:.0%}") if key == "copy_" else (lambda ratio: f"{ratio:.3g}x")
-            texts.append(f"{what}: {number(got)} of `{key}`, goal {number(wanted)}")
-    return texts
+def _short(rows: list[dict]) -> list[str]:
+    """What misses its goal: a line an op, baseline and goal."""
+    missed: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for key, wanted in row["goal"].items():
+            if (got := row["ratios"][key]) < wanted:
+                line = missed.setdefault(f"`{row['op']}`, goal {_number(wanted, key)} of `{key}`", {})
+                at = f" at {row['tokens']}" if "tokens" in row else ""
+                line.setdefault(f"{row['shape']} {row['dtype']}", []).append(_number(got, key) + at)
+    return [
+        f"{goal}: " + "; ".join(f"{what} {', '.join(each)}" for what, each in line.items())
+        for goal, line in missed.items()
+    ]
+
+
+def _number(ratio: float, baseline: str) -> str:
+    return f"{ratio:.0%}" if baseline == "copy_" else f"{ratio:.3g}x"
 
 
 def render_gpus(reports: Iterable[dict]) -> str:

@@ -51,18 +51,18 @@ def test_race_takes_turns_and_compares_round_by_round(monkeypatch):
 def test_report_names_the_machine_and_says_what_is_missed():
     text = render(REPORT)
     assert text.startswith("AMD EPYC 9005, avx512_bf16, 2 threads, torch 2.13.0, commit abc1234")
-    assert "| `nm_mask 2:4` | fp32 | 2.00 | 42.0 | 75% | 45x |" in text
-    assert text.endswith("Short of the goal:\n\n- `nm_mask 2:4` 4096x4096 fp32: 45x of `topk`, goal 50x\n")
+    assert "| `nm_mask 2:4` | fp32 | 2.00 | 42.0 | 75% | 45x (`topk`) |" in text
+    assert text.endswith("Short of the goal:\n\n- `nm_mask 2:4`, goal 50x of `topk`: 4096x4096 fp32 45x\n")
 
 
 def test_report_pivots_linear_by_tokens():
-    row = {"op": "linear24", "shape": "8x4", "dtype": "fp32", "goal": {"best dense": 1.1}, "seconds": {"own": 1.0}}
+    row = {"op": "linear24", "shape": "8x4", "dtype": "fp32", "goal": {"best dense": 1.6}, "seconds": {"own": 1.0}}
     ratios = {"best dense": 0.9, "F.linear": 2.0}, {"best dense": 1.5, "F.linear": 3.0}
     rows = [row | {"tokens": tokens, "ratios": ratios[tokens > 1]} for tokens in (1, 16)]
     text = render(REPORT | {"rows": rows})
     assert "| `linear24` | dtype | 1 | 16 |" in text
     assert "| 8x4 | fp32 | **0.90** (2.0) | 1.50 (3.0) |" in text
-    assert text.endswith("- `linear24` 8x4 fp32, 1 tokens: 0.9x of `best dense`, goal 1.1x\n")
+    assert text.endswith("- `linear24`, goal 1.6x of `best dense`: 8x4 fp32 0.9x at 1, 1.5x at 16\n")
 
 
 def test_report_names_the_result_file():
