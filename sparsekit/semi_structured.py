@@ -73,8 +73,9 @@ def from_sparse_semi_structured(
         raise ValueError("tensor must not be transposed")
     rows, cols = tensor.shape
     packed = tensor.packed.flatten()
-    if tensor.meta is not None:
-        packed = torch.cat([packed, tensor.meta.flatten().view(packed.dtype)])
+    if isinstance(tensor, SparseSemiStructuredTensorCUTLASS) and tensor.meta is not None:
+        meta = tensor.meta.as_strided((tensor.meta.numel(),), (1,))  # torch shows it permuted where it pruned itself
+        packed = torch.cat([packed, meta.view(packed.dtype)])
         layout = layout or "cutlass_sm80"
     if layout is None:
         names, remark = hardware_layouts(packed.device)

@@ -24,7 +24,7 @@ def table(monkeypatch):
 @pytest.fixture(autouse=True)
 def vendor(monkeypatch):
     yield install(monkeypatch, Vendor())
-    layouts.hardware_layouts.cache_clear()
+    layouts._found.clear()
 
 
 def test_different_token_counts_get_different_kernels(table, vendor):

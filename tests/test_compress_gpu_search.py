@@ -23,7 +23,7 @@ def table(monkeypatch):
 @pytest.fixture(autouse=True)
 def vendor(monkeypatch):
     yield install(monkeypatch, Vendor())
-    layouts.hardware_layouts.cache_clear()
+    layouts._found.clear()
 
 
 def test_wrong_algorithms_are_refused(table, vendor):

@@ -21,9 +21,9 @@ compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(autouse=True)
 def _forget():
-    layouts.hardware_layouts.cache_clear()
+    layouts._found.clear()
     yield
-    layouts.hardware_layouts.cache_clear()
+    layouts._found.clear()
 
 
 def packed_weight(rows, cols, layout, dtype=torch.float16):
@@ -202,6 +202,25 @@ def test_a_gpu_is_asked_for_its_layout(monkeypatch, capability, layout, names):
     assert ("layout is unknown" in found.remark) == (layout == OWN_VALUES)
     monkeypatch.setattr(torch, "_cslt_compress", None)
     assert hardware_layouts(CPU) is found  # once
+
+
+def test_nothing_is_asked_while_a_graph_is_captured(monkeypatch):
+    install(monkeypatch, Vendor("cusparselt_sm90"))
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    gpu = torch.device("cuda", 0)
+    assert hardware_layouts(gpu) == ((), "nothing can be asked of cuSPARSELt while a CUDA graph is captured")
+    capturing = False
+    monkeypatch.setattr(layouts, "_layouts", lambda device: layouts.Layouts(("cusparselt_sm90",), ""))
+    assert hardware_layouts(gpu).names == ("cusparselt_sm90",)
+    capturing = True
+    assert hardware_layouts(gpu).names == ("cusparselt_sm90",)  # known by now
+
+
+def test_a_compressor_that_needs_more_room_has_no_layout(monkeypatch):
+    vendor = install(monkeypatch, Vendor(OWN_ORDER))
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: torch.cat([vendor.compress(dense).flatten(), dense[0]]))
+    assert hardware_layouts(CPU) == ((), "cuSPARSELt's layout is unknown on this GPU")
 
 
 def test_a_gpu_without_cusparselt(monkeypatch):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStr
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    layouts.hardware_layouts.cache_clear()
+    layouts._found.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
@@ -49,6 +49,19 @@ def test_cusparselt_of_this_device(monkeypatch):
     assert torch.equal(back[0], layer.values) and torch.equal(back[1], layer.bitmask)
     with pytest.raises(ValueError, match="tensor must not be transposed"):
         sk.from_sparse_semi_structured(tensor.t())
+
+
+def test_reads_what_torch_pruned_itself():
+    """As ``prune_dense_static_sort`` leaves it: metadata permuted, or a part of what is packed and shown once more."""
+    weight, mask = sparse24(128, 128, torch.float16)
+    values, bitmask = sk.pack24(weight, mask)
+    cutlass = sk.to_sparse_semi_structured(values, bitmask, 128, layout="cutlass_sm80")
+    cutlass.meta = cutlass.meta.view(4, 128, 2).permute(1, 2, 0)
+    cusparselt = sk.to_sparse_semi_structured(values, bitmask, 128, layout="cusparselt_sm80")
+    cusparselt.meta = cusparselt.packed.flatten()[128 * 64 :].view(1, 4, 256)
+    for tensor, layout in ((cutlass, None), (cusparselt, "cusparselt_sm80")):
+        back = sk.from_sparse_semi_structured(tensor, layout=layout)
+        assert torch.equal(back[0], values) and torch.equal(back[1], bitmask)
 
 
 def test_rejects(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
 from sparsekit.ops import train24
@@ -113,6 +114,21 @@ def test_a_layer_is_measured_in_any_mode_and_leaves_the_random_state(timed, mode
     assert torch.equal(torch.get_rng_state(), state)
     assert training.layers[0].product == LAYOUT
     assert training.layers[0].reason == "cusparselt_sm90 is 0.50x at 4 tokens, 2.00x at 16 tokens"
+
+
+@pytest.mark.parametrize("backward", ["straight_through", "transposable"])
+def test_a_layer_is_measured_under_activation_checkpointing(timed, backward):
+    """Which counts the tensors that are saved: the forward pass that measures saves as many as the one after it."""
+    timed(lambda tokens: 0.5)
+    model = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 128)).bfloat16()
+    sk.sparse_training_(model, backward=backward)
+    x = torch.randn(8, 128).bfloat16().requires_grad_()
+    checkpoint(model, x, use_reentrant=False).float().square().sum().backward()
+    first = x.grad.clone()
+    assert [list(ratios) for ratios in choose.RATIOS.values()] == [[8]]
+    x.grad = None
+    model(x).float().square().sum().backward()
+    assert torch.equal(x.grad, first)
 
 
 def test_a_layer_uses_what_was_measured(timed):

@@ -152,6 +152,19 @@ def test_a_model_trains_as_with_masked_dense_products(layout, backward, products
     assert (sparse - dense).norm() < 0.02 * dense.norm()
 
 
+def test_rejects():
+    """What padding would hide, and what the libraries would read as another dtype."""
+    x, weight = torch.randn(4, 128).bfloat16(), torch.randn(128, 128).bfloat16()
+    for wrong, error, message in (
+        (x[:, :120], ValueError, r"weight must have shape \(128, 120\), got \(128, 128\)"),
+        (x.half(), TypeError, r"weight must be torch\.float16, got torch\.bfloat16"),
+    ):
+        with pytest.raises(error, match=message):
+            multiply(wrong, weight, None, Recipe("straight_through", 0.0), LAYOUTS[0])
+    with pytest.raises(ValueError, match=r"bias must have shape \(128,\), got \(120,\)"):
+        multiply(x, weight, x[0, :120], Recipe("transposable", 0.0), LAYOUTS[0])
+
+
 @backwards
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_train_linear24_is_a_proper_op(backward, bias):

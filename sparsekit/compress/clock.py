@@ -43,7 +43,7 @@ class CpuClock:
 
     def __init__(self, cold: bool):
         self.cold = cold
-        self.evicted = torch.ones(min(2 * last_level_cache(), MAX_EVICTION) // 4 if cold else 0)
+        self.evicted = torch.ones(min(2 * last_level_cache(), MAX_EVICTION) // 4 if cold else 0, device="cpu")
         self.calls = 1
 
     def start(self, call: Call, x: Tensor) -> None:

@@ -90,7 +90,7 @@ def _refuses_prepacked(layer: nn.Linear) -> str | None:
 
 @cache
 def _can_prepack(dtype: torch.dtype) -> bool:
-    return prepack(torch.zeros(16, 16, dtype=dtype), 1).is_mkldnn
+    return prepack(torch.zeros(16, 16, dtype=dtype, device="cpu"), 1).is_mkldnn
 
 
 PROVIDERS = (

@@ -97,6 +97,7 @@ class RoutedLinear24(Linear24):
 
     @torch.no_grad()
     def _pack(self) -> None:
+        packed, dense = self.packed, self.dense
         self.packed = self.dense = None
         self.ready = self.on_plan
         if self.plan is None or not self.ready:
@@ -104,12 +105,13 @@ class RoutedLinear24(Linear24):
         self.device_type = self.values.device.type
         if self.plan.layout is not None:
             self.layout = self.plan.layout
-            self.packed = pack_hardware24(self.values.detach(), self.bitmask, self.in_features, self.layout)
+            new = pack_hardware24(self.values.detach(), self.bitmask, self.in_features, self.layout)
+            self.packed = _kept(packed, new)
             rows, cols = padded_shape(self.out_features, self.in_features, self.layout)
             head = self.packed[: rows * cols // 2].view(rows, cols // 2)
             self.values.data = head[: self.out_features, : self.values.shape[1]]
         if self.plan.keeps_dense:
-            self.dense = self._dense()
+            self.dense = _kept(dense, self._dense())
 
     # On a GPU a small call waits for the host, to which `nn.Linear` costs 3 us: what is read here comes from
     # dictionaries, and what linear24 and hardware_linear24 check of a weight was checked when it was packed.
@@ -184,6 +186,13 @@ class RoutedLinear24(Linear24):
     def extra_repr(self) -> str:
         routes = self.plan.routes if self.plan is not None and self.ready else (Route(1, "linear24"),)
         return f"{super().extra_repr()}, kernels={'/'.join(dict.fromkeys(route.kernel for route in routes))}"
+
+
+def _kept(old: Tensor | None, new: Tensor) -> Tensor:
+    """What ``new`` holds, in the memory of ``old`` where it fits: there a captured CUDA graph reads it."""
+    if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return new
+    return old.copy_(new)
 
 
 def _call(op: Callable[..., Tensor], *args: Any) -> Tensor:

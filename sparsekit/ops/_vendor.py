@@ -46,7 +46,8 @@ def suggest(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, layout: s
     padded_rows, padded_cols = padded_shape(rows, x.shape[-1], layout)
     x2d = _padded(x, -len(x) % TOKEN_MULTIPLE, padded_cols - x.shape[-1])
     bias = None if bias is None else _padded(bias, padded_rows - rows)
-    alg_id, split_k, mode, *_ = search(packed.view(padded_rows, -1), x2d.t(), bias, None, None, True)
+    with torch.cuda.device_of(x):  # it is no op, which would see to that
+        alg_id, split_k, mode, *_ = search(packed.view(padded_rows, -1), x2d.t(), bias, None, None, True)
     if isinstance(mode, bool):
         mode = ONE_KERNEL if mode else TWO_KERNELS
     return alg_id, split_k, mode if split_k > 1 else -1

@@ -1,6 +1,5 @@
 """Which hardware layouts a GPU multiplies in, found out by asking its libraries once."""
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from .hardware_linear24 import UNKNOWN, padded_shape
 from .nm import nm_mask
 from .sparse24 import pack24, unpack24
 
+_found: dict[torch.device, "Layouts"] = {}
 PROBES = ((128, 128), (256, 384), (384, 128))  # more than one tile of every layout, in both directions
 
 
@@ -28,13 +28,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-@cache
 def hardware_layouts(device: torch.device) -> Layouts:
     """The layouts that ``hardware_linear24`` computes with on a device.
 
     cuSPARSELt is asked once per process: its compressor must write some small weights as ``to_hardware24`` does, byte
     for byte. Where only the order of the metadata differs, the layout is ``"cusparselt"``, which ``pack_hardware24``
-    has that compressor pack.
+    has that compressor pack. While a CUDA graph is captured, a device that was not asked yet has none.
 
     Args:
         device: with an index, as ``tensor.device`` has it.
@@ -42,6 +41,14 @@ def hardware_layouts(device: torch.device) -> Layouts:
     Returns:
         ``(names, remark)``; the remark says why there is none, or what is unusual.
     """
+    if device not in _found:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return Layouts((), "nothing can be asked of cuSPARSELt while a CUDA graph is captured")
+        _found[device] = _layouts(device)
+    return _found[device]
+
+
+def _layouts(device: torch.device) -> Layouts:
     capability = _capability(device)
     if capability is None:
         return Layouts((), f"{device_name(device)} has no 2:4 tensor cores that PyTorch can use")
@@ -102,14 +109,14 @@ def _cusparselt_layout(device: torch.device, capability: tuple[int, int]) -> tup
     heads_agree = True
     for number, (rows, cols) in enumerate(PROBES):
         generator = torch.Generator().manual_seed(number)
-        dense = torch.randn(rows, cols, generator=generator).to(device, torch.float16)
+        dense = torch.randn(rows, cols, generator=generator, device="cpu").to(device, torch.float16)
         values, bitmask = pack24(dense, nm_mask(dense, 2, 4), check=False)
         try:
             theirs = compress(unpack24(values, bitmask, cols))
         except RuntimeError as error:
             return (), f"cuSPARSELt does not work here: {str(error).splitlines()[0]}"
         candidates = {name for name in candidates if _same(theirs, _to_hardware24(values, bitmask, cols, name))}
-        heads_agree &= _same(theirs[: values.numel()], values.flatten())
+        heads_agree &= theirs.numel() == rows * cols // 16 * 9 and _same(theirs[: values.numel()], values.flatten())
     if candidates:
         return tuple(candidates), ""
     if heads_agree:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._define import LIBRARY, define
+from ._define import LIBRARY, check_like, check_weight, define
 from .hardware24 import _prune_both_to_hardware24, _prune_to_hardware24
 from .hardware_linear24 import _hardware_linear24
 from .nm import _nm_prune
@@ -124,5 +124,14 @@ def train_linear24(
 
     Returns:
         ``[..., rows]`` in ``x``'s dtype.
+
+    Raises:
+        TypeError: a wrong dtype, or dtypes that differ.
+        ValueError: shapes that do not fit together, or two devices.
     """
+    check_weight("x", x)
+    check_weight("weight", weight, 2)
+    check_like("weight", weight, x.dtype, (weight.shape[0], x.shape[-1]), x)
+    if bias is not None:
+        check_like("bias", bias, x.dtype, weight.shape[:1], x)
     return _train_linear24(x, weight, bias, transposable, layout)[0]

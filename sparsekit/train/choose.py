@@ -1,6 +1,7 @@
 """Whether a hardware layout trains faster than a dense product: measured, once per kind of layer and token count."""
 
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -31,14 +32,18 @@ def is_faster(kind: Kind, tokens: int) -> bool:
     """Whether a forward and backward pass in the layout is at least 1.05 times as fast as by a masked dense product.
 
     Measured at the first call for a power of two of tokens, as ``torch.backends.cudnn.benchmark`` does. A layout that
-    fails or gives wrong results has the ratio 0. While a CUDA graph is captured, nothing can be measured.
+    fails, needs too much memory or gives wrong results has the ratio 0. While a CUDA graph is captured nothing can be
+    measured: what is not known is not taken.
     """
     ratios = RATIOS.setdefault(kind, {})
     bucket = min(1 << max(tokens - 1, 0).bit_length(), MAX_TOKENS)
     if bucket not in ratios:
         if kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        ratios[bucket] = _measure(kind, bucket)
+        # In a thread of its own, out of reach of what the caller's thread has switched on: hooks on saved tensors and
+        # dispatch modes (activation checkpointing counts every tensor that is saved), autocast, inference mode.
+        with ThreadPoolExecutor(1) as thread:
+            ratios[bucket] = thread.submit(_measure, kind, bucket).result()
     return ratios[bucket] >= RATIO
 
 
@@ -54,18 +59,18 @@ def _measure(kind: Kind, tokens: int) -> float:
         y = multiply(x, weight, None, recipe, layout)
         return y, *torch.autograd.grad(y, (x, weight), grad)
 
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind.device.type, enabled=False):
+    if kind.device.type == "cuda":
+        torch.cuda.synchronize(kind.device)  # what the caller's stream still computes would be in the way
+    try:
         x, weight, grad = normal(tokens, cols), normal(rows, cols), normal(tokens, rows).detach()
         calls = [lambda x: step(x, None)[0], lambda x: step(x, kind.layout)[0]]
-        try:
-            results = step(x, kind.layout)
-        except RuntimeError:  # the library refuses the shape, or its workspace does not fit
-            return 0.0
-        if not all(_agree(one, other) for one, other in zip(step(x, None), results, strict=True)):
+        if not all(_agree(one, other) for one, other in zip(step(x, None), step(x, kind.layout), strict=True)):
             return 0.0
         timer = clock(kind.device, cold=False)
         timer.start(calls[0], x)
         rounds = [[timer.seconds(call, x) for call in calls] for _ in range(ROUNDS)]
+    except RuntimeError:  # the library refuses the shape, or there is no memory for both
+        return 0.0
     return statistics.median(dense / sparse for dense, sparse in rounds)
 
 
