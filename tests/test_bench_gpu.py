@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 def test_right(): pass
 def test_wrong(): assert 1 == 2, "not equal"
 """
-LONG, TUNE_SECONDS = 600, 2  # on a busy machine too; the interpreter would take minutes for all configurations
+LONG = 600  # seconds, on a busy machine too
 EXPECTED = ("operation not supported when calling", "wrong: a relative error", "a graph needs a GPU")
 
 
@@ -38,7 +38,8 @@ def rehearsed(tmp_path_factory):
 
 
 def attempt(part, out, seconds, rehearse):
-    return parts.attempt(part, out, TUNE_SECONDS if part is parts.TUNE else LONG, rehearse)
+    parts.measure(part, out, LONG, rehearse)
+    return {**parts.finished(parts.read(parts.rows_path(out, part))), "seconds": 0.0}
 
 
 def all_rows(report, part):
@@ -57,8 +58,7 @@ def errors(report):
 def test_every_part_runs_to_its_end(rehearsed):
     _, report = rehearsed
     assert list(report["parts"]) == ["build", "machine", "tune", *(part.name for part in parts.PARTS[2:])]
-    for part, ended in report["parts"].items():
-        assert ended["status"] == "done" or (part == "tune" and "the time was up before" in ended["reason"])
+    assert {ended["status"] for ended in report["parts"].values()} == {"done"}
     unexpected = [text for text in errors(report) if not any(each in text for each in EXPECTED)]
     assert unexpected == ["assert 1 == 2"] or unexpected == ["AssertionError: not equal"]
 
@@ -89,8 +89,12 @@ def test_products_are_raced_against_cublas(rehearsed):
 def test_a_wrong_algorithm_is_refused(rehearsed):
     _, report = rehearsed
     for row in all_rows(report, "search"):
-        assert "not supported" in row["wrong"]["1"] and "wrong" in row["wrong"]["2"]
-        assert row["algorithm"].split()[1].rstrip(",") in ("0", "3") and row["picked by the library"] == "3"
+        assert (
+            "wrong" in row["wrong"]["1"]
+            and "not supported" in row["wrong"]["4"]
+            and not {"0", "2", "3"} & row["wrong"].keys()
+        )
+        assert row["numbers"][0] in (0, 2, 3) and row["picked by the library"] == "3"
         assert row["ratios"]["cuSPARSELt"] > 0
 
 
@@ -115,17 +119,6 @@ def test_checks_and_runtime(rehearsed):
         {"name": "tests", "passed": 1, "failed": 1}
     ]
     assert [row["reason"] for row in all_rows(report, "counters")] == ["ncu is not on the PATH"]
-
-
-def test_tune_writes_the_fastest_configurations(rehearsed):
-    out, report = rehearsed
-    rows = [row for row in all_rows(report, "tune") if "kernel" in row]
-    if not rows:
-        pytest.skip("no kernel has a table of configurations")
-    choices = json.loads((out / "parts/configs.json").read_text())
-    for row in rows:
-        assert row["seconds"][row["best"]] == min(row["seconds"].values())
-        assert choices[""][row["kernel"]][row["class"]] in row["seconds"] or len(rows) > 1
 
 
 def test_the_tables_are_written(rehearsed):

@@ -3,12 +3,13 @@
 import itertools
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.gpu import counters, tune, vendor
+from bench.gpu import counters, tune
 from bench.gpu.clock import DeviceClock, HostClock, Race
 from bench.gpu.lab import check_same, reference, relative_error
 from bench.gpu.linear import check_close
@@ -169,41 +170,6 @@ def test_rank_by_comparisons_is_the_mask():
     assert torch.equal(rank_mask24(distinct), topk_scatter(distinct, 2, 4))
 
 
-@pytest.mark.parametrize(
-    "found, own, count",
-    [
-        ((3, 1, -1, 39), vendor.Algorithm(3), 40),
-        ((3, 4, 2, 5), vendor.Algorithm(3, 4, 2), 6),
-        ((7, 2, True, 1), vendor.Algorithm(7, 2, vendor.ONE_KERNEL), 2),
-        ((7, 2, False), vendor.Algorithm(7, 2, vendor.TWO_KERNELS), vendor.ALGORITHMS + 1),
-    ],
-    ids=str,
-)
-def test_algorithms_that_the_library_offers(monkeypatch, found, own, count):
-    def search(packed, x_t, bias, alpha, dtype, transposed):
-        assert packed.shape == (4, 18) and x_t.shape == (32, 8) and transposed and alpha is dtype is None
-        return found
-
-    monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=search), raising=False)
-    offered, picked = vendor.CuSparseLt().offers(torch.ones(3, 32), torch.ones(72), None, 4)
-    assert picked == own and [each.id for each in offered] == list(range(count))
-
-
-def test_the_vendor_gets_whole_tiles_of_tokens(monkeypatch):
-    calls = []
-
-    def multiply(packed, x_t, **arguments):
-        calls.append((tuple(packed.shape), tuple(x_t.shape), arguments))
-        return torch.zeros(x_t.shape[1], packed.shape[0])
-
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
-    library = vendor.CuSparseLt()
-    assert library.linear(torch.ones(3, 32), torch.ones(72), None, 4, vendor.Algorithm(5)).shape == (3, 4)
-    assert library.linear(torch.ones(16, 32), torch.ones(72), None, 4, vendor.Algorithm(5, 2, 1)).shape == (16, 4)
-    assert calls[0] == ((4, 18), (32, 8), {"bias": None, "transpose_result": True, "alg_id": 5})
-    assert calls[1][1] == (32, 16) and calls[1][2]["split_k"] == 2 and calls[1][2]["split_k_mode"] == 1
-
-
 NCU = """==PROF== Connected to process 1
 "ID","Kernel Name","gpu__time_duration.sum","launch__grid_size","sm__throughput.avg.pct_of_peak_sustained_elapsed"
 "","","us","","%"
@@ -215,10 +181,9 @@ def test_counters_are_read_from_the_raw_page():
     wanted = {"gpu__time_duration.sum": "120.5 us", "sm__throughput.avg.pct_of_peak_sustained_elapsed": "81.25 %"}
     assert counters.parse(NCU) == [{"kernel": "sparse_gemm", "counters": wanted}]
     assert counters.parse("==ERROR== no permission") == []
-    rows = [{"shape": "4096x4096", "tokens": 4096, "algorithm": "algorithm 12, split-k 4 mode 2"}]
-    assert counters.chosen(rows) == (12, 4, 2)
-    assert counters.chosen([rows[0] | {"algorithm": "algorithm 12"}]) == (12, 1, -1)
-    assert counters.chosen([rows[0] | {"tokens": 1}]) == (0, 1, -1)
+    row = {"shape": "4096x4096", "tokens": 4096, "numbers": [12, 4, 2]}
+    assert counters.chosen([{"error": "lost"}, row]) == (12, 4, 2)
+    assert counters.chosen([row | {"tokens": 1}]) == (0, 1, -1)
 
 
 def test_counters_say_why_they_are_missing(tmp_path, monkeypatch):
@@ -259,3 +224,12 @@ def test_tune_times_what_is_right_and_keeps_the_fastest(tmp_path, monkeypatch):
     tune.keep({"sm_90": {"toy": {"small": "fast"}}, "sm_80": {"toy": {"large": "slow"}}}, path)
     known = json.loads(path.read_text())
     assert known == {"sm_90": {"toy": {"small": "fast"}}, "sm_80": {"toy": {"large": "slow"}}}
+
+
+@pytest.mark.triton
+def test_tune_finds_the_table_of_a_real_kernel(gpu):
+    nm = pytest.importorskip("sparsekit.triton_kernels.nm")
+    lab = replace(rehearsal_lab(), device=gpu, op=lambda name: getattr(nm, name))
+    row, choice = next(tune.tune(lab, tune.workloads(lab)["nm_mask 2:4 16x32 bf16"], {}))
+    assert row["seconds"].keys() == TABLES[row["kernel"]].configs.keys() and not row["wrong"]
+    assert list(choice.values()) == [{row["kernel"]: {row["class"]: row["best"]}}]

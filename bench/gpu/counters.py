@@ -10,6 +10,7 @@ from typing import Any
 
 from .lab import Lab
 from .log import NOT_MEASURED, Log, read
+from .vendor import Algorithm
 
 SHAPE, TOKENS = (4096, 4096), 4096
 # How busy the tensor cores, shared memory and device memory were, at what clocks.
@@ -23,7 +24,7 @@ def measure(lab: Lab, log: Log) -> None:
         log.write(name="ncu", result=NOT_MEASURED, reason="ncu is not on the PATH")
         return
     with log.guard("ncu"):
-        algorithm = chosen([row for row in read(log.path.with_name("search.jsonl")) if "algorithm" in row])
+        algorithm = chosen(read(log.path.with_name("search.jsonl")))
         call = [sys.executable, "-m", "bench.gpu.gemm", *map(str, SHAPE), str(TOKENS), *map(str, algorithm)]
         options = ["--clock-control", "none", "--profile-from-start", "off", "--set", "full", "--page", "raw", "--csv"]
         done = subprocess.run([tool, *options, *call], capture_output=True, text=True, timeout=max(log.left(), 1))
@@ -35,12 +36,11 @@ def measure(lab: Lab, log: Log) -> None:
             log.write(name="ncu", shape="x".join(map(str, SHAPE)), tokens=TOKENS, algorithm=algorithm, **kernel)
 
 
-def chosen(rows: list[dict[str, Any]]) -> tuple[int, int, int]:
-    """The algorithm that won at this product, as numbers; the library's default where nothing was found."""
+def chosen(rows: list[dict[str, Any]]) -> Algorithm:
+    """The algorithm that won at this product; the library's default where nothing was found."""
     wanted = "x".join(map(str, SHAPE)), TOKENS
-    named = [row["algorithm"] for row in rows if (row["shape"], row["tokens"]) == wanted]
-    numbers = [int(number) for number in re.findall(r"\d+", named[0])] if named else [0]
-    return (*numbers, 1, -1)[:3] if len(numbers) == 1 else (numbers[0], numbers[1], numbers[2])
+    won = [row["numbers"] for row in rows if "numbers" in row and (row["shape"], row["tokens"]) == wanted]
+    return Algorithm(*won[0]) if won else Algorithm()
 
 
 def parse(text: str) -> list[dict[str, Any]]:

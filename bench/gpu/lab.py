@@ -2,7 +2,7 @@
 
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -61,9 +61,6 @@ class Lab:
         torch.ones(1, device=self.device).sum()
         self.clock.synchronize()
 
-    def with_sizes(self, **sizes: Any) -> "Lab":
-        return replace(self, sizes=replace(self.sizes, **sizes))
-
 
 def gpu_lab() -> Lab:
     """The first GPU of this machine."""
@@ -71,7 +68,7 @@ def gpu_lab() -> Lab:
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     torch.manual_seed(0)
-    return Lab(device, DeviceClock(device), CuSparseLt(), Sizes(), _layout(device), _registered)
+    return Lab(device, DeviceClock(device), CuSparseLt(), Sizes(), _layout(device), registered)
 
 
 def _layout(device: torch.device) -> str | None:
@@ -79,7 +76,7 @@ def _layout(device: torch.device) -> str | None:
     return None if torch.version.hip else {8: "cusparselt_sm80", 9: "cusparselt_sm90"}.get(major)
 
 
-def _registered(name: str) -> Callable[..., Any]:
+def registered(name: str) -> Callable[..., Any]:
     op: Callable[..., Any] = getattr(torch.ops.sparsekit, name).default
     return op
 

@@ -45,13 +45,6 @@ def layers(lab: Lab, shape: tuple[int, int]) -> Sequence[Layer]:
     return lab.sets(make, 2 * shape[0] * shape[1])
 
 
-def grid(lab: Lab) -> dict[str, tuple[tuple[int, int], int]]:
-    """Shapes and token counts; the large shapes first."""
-    return {
-        f"{name(shape)}, {tokens} tokens": (shape, tokens) for shape in lab.sizes.linear for tokens in lab.sizes.tokens
-    }
-
-
 Forms = Callable[[Lab, Layer], Callable[[Tensor], Tensor]]
 
 
@@ -72,14 +65,11 @@ def _semi_structured(lab: Lab, layer: Layer) -> Callable[[Tensor], Tensor]:
 def measure(lab: Lab, log: Log) -> None:
     """Check 3 with the vendor's defaults: device and host time of every form at every shape and token count."""
     forms: dict[str, Forms] = {DENSE: dense, "linear24": _decode, "semi-structured": _semi_structured}
-    for shape in lab.sizes.linear:
-        if log.left() <= 0:
-            log.write(cut=f"the time was up before {name(shape)}")
-            return
-        with log.guard(name(shape)):
+    for weight, shape in log.each({name(shape): shape for shape in lab.sizes.linear}):
+        with log.guard(weight):
             made = layers(lab, shape)
             built, refused = _build(lab, forms, made)
-            for what, (_, tokens) in log.each(grid(lab.with_sizes(linear=(shape,)))):
+            for what, tokens in log.each({f"{weight}, {tokens} tokens": tokens for tokens in lab.sizes.tokens}):
                 with log.guard(what):
                     fit = {key: calls for key, calls in built.items() if key != "linear24" or tokens <= DECODE}
                     log.write(**one(lab, fit, refused, made[0], shape, tokens))

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .log import Log, last_error, one_line, read
+from .log import Log, last_error, read
 
 ROOT = Path(__file__).parents[2]
 GRACE = 15.0  # seconds that a part has to start and to end its last item
@@ -76,8 +76,6 @@ def run(part: Part, out: Path, seconds: float, rehearse: bool) -> dict[str, Any]
     command = [sys.executable, "-m", "bench.gpu", "--part", part.name, "--seconds", f"{seconds:.0f}"]
     command += ["--out", str(out), *(["--rehearse"] if rehearse else [])]
     environment = os.environ | {"SPARSEKIT_TUNE_CACHE": "0", "PYTHONUNBUFFERED": "1"}
-    if rehearse:
-        environment["TRITON_INTERPRET"] = "1"
     begin = time.monotonic()
     with said.open("w") as file:
         process = subprocess.Popen(
@@ -110,12 +108,3 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     except ProcessLookupError:
         pass
     process.wait()
-
-
-def attempt(part: Part, out: Path, seconds: float, rehearse: bool) -> dict[str, Any]:
-    """Runs a part in this process, for tests; an exception becomes its status, as it would in its own."""
-    try:
-        measure(part, out, seconds, rehearse)
-    except Exception as error:
-        return {"status": "failed", "reason": one_line(error), "seconds": 0.0}
-    return {**finished(read(rows_path(out, part))), "seconds": 0.0}

@@ -1,23 +1,18 @@
-"""A stand-in for a GPU: the whole program on the CPU, in Triton's interpreter, with tiny shapes that mean nothing.
+"""A stand-in for a GPU: the whole program on the CPU, with tiny shapes that mean nothing.
 
 It is for trying the program where there is no GPU, so that the first run on one does not die of a slip.
 """
-
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsekit.ops._kernels import TRITON
 from sparsekit.ops.hardware24 import from_hardware24_reference, to_hardware24_reference
 from sparsekit.ops.sparse24 import pack24_reference, unpack24_reference
 
 from .clock import HostClock
 from .in_tree import find_kernels
-from .lab import Lab, Sizes, _registered, reference
+from .lab import Lab, Sizes, reference, registered
 from .vendor import Algorithm
 
 LAYOUT = "cusparselt_sm90"
@@ -36,7 +31,7 @@ TINY = Sizes(
 
 
 class Emulated:
-    """What cuSPARSELt does, in plain PyTorch; of its algorithms 1 raises and 2 is wrong, which the search must bear."""
+    """What cuSPARSELt does, in plain PyTorch; of its algorithms 1 is wrong and others than 0, 2 and 3 raise."""
 
     def version(self) -> str:
         return "emulated"
@@ -56,27 +51,19 @@ class Emulated:
         return dense, dense
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, algorithm: Algorithm) -> Tensor:
-        if algorithm.id == 1:
+        if algorithm.id > 3:
             raise RuntimeError("CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`")
         cols = packed.numel() * 16 // 9 // rows
         weight = unpack24_reference(*from_hardware24_reference(packed, rows, cols, LAYOUT), cols)
         out = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-        return out + 1 if algorithm.id == 2 else out
+        return out + 1 if algorithm.id == 1 else out
 
-    def offers(self, x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> tuple[list[Algorithm], Algorithm]:
-        return [Algorithm(index) for index in range(4)], Algorithm(3)
+    def suggest(self, x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Algorithm:
+        return Algorithm(3)
 
 
 def rehearsal_lab() -> Lab:
-    """The CPU in a GPU's place; set TRITON_INTERPRET=1 before Triton is imported."""
+    """The CPU in a GPU's place; its own kernels answer the ops."""
     find_kernels()
     torch.manual_seed(0)
-    return Lab(torch.device("cpu"), HostClock(), Emulated(), TINY, LAYOUT, _launcher, "eager")
-
-
-def _launcher(name: str) -> Callable[..., Any]:
-    """The Triton launcher of an op, which the dispatcher would not choose on a CPU; the op where it has none."""
-    if name not in TRITON:
-        return _registered(name)
-    launcher: Callable[..., Any] = getattr(import_module(f"sparsekit.triton_kernels.{TRITON[name]}"), name)
-    return launcher
+    return Lab(torch.device("cpu"), HostClock(), Emulated(), TINY, LAYOUT, registered, "eager")

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.shapes import name
+from sparsekit.compress.gpu import ALGORITHMS, SPLITS
 
 from .clock import Call
 from .lab import Lab
-from .linear import DENSE, Layer, check_close, dense, grid, layers
+from .linear import DENSE, Layer, check_close, dense, layers
 from .log import Log, one_line
-from .vendor import ONE_KERNEL, SPLITS, TWO_KERNELS, Algorithm
+from .vendor import Algorithm
 
 QUICK = 4  # buffers of the first timing
 KEPT = 4  # algorithms that are raced after all were timed quickly
@@ -21,14 +22,11 @@ KEPT = 4  # algorithms that are raced after all were timed quickly
 
 def measure(lab: Lab, log: Log) -> None:
     """Check 3 with the vendor's best: every algorithm, then splits of the best, each checked before it is timed."""
-    for shape in lab.sizes.linear:
-        if log.left() <= 0:
-            log.write(cut=f"the time was up before {name(shape)}")
-            return
-        with log.guard(name(shape)):
+    for weight, shape in log.each({name(shape): shape for shape in lab.sizes.linear}):
+        with log.guard(weight):
             made = layers(lab, shape)
             packed = [lab.vendor.compress(layer.dense) for layer in made]
-            for what, (_, tokens) in log.each(grid(lab.with_sizes(linear=(shape,)))):
+            for what, tokens in log.each({f"{weight}, {tokens} tokens": tokens for tokens in lab.sizes.tokens}):
                 with log.guard(what):
                     log.write(**best(lab, made, packed, shape, tokens))
 
@@ -40,7 +38,7 @@ def best(
     x = lab.randn(tokens, shape[1])
     layer = made[0]
     expected = F.linear(x.float(), layer.dense.float(), layer.bias.float())
-    offered, own = lab.vendor.offers(x, packed[0], layer.bias, layer.rows)
+    own = lab.vendor.suggest(x, packed[0], layer.bias, layer.rows)
     seconds: dict[Algorithm, float] = {}
     wrong: dict[str, str] = {}
 
@@ -59,14 +57,17 @@ def best(
                 wrong[str(algorithm)] = one_line(error)
                 lab.healthy()
 
-    attempt([*offered, *([] if own in offered else [own])])
+    offered = [Algorithm(id_) for id_ in range(ALGORITHMS)]
+    attempt(offered if own is None or own in offered else [*offered, own])
     if not seconds:
         raise ValueError(f"no algorithm is right: {next(iter(wrong.values()), 'none is offered')}")
     fastest = min(seconds, key=lambda each: seconds[each])
-    attempt([Algorithm(fastest.id, split, mode) for split in SPLITS for mode in (ONE_KERNEL, TWO_KERNELS)])
+    attempt([Algorithm(fastest.id, *split) for split in SPLITS])
     order = sorted(seconds, key=lambda each: seconds[each])[:KEPT]
-    named = {f"algorithm {each}": calls(each) for each in order}
-    raced = lab.clock.race({DENSE: [partial(dense(lab, each), x) for each in made], **named})
+    named = {f"algorithm {each}": each for each in order}
+    raced = lab.clock.race(
+        {DENSE: [partial(dense(lab, each), x) for each in made], **{key: calls(each) for key, each in named.items()}}
+    )
     timed = raced.seconds()
     winner = min(named, key=lambda key: timed[key])
     return {
@@ -78,7 +79,8 @@ def best(
         "host": {"cuSPARSELt": raced.host_seconds()[winner]},
         "ratios": {"cuSPARSELt": raced.ratios(winner)[DENSE]},
         "algorithm": winner,
-        "picked by the library": str(own),
+        "numbers": named[winner],
+        "picked by the library": own and str(own),
         "next": {str(each): seconds[each] for each in order},
         "tried": len(seconds),
         "wrong": wrong,
