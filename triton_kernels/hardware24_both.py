@@ -8,9 +8,8 @@ from torch import Tensor
 from ._launch import Table, on
 from ._metadata24 import store_metadata
 from ._pairs24 import kept_entries, units
-from ._select import widen
+from ._pattern4x4 import best_pattern, magnitudes
 from ._tiles import first_row, pairs, quads, row_of, tiles, unpairs
-from .transposable import PATTERNS
 
 BOTH = Table(
     "prune_both_to_hardware24",
@@ -24,28 +23,8 @@ BOTH = Table(
 
 
 @triton.jit
-def _magnitude(entries):
-    bits = widen(entries).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.minimum(bits, 0x7F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _pair_sums(entries):
-    """The sums of magnitudes of every pair of columns of a row of tiles, NaN as Inf."""
-    m0, m1, m2, m3 = quads(_magnitude(entries))
-    return m0 + m1, m0 + m2, m0 + m3, m1 + m2, m1 + m3, m2 + m3
-
-
-@triton.jit
-def _best_pattern(row0, row1, row2, row3):
-    """The 16 bits of the best pattern of each 4x4 tile, row by row."""
-    best = tl.full(row0[0].shape, -1.0, tl.float32)
-    kept = tl.zeros(row0[0].shape, tl.int32)
-    for i in tl.static_range(90):
-        value = (row0[PATTERNS[i][0]] + row1[PATTERNS[i][1]]) + (row2[PATTERNS[i][2]] + row3[PATTERNS[i][3]])
-        kept = tl.where(value > best, PATTERNS[i][4], kept)
-        best = tl.maximum(value, best)
-    return kept
+def _columns(entries):
+    return quads(magnitudes(entries))
 
 
 @triton.jit
@@ -112,7 +91,7 @@ def _prune_both_to_hardware24_kernel(
     b = tl.load(entries + weight_row, inside, 0)
     c = tl.load(entries + 2 * weight_row, inside, 0)
     d = tl.load(entries + 3 * weight_row, inside, 0)
-    even, odd = unpairs(_best_pattern(_pair_sums(a), _pair_sums(b), _pair_sums(c), _pair_sums(d)))
+    even, odd = unpairs(best_pattern(_columns(a), _columns(b), _columns(c), _columns(d)))
     kept = even.to(tl.uint32) | odd.to(tl.uint32) << 16
     a0, a1, a2, a3 = units(a)
     b0, b1, b2, b3 = units(b)

@@ -1,6 +1,5 @@
-"""2:4 masks in both directions, by trying every pattern of a 4x4 tile."""
+"""2:4 masks in both directions: the exact best pattern of every 4x4 tile."""
 
-from itertools import combinations, product
 from math import gcd
 
 import torch
@@ -11,17 +10,9 @@ from torch import Tensor
 from . import _select
 from ._launch import Table, on
 from ._nm24 import for_waves
+from ._pattern4x4 import best_pattern, magnitudes
 from .nm import nm_mask
 
-PAIRS = tuple(combinations(range(4), 2))
-# The 90 patterns in lexicographic order: the pair that every row keeps, then the tile's 16 bits, row by row.
-PATTERNS = tl.constexpr(
-    tuple(
-        (*rows, sum(1 << (4 * row + column) for row, pair in enumerate(rows) for column in PAIRS[pair]))
-        for rows in product(range(len(PAIRS)), repeat=4)
-        if all(sum(column in PAIRS[pair] for pair in rows) == 2 for column in range(4))
-    )
-)
 TABLE = Table(
     "transposable",
     {
@@ -35,10 +26,8 @@ TABLE = Table(
 
 @triton.jit
 def _row(x_ptr, inside):
-    """The magnitudes of one row of the tiles, NaN as Inf, and their sums by pairs of columns."""
-    bits = _select.widen(tl.load(x_ptr, mask=inside, other=0.0)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    x0, x1, x2, x3 = _select.split4(tl.minimum(bits, 0x7F800000).to(tl.float32, bitcast=True))
-    return x0 + x1, x0 + x2, x0 + x3, x1 + x2, x1 + x3, x2 + x3
+    """The magnitudes of one row of the tiles, column by column."""
+    return _select.split4(magnitudes(tl.load(x_ptr, mask=inside, other=0.0)))
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -52,18 +41,12 @@ def _transposable_kernel(x_ptr, mask_ptr, units, UNIT: tl.constexpr, COLS: tl.co
     col = tl.arange(0, COLS)
     inside = col < whole - col0
     x_ptr += start + col
-    row0 = _row(x_ptr, inside)
-    row1 = _row(x_ptr + cols, inside)
-    row2 = _row(x_ptr + 2 * cols, inside)
-    row3 = _row(x_ptr + 3 * cols, inside)
-    best = tl.full([COLS // 4], -1, tl.int32)
-    kept = tl.zeros([COLS // 4], tl.int32)
-    for i in tl.static_range(90):
-        value = (row0[PATTERNS[i][0]] + row1[PATTERNS[i][1]]) + (row2[PATTERNS[i][2]] + row3[PATTERNS[i][3]])
-        value = value.to(tl.int32, bitcast=True)  # not negative: the same order, and 61 registers instead of 96
-        stays = best >= value
-        best = tl.where(stays, best, value)
-        kept = tl.where(stays, kept, PATTERNS[i][4])
+    kept = best_pattern(
+        _row(x_ptr, inside),
+        _row(x_ptr + cols, inside),
+        _row(x_ptr + 2 * cols, inside),
+        _row(x_ptr + 3 * cols, inside),
+    )
     for row in tl.static_range(4):
         bits = kept >> (4 * row)
         if UNIT % 4 == 0:  # four bytes are stored as one word
