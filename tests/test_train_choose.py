@@ -131,6 +131,21 @@ def test_a_layer_is_measured_under_activation_checkpointing(timed, backward):
     assert torch.equal(x.grad, first)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("backward", ["straight_through", "transposable"])
+def test_a_layer_is_measured_while_it_is_compiled(timed, monkeypatch, backward):
+    """As for the most tokens, since the graph may serve any number of them."""
+    monkeypatch.setattr(choose, "MAX_TOKENS", 64)
+    clock = timed(lambda tokens: 0.5)
+    torch._dynamo.reset()
+    model = nn.Linear(128, 128).bfloat16()
+    sk.sparse_training_(model, backward=backward)
+    x = torch.randn(8, 128).bfloat16()
+    y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    assert [list(ratios) for ratios in choose.RATIOS.values()] == [[64]] and clock.asked == 2 * 3
+    assert torch.equal(y, model(x))
+
+
 def test_a_layer_uses_what_was_measured(timed):
     clock = timed(lambda tokens: 0.5 if tokens > 8 else 2.0)
     model = nn.Linear(128, 128).bfloat16()
