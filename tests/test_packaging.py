@@ -78,6 +78,7 @@ def test_native_wheel(source, tmp_path):
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "sparsekit/_C.abi3.so" in names and "sparsekit/py.typed" in names
+    assert "sparsekit/triton_kernels/configs.json" in names
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc", "triton_kernels"))]
     kernels = run_installed(wheel, tmp_path, SPARSEKIT_NATIVE="1")
     assert len(kernels) == 1 and kernels != ["reference"]
@@ -93,6 +94,7 @@ def test_pure_wheel_from_the_source_distribution(source, tmp_path):
         "csrc/cpu/kernels.h",
         "csrc/cpu/nm.cpp",
         "triton_kernels/__init__.py",
+        "triton_kernels/configs.json",
         "constraints.txt",
         "LICENSE",
     } <= names
