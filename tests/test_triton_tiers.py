@@ -28,6 +28,7 @@ def check(gpu, weight, tier, k, block, scale=None, score_scale=None):
     assert_same(mask, expected[1])
     assert_same(pruned, expected[0])
     torch.testing.assert_close(scores, expected[2], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(scores.signbit() & ~scores.isnan(), expected[2].signbit() & ~expected[2].isnan())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -55,6 +56,14 @@ def test_equals_reference(gpu, dtype, shape, block):
 @pytest.mark.parametrize("scale", [hostile(20), -torch.rand(20)], ids=["hostile", "negative"])
 def test_any_scale(gpu, scale):
     check(gpu, hostile(16, 20), some_tiers((16, 20), (8, 8)), 5, (8, 8), scale, scale)
+
+
+def test_a_sum_of_negative_zeros(gpu):
+    weight, tier = torch.zeros(16, 32), torch.tensor([[0, 2]], dtype=torch.uint8)
+    check(gpu, weight, tier, 256, (16, 16), None, torch.full((32,), -1.0))
+    assert tiers.tier_prune(weight.to(gpu), tier.to(gpu), 256, 16, 16, None, torch.full((32,), -1.0, device=gpu))[
+        2
+    ].signbit().tolist() == [[True, True]]
 
 
 @pytest.mark.parametrize("tier", [0, 1, 2, 255])

@@ -2,8 +2,8 @@
 
 A block, padded to powers of two, is cut along its rows into 16 slices of ``WIDTH`` entries. The entries of several
 blocks that lie side by side are one tensor ``[16, BLOCKS, WIDTH]``, whose slices share a thread. Word ``w`` of a plane,
-``[1, BLOCKS, WIDTH / 2]``, has the bits of columns ``2 w`` (its low half) and ``2 w + 1`` (its high half) of all slices:
-bit ``s`` of a half is slice ``s``.
+``[1, BLOCKS, WIDTH / 2]``, has the bits of columns ``2 w`` (its low half) and ``2 w + 1`` (its high half) of
+all slices: bit ``s`` of a half is slice ``s``.
 """
 
 import triton
@@ -25,9 +25,9 @@ def _halves(words):
 
 @triton.jit
 def slices(entries):
-    """``[S, B, G]``, of at most 16 slices, to a tuple of ``S`` ``[1, B, G]``."""
+    """``[S, B, G]``, of at most 32 slices, to a tuple of ``S`` ``[1, B, G]``."""
     parts = (entries,)
-    for stage in tl.static_range(4):
+    for stage in tl.static_range(5):
         if entries.shape[0] >> stage > 1:
             halves = ()
             for part in tl.static_range(1 << stage):
@@ -44,43 +44,43 @@ def _hidden(value: tl.constexpr):
 
 @triton.jit
 def _exchange(words, DISTANCE: tl.constexpr, STAY: tl.constexpr):
+    """One stage of ``_transpose``, which makes the highest bit of the index of slices its lowest."""
     first, last = _halves(words)
     up, down, stay = last << DISTANCE, first >> DISTANCE, _hidden(STAY)
-    return (first ^ up) & stay ^ up, (last ^ down) & stay ^ last
+    both = tl.join((first ^ up) & stay ^ up, (last ^ down) & stay ^ last)
+    return tl.reshape(tl.permute(both, 0, 3, 1, 2), words.shape)
 
 
 @triton.jit
 def _transpose(words):
-    """16 slices of words to a tuple of 16 planes: in either half, bit ``b`` of slice ``s`` becomes bit ``s`` of ``b``."""
-    parts = (words,)
-    for stage in tl.static_range(4):
-        halves = ()
-        for part in tl.static_range(1 << stage):
-            halves += _exchange(parts[part], 8 >> stage, (0x00FF00FF, 0x0F0F0F0F, 0x33333333, 0x55555555)[stage])
-        parts = halves
-    return parts
+    """16 slices of words to 16 planes: in either half, bit ``b`` of slice ``s`` becomes bit ``s`` of plane ``b``."""
+    words = _exchange(words, 8, 0x00FF00FF)
+    words = _exchange(words, 4, 0x0F0F0F0F)
+    words = _exchange(words, 2, 0x33333333)
+    return _exchange(words, 1, 0x55555555)
 
 
 @triton.jit
 def key_planes(entries):
-    """The planes of the magnitude keys of floats ``[16, BLOCKS, WIDTH]``, the lowest first; a NaN's has all bits set."""
+    """The planes of the magnitude keys of floats ``[16, BLOCKS, WIDTH]``, the lowest first; the last is of signs.
+
+    All bits of a NaN's key are set. 16 planes or, of fp32, 32: ``[.., BLOCKS, WIDTH / 2]``.
+    """
     mantissa: tl.constexpr = entries.dtype.fp_mantissa_width
     if mantissa == 23:
         even, odd = unpairs(entries.to(tl.uint32, bitcast=True))
-        planes = _transpose((even & 0xFFFF) | odd << 16) + _transpose(even >> 16 | (odd & 0xFFFF0000))
+        both = tl.join(_transpose((even & 0xFFFF) | odd << 16), _transpose(even >> 16 | (odd & 0xFFFF0000)))
+        planes = tl.reshape(tl.permute(both, 3, 0, 1, 2), [32, both.shape[1], both.shape[2]])
     else:
         even, odd = unpairs(entries.to(tl.uint16, bitcast=True).to(tl.uint32))
         planes = _transpose(even | odd << 16)
-    bits: tl.constexpr = len(planes) - 1
-    fraction, exponent = planes[0], planes[mantissa]
+    bits = slices(planes)
+    fraction, exponent = bits[0], bits[mantissa]
     for bit in tl.static_range(1, mantissa):
-        fraction = fraction | planes[bit]
-    for bit in tl.static_range(mantissa + 1, bits):
-        exponent = exponent & planes[bit]
-    keys = ()
-    for bit in tl.static_range(bits):
-        keys += (planes[bit] | (exponent & fraction),)
-    return keys
+        fraction = fraction | bits[bit]
+    for bit in tl.static_range(mantissa + 1, planes.shape[0] - 1):
+        exponent = exponent & bits[bit]
+    return planes | (exponent & fraction)
 
 
 @triton.jit
@@ -109,9 +109,9 @@ def keep_topk(keys, valid, k):
     """
     kept, rest = tl.zeros_like(valid), valid
     need = tl.zeros([1, valid.shape[1], 1], tl.int32) + k
-    bits: tl.constexpr = len(keys)
-    for bit in tl.static_range(bits):
-        kept, rest, need = _halve(keys[bits - 1 - bit], kept, rest, need)
+    planes = slices(keys)
+    for bit in tl.static_range(2, keys.shape[0] + 1):
+        kept, rest, need = _halve(planes[keys.shape[0] - bit], kept, rest, need)
     for stage in tl.static_range(4):
         earlier = _hidden((0x00FF00FF, 0x0F0F0F0F, 0x33333333, 0x55555555)[stage])
         kept, rest, need = _halve(earlier, kept, rest, need)
@@ -132,15 +132,18 @@ def _majority(a, b, c):
 @triton.jit
 def keep24(keys):
     """The two largest keys of every four columns, as ``keep2of4``, 16 slices at a time: words as of a plane."""
-    apart = tl.full([1, keys[0].shape[1], keys[0].shape[2] // 2], 0xFFFFFFFF, tl.uint32)
-    across, beside = apart, apart
-    for bit in tl.static_range(len(keys)):  # from the lowest: a higher bit that differs overrules
-        k01, k23 = unpairs(keys[bit])
-        k32 = k23 << 16 | k23 >> 16
-        k02, k13 = (k01 & 0xFFFF) | k23 << 16, k01 >> 16 | (k23 & 0xFFFF0000)
-        apart = _majority(k01, k23 ^ 0xFFFFFFFF, apart)  # 0 >= 2, 1 >= 3
-        across = _majority(k01, k32 ^ 0xFFFFFFFF, across)  # 0 >= 3, 1 >= 2
-        beside = _majority(k02, k13 ^ 0xFFFFFFFF, beside)  # 0 >= 1, 2 >= 3
+    k01, k23 = unpairs(keys)
+    k32 = k23 << 16 | k23 >> 16
+    k02, k13 = (k01 & 0xFFFF) | k23 << 16, k01 >> 16 | (k23 & 0xFFFF0000)
+    quads: tl.constexpr = [keys.shape[0], keys.shape[1], 4 * k01.shape[2]]
+    more = slices(tl.reshape(tl.join(tl.join(k01, k02), tl.join(k01, k02)), quads))
+    less = slices(tl.reshape(tl.join(tl.join(k23, k13), tl.join(k32, k13)) ^ 0xFFFFFFFF, quads))
+    beats = tl.full([1, quads[1], quads[2]], 0xFFFFFFFF, tl.uint32)
+    for bit in tl.static_range(keys.shape[0] - 1):  # from the lowest: a higher bit that differs overrules
+        beats = _majority(more[bit], less[bit], beats)
+    earlier, across = unpairs(beats)
+    apart, beside = unpairs(earlier)  # 0 >= 2 and 1 >= 3, 0 >= 1 and 2 >= 3
+    across, _ = unpairs(across)  # 0 >= 3 and 1 >= 2
     first = (beside & 0xFFFF) | ((beside ^ 0xFFFFFFFF) << 16)
     last = beside >> 16 | ((beside ^ 0xFFFFFFFF) & 0xFFFF0000)
     turned = (across << 16 | across >> 16) ^ 0xFFFFFFFF
