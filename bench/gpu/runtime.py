@@ -96,7 +96,8 @@ def graphed(lab: Lab, layer: nn.Module, x: Tensor) -> bool:
     held.copy_(fresh)
     graph.replay()
     torch.cuda.synchronize()
-    return torch.equal(out, layer(fresh))
+    check_close(out, layer(fresh).float())  # split-K may add up in any order
+    return True
 
 
 def compiled(lab: Lab, layer: nn.Module, x: Tensor) -> bool:
