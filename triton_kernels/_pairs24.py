@@ -3,20 +3,15 @@
 import triton
 import triton.language as tl
 
-from ._select import keep2of4_pairs, swap_halves
+from ._select import flipped, keep2of4_pairs, swap_halves
 from ._tiles import pairs, quads, unpairs
-
-
-@triton.jit
-def _not(word):
-    return word ^ 0xFFFFFFFF  # the interpreter has no ~ for unsigned words
 
 
 @triton.jit
 def _choose(kept, entry, other):
     """``entry`` in the halves whose top bit is set in ``kept``, else ``other``."""
     chosen = (kept >> 15 & 0x00010001) * 0xFFFF
-    return (entry & chosen) | (other & _not(chosen))
+    return (entry & chosen) | (other & flipped(chosen))
 
 
 @triton.jit
@@ -70,4 +65,4 @@ def unit_bits(k0, k1, k2, k3):
 @triton.jit
 def unit_codes(k0, k1, k2, k3):
     """The metadata nibble of the two groups of each unit in the halves of a word, ``[R, C / 8]``."""
-    return _nibbles(_not(k0) & k1, _not(k0 | k1), k3 | _not(k2), k3 | k2) & 0x000F000F
+    return _nibbles(flipped(k0) & k1, flipped(k0 | k1), k3 | flipped(k2), k3 | k2) & 0x000F000F

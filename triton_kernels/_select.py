@@ -33,7 +33,7 @@ def _majority(a, b, c):
 
 
 @triton.jit
-def _not(word):
+def flipped(word):
     return word ^ 0xFFFFFFFF  # the interpreter has no ~ for unsigned words
 
 
@@ -92,7 +92,7 @@ def keep2of4_pairs(w0, w1, w2, w3, NAN: tl.constexpr):
     k1, k2, k3 = w1 & 0x7FFF7FFF, w2 & 0x7FFF7FFF, w3 & 0x7FFF7FFF
     nan0, nan1, nan2 = u0 - NAN, u1 - NAN, u2 - NAN
     b0 = _majority(u0 - k1, u0 - k2, u0 - k3) | nan0
-    b1 = _majority(_not(u0 - k1), u1 - k2, u1 - k3) | nan1
-    b2 = _majority(_not(u0 - k2), _not(u1 - k2), u2 - k3)
-    b2 = (nan2 & _not(nan0 & nan1)) | (b2 & _not(nan2))
+    b1 = _majority(flipped(u0 - k1), u1 - k2, u1 - k3) | nan1
+    b2 = _majority(flipped(u0 - k2), flipped(u1 - k2), u2 - k3)
+    b2 = (nan2 & flipped(nan0 & nan1)) | (b2 & flipped(nan2))
     return b0, b1, b2, b0 ^ b1 ^ b2  # two of four are kept, so the parity of three tells the fourth
