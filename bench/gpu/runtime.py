@@ -10,17 +10,12 @@ from torch import Tensor, nn
 import sparsekit as sk
 from bench.shapes import name
 
-from .goals import NEVER_SLOWER
+from .goals import MODES, NEVER_SLOWER
 from .lab import DTYPES, Lab
 from .linear import DENSE, check_close
 from .log import Log
 
 FOLDED = (1, 1024)  # tokens that graphs and torch.compile are tried with
-# By name: how `compress_` is called, and whether what the host needs for a call counts.
-MODES: dict[str, tuple[dict[str, bool], bool]] = {
-    "compress_": ({"keep_dense": True}, True),
-    "compress_, graphs": ({"keep_dense": True, "graphs": True}, False),
-}
 
 
 def measure(lab: Lab, log: Log) -> None:
@@ -29,16 +24,17 @@ def measure(lab: Lab, log: Log) -> None:
         with log.guard(what):
             plain = dense_layers(lab, shape)
             batches = [lab.randn(tokens, shape[1]) for tokens in lab.sizes.tokens]
-            for mode, (options, hosted) in MODES.items():
+            for mode, graphs in MODES.items():
                 with log.guard(f"{mode} {what}"):
                     model = dense_layers(lab, shape, like=plain)
-                    report = sk.compress_(model, batches, forward=_all, budget=lab.sizes.compress_seconds, **options)
+                    options = {"keep_dense": True, "graphs": graphs, "budget": lab.sizes.compress_seconds}
+                    report = sk.compress_(model, batches, forward=_all, **options)
                     log.write(name=mode, shape=what, report=str(report).splitlines(), layer=repr(model[0]))
                     layer = report.layers[0]
                     for x in batches:
                         with log.guard(f"{mode} {what}, {len(x)} tokens"):
                             decision = layer.names.get(len(x), layer.decision)
-                            log.write(**one(lab, plain, model, x, mode, hosted) | {"shape": what, "decision": decision})
+                            log.write(**one(lab, plain, model, x, mode) | {"shape": what, "decision": decision})
             for tokens in FOLDED:
                 x = lab.randn(tokens, shape[1])
                 for key, check in {"CUDA graph": graphed, "torch.compile": compiled}.items():
@@ -64,14 +60,14 @@ def _all(model: nn.Module, x: Tensor) -> object:
     return [layer(x) for layer in model.children()]
 
 
-def one(lab: Lab, plain: nn.ModuleList, model: nn.ModuleList, x: Tensor, mode: str, hosted: bool) -> dict[str, Any]:
+def one(lab: Lab, plain: nn.ModuleList, model: nn.ModuleList, x: Tensor, mode: str) -> dict[str, Any]:
     """The row of one token count: the compressed layers against the dense ones."""
     weight, bias = plain[0].weight, plain[0].bias
     check_close(model[0](x), F.linear(x.float(), weight.float(), bias.float()))
     raced = lab.clock.race(
         {DENSE: [partial(layer, x) for layer in plain], mode: [partial(layer, x) for layer in model]}
     )
-    compared = raced.calls() if hosted else raced
+    compared = raced if MODES[mode] else raced.calls()
     return {
         "op": "linear",
         "dtype": "bf16",
