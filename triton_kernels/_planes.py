@@ -158,10 +158,11 @@ def words_of(bools):
 
 
 @triton.jit
-def has(words):
-    """Which entries are set, of words as of a plane: bool ``[16, BLOCKS, WIDTH]``."""
-    word = words >> tl.arange(0, 16)[:, None, None]
-    return tl.interleave((word & 1) != 0, (word & 0x10000) != 0)
+def spread(words):
+    """An int32 ``[16, BLOCKS, WIDTH]`` for every entry: all bits set, or none. Bools would take too many predicates."""
+    word = words.to(tl.int32, bitcast=True)
+    s = tl.arange(0, 16)[:, None, None]
+    return tl.interleave(word << (31 - s) >> 31, word << (15 - s) >> 31)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Config, architecture
-from ._planes import has, quad_bytes
+from ._planes import quad_bytes, spread
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def store_mask(
         bools = quad_bytes(kept)
     else:
         unit: tl.constexpr = 1
-        bools = has(kept)
+        bools = (spread(kept) & 1).to(tl.int8)
     row, col, inside = place(
         rows,
         cols // unit,

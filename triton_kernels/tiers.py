@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Table, on
-from ._planes import has, keep24, keep_topk, key_planes, slices, words_of
+from ._planes import keep24, keep_topk, key_planes, slices, spread, words_of
 from ._select import widen
 from ._strips import blocks_of, place, program, store_mask
 from .blocks import block_scores, block_topk_mask, sum_columns
@@ -24,6 +24,13 @@ def _magnitudes(entries, factors):
         rows = tl.reshape(x, [16 // segments, segments, x.shape[1], x.shape[2]]) * factors[None, :, :, :]
         x = tl.reshape(rows, x.shape)
     return x
+
+
+@triton.jit
+def _only(x, keep):
+    """The floats that are kept, and zeros."""
+    bits: tl.constexpr = tl.int32 if x.dtype == tl.float32 else tl.int16
+    return (x.to(bits, bitcast=True) & keep.to(bits)).to(x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -81,15 +88,15 @@ def _tier_prune_kernel(
     kept = tl.where(tier > 1, keep_topk(keys, valid, k), kept)
     kept = tl.where(tier == 0, valid, kept & valid)
     store_mask(kept, mask, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
-    keep = has(kept)
+    keep = spread(kept)
     entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
-    tl.store(pruned + row * cols + col, tl.where(keep, entries, 0.0), inside)
+    tl.store(pruned + row * cols + col, _only(entries, keep), inside)
     if WIDTH <= COLS:
         if score_scale is None:
             x = _magnitudes(entries, None)
         else:
             x = _magnitudes(entries, tl.load(score_scale + factor, counts, 0))
-        total = _sum_blocks(tl.where(keep, x, 0.0), BLOCK_ROWS, segments)
+        total = _sum_blocks(_only(x, keep), BLOCK_ROWS, segments)
         tl.store(scores + block_row * count + block, total, block < count)
 
 
