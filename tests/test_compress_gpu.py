@@ -96,7 +96,8 @@ def test_a_count_at_which_nothing_is_faster(table, keep_dense):
     )
 
 
-def test_a_dense_copy_that_costs_the_host_too_much_is_not_kept(table):
+def test_a_dense_copy_that_costs_the_host_too_much_is_not_kept(table, vendor):
+    vendor.algorithms = 1
     table |= {"linear24": few(0.5), "dense": 1.04}
     report = sk.compress_(model_of(), samples(1, 64), keep_dense=True)
     assert set(decisions(report).values()) == {"plain"}
@@ -117,7 +118,8 @@ def test_a_dense_copy_needs_eval_mode(table):
     assert set(decisions(sk.compress_(model, samples(4))).values()) == {"2:4"}
 
 
-def test_token_counts_of_a_gpu(table):
+def test_token_counts_of_a_gpu(table, vendor):
+    vendor.algorithms = 1
     table["other"] = 0.5
     report = sk.compress_(model_of(), [*samples(700), torch.randn(9000, 16).half()])
     assert report.layers[0].calls == {1024: 1, 8192: 1}

@@ -62,8 +62,9 @@ class RoutedLinear24(Linear24):
 
     The state dict is that of ``Linear24``. On the device and in the dtype of its plan the layer holds ``packed``, the
     weight as the GPU's tensor cores read it. ``values`` is a view of its head, so they are stored once; beside it is
-    the ``bitmask``, 1/16 of the dense 16-bit weight. Loading, copying and moving rebuild it from these two. Elsewhere,
-    where autocast asks for another dtype, and where gradients reach ``values``, the layer is a plain ``Linear24``.
+    the ``bitmask``, 1/16 of the dense 16-bit weight. Loading, copying and moving rebuild it from these two; loading, in
+    the same memory, so that a captured CUDA graph goes on with the new weight. Elsewhere, where autocast asks for
+    another dtype, and where gradients reach ``values``, the layer is a plain ``Linear24``.
 
     A plan with dense routes keeps a dense copy of the weight, which would not follow an optimizer: ``values`` gets no
     gradient then, and a call in training mode that would need it raises.

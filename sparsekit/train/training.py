@@ -101,11 +101,14 @@ def sparse_training_(
         sk.compress_(model)
 
     Where a GPU's 2:4 tensor cores take the shape, and the product is of 16 bits (by autocast, too), weights are packed
-    anew in every call; but only at token counts where a forward and backward pass was measured, once, to be right and
-    at least 1.05 times as fast as by a dense product with the masked weight. That is how all others train: as a dense
-    layer, plus one pass over the weight. ``print(training)`` says which, and why. From the forward to the backward pass
-    a layer holds one pruned or packed copy of its weight. Sharded by FSDP, a model trains as well, but it is finished
-    in a plain copy that has loaded the full state dict.
+    anew in every call; but only at token counts where a forward and backward pass was measured to be right and at least
+    1.05 times as fast as by a dense product with the masked weight. That is how all others train: as a dense layer,
+    plus one pass over the weight. ``print(training)`` says which, and why. A process measures once per shape and power
+    of two of tokens, at the first call, or when it is compiled, which waits for the GPU some tens of milliseconds. It
+    measures nothing while a CUDA graph is captured: train a few steps before, or the graph multiplies densely.
+
+    From the forward to the backward pass a layer holds one pruned or packed copy of its weight. Sharded by FSDP, a
+    model trains as well, but it is finished in a plain copy that has loaded the full state dict.
 
     Layers whose weight is tied or read by their parent train dense, as do subclasses of ``nn.Linear``; the table says
     why. Stored masks of the others are forgotten. A layer that trains sparse already, in a copy of a model for
