@@ -81,6 +81,10 @@ def store_mask(
     tl.store(mask + row * (cols // unit) + col, bools, inside)
 
 
+def warp_lanes(tensor: Tensor) -> int:
+    return 64 if architecture(tensor).startswith("gfx9") else 32
+
+
 def program(
     like: Tensor, block_rows: int, block_cols: int, width: int, key_bytes: int, config: Config
 ) -> tuple[int, dict[str, int]] | None:
@@ -94,7 +98,7 @@ def program(
     padded = max(2, triton.next_power_of_2(block_cols))
     width = max(width, padded * triton.next_power_of_2(block_rows) // 16)
     vector = 16 // key_bytes
-    lanes = 64 if architecture(like).startswith("gfx9") else 32
+    lanes = warp_lanes(like)
     if width > 512 * vector:
         return None
     warps = max(config["num_warps"], width // (vector * lanes))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._launch import Config, Table, on
 from ._planes import keep_topk, key_planes, words_of
 from ._select import widen
-from ._strips import place, program, store_mask
+from ._strips import place, program, store_mask, warp_lanes
 from ._wide import wide_topk_mask
 
 # A thread takes 16 bytes of a row at a time. Fewer warps mean fewer, smaller pieces to wait for at the end.
@@ -110,7 +110,9 @@ def block_scores(weight: Tensor, block_rows: int, block_cols: int, scale: Tensor
     config: Config = SCORES.config(weight, "any")
     padded = triton.next_power_of_2(block_cols)
     warps = max(config["num_warps"], min(8, padded // 512))
-    blocks = min(max(1, 16 // weight.element_size() * 32 * warps // padded), triton.next_power_of_2(count[1]))
+    blocks = min(
+        max(1, 16 // weight.element_size() * warp_lanes(weight) * warps // padded), triton.next_power_of_2(count[1])
+    )
     with on(weight):
         _block_scores_kernel[(count[0] * triton.cdiv(count[1], blocks),)](
             weight,
