@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.triton,
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # the interpreter adds with numpy
 ]
-# Whole blocks; tails of 2:4, of two and of three; several slices of a row; several rows of a slice; sides that are no powers of two.
+# Whole blocks; a tail of two; several slices of a row; several rows of a slice; a tail of three and odd sides.
 TILINGS = [((16, 48), (16, 16)), ((17, 38), (16, 8)), ((2, 70), (2, 64)), ((30, 30), (32, 8)), ((3, 27), (3, 12))]
 
 
