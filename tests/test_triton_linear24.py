@@ -12,6 +12,7 @@ from sparsekit.triton_kernels.linear24 import TABLE, linear24  # noqa: E402
 
 HALVES = (torch.float16, torch.bfloat16)
 NAN = float("nan")
+KERNELS = (torch.float32, torch.bfloat16)  # a dtype of each kernel
 FAST = "32x8"  # the configuration with the fewest steps to interpret
 
 
@@ -60,8 +61,13 @@ def test_every_pattern_of_a_group(gpu, dtype):
         assert linear24(torch.eye(32, dtype=dtype, device=gpu), values, bitmask, None).tolist() == weight.t().tolist()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 8, 16, 17, 33, 64, 65, 130])
+@pytest.mark.parametrize(
+    "dtype, tokens",
+    [(torch.bfloat16, tokens) for tokens in (0, 1, 5, 8, 16, 33, 64, 65)]
+    + [(torch.float16, tokens) for tokens in (1, 17)]
+    + [(torch.float32, tokens) for tokens in (0, 1, 3, 17, 65)],
+    ids=dtype_id,
+)
 def test_tokens(gpu, dtype, tokens):
     weight, values, bitmask = packed(gpu, 19, 70, dtype)
     x, bias = random(gpu, tokens, 70, dtype=dtype), random(gpu, 19, dtype=dtype)
@@ -69,8 +75,8 @@ def test_tokens(gpu, dtype, tokens):
         assert_linear(x, weight, values, bitmask, bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("rows, cols", [(1, 4), (3, 3), (5, 64), (1, 16), (33, 256), (18, 543)])
+@pytest.mark.parametrize("dtype", KERNELS, ids=dtype_id)
+@pytest.mark.parametrize("rows, cols", [(1, 4), (3, 3), (5, 64), (33, 256), (18, 543)])
 def test_shapes(gpu, dtype, rows, cols):
     weight, values, bitmask = packed(gpu, rows, cols, dtype)
     x = random(gpu, 3, cols, dtype=dtype)
@@ -82,11 +88,12 @@ def test_shapes(gpu, dtype, rows, cols):
 @pytest.mark.parametrize("name", TABLE.configs)
 def test_every_configuration(gpu, name):
     weight, values, bitmask = packed(gpu, 17, 1090, torch.bfloat16)
-    x, bias = random(gpu, 9, 1090, dtype=torch.bfloat16), random(gpu, 17, dtype=torch.bfloat16)
+    x, bias = random(gpu, 2, 1090, dtype=torch.bfloat16), random(gpu, 17, dtype=torch.bfloat16)
     with TABLE.force(name):
         assert_linear(x, weight, values, bitmask, bias)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter runs one program after another")
 @pytest.mark.parametrize("name", [FAST, "128x8_split"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_the_same_bits_every_time(gpu, dtype, name):
@@ -96,7 +103,7 @@ def test_the_same_bits_every_time(gpu, dtype, name):
         assert_same(linear24(x, values, bitmask, None), linear24(x, values, bitmask, None))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3), (1, 2, 3)], ids=str)
 def test_leading_dimensions(gpu, dtype, leading):
     weight, values, bitmask = packed(gpu, 9, 20, dtype)
@@ -113,9 +120,10 @@ def test_without_rows_or_columns(gpu, dtype, rows, cols):
     assert_same(linear24(x, values, bitmask, None), torch.zeros(3, rows, dtype=dtype, device=gpu))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("cols", [70, 128])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided"])
+@pytest.mark.parametrize(
+    "dtype, cols", [(torch.bfloat16, 70), (torch.bfloat16, 128), (torch.float32, 70)], ids=dtype_id
+)
 def test_any_strides(gpu, layout, dtype, cols):
     _, values, bitmask = packed(gpu, 7, cols, dtype)
     x, bias = random(gpu, 3, cols, dtype=dtype), random(gpu, 7, dtype=dtype)
@@ -126,7 +134,7 @@ def test_any_strides(gpu, layout, dtype, cols):
             assert_same(linear24(*operands, torch.stack([bias, bias], 1)[:, 0]), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", KERNELS, ids=dtype_id)
 def test_rows_of_a_wider_tensor(gpu, dtype):
     """The values as the front of rows that go on, of every length modulo a word and a vector."""
     weight, values, bitmask = packed(gpu, 9, 132, dtype)
@@ -138,19 +146,20 @@ def test_rows_of_a_wider_tensor(gpu, dtype):
             assert_linear(x, weight, wider[:, :66], bitmask, None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("tokens", [1, 4, 40])
+@pytest.mark.parametrize("dtype", KERNELS, ids=dtype_id)
+@pytest.mark.parametrize("tokens", [4, 17])
 def test_does_not_swallow_nan(gpu, dtype, tokens):
-    weight, mask = sparse24(40, 75, dtype)
+    weight, mask = sparse24(24, 75, dtype)
     values, bitmask = (part.to(gpu) for part in pack24_reference(weight, mask, True))
-    for col in (0, 70, 73):  # 73 is in the tail
-        x = random(gpu, tokens, 75, dtype=dtype)
-        x[tokens // 2, col] = NAN
-        with TABLE.force(FAST):
-            hit = torch.isnan(linear24(x, values, bitmask, None)).cpu()
-        assert hit[tokens // 2][mask[:, col]].all()
-        hit[tokens // 2] = False
-        assert not hit.any()
+    x = random(gpu, tokens, 75, dtype=dtype)
+    cols = (0, 70, 73)  # 73 is in the tail
+    for token, col in enumerate(cols):
+        x[token, col] = NAN
+    with TABLE.force(FAST):
+        hit = torch.isnan(linear24(x, values, bitmask, None)).cpu()
+    for token, col in enumerate(cols):
+        assert hit[token][mask[:, col]].all()
+    assert not hit[len(cols) :].any()
 
 
 def test_fp32_is_not_rounded_to_tf32(gpu):
