@@ -112,6 +112,18 @@ struct Linear24Args {
   DType dtype;
 };
 
+// All contiguous; `cols` is the width of the block.
+struct SparsegptArgs {
+  const float* weight;  // [rows, cols]
+  const float* factor;  // [cols, cols]
+  const bool* given;    // [rows, cols] or null: the mask that was chosen before
+  float* pruned;        // [rows, cols]
+  float* error;         // [rows, cols]
+  bool* mask;           // [rows, cols]
+  int64_t cols;
+  int n, m;
+};
+
 struct Kernels {
   const char* level;
   // Rows [begin, end).
@@ -127,6 +139,8 @@ struct Kernels {
   void (*prune_pack24)(const PrunePack24Args&, int64_t begin, int64_t end);
   void (*unpack24)(const Unpack24Args&, int64_t begin, int64_t end);
   void (*linear24)(const Linear24Args&, ParallelFor);
+  // Rows [begin, end).
+  void (*sparsegpt)(const SparsegptArgs&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_plain;

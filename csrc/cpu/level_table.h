@@ -5,6 +5,7 @@
 #include "nm_kernel.h"
 #include "pack24_kernel.h"
 #include "prune_pack24_kernel.h"
+#include "sparsegpt_kernel.h"
 #include "tier_prune_kernel.h"
 #include "transposable_kernel.h"
 
@@ -26,6 +27,7 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .prune_pack24 = SPARSEKIT_LEVEL::prune_pack24,
     .unpack24 = SPARSEKIT_LEVEL::unpack24,
     .linear24 = SPARSEKIT_LEVEL::linear24,
+    .sparsegpt = SPARSEKIT_LEVEL::sparsegpt,
 };
 
 }  // namespace sparsekit

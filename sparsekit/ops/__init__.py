@@ -26,6 +26,7 @@ from .sparse24 import linear24 as linear24
 from .sparse24 import pack24 as pack24
 from .sparse24 import prune_pack24 as prune_pack24
 from .sparse24 import unpack24 as unpack24
+from .sparsegpt import sparsegpt_block as sparsegpt_block
 from .tiers import tier_prune as tier_prune
 from .transposable import transposable_mask as transposable_mask
 

@@ -27,6 +27,7 @@ TRITON: dict[str, str] = {
     "unpack24": "sparse24",
     "prune_pack24": "sparse24",
     "linear24": "linear24",
+    "sparsegpt_block": "sparsegpt",
     "to_hardware24": "hardware24",
     "from_hardware24": "hardware24",
     "prune_to_hardware24": "hardware24",
@@ -47,6 +48,7 @@ OPS = (
     "prune_pack24",
     "unpack24",
     "linear24",
+    "sparsegpt_block",
 )
 
 

@@ -93,7 +93,7 @@ def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
         ValueError: ``score`` is a scalar, or not ``0 < n <= m <= 32``.
     """
     check_weight("score", score)
-    _check_pattern(n, m)
+    check_pattern(n, m)
     return _nm_mask(score, n, m)
 
 
@@ -113,7 +113,7 @@ def nm_mask_bits(score: Tensor, n: int, m: int) -> Tensor:
         TypeError, ValueError: as ``nm_mask``.
     """
     check_weight("score", score)
-    _check_pattern(n, m)
+    check_pattern(n, m)
     return _nm_mask_bits(score, n, m)
 
 
@@ -136,7 +136,7 @@ def nm_prune(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) -> 
         TypeError, ValueError: as ``nm_mask``, and where ``scale`` is not float32 ``[cols]`` on ``weight``'s device.
     """
     check_weight("weight", weight)
-    _check_pattern(n, m)
+    check_pattern(n, m)
     if scale is not None:
         check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
     return _nm_prune(weight, n, m, scale)
@@ -161,13 +161,13 @@ def nm_prune_(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) ->
         TypeError, ValueError: as ``nm_prune``; ``weight`` is untouched then.
     """
     check_weight("weight", weight)
-    _check_pattern(n, m)
+    check_pattern(n, m)
     if scale is not None:
         check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
     return _nm_prune_(weight, n, m, scale)
 
 
-def _check_pattern(n: int, m: int) -> None:
+def check_pattern(n: int, m: int) -> None:
     check_ints(n=n, m=m)
     if not 0 < n <= m <= MAX_M:
         raise ValueError(f"a pattern n:m needs 0 < n <= m <= {MAX_M}, got {n}:{m}")

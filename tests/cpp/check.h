@@ -143,3 +143,4 @@ void test_blocks();
 void test_tiers();
 void test_transposable();
 void test_linear24();
+void test_sparsegpt();

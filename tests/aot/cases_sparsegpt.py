@@ -1,0 +1,15 @@
+import torch
+
+from sparsekit.triton_kernels.sparsegpt import sparsegpt_block
+
+from .case import Case, meta
+
+
+def block(mask=None):
+    return sparsegpt_block(meta(4096, 128, dtype=torch.float32), meta(128, 128, dtype=torch.float32), mask, 2, 4)
+
+
+CASES = [
+    Case("2:4", block),
+    Case("given", lambda: block(meta(4096, 128, dtype=torch.bool))),
+]
