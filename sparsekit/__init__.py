@@ -2,6 +2,7 @@
 
 from . import nn as nn
 from . import ops as ops
+from . import tiers as tiers
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .compress import CompressReport as CompressReport
@@ -19,8 +20,13 @@ from .ops import prune_pack24 as prune_pack24
 from .ops import tier_prune as tier_prune
 from .ops import transposable_mask as transposable_mask
 from .ops import unpack24 as unpack24
+from .prune import ADMM as ADMM
+from .prune import RIA as RIA
+from .prune import LeastSquares as LeastSquares
 from .prune import Magnitude as Magnitude
 from .prune import PruneReport as PruneReport
+from .prune import SparseGPT as SparseGPT
+from .prune import Swaps as Swaps
 from .prune import Wanda as Wanda
 from .prune import keep_masks as keep_masks
 from .prune import prune_ as prune_

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .ops import block_topk_mask, nm_mask, nm_prune, pack_bits, unpack_bits
+from .ops import block_scores, block_topk_mask, nm_mask, nm_prune, pack_bits, unpack_bits
 from .ops.nm import MAX_M
 
 Axis = int | Literal["flatten"]
@@ -15,15 +15,25 @@ Axis = int | Literal["flatten"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a mask keeps: ``n`` of every ``m`` inputs, or with ``m`` None all but the share ``ratio`` of every row."""
+    """What a mask keeps: ``n`` of every ``m`` inputs, or with ``m`` None all but the share ``ratio``.
+
+    The share is taken of every ``"row"``, of the whole ``"layer"``, or of its blocks of ``(rows, cols)``, whole ones.
+    With ``tiers``, every block of ``unit`` is dense, 2:4, or keeps ``n``: a tier map says which.
+    """
 
     n: int = 0
     m: int | None = None
     ratio: float = 0.0
+    unit: Literal["row", "layer"] | tuple[int, int] = "row"
+    tiers: bool = False
 
     @staticmethod
     def parse(text: str) -> "Pattern":
-        """Reads ``"2:4"`` (keep 2 of 4; any ``0 < n <= m <= 32``) or ``"50%"`` (drop half of every output row).
+        """Reads a pattern.
+
+        ``"2:4"`` keeps 2 of 4 (any ``0 < n <= m <= 32``), ``"50%"`` drops half of every output row, ``"50% layer"``
+        half of the layer, ``"50% 16x16"`` half of its blocks of 16 rows and 16 columns. ``"tiers 16x16 k=10"`` is what
+        ``progressive_tiers`` leaves: a name, no rule.
 
         Raises:
             ValueError: anything else.
@@ -31,21 +41,46 @@ class Pattern:
         if isinstance(text, str):
             if (nm := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(nm[1]) <= int(nm[2]) <= MAX_M:
                 return Pattern(n=int(nm[1]), m=int(nm[2]))
-            if (percent := re.fullmatch(r"(\d+(?:\.\d+)?)%", text)) and float(percent[1]) <= 100:
-                return Pattern(ratio=float(percent[1]) / 100)
-        raise ValueError(f'a pattern is "n:m" with 0 < n <= m <= {MAX_M}, or "p%" with 0 <= p <= 100, got {text!r}')
+            share = re.fullmatch(r"(\d+(?:\.\d+)?)%(?: (layer|[1-9]\d*x[1-9]\d*))?", text)
+            if share and float(share[1]) <= 100:
+                return Pattern(ratio=float(share[1]) / 100, unit=_unit(share[2]))
+            if tiers := re.fullmatch(r"tiers ([1-9]\d*x[1-9]\d*) k=(\d+)", text):
+                return Pattern(n=int(tiers[2]), unit=_unit(tiers[1]), tiers=True)
+        raise ValueError(
+            f'a pattern is "n:m" with 0 < n <= m <= {MAX_M}, or "p%", "p% layer" or "p% 16x16" with 0 <= p <= 100, '
+            f"got {text!r}"
+        )
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.m else f"{100 * self.ratio:.12g}%"
+        if self.m:
+            return f"{self.n}:{self.m}"
+        if self.tiers:
+            return f"tiers {self.unit[0]}x{self.unit[1]} k={self.n}"
+        unit = "" if self.unit == "row" else self.unit if self.unit == "layer" else f"{self.unit[0]}x{self.unit[1]}"
+        return f"{100 * self.ratio:.12g}% {unit}".rstrip()
 
     def mask(self, score: Tensor) -> Tensor:
-        """The bool mask of a score ``[rows, ..., cols]``: n of m along the last dimension, or the best of every row."""
+        """The bool mask of the best of a score ``[rows, ..., cols]``; n:m runs along the last dimension."""
         if self.m:
             return nm_mask(score, self.n, self.m)
         rows = score.flatten(1)
+        if self.unit == "row":
+            return self._best(rows).view(score.shape)
+        if self.unit == "layer":
+            return self._best(rows.reshape(1, -1)).view(score.shape)
+        kept = self._best(blocks := block_scores(rows, self.unit).reshape(1, -1))
+        high, wide = self.unit
+        kept = kept.view(-(-rows.shape[0] // high), -1) if blocks.numel() else kept.view(0, 0)
+        return (
+            kept.repeat_interleave(high, 0)[: rows.shape[0]]
+            .repeat_interleave(wide, 1)[:, : rows.shape[1]]
+            .reshape(score.shape)
+        )
+
+    def _best(self, rows: Tensor) -> Tensor:
         cols = rows.shape[1]
         dropped = int(cols * self.ratio + 1e-6)  # 0.29 * 100 is 28.999999999999996
-        return block_topk_mask(rows, cols - dropped, (1, max(cols, 1))).view(score.shape)
+        return block_topk_mask(rows, cols - dropped, (1, max(cols, 1)))
 
     def prune(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Zeroes what the pattern drops of ``weight`` ``[rows, ..., cols]`` ranked by ``abs(weight) * scale``.
@@ -61,6 +96,15 @@ class Pattern:
             return nm_prune(weight, self.n, self.m, scale=scale)
         mask = self.mask(weight if scale is None else weight.abs().float() * scale)
         return torch.where(mask, weight, 0).contiguous(), mask
+
+
+def _unit(text: str | None) -> Literal["row", "layer"] | tuple[int, int]:
+    if text == "layer":
+        return "layer"
+    if text is None:
+        return "row"
+    high, wide = text.split("x")
+    return int(high), int(wide)
 
 
 @dataclass(frozen=True)

@@ -29,3 +29,10 @@ def assert_same(model, before):
         assert mask is None or torch.equal(masks[name][0], mask)
     assert training == before[2]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def layer_error(weight, pruned, gram):
+    """``||X (W - W')^T||^2 / ||X W^T||^2`` from the Gram matrix of ``X``."""
+    lost = weight - pruned
+    return float(((lost @ gram) * lost).sum() / ((weight @ gram) * weight).sum())

@@ -20,9 +20,15 @@ SIGNATURES = {
     "prune_pack24": "weight, *, scale=None",
     "unpack24": "values, bitmask, cols",
     "linear24": "x, values, bitmask, bias=None",
-    "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', progress=None",
+    "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', progress=None, "
+    "resume=None",
     "Magnitude": "pattern",
     "Wanda": "pattern",
+    "RIA": "pattern, power=0.5",
+    "SparseGPT": "pattern, damp=0.01, block=128",
+    "ADMM": "pattern, iterations=20, ramp=15, damp=0.1",
+    "Swaps": "method, *, passes=20",
+    "LeastSquares": "method, *, iterations=100, damp=0.01",
     "keep_masks": "model, optimizer",
     "compress_": "model, sample=None, *, where=None, forward=None, budget=0.5, graphs=False, keep_dense=False, "
     "progress=None",
@@ -39,7 +45,7 @@ REPORTS = {"SparseTraining", "PruneReport", "CompressReport"}
 def test_every_public_name():
     public = {name for name, value in vars(sk).items() if name[0] != "_" and not isinstance(value, ModuleType)}
     assert public == SIGNATURES.keys() | REPORTS
-    assert isinstance(sk.ops, ModuleType) and isinstance(sk.nn, ModuleType)
+    assert all(isinstance(module, ModuleType) for module in (sk.ops, sk.nn, sk.tiers))
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -17,6 +17,7 @@ LAYERS = [
     ["sparsekit.nn"],
     ["sparsekit.prune", "sparsekit.compress"],
     ["sparsekit.checkpoint", "sparsekit.train"],
+    ["sparsekit.tiers"],
     ["sparsekit"],
 ]
 KERNELS = {"sparsekit._native", "sparsekit.triton_kernels"}

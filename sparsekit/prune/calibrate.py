@@ -67,8 +67,10 @@ def _block_module(model: nn.Module, name: str) -> nn.Module:
 
 def execution_order(
     model: nn.Module, blocks: list[Block], batches: Iterable[Any], forward: Forward | None
-) -> list[Block]:
-    """The blocks in the order in which the first batch enters them; those it never enters come last."""
+) -> tuple[list[Block], bool]:
+    """The blocks in the order in which the first batch enters them, those it never enters last; and whether it enters
+    each at most once.
+    """
     entered: dict[nn.Module, None] = {}
     left: set[nn.Module] = set()
     entered_again: set[nn.Module] = set()
@@ -89,7 +91,8 @@ def execution_order(
     rank = {module: index for index, module in enumerate(entered)}
     ordered = sorted(blocks, key=lambda block: rank.get(block.module, len(rank)))
     ends = left - entered_again
-    return [replace(block, ends_pass=block.module in rank and block.module in ends) for block in ordered]
+    once = not entered_again
+    return [replace(block, ends_pass=block.module in rank and block.module in ends) for block in ordered], once
 
 
 def collect(
@@ -117,6 +120,11 @@ def collect(
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             with suppress(_BlockDone):
                 run_batch(model, batch, forward)
-    if count == 0:
-        raise ValueError("batches gave no batch: calibration needs at least one, and a generator can be read only once")
+    check_count(count)
     return inputs
+
+
+def check_count(batches: int) -> None:
+    """Rejects calibration without any batch."""
+    if batches == 0:
+        raise ValueError("batches gave no batch: calibration needs at least one, and a generator can be read only once")

@@ -1,5 +1,6 @@
 """Which layers can be pruned, and how each one meets its inputs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,14 @@ class Layer:
         (high, wide), (down, right), (row, col) = conv.kernel_size, conv.stride, conv.dilation
         view = x.unfold(2, row * (high - 1) + 1, down).unfold(3, col * (wide - 1) + 1, right)
         return view[..., ::row, ::col].permute(0, 2, 3, 1, 4, 5)
+
+    def rows(self, x: Tensor) -> Iterator[Tensor]:
+        """What the weight meets in ``x``, image by image: float32 ``[tokens, inputs]``, in the order of ``grouped``."""
+        conv = isinstance(self.module, nn.Conv2d)
+        for part in x.reshape(-1, *x.shape[-3:]).split(1) if conv else (x,):
+            windows = self.windows(part)
+            windows = windows.permute(0, 1, 2, 4, 5, 3) if conv and self.axis != "flatten" else windows
+            yield windows.flatten(3).flatten(0, 2).float() if conv else windows.float()
 
     def square_sums(self, x: Tensor) -> tuple[Tensor, int]:
         """Sums the squares of an input over all positions: ``([inputs] or [channels, kernel...], positions)``."""

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..masks import Pattern
@@ -63,3 +64,30 @@ class Wanda(Method):
 
     def prune(self, weight: Tensor, statistic: InputNorm) -> tuple[Tensor, Tensor]:
         return Pattern.parse(self.pattern).prune(weight, statistic.norm)
+
+
+@dataclass(frozen=True)
+class RIA(Method):
+    """Keeps what matters most among the weights of its input and of its output, times a power of the input norm
+    (https://openreview.net/forum?id=Tr0lPx9woF). Needs batches.
+
+    The score is ``(|w| / sum of its column + |w| / sum of its row) * norm ** power``.
+
+    Args:
+        pattern: what to keep.
+        power: how much the norms count; 0.5 is the paper's.
+    """
+
+    power: float = 0.5
+    statistic = InputNorm
+
+    def prune(self, weight: Tensor, statistic: InputNorm) -> tuple[Tensor, Tensor]:
+        size = weight.flatten(1).float().abs()
+        importance = _share(size, 0) + _share(size, 1)
+        mask = Pattern.parse(self.pattern).mask(importance.view(weight.shape) * statistic.norm**self.power)
+        return torch.where(mask, weight, 0), mask
+
+
+def _share(size: Tensor, dim: int) -> Tensor:
+    total = size.sum(dim, keepdim=True)
+    return torch.where(total > 0, size / total, 0)

@@ -1,21 +1,24 @@
 """The one verb: prune a model in place, all of it or nothing."""
 
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .._batches import Forward, Progress, as_batches, evaluating
+from .._batches import Forward, Progress, evaluating
 from .._layers import Where, check_model
-from ..masks import MaskInfo, Pattern, get_mask, get_mask_info, grouped, remove_mask, set_mask, ungrouped
-from ..ops import pack_bits, unpack_bits
-from .calibrate import Block, Inputs, collect, execution_order, split_blocks
+from ..masks import Pattern, grouped, ungrouped
+from .calibrate import Inputs
+from .calibration import calibrated
 from .layers import Layer, check_weights, find_layers
 from .methods import Method
+from .put import put
 from .report import LayerReport, PruneReport, Skipped
+from .resume import Finished
 
 BITS = {2: torch.int16, 4: torch.int32}
 
@@ -30,6 +33,7 @@ def prune_(
     forward: Forward | None = None,
     axis: Literal["input", "flatten"] = "input",
     progress: Progress | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> PruneReport:
     """Prunes the Linear and Conv2d layers of a model in place and stores each mask with its layer.
 
@@ -48,12 +52,16 @@ def prune_(
             ``Magnitude`` they only serve to report errors.
         where: ``where(name, module)`` selects layers; None selects all.
         sequential: whether every block sees the inputs that the pruned blocks before it produce, which is better and
-            costs a partial forward pass over all batches per block. A block is an item of an outermost ModuleList or
-            Sequential, or a layer outside them. False calibrates all layers in one pass over the dense model.
+            runs every block twice. A block is an item of an outermost ModuleList or Sequential, or a layer outside
+            them. All batches go through the model together, block by block, and only what each carries from one block
+            to the next is in memory; a model that enters a block twice runs from the start for every block instead.
+            False calibrates all layers in one pass over the dense model.
         forward: ``forward(model, batch)`` runs a batch in place of the calls above.
         axis: what the groups of a Conv2d run along: ``"input"`` channels, which hardware needs, or ``"flatten"`` for
             (channels, height, width) read as one, as some published systems do. The masks remember it.
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
+        resume: a folder where every finished block is kept. The same call on the same dense model and batches goes on
+            after the last block that it finds there. Only with ``sequential`` batches.
 
     Returns:
         What was done to each layer, what was left out and why, and the time it took.
@@ -66,19 +74,29 @@ def prune_(
     """
     started = time.perf_counter()
     _check(model, method, batches, axis)
+    if resume is not None and (batches is None or not sequential):
+        raise ValueError("resume goes on block by block: it needs batches and sequential=True")
     pattern = Pattern.parse(method.pattern)
     layers, skipped = find_layers(model, pattern, axis, where)
     if not layers:
         reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
         raise ValueError(f"nothing to prune: where selects no layer that can be pruned{reasons}")
     check_weights(layers)
+    finished = None if resume is None else Finished(resume, {"method": repr(method), "axis": axis}, layers)
     reports: list[LayerReport] = []
     with ExitStack() as undo, evaluating(model):
-        for layer, inputs in _calibrated(model, method, layers, batches, sequential, forward, progress or iter):
-            if inputs is None or len(inputs.sample) or method.statistic is None:
-                reports.append(_prune_layer(layer, method, pattern, inputs, undo))
-            else:
-                skipped.append(Skipped(layer.name, "no calibration batch reached it"))
+        if finished is not None:
+            reports += _restore(finished, layers, undo)
+        for members, shown in _shown(model, method, layers, batches, sequential, forward, progress or iter, finished):
+            block = []
+            for layer, inputs in zip(members, shown, strict=True):
+                if inputs is None or len(inputs.sample) or method.statistic is None:
+                    block.append((layer, _prune_layer(layer, method, pattern, inputs, undo)))
+                else:
+                    skipped.append(Skipped(layer.name, "no calibration batch reached it"))
+            reports += [report for _, report in block]
+            if finished is not None and block:
+                finished.add(block)
         if not reports:
             raise ValueError("no calibration batch reached any of the selected layers")
         undo.pop_all()
@@ -95,7 +113,7 @@ def _check(model: nn.Module, method: Method, batches: Any, axis: str) -> None:
         raise ValueError(f'axis must be "input" or "flatten", got {axis!r}')
 
 
-def _calibrated(
+def _shown(
     model: nn.Module,
     method: Method,
     layers: list[Layer],
@@ -103,19 +121,32 @@ def _calibrated(
     sequential: bool,
     forward: Forward | None,
     progress: Progress,
-) -> Iterable[tuple[Layer, Inputs | None]]:
-    """Yields every layer when its inputs are known; it must be pruned before the next one is asked for."""
+    finished: Finished | None,
+) -> Iterable[tuple[Sequence[Layer], Sequence[Inputs | None]]]:
     if batches is None:
-        for layer in progress(layers):
-            yield layer, None
-        return
-    batches = as_batches(batches, reused=sequential)
-    if not sequential:
-        block = Block(model, tuple(layers))
-        yield from zip(layers, collect(model, block, method.statistic, progress(batches), forward), strict=True)
-        return
-    for block in progress(execution_order(model, split_blocks(model, layers), batches, forward)):
-        yield from zip(block.layers, collect(model, block, method.statistic, batches, forward), strict=True)
+        return (([layer], [None]) for layer in progress(layers))
+    return calibrated(
+        model,
+        layers,
+        method.statistic,
+        batches,
+        sequential=sequential,
+        forward=forward,
+        progress=progress,
+        finished=() if finished is None else finished.names,
+    )
+
+
+def _restore(finished: Finished, layers: list[Layer], undo: ExitStack) -> Iterable[LayerReport]:
+    """Gives the layers of finished blocks what an earlier run found."""
+    by_name = {layer.name: layer for layer in layers}
+    for index in range(len(finished)):
+        for report, weight, mask in finished.read(index):
+            layer = by_name[report.name]
+            put(
+                layer, weight.to(layer.weight.device), mask.to(layer.weight.device), Pattern.parse(report.pattern), undo
+            )
+            yield report
 
 
 def _prune_layer(layer: Layer, method: Method, pattern: Pattern, inputs: Inputs | None, undo: ExitStack) -> LayerReport:
@@ -123,23 +154,6 @@ def _prune_layer(layer: Layer, method: Method, pattern: Pattern, inputs: Inputs 
     pruned, mask = method.prune(grouped(weight, layer.axis), None if inputs is None else inputs.statistic)
     pruned, mask = ungrouped(pruned, layer.axis, weight.shape), ungrouped(mask, layer.axis, weight.shape)
     error = None if inputs is None else inputs.sample.relative_error(weight, pruned)
-    _remember(undo, layer.module, weight, pruned)
-    weight.copy_(pruned)
-    set_mask(layer.module, mask, MaskInfo(pattern, layer.axis))
+    put(layer, pruned, mask, pattern, undo)
     dropped = mask.numel() - int(mask.sum())
     return LayerReport(layer.name, tuple(weight.shape), str(pattern), dropped, weight.numel(), error)
-
-
-def _remember(undo: ExitStack, module: nn.Module, weight: Tensor, pruned: Tensor) -> None:
-    """Notes how to get the layer back: the values that change, one bit for each weight, and the mask it had."""
-    bits = BITS[weight.element_size()]  # compared as bits: -0.0 must come back too
-    changed = weight.view(bits) != pruned.view(bits)
-    where, values = pack_bits(changed.flatten(1)), weight.masked_select(changed)
-    mask, info = get_mask(module), get_mask_info(module)
-
-    def restore() -> None:
-        changed = unpack_bits(where, weight.shape[1:].numel()).view(weight.shape)
-        weight.masked_scatter_(changed, values)
-        remove_mask(module) if mask is None or info is None else set_mask(module, mask, info)
-
-    undo.callback(restore)

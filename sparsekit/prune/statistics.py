@@ -48,6 +48,35 @@ class InputNorm:
         return mean.sqrt()
 
 
+class Gram(InputNorm):
+    """The second moments of the inputs beside their norms: what methods need that update the kept weights.
+
+    Memory: ``4 * cols ** 2`` bytes per layer of the block that is being calibrated.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self._products = torch.zeros(())
+
+    def update(self, x: Tensor) -> None:
+        super().update(x)
+        for rows in self._layer.rows(x):
+            self._products = self._products + rows.t() @ rows
+
+    @property
+    def matrix(self) -> Tensor:
+        """float32 ``[cols, cols]``: the mean of ``x x^T``, columns as in the weight that ``Method.prune`` gets,
+        flattened.
+
+        Raises:
+            ValueError: an input was NaN or infinite, or so large that a product is.
+        """
+        matrix = self._products / self._count
+        if not torch.isfinite(matrix).all():
+            raise ValueError(f"a calibration input of {self._layer.name or 'the model'} is NaN or infinite")
+        return matrix
+
+
 class InputSample:
     """Up to ``size`` input rows, drawn evenly from all positions of all batches, the same ones in every run."""
 

@@ -1,0 +1,213 @@
+"""One iteration of progressive pruning: score the blocks of all layers, demote, and put the masks in place."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._batches import Forward, Progress, evaluating
+from .._layers import Where, check_model
+from ..masks import Pattern
+from ..prune.calibrate import Inputs
+from ..prune.calibration import calibrated
+from ..prune.layers import Layer, check_weights, find_layers
+from ..prune.put import put
+from ..prune.statistics import InputNorm
+from .demote import Costs, Criterion, Demotion, demote_together, demotion_costs, tier_mask
+from .schedule import Step
+from .tier_map import Ratios, TierMap
+
+Allocation = Literal["layer", "model"]
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """One iteration.
+
+    Args:
+        step: what the schedule asked for.
+        ratios: dense, 2:4 and top-k shares of all blocks now.
+        sparsity: the share of zeros in the pruned weights, counted.
+        expected_sparsity: what the tier maps promise.
+        demoted: blocks that went from dense to 2:4 and from 2:4 to top-k, by layer.
+        error: the mean relative output error of the layers, before fine-tuning.
+        metric: what ``evaluate`` returned after fine-tuning; None without.
+        seconds: for scoring and demoting, and for fine-tuning.
+    """
+
+    step: Step
+    ratios: Ratios
+    sparsity: float
+    expected_sparsity: float
+    demoted: dict[str, tuple[int, int]]
+    error: float
+    metric: float | None
+    seconds: tuple[float, float]
+
+
+def tier_iteration(
+    model: nn.Module,
+    step: Step,
+    calibrate: Any,
+    tier_maps: Mapping[str, TierMap] | None = None,
+    *,
+    criterion: Criterion = "loss",
+    allocation: Allocation = "layer",
+    block: tuple[int, int] = (16, 16),
+    k: int = 10,
+    where: Where | None = None,
+    forward: Forward | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, TierMap], IterationReport]:
+    """Demotes the blocks of every linear layer to the shares of one step, and zeroes what their tiers drop, in place.
+
+    The masks are stored with the layers, for ``keep_masks``. Left out are the layers that ``prune_`` leaves out.
+
+    Args:
+        model: any tree of modules; whatever fails, it is as it was.
+        step: the shares to reach.
+        calibrate: calibration batches, as ``prune_`` takes them.
+        tier_maps: the maps after the step before, by layer name, or by the ends of the names (``layer_3.mlp.up_proj``
+            for ``model.layers.3.mlp.up_proj``); None starts with every block dense.
+        criterion: which blocks are demoted first, see ``demote``.
+        allocation: ``"layer"`` gives every layer the same shares, and calibrates block after block on what the pruned
+            ones before produce. ``"model"`` gives the model the shares, and demotes the blocks that add least to the
+            relative output error of their layer, wherever they are; calibrated in one pass.
+        block: rows and columns of a block, 16 to 128; 64 and more is what GPUs can use. Without ``tier_maps``.
+        k: weights that a top-k block keeps. Without ``tier_maps``.
+        where: ``where(name, module)`` selects layers; None selects all linear ones.
+        forward: ``forward(model, batch)`` in place of calling the model on a batch.
+        progress: wraps the longest loop and iterates it, as ``tqdm`` does.
+
+    Returns:
+        The new maps by layer name, and what was done, with no fine-tuning yet.
+
+    Raises:
+        ValueError: nothing can be pruned, a layer has no tier map or one of another shape, a calibration input is not
+            a number, or an unknown allocation.
+    """
+    check_model(model)
+    if allocation not in ("layer", "model"):
+        raise ValueError(f'allocation must be "layer" or "model", got {allocation!r}')
+    layers = _linear_layers(model, where)
+    check_weights(layers)
+    before = _starting_maps(layers, tier_maps, block, k)
+    after: dict[str, TierMap] = {}
+    demoted: dict[str, tuple[int, int]] = {}
+    errors: list[float] = []
+    dropped = 0
+    with ExitStack() as undo, evaluating(model):
+        for members, shown in calibrated(
+            model,
+            layers,
+            InputNorm,
+            calibrate,
+            sequential=allocation == "layer",
+            forward=forward,
+            progress=progress or iter,
+        ):
+            reached = [(layer, inputs) for layer, inputs in zip(members, shown, strict=True) if len(inputs.sample)]
+            groups = [[each] for each in reached] if allocation == "layer" else [reached]
+            for group in groups:
+                for layer, inputs, tier_map, demotion in _demote(group, before, step, criterion):
+                    pruned, mask = _prune(layer, inputs, tier_map, criterion)
+                    errors.append(inputs.sample.relative_error(layer.weight, pruned) or 0.0)
+                    put(layer, pruned, mask, _pattern(tier_map), undo)
+                    after[layer.name] = tier_map
+                    demoted[layer.name] = demotion.dense_to_2_4, demotion.mid_2_4_to_topk
+                    dropped += int((~mask).sum())
+        if not after:
+            raise ValueError("no calibration batch reached any of the selected layers")
+        undo.pop_all()
+    weights = [tier_map.shape[0] * tier_map.shape[1] for tier_map in after.values()]
+    expected = sum(tier_map.sparsity * size for tier_map, size in zip(after.values(), weights, strict=True))
+    report = IterationReport(
+        step=step,
+        ratios=_overall(after),
+        sparsity=dropped / sum(weights),
+        expected_sparsity=expected / sum(weights),
+        demoted=demoted,
+        error=sum(errors) / len(errors),
+        metric=None,
+        seconds=(0.0, 0.0),
+    )
+    return after, report
+
+
+def _linear_layers(model: nn.Module, where: Where | None) -> list[Layer]:
+    def linear(name: str, module: nn.Module) -> bool:
+        return not isinstance(module, nn.Conv2d) and (where is None or where(name, module))
+
+    layers, skipped = find_layers(model, Pattern.parse("0%"), "input", linear)
+    if not layers:
+        reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
+        raise ValueError(f"nothing to prune: where selects no linear layer that can be pruned{reasons}")
+    return layers
+
+
+def _starting_maps(
+    layers: list[Layer], tier_maps: Mapping[str, TierMap] | None, block: tuple[int, int], k: int
+) -> dict[str, TierMap]:
+    maps = {layer.name: TierMap.dense(layer.matrix(layer.weight), block, k) for layer in layers}
+    if tier_maps is None:
+        return maps
+    for layer in layers:
+        ends = [name for name in tier_maps if layer.name == name or layer.name.endswith(_end(name))]
+        if len(ends) != 1:
+            raise ValueError(f"layer {layer.name!r} needs one tier map, got {ends or 'none'}")
+        given, device = tier_maps[ends[0]], layer.weight.device
+        if given.tiers.shape != TierMap.dense(layer.matrix(layer.weight), given.block, given.k).tiers.shape:
+            raise ValueError(f"the tier map of {layer.name!r} is for {given.shape}, not {maps[layer.name].shape}")
+        maps[layer.name] = TierMap(given.tiers.to(device), maps[layer.name].shape, given.block, given.k)
+    return maps
+
+
+def _end(name: str) -> str:
+    """``layer_3.mlp.up_proj`` to ``s.3.mlp.up_proj``: the end of ``model.layers.3.mlp.up_proj``."""
+    return "s." + name.removeprefix("layer_") if name.startswith("layer_") else "." + name
+
+
+def _demote(
+    group: list[tuple[Layer, Inputs]], before: dict[str, TierMap], step: Step, criterion: Criterion
+) -> list[tuple[Layer, Inputs, TierMap, Demotion]]:
+    """Demotes layers that share their numbers of blocks."""
+    if not group:
+        return []
+    maps = [before[layer.name] for layer, _ in group]
+    costs = [_costs(layer, inputs, before[layer.name], criterion) for layer, inputs in group]
+    new, demotions = demote_together(maps, costs, step.ratios, criterion=criterion)
+    return [(*each, *found) for each, found in zip(group, zip(new, demotions, strict=True), strict=True)]
+
+
+def _costs(layer: Layer, inputs: Inputs, tier_map: TierMap, criterion: Criterion) -> Costs:
+    """``demotion_costs`` as shares of the layer's whole: so they compare between layers."""
+    weight = layer.matrix(layer.weight.detach())
+    score = _score(layer, inputs)
+    whole = (score if criterion == "published" else score.square()).sum().clamp(min=1e-30)
+    first, second = demotion_costs(weight, score, tier_map, criterion)
+    return first / whole, second / whole
+
+
+def _score(layer: Layer, inputs: Inputs) -> Tensor:
+    statistic = inputs.statistic
+    assert isinstance(statistic, InputNorm)
+    return layer.matrix(layer.weight.detach()).abs().float() * statistic.norm
+
+
+def _prune(layer: Layer, inputs: Inputs, tier_map: TierMap, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    weight = layer.matrix(layer.weight.detach())
+    mask = tier_mask(weight, _score(layer, inputs), tier_map, criterion)
+    mask = mask.t().contiguous() if layer.axis == 0 else mask
+    return torch.where(mask, layer.weight.detach(), 0), mask
+
+
+def _pattern(tier_map: TierMap) -> Pattern:
+    return Pattern(n=tier_map.k, unit=tier_map.block, tiers=True)
+
+
+def _overall(tier_maps: Mapping[str, TierMap]) -> Ratios:
+    counts = torch.tensor([tier_map.counts for tier_map in tier_maps.values()]).sum(0).double()
+    return Ratios(*(counts / counts.sum()).tolist())

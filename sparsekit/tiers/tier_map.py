@@ -1,0 +1,96 @@
+"""Tier maps: which blocks of a weight are dense, 2:4 or top-k."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.tiers import SPARSE24, TOPK
+
+COLORS = ((24, 45, 92), (70, 150, 190), (252, 214, 112))  # dense, 2:4, top-k: told apart in gray as well
+
+
+class Ratios(NamedTuple):
+    """Shares of blocks."""
+
+    dense: float
+    mid_2_4: float
+    topk: float
+
+
+@dataclass(frozen=True)
+class TierMap:
+    """The tier of every block of one weight.
+
+    Args:
+        tiers: uint8 ``[ceil(rows / block[0]), ceil(cols / block[1])]``: 0 dense, 1 2:4, 2 top-k.
+        shape: rows and columns of the weight.
+        block: rows and columns of a block.
+        k: weights that a top-k block keeps.
+
+    Raises:
+        TypeError, ValueError: ``tiers`` is no such tensor, the block's columns are not a multiple of 4, or ``k`` is not
+            between 0 and the block's size.
+    """
+
+    tiers: Tensor
+    shape: tuple[int, int]
+    block: tuple[int, int] = (16, 16)
+    k: int = 10
+
+    def __post_init__(self) -> None:
+        (rows, cols), (high, wide) = self.shape, self.block
+        if high < 1 or wide < 4 or wide % 4:
+            raise ValueError(f"block must have rows, and columns in a multiple of 4, got {self.block}")
+        if not 0 <= self.k <= high * wide:
+            raise ValueError(f"k must be from 0 to {high * wide}, the size of a block, got {self.k}")
+        if self.tiers.dtype != torch.uint8:
+            raise TypeError(f"tiers must be uint8, got {self.tiers.dtype}")
+        grid = (-(-rows // high), -(-cols // wide))
+        if self.tiers.shape != grid:
+            raise ValueError(
+                f"tiers must have shape {grid} for a weight of {self.shape}, got {tuple(self.tiers.shape)}"
+            )
+        if self.tiers.numel() and int(self.tiers.max()) > TOPK:
+            raise ValueError(f"a tier is 0 (dense), 1 (2:4) or 2 (top-k), got {int(self.tiers.max())}")
+
+    @staticmethod
+    def dense(weight: Tensor, block: tuple[int, int] = (16, 16), k: int = 10) -> "TierMap":
+        """The map from which every schedule starts: all blocks of ``weight`` dense."""
+        rows, cols = weight.shape
+        grid = (-(-rows // block[0]), -(-cols // block[1]))
+        return TierMap(torch.zeros(grid, dtype=torch.uint8, device=weight.device), (rows, cols), block, k)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Dense, 2:4 and top-k blocks."""
+        dense, mid, topk = torch.bincount(self.tiers.flatten().long(), minlength=3).tolist()
+        return dense, mid, topk
+
+    @property
+    def ratios(self) -> Ratios:
+        """Dense, 2:4 and top-k shares of the blocks."""
+        return Ratios(*(count / max(self.tiers.numel(), 1) for count in self.counts))
+
+    @property
+    def sparsity(self) -> float:
+        """The expected share of zeros: half of the 2:4 blocks, and all but ``k`` of each top-k block."""
+        (rows, cols), (high, wide) = self.shape, self.block
+        if rows * cols == 0:
+            return 0.0
+        heights = torch.full((self.tiers.shape[0],), high).clamp(max=rows - torch.arange(self.tiers.shape[0]) * high)
+        widths = torch.full((self.tiers.shape[1],), wide).clamp(max=cols - torch.arange(self.tiers.shape[1]) * wide)
+        area = (heights[:, None] * widths).double()
+        tiers = self.tiers.cpu()
+        zeros = torch.where(tiers == SPARSE24, area / 2, torch.where(tiers == TOPK, (area - self.k).clamp(min=0), 0))
+        return float(zeros.sum() / area.sum())
+
+    def picture(self) -> Tensor:
+        """uint8 ``[R, C, 3]``, one RGB pixel a block: dense dark, 2:4 blue, top-k light."""
+        return torch.tensor(COLORS, dtype=torch.uint8)[self.tiers.cpu().long()]
+
+    def __str__(self) -> str:
+        dense, mid, topk = self.ratios
+        blocks = f"{self.tiers.numel()} blocks of {self.block[0]}x{self.block[1]}"
+        return f"{blocks}: {dense:.1%} dense, {mid:.1%} 2:4, {topk:.1%} top-{self.k}; {self.sparsity:.2%} sparse"

@@ -1,0 +1,245 @@
+"""RIA, SparseGPT, ADMM and the refinements: published results, and what each promises."""
+
+import math
+
+import pytest
+import torch
+from pruning import layer_error
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.masks import Pattern, get_mask
+from sparsekit.ops import sparsegpt_block
+from sparsekit.prune import Gram, second_order
+from sparsekit.prune.layers import find_layers
+from sparsekit.prune.second_order import inverse_factor
+
+WEIGHT = torch.tensor([[math.sin(1 + 16 * i + j) for j in range(16)] for i in range(4)])
+X = torch.tensor(
+    [
+        [(math.cos(0.37 * t * (j + 1)) + 0.5 * math.sin(0.077 * (t + 1) * (j + 2))) * (1 + j % 5) for j in range(16)]
+        for t in range(64)
+    ]
+)
+WANDA = sk.Wanda("2:4")
+UPDATING = [
+    sk.SparseGPT("2:4"),
+    sk.SparseGPT("50%"),
+    sk.SparseGPT("50% layer"),
+    sk.SparseGPT("50% 2x4"),
+    sk.ADMM("2:4"),
+    sk.ADMM("50%"),
+    sk.ADMM("50% layer"),
+    sk.ADMM("50% 2x4"),
+    sk.LeastSquares(WANDA),
+    sk.LeastSquares(sk.Swaps(sk.SparseGPT("2:4"))),
+    sk.Swaps(sk.Wanda("50%")),
+]
+
+
+def linear(weight):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight.data = weight.clone()
+    return layer
+
+
+def gram_of(layer, *inputs, axis="input"):
+    gram = Gram(find_layers(layer, Pattern.parse("2:4"), axis, None)[0][0])
+    for x in inputs:
+        gram.update(x)
+    return gram
+
+
+def correlated(tokens, inputs):
+    return torch.randn(tokens, inputs) @ torch.randn(inputs, inputs) * torch.randn(inputs).exp()
+
+
+def bits(mask):
+    return " ".join(f"{int(''.join(str(int(bit)) for bit in row), 2):04x}" for row in mask.tolist())
+
+
+@pytest.mark.parametrize(
+    ("method", "mask", "total", "squares", "error"),
+    [
+        (sk.RIA("2:4"), "5996 5956 396c 36cc", None, None, None),
+        (sk.SparseGPT("2:4", block=16), "59c6 59c6 9acc 3a5c", 2.4604, 18.5587, 0.06611),
+        (sk.SparseGPT("2:4", block=8), "59c6 59c6 9acc 3a5c", 2.4604, 18.5587, 0.06611),
+        # The published threshold drops one more than half: 33 of 64.
+        (sk.SparseGPT("51.5625% layer", block=16), "19de 1b4e 1b4c 1acc", 0.5201, 16.9842, 0.05456),
+    ],
+    ids=["ria", "sparsegpt", "sparsegpt-8", "sparsegpt-unstructured"],
+)
+def test_golden(method, mask, total, squares, error):
+    """What the published implementations give; column 0 is the highest bit."""
+    layer = linear(WEIGHT)
+    sk.prune_(layer, method, [X[:10], X[10:]])
+    assert bits(get_mask(layer)) == mask
+    if total:
+        assert layer.weight.sum().item() == pytest.approx(total, abs=1e-4)
+        assert layer.weight.square().sum().item() == pytest.approx(squares, abs=1e-4)
+        assert layer_error(WEIGHT, layer.weight, X.t() @ X) == pytest.approx(error, abs=1e-5)
+
+
+def test_sparsegpt_by_hand():
+    """H = [[2, 1], [1, 2]]: dropping w0 = 3 adds w0 H01 / H11 = 1.5 to w1; dropping w1 changes nothing any more."""
+    layer = linear(torch.tensor([[3.0, 5.0]]))
+    gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    factor = inverse_factor(gram, 0.0)
+    torch.testing.assert_close(factor.t() @ factor, gram.inverse())
+    pruned, error, mask = sparsegpt_block(layer.weight, factor, n=1, m=2)
+    torch.testing.assert_close(pruned, torch.tensor([[0.0, 6.5]]))
+    assert mask.tolist() == [[False, True]]  # 3 / 0.816 against 5 / 0.707
+    torch.testing.assert_close(error, torch.tensor([[3 / factor[0, 0].item(), 0.0]]))
+    pruned, _, _ = sparsegpt_block(layer.weight, factor, mask=torch.tensor([[True, False]]))
+    assert pruned.tolist() == [[3.0, 0.0]]
+
+
+def test_sparsegpt_keeps_a_tail_and_blocks_do_not_matter():
+    weight, x = torch.randn(6, 70), correlated(300, 70)
+    results = []
+    for block in (4, 12, 128):
+        layer = linear(weight)
+        sk.prune_(layer, sk.SparseGPT("2:4", block=block), [x])
+        results.append(layer.weight)
+        assert get_mask(layer)[:, 68:].all() and (get_mask(layer)[:, :68].view(6, 17, 4).sum(-1) == 2).all()
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", UPDATING, ids=str)
+def test_the_mask_is_the_pattern_and_the_rest_is_zero(method):
+    layer = linear(torch.randn(8, 32))
+    sk.prune_(layer, method, [correlated(200, 32)])
+    mask = get_mask(layer)
+    assert torch.equal(layer.weight != 0, mask) and mask.sum() == 128
+    pattern = Pattern.parse(method.pattern)
+    if pattern.m:
+        assert (mask.view(8, 8, 4).sum(-1) == 2).all()
+    elif pattern.unit == "row":
+        assert (mask.sum(1) == 16).all()
+    elif pattern.unit != "layer":
+        assert set(mask.view(4, 2, 8, 4).sum((1, 3)).flatten().tolist()) == {0, 8}
+
+
+def test_swaps_end_where_no_swap_helps():
+    weight, x = torch.randn(5, 16, dtype=torch.float64), correlated(40, 16).double()
+    layer = linear(weight.float())
+    report = sk.prune_(layer, sk.Swaps(WANDA), [x.float()])
+    mask, gram = get_mask(layer), x.t() @ x
+    assert report.error < sk.prune_(linear(weight.float()), WANDA, [x.float()]).error
+    assert torch.equal(layer.weight, torch.where(mask, weight.float(), 0))
+
+    def loss(row, kept):
+        lost = weight[row] * ~kept
+        return lost @ gram @ lost
+
+    for row in range(5):
+        best = loss(row, mask[row])
+        for start in range(0, 16, 4):
+            for i in range(start, start + 4):
+                for j in range(start, start + 4):
+                    other = mask[row].clone()
+                    other[[i, j]] = other[[j, i]]
+                    assert loss(row, other) > best * (1 - 1e-5)
+
+
+def test_least_squares_solves_every_row():
+    weight, x = torch.randn(6, 24), correlated(200, 24)
+    layer = linear(weight)
+    sk.prune_(layer, sk.LeastSquares(WANDA, damp=0.02, iterations=200), [x])
+    gram = second_order.damped(x.t() @ x / 200, 0.02).double()
+    for row, kept in enumerate(get_mask(layer)):
+        exact = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ weight[row].double())
+        torch.testing.assert_close(layer.weight[row, kept].double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("axis", ["input", "flatten"])
+@pytest.mark.parametrize(
+    "method", [sk.SparseGPT("2:4"), sk.ADMM("2:4"), sk.LeastSquares(sk.Swaps(sk.Magnitude("2:4")))], ids=str
+)
+def test_a_convolution_is_a_linear_layer_on_its_windows(axis, method):
+    conv = nn.Conv2d(8, 5, 3, padding=1, stride=2, bias=False)
+    x = torch.randn(6, 8, 9, 9) * torch.rand(8, 1, 1) * 5
+    rows = nn.functional.unfold(x, 3, padding=1, stride=2).transpose(1, 2).reshape(-1, 8, 9)
+    order = (rows if axis == "flatten" else rows.transpose(1, 2)).flatten(1)
+    weight = conv.weight.detach() if axis == "flatten" else conv.weight.detach().permute(0, 2, 3, 1)
+    same = linear(weight.flatten(1))
+    torch.testing.assert_close(gram_of(conv, x[:2], x[2:], axis=axis).matrix, order.t() @ order / len(order))
+    sk.prune_(conv, method, [x[:2], x[2:]], axis=axis)
+    sk.prune_(same, method, [order])
+    got = conv.weight.detach() if axis == "flatten" else conv.weight.detach().permute(0, 2, 3, 1)
+    torch.testing.assert_close(got.flatten(1), same.weight.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_groups_start_anew_at_every_kernel_position():
+    conv = nn.Conv2d(6, 4, 3)
+    sk.prune_(conv, sk.SparseGPT("2:4"), [torch.randn(20, 6, 8, 8)])
+    mask = get_mask(conv).permute(0, 2, 3, 1)
+    assert mask[..., 4:].all() and (mask[..., :4].sum(-1) == 2).all()
+
+
+def test_fewer_tokens_than_inputs_and_dead_inputs():
+    x = correlated(5, 32)
+    x[:, 7] = 0
+    for method in (sk.SparseGPT("2:4"), sk.ADMM("2:4"), sk.LeastSquares(sk.Swaps(WANDA))):
+        layer = linear(torch.randn(4, 32))
+        assert sk.prune_(layer, method, [x]).error < 0.7
+        assert torch.isfinite(layer.weight).all()
+    with pytest.warns(UserWarning, match=r"singular in fp32: damped with 1e-06 instead of 0"):
+        sk.prune_(linear(torch.randn(4, 32)), sk.SparseGPT("2:4", damp=0.0), [x * 100])
+
+
+def test_half_precision_is_computed_in_single():
+    weight, x = torch.randn(8, 32), correlated(200, 32)
+    single, half = linear(weight.bfloat16().float()), linear(weight.bfloat16())
+    for method in (sk.SparseGPT("2:4"), sk.ADMM("2:4")):
+        sk.prune_(single, method, [x.bfloat16().float()])
+        sk.prune_(half, method, [x.bfloat16()])
+        assert half.weight.dtype == torch.bfloat16
+        torch.testing.assert_close(half.weight.float(), single.weight, rtol=1e-2, atol=1e-2)
+
+
+def test_orderings_on_correlated_inputs():
+    weight, x = torch.randn(64, 96), correlated(1000, 96)
+    error = {}
+    for method in (sk.Magnitude("2:4"), WANDA, sk.Swaps(WANDA), sk.SparseGPT("2:4"), sk.ADMM("2:4")):
+        layer = linear(weight)
+        sk.prune_(layer, method, [x])
+        error[method] = layer_error(weight, layer.weight, x.t() @ x)
+    assert list(error.values()) == sorted(error.values(), reverse=True) and len(set(error.values())) == 5
+    by_pattern = []
+    for pattern in ("1:4", "2:4", "4:8"):
+        layer = linear(weight)
+        sk.prune_(layer, sk.SparseGPT(pattern), [x])
+        by_pattern.append(layer_error(weight, layer.weight, x.t() @ x))
+    assert by_pattern == sorted(by_pattern, reverse=True)
+
+
+def test_refinements_print_and_compare_as_they_are_written():
+    method = sk.LeastSquares(sk.Swaps(WANDA), damp=0.5)
+    assert repr(method) == "LeastSquares(Swaps(Wanda(pattern='2:4'), passes=20), iterations=100, damp=0.5)"
+    assert method == sk.LeastSquares(sk.Swaps(WANDA), damp=0.5) != sk.LeastSquares(WANDA, damp=0.5)
+    assert method.pattern == "2:4"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sk.SparseGPT("2:4", damp=-1), "damp >= 0 and block >= 1, got -1 and 128"),
+        (lambda: sk.SparseGPT("2:4", block=0), "block >= 1, got 0.01 and 0"),
+        (lambda: sk.ADMM("2:4", ramp=30), "0 < ramp <= iterations and damp >= 0, got 30, 20 and 0.1"),
+        (lambda: sk.Swaps(WANDA, passes=0), "passes must be at least 1, got 0"),
+        (lambda: sk.Swaps(sk.Wanda("50% 16x16")), "pattern of whole blocks, got '50% 16x16'"),
+        (lambda: sk.LeastSquares(WANDA, iterations=0), "iterations >= 1 and damp >= 0, got 0 and 0.01"),
+        (lambda: sk.RIA("50% 0x4"), "a pattern is"),
+        (lambda: sk.RIA("50% rows"), "a pattern is"),
+    ],
+)
+def test_rejects(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_rejects_what_is_no_method():
+    with pytest.raises(TypeError, match=r'method must be a Method such as Wanda\("2:4"\), got \'2:4\''):
+        sk.Swaps("2:4")
