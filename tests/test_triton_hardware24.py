@@ -13,7 +13,7 @@ from sparsekit.ops.hardware24 import (
 from sparsekit.ops.sparse24 import prune_pack24_reference
 
 pytest.importorskip("triton")
-from sparsekit.triton_kernels import hardware24, hardware24_both
+from sparsekit.triton_kernels import _tiles, hardware24, hardware24_both
 
 pytestmark = pytest.mark.triton
 HALF = (torch.float16, torch.bfloat16)
@@ -94,6 +94,14 @@ def test_every_configuration_of_both(gpu, config):
     expected = prune_both_to_hardware24_reference(weight, "cusparselt_sm90")
     with hardware24_both.BOTH.force(config):
         assert_all_same(hardware24_both.prune_both_to_hardware24(weight.to(gpu), "cusparselt_sm90"), expected)
+
+
+def test_both_with_programs_past_the_matrix(gpu, monkeypatch):
+    monkeypatch.setattr(_tiles, "MOST", 2)  # three tiles down, in two layers of two
+    weight = hostile(192, 64, dtype=torch.bfloat16)
+    expected = prune_both_to_hardware24_reference(weight, "cutlass_sm80")
+    with hardware24_both.BOTH.force("64x64"):
+        assert_all_same(hardware24_both.prune_both_to_hardware24(weight.to(gpu), "cutlass_sm80"), expected)
 
 
 @pytest.mark.parametrize("stride", ["transposed", "sliced", "strided"])
