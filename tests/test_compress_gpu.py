@@ -10,6 +10,7 @@ from torch import nn
 from vendor import Vendor, install
 
 import sparsekit as sk
+from sparsekit.compress import gpu
 from sparsekit.nn import Linear24, Route, RoutedLinear24
 from sparsekit.ops import layouts
 
@@ -125,6 +126,18 @@ def test_token_counts_of_a_gpu(table, vendor):
     assert report.layers[0].calls == {1024: 1, 8192: 1}
     report = sk.compress_(model_of())
     assert set(report.layers[0].timings) == {1, 16, 128, 2048}
+
+
+def test_a_layout_that_only_another_gpu_of_the_model_has(table, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEKIT_TUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("sparsekit.compress.cache._gpu", lambda device: {})
+    table |= {"linear24": 0.7, "other": 0.5}
+    sk.compress_(model_of(), samples(8))
+    monkeypatch.setattr(gpu, "hardware_layouts", lambda device: ((), "none on this one"))
+    report = sk.compress_(model := model_of(), samples(8))
+    assert model[0].up.plan.routes == (Route(8, "linear24"),) and model[0].up.plan.layout is None
+    assert f"{SM90}:0:1:-1" in report.layers[0].timings[8]  # remembered
+    assert report.layers[0].reason == "fastest: linear24 at 8 tokens; none on this one"
 
 
 def test_layers_of_one_kind_are_measured_once(table):

@@ -217,6 +217,13 @@ def test_nothing_is_asked_while_a_graph_is_captured(monkeypatch):
     assert hardware_layouts(gpu).names == ("cusparselt_sm90",)  # known by now
 
 
+def test_a_gpu_on_which_it_does_not_multiply_has_no_layout(monkeypatch):
+    """As the second one of a process, where torch keeps one handle per thread."""
+    install(monkeypatch, Vendor("cusparselt_sm90", algorithms=0), (8, 0))
+    found = hardware_layouts(CPU)
+    assert found.names == ("cutlass_sm80",) and found.remark.startswith("cuSPARSELt does not work here: CUDA error")
+
+
 def test_a_compressor_that_needs_more_room_has_no_layout(monkeypatch):
     vendor = install(monkeypatch, Vendor(OWN_ORDER))
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: torch.cat([vendor.compress(dense).flatten(), dense[0]]))

@@ -191,8 +191,8 @@ def _decide_routed(site: Site, refusal: str | None, timings: dict[int, tune.Timi
     if refusal is not None:
         return Choice("plain", None, f"2:4: {refusal}", timings)
     weight = site.layer.weight
-    decision = gpu.decide(timings, site.calls, weight.device, weight.dtype)
-    _, remark = gpu.layouts(weight.dtype, site.shape[1], weight.device)
+    names, remark = gpu.layouts(weight.dtype, site.shape[1], weight.device)
+    decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, names)
     reason = "; ".join(filter(None, [decision.reason, remark]))
     if (plan := decision.plan) is None:
         return Choice("plain", None, reason, timings)

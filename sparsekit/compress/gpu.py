@@ -140,7 +140,11 @@ class Decision:
 
 
 def decide(
-    timings: Mapping[int, Timings], calls: Mapping[int, int], device: torch.device, dtype: torch.dtype
+    timings: Mapping[int, Timings],
+    calls: Mapping[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    names: Iterable[str],
 ) -> Decision:
     """Takes the fastest at every token count; a layer has one layout, the one that needs least time over all calls.
 
@@ -150,12 +154,13 @@ def decide(
         timings: what was measured, by token count.
         calls: how often each count was seen.
         device, dtype: of the weight.
+        names: the hardware layouts to choose from; what was measured on another GPU of this model may know more.
     """
     plans: dict[str | None, dict[int, str]] = {}
-    for layout in dict.fromkeys([None, *(_layout(name) for measured in timings.values() for name in measured)]):
-        names = {tokens: _fastest(measured, layout) for tokens, measured in sorted(timings.items())}
-        chosen = {tokens: name for tokens, name in names.items() if name is not None}
-        if len(chosen) == len(names) and set(chosen.values()) != {DENSE}:
+    for layout in (None, *names):
+        fastest = {tokens: _fastest(measured, layout) for tokens, measured in sorted(timings.items())}
+        chosen = {tokens: name for tokens, name in fastest.items() if name is not None}
+        if len(chosen) == len(fastest) and set(chosen.values()) != {DENSE}:
             plans[layout] = chosen
     wrong = [f"{name}: a wrong result at {tokens} tokens" for tokens, name in _wrong(timings)]
     remarks = [*wrong[:3], *([f"{len(wrong) - 3} more wrong results"] if len(wrong) > 3 else [])]

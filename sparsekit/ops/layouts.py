@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._vendor import compress
+from ._vendor import hardware_linear24 as multiply
 from .bits import unpack_bits
 from .hardware24 import _to_hardware24
 from .hardware_linear24 import UNKNOWN, padded_shape
@@ -31,9 +32,11 @@ def device_name(device: torch.device) -> str:
 def hardware_layouts(device: torch.device) -> Layouts:
     """The layouts that ``hardware_linear24`` computes with on a device.
 
-    cuSPARSELt is asked once per process: its compressor must write some small weights as ``to_hardware24`` does, byte
-    for byte. Where only the order of the metadata differs, the layout is ``"cusparselt"``, which ``pack_hardware24``
-    has that compressor pack. While a CUDA graph is captured, a device that was not asked yet has none.
+    cuSPARSELt is asked once per process: it must multiply, and its compressor must write some small weights as
+    ``to_hardware24`` does, byte for byte. It may work on one GPU only of a process, the first that a thread calls it
+    for (https://github.com/pytorch/pytorch/pull/189048). Where only the order of the metadata differs, the layout is
+    ``"cusparselt"``, which ``pack_hardware24`` has that compressor pack. While a CUDA graph is captured, a device that
+    was not asked yet has none.
 
     Args:
         device: with an index, as ``tensor.device`` has it.
@@ -113,10 +116,13 @@ def _cusparselt_layout(device: torch.device, capability: tuple[int, int]) -> tup
         values, bitmask = pack24(dense, nm_mask(dense, 2, 4), check=False)
         try:
             theirs = compress(unpack24(values, bitmask, cols))
+            if theirs.numel() != rows * cols // 16 * 9:
+                return (), "cuSPARSELt's layout is unknown on this GPU"
+            multiply(dense[:8], theirs, None, rows, UNKNOWN, 0, 1, -1)
         except RuntimeError as error:
             return (), f"cuSPARSELt does not work here: {str(error).splitlines()[0]}"
         candidates = {name for name in candidates if _same(theirs, _to_hardware24(values, bitmask, cols, name))}
-        heads_agree &= theirs.numel() == rows * cols // 16 * 9 and _same(theirs[: values.numel()], values.flatten())
+        heads_agree &= _same(theirs[: values.numel()], values.flatten())
     if candidates:
         return tuple(candidates), ""
     if heads_agree:
