@@ -232,6 +232,7 @@ def test_refinements_print_and_compare_as_they_are_written():
         (lambda: sk.Swaps(sk.Wanda("50% 16x16")), "pattern of whole blocks, got '50% 16x16'"),
         (lambda: sk.LeastSquares(WANDA, iterations=0), "iterations >= 1 and damp >= 0, got 0 and 0.01"),
         (lambda: sk.RIA("50% 0x4"), "a pattern is"),
+        (lambda: sk.RIA("tiers 16x16 k=10"), "what progressive_tiers leaves, not a rule to prune by"),
         (lambda: sk.RIA("50% rows"), "a pattern is"),
     ],
 )

@@ -20,14 +20,15 @@ class Method(ABC):
             every output's weights).
 
     Raises:
-        ValueError: ``pattern`` is neither.
+        ValueError: ``pattern`` is no such rule.
     """
 
     pattern: str
     statistic: ClassVar[type[Statistic] | None] = None
 
     def __post_init__(self) -> None:
-        Pattern.parse(self.pattern)
+        if Pattern.parse(self.pattern).tiers:
+            raise ValueError(f"{self.pattern!r} is what progressive_tiers leaves, not a rule to prune by")
 
     @abstractmethod
     def prune(self, weight: Tensor, statistic: Any) -> tuple[Tensor, Tensor]:

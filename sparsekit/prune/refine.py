@@ -40,8 +40,8 @@ class Swaps(Refinement):
     """Swaps kept for dropped weights within each group as long as that lowers the layer error; the values stay.
 
     Every swap is the best one of its group and row by the exact change of ``||X (W - W')^T||^2``, so the error only
-    falls: on language models to half of Wanda's (1-swaps, https://arxiv.org/abs/2512.10922). Rows are done together,
-    groups one after the other. Where the pattern has no groups, weights swap within 32 columns.
+    falls (1-swaps, https://arxiv.org/abs/2512.10922). Rows are done together, groups one after
+    the other. Where the pattern has no groups, weights swap within 32 columns.
 
     Args:
         method: gives the first mask, say ``Wanda("2:4")``.

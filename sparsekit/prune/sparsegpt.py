@@ -15,7 +15,7 @@ from .statistics import Gram
 @dataclass(frozen=True)
 class SparseGPT(Method):
     """Drops weights column by column and updates the later ones to make up for each
-    (https://arxiv.org/abs/2301.00774). Needs batches; lowers the layer error to less than half of ``Wanda``'s.
+    (https://arxiv.org/abs/2301.00774). Needs batches; its layer error is below ``Wanda``'s.
 
     An input that is always zero loses its weights. ``"p%"`` patterns are chosen within every block of columns, by the
     weights as they are when the block is reached.
