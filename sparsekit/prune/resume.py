@@ -13,10 +13,10 @@ from torch import Tensor
 from .._files import replacing, write_json
 from ..ops import unpack_bits
 from .layers import Layer
+from .put import BITS
 from .report import LayerReport
 
 VERSION = 1
-BITS = {2: torch.int16, 4: torch.int32}
 
 
 class Finished:
