@@ -66,18 +66,19 @@ def measure(
     with torch.no_grad():
         exact = expected(plain, x)
         right = {name: call for name, call in calls.items() if is_right(call, x, exact)}
-        times = _race({"plain": plain, **right}, x, clock, budget)
+        times = race({"plain": plain, **right}, x, clock, budget)
         for name, call in right.items():
             if not is_right(call, x, exact):
                 del times[name]
     names = [name for name in ("plain", *dense) if name in times]
     best = min(names, key=lambda name: statistics.median(times[name]))
     return {
-        name: _timing(times[name], times["plain"], times[best]) if name in times else None for name in ("plain", *calls)
+        name: compare(times[name], times["plain"], times[best]) if name in times else None for name in ("plain", *calls)
     }
 
 
-def _timing(own: list[float], plain: list[float], best: list[float]) -> Timing:
+def compare(own: list[float], plain: list[float], best: list[float]) -> Timing:
+    """The timing of one call from what ``race`` measured of it, of the plain one and of the best dense one."""
     ratios = [other / mine for other, mine in zip(plain, own, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4)
     return Timing(
@@ -89,7 +90,8 @@ def _timing(own: list[float], plain: list[float], best: list[float]) -> Timing:
     )
 
 
-def _race(calls: Mapping[str, Call], x: Tensor, clock: Clock, budget: float) -> dict[str, list[float]]:
+def race(calls: Mapping[str, Call], x: Tensor, clock: Clock, budget: float) -> dict[str, list[float]]:
+    """The seconds of every call in every round, the calls in turns; one of them is called ``"plain"``."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     clock.start(calls["plain"], x)

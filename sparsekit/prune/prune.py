@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from .._batches import Forward, Progress, evaluating
@@ -19,8 +18,6 @@ from .methods import Method
 from .put import put
 from .report import LayerReport, PruneReport, Skipped
 from .resume import Finished
-
-BITS = {2: torch.int16, 4: torch.int32}
 
 
 def prune_(
@@ -150,10 +147,11 @@ def _restore(finished: Finished, layers: list[Layer], undo: ExitStack) -> Iterab
 
 
 def _prune_layer(layer: Layer, method: Method, pattern: Pattern, inputs: Inputs | None, undo: ExitStack) -> LayerReport:
-    weight = layer.weight.detach()
+    weight, started = layer.weight.detach(), time.perf_counter()
     pruned, mask = method.prune(grouped(weight, layer.axis), None if inputs is None else inputs.statistic)
     pruned, mask = ungrouped(pruned, layer.axis, weight.shape), ungrouped(mask, layer.axis, weight.shape)
     error = None if inputs is None else inputs.sample.relative_error(weight, pruned)
     put(layer, pruned, mask, pattern, undo)
     dropped = mask.numel() - int(mask.sum())
-    return LayerReport(layer.name, tuple(weight.shape), str(pattern), dropped, weight.numel(), error)
+    seconds = time.perf_counter() - started
+    return LayerReport(layer.name, tuple(weight.shape), str(pattern), dropped, weight.numel(), error, seconds)
