@@ -1,0 +1,98 @@
+"""The linear layer on the tiered format."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._define import LIBRARY, check_ints, check_like, check_weight, define
+from .sparse24 import _pack_at
+from .tiered import TieredWeight, check_packed, check_size, order_of, to_blocks, unpack_blocks
+
+
+def linear_tiered_reference(
+    x: Tensor,
+    tiers: Tensor,
+    dense: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    topk: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    packed = TieredWeight(tiers, dense, values, bitmask, topk, positions, starts)
+    weight = unpack_blocks(packed, out_features, x.shape[-1]).float()
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def _linear_fake(x: Tensor, *inputs: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], inputs[-1])
+
+
+_linear_tiered = define(
+    "linear_tiered(Tensor x, Tensor tiers, Tensor dense, Tensor values, Tensor bitmask, Tensor topk, Tensor positions, "
+    "Tensor starts, Tensor? bias, int out_features) -> Tensor",
+    linear_tiered_reference,
+    _linear_fake,
+)
+
+
+def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.out_features = inputs[9]
+
+
+def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, packed = ctx.saved_tensors[0], TieredWeight(*ctx.saved_tensors[1:])
+    tokens = torch.atleast_2d(grad).flatten(0, -2)  # [tokens, rows]
+    grad_x = grad_dense = grad_values = grad_topk = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ unpack_blocks(packed, ctx.out_features, x.shape[-1])
+    if any(ctx.needs_input_grad[2:6]):
+        blocks = to_blocks(tokens.t() @ torch.atleast_2d(x).flatten(0, -2), packed.block)
+        dense, sparse24, few = (blocks[order] for order in order_of(packed))
+        grad_dense = dense
+        grad_values = _pack_at(sparse24.flatten(0, 1), packed.bitmask.flatten(0, 1)).view_as(packed.values)
+        stored = (packed.positions != 0) | (packed.topk != 0)  # padding stays zero
+        grad_topk = torch.where(stored, few.flatten(1).gather(1, packed.positions.long()), 0)
+    if ctx.needs_input_grad[8]:
+        grad_bias = tokens.sum(0)
+    return grad_x, None, grad_dense, grad_values, None, grad_topk, None, None, grad_bias, None
+
+
+torch.library.register_autograd("sparsekit::linear_tiered", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)
+
+
+def linear_tiered(x: Tensor, packed: TieredWeight, bias: Tensor | None = None, *, out_features: int) -> Tensor:
+    """Computes ``x @ W.T + bias`` straight from the packed form of ``W``.
+
+    Sums run in fp32 whatever the dtype. Differentiable in ``x``, ``packed.dense``, ``packed.values``, ``packed.topk``
+    and ``bias``; the padding of ``topk``, which is value 0 at position 0, has no gradient.
+
+    Args:
+        x: ``[..., cols]``, float32, float16 or bfloat16, any strides.
+        packed: ``W``, ``[out_features, cols]``, as ``pack_tiered`` or ``TieredWeight.from_parts`` returns it.
+        bias: ``[out_features]`` of ``x``'s dtype, or None.
+        out_features: rows of ``W``: the last block row may be padded.
+
+    Returns:
+        ``[..., out_features]`` in ``x``'s dtype.
+
+    Raises:
+        TypeError: a wrong dtype, or dtypes that differ.
+        ValueError: shapes that do not fit together, or two devices.
+    """
+    check_weight("x", x)
+    check_ints(out_features=out_features)
+    check_packed(packed)
+    check_size(packed, out_features, x.shape[-1])
+    check_like("packed.dense", packed.dense, x.dtype, packed.dense.shape, x)
+    if bias is not None:
+        check_like("bias", bias, x.dtype, (out_features,), x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _linear_tiered(x, *packed, bias, out_features)
+    with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python
+        return _linear_tiered(x, *packed, bias, out_features)
