@@ -8,10 +8,11 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 TORCH := $(shell grep '^torch==' constraints.txt)
 ARGS ?=
 
-.PHONY: help demo test bench gpu lint wheel sanitize clean
+.PHONY: help demo tiers test bench gpu lint wheel sanitize clean
 
 help:
 	@echo 'make demo       train a small language model, make it 2:4 sparse, run it faster than dense'
+	@echo 'make tiers      prune a small language model by progressive tiers, beside one-shot pruning'
 	@echo 'make test       run the test suite'
 	@echo 'make bench      time every op against its baselines, write bench/results/ (under 10 minutes)'
 	@echo 'make gpu        on a machine with a GPU: build into $$(PYTHON) itself, test, check and measure (under 8 minutes)'
@@ -20,8 +21,8 @@ help:
 	@echo 'make sanitize   run the C++ tests under ASan and UBSan'
 	@echo 'make clean      remove what was built, keep $(VENV)'
 	@echo
-	@echo 'ARGS="..." is passed on to demo, test and gpu, PYTHON=python3.12 chooses the Python, SPARSEKIT_NATIVE=1 insists'
-	@echo 'on the compiled kernels (0: never builds them). For a torch without CUDA, which is a tenth of the download:'
+	@echo 'ARGS="..." is passed on to demo, tiers, test and gpu, PYTHON=python3.12 chooses the Python, SPARSEKIT_NATIVE=1'
+	@echo 'insists on the compiled kernels (0: never builds them). For a torch without CUDA, a tenth of the download:'
 	@echo '  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
 
 $(INSTALLED): $(SOURCES)
@@ -37,6 +38,9 @@ $(INSTALLED): $(SOURCES)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
+
+tiers: $(INSTALLED)
+	$(BIN)/python examples/three_tier/run.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

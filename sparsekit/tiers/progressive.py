@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from .._batches import Forward, Progress, evaluating
 from .._files import write_json
@@ -55,7 +55,8 @@ def progressive_tiers(
         finetune: called with the model and the step after each demotion; it has to keep the masks.
         tier_maps: where earlier iterations left the blocks; None starts dense.
         folder: every finished iteration is kept in ``folder/iteration-N``: model, tier maps and report. The same call
-            after a kill loads the last one and goes on.
+            after a kill loads the last one and goes on. Of several processes (torch.distributed) the first one writes,
+            and all read.
         criterion, allocation, block, k, where, forward, progress: as in ``tier_iteration``.
         evaluate: gives a number for the report, say perplexity, after every iteration; in evaluation mode, without
             gradients.
@@ -138,6 +139,8 @@ class _Folder:
         return load_tier_maps(self._path(step, "tier_maps.safetensors"))
 
     def add(self, model: nn.Module, tier_maps: Mapping[str, TierMap], report: IterationReport) -> None:
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
+            return
         self._path(report.step, "").mkdir(parents=True, exist_ok=True)
         save(model, self._path(report.step, "model.safetensors"))
         save_tier_maps(tier_maps, self._path(report.step, "tier_maps.safetensors"))

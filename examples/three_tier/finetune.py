@@ -1,0 +1,96 @@
+"""Fine-tuning between the iterations: masks kept, on one device or on many through accelerate."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sparsekit as sk
+from sparsekit.tiers import Step
+
+
+class FineTune:
+    """Trains a causal LM for the epochs of a step.
+
+    One schedule of the learning rate spans all steps: it warms up, then falls by a cosine until the last update of the
+    last step. So update n has the same rate and the same windows whether its weights are pruned in steps or at once.
+
+    Args:
+        windows: ``[n, window]`` token ids to learn from.
+        schedule: all steps, also those that are done.
+        rate: the highest learning rate.
+        batch: windows in an update, on all processes together.
+        epoch: windows in an epoch; None takes all.
+        accelerator: knows devices, processes and precision.
+        seed: of the order of the windows.
+    """
+
+    def __init__(
+        self,
+        windows: Tensor,
+        schedule: Sequence[Step],
+        accelerator: Accelerator,
+        *,
+        rate: float,
+        batch: int,
+        epoch: int | None,
+        seed: int,
+    ) -> None:
+        self._windows, self._schedule, self._accelerator = windows, schedule, accelerator
+        self._rate, self._batch, self._seed = rate, batch, seed
+        self._updates_per_epoch = (epoch or len(windows)) / batch
+        if batch % accelerator.num_processes:
+            raise ValueError(f"--batch must be a multiple of {accelerator.num_processes} processes, got {batch}")
+
+    def __call__(self, model: nn.Module, step: Step) -> None:
+        first, last = self._updates(step.iteration - 1), self._updates(step.iteration)
+        if first == last:
+            return
+        optimizer = torch.optim.AdamW(model.parameters(), self._rate, betas=(0.9, 0.95), weight_decay=0.0)
+        # Here every process gets the weights and the masks of the first: rounding may not tell them apart.
+        wrapped, stepper = self._accelerator.prepare(model, optimizer)
+        wrapped.train()
+        batches = tqdm(
+            self._batches(first, last),
+            f"fine-tune {step.iteration}",
+            last - first,
+            leave=False,
+            disable=not self._accelerator.is_main_process,
+        )
+        with sk.keep_masks(model, optimizer):
+            for update, batch in enumerate(batches, first):
+                for group in optimizer.param_groups:
+                    group["lr"] = self._rate * self.share(update)
+                self._accelerator.backward(wrapped(input_ids=batch, labels=batch).loss)
+                self._accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+                stepper.step()
+                stepper.zero_grad()
+        self._accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        self._accelerator.free_memory()
+        model.eval()
+
+    def share(self, update: int) -> float:
+        """Of the highest learning rate, at one update of all."""
+        whole = self._updates(self._schedule[-1].iteration)
+        return min(1.0, (update + 1) / 20) * (1 + math.cos(math.pi * update / whole)) / 2
+
+    def _updates(self, iteration: int) -> int:
+        """Updates until an iteration is done."""
+        epochs = sum(step.epochs for step in self._schedule if step.iteration <= iteration)
+        return round(epochs * self._updates_per_epoch)
+
+    def _batches(self, first: int, last: int) -> Iterator[Tensor]:
+        """This process's share of every batch: all windows in random order, then again in another."""
+        rows = islice(self._rows(), first * self._batch, last * self._batch)
+        mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
+        while batch := list(islice(rows, self._batch)):
+            yield self._windows[batch[mine]].to(self._accelerator.device)
+
+    def _rows(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            yield from torch.randperm(len(self._windows), generator=generator).tolist()
