@@ -64,7 +64,7 @@ def data():
 @pytest.fixture
 def ratios(monkeypatch):
     """Replaces the measurement: provider -> ratio, or a function of the token count; records what was asked."""
-    table = {"2:4": 3.0, "prepacked": 2.0}
+    table = {"2:4": 3.0, "tiered": 3.0, "prepacked": 2.0}
 
     def measure(calls, plain, x, *, dense, clock, budget):
         measured.append((tuple(calls), tuple(x.shape), clock.cold))
@@ -77,5 +77,6 @@ def ratios(monkeypatch):
 
     measured = table["measured"] = []
     monkeypatch.setattr(tune, "measure", measure)
-    monkeypatch.setattr(providers, "backends", lambda: {"linear24": {"cpu": "avx2"}})
+    compiled = {"cpu": "avx2"}
+    monkeypatch.setattr(providers, "backends", lambda: {"linear24": compiled, "linear_tiered": compiled})
     return table

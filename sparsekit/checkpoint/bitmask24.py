@@ -7,17 +7,18 @@ Of every 2:4 weight they hold ``NAME.compressed``, ``NAME.bitmask`` and ``NAME.s
 import torch
 from torch import Tensor, nn
 
-from ..nn import Linear24
+from ..nn import Linear24, TieredLinear
 from .structure import Layer, join
+from .tiered import PARTS
 
 
 def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the packed tensors of a state dict.
+    """Renames the packed tensors of a state dict, and unpacks those that the format does not know.
 
     Raises:
         ValueError: a packed layer that the format has no place for.
     """
-    state = dict(state)
+    state, unpacked = dict(state), dict[nn.Module, Tensor]()
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, Linear24):
             if layer.transposed or layer.in_features % 4:
@@ -25,6 +26,12 @@ def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
                 raise ValueError(f"layer {name!r} is {form}; sparse-24-bitmask needs plain ones of a multiple of 4")
             state[join(name, "compressed")] = state.pop(join(name, "values"))
             state[join(name, "shape")] = torch.tensor([[layer.out_features], [layer.in_features]])
+        elif isinstance(layer, TieredLinear):
+            for part in PARTS:
+                del state[join(name, part)]
+            if layer not in unpacked:
+                unpacked[layer] = layer.weight
+            state[join(name, "weight")] = unpacked[layer]
     return state
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .._layers import check_model
 from ..compress.swap import check_known, empty, get_original, guard_saving, refill, set_original
 from ..masks import remove_mask
-from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, weight_shape
+from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, TieredLinear, weight_shape
+from ..ops import TieredWeight
 from .archive import read, seal, unique, write
 from .bitmask24 import from_bitmask24, to_bitmask24
 from .structure import Layer, dump, join, parse
@@ -25,9 +26,9 @@ Format = Literal["sparsekit", "sparse-24-bitmask"]
 def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sparsekit") -> None:
     """Writes a model, with its masks and its compressed layers, to one safetensors file.
 
-    The file holds the state dict, each shared tensor once; of a compressed layer the packed ``values`` and ``bitmask``;
-    of a pruned layer the bit-packed ``weight_mask``. Its metadata holds the structure as JSON and a SHA-256 digest of
-    both. It is written beside ``path``, flushed to the disk and renamed, so an interrupted save leaves the old file.
+    The file holds the state dict, each shared tensor once; of a compressed layer what it is packed in; of a pruned
+    layer the bit-packed ``weight_mask``. Its metadata holds the structure as JSON and a SHA-256 digest of both. It is
+    written beside ``path``, flushed to the disk and renamed, so an interrupted save leaves the old file.
 
     Args:
         model: any module; its tensors may be on any device, of any dtype that safetensors has.
@@ -65,8 +66,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     the optimizer afterwards. Each tensor goes to the device of the one that it replaces, to the CPU from ``meta``.
     ``decompress_`` makes the compressed layers dense again, as after ``compress_``.
 
-    A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces. A file does
-    not say what is fastest on another machine: on a GPU load with ``dense=True``, and let ``compress_`` measure.
+    A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces; a tiered one
+    becomes a ``TieredLinear``. A file does not say what is fastest on another machine: on a GPU load with
+    ``dense=True``, and let ``compress_`` measure.
 
     Args:
         model: the same architecture, freshly made, pruned or compressed; also on the meta device.
@@ -144,6 +146,12 @@ def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str
         new.values, new.bitmask = nn.Parameter(values, requires_grad=trainable), bitmask
         if isinstance(new, RoutedLinear24) and plan is not None:
             new.follow(plan)
+    elif layer.kind == "tiered":
+        rows, cols = layer.matrix
+        packed = TieredWeight(*(part.to(device) for part in layer.tiered(name, tensors)))
+        new = TieredLinear(
+            packed, in_features=cols, out_features=rows, transposed=layer.transposed, requires_grad=trainable
+        )
     else:
         weight = tensors[join(name, "weight")].to(device)
         weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)
@@ -226,6 +234,8 @@ def _stored(module: nn.Module) -> Tensor:
     """The tensor that the layer holds its weight in."""
     if isinstance(module, PrepackedLinear):
         return module.packed
+    if isinstance(module, TieredLinear):
+        return module.dense
     return module.values if isinstance(module, Linear24) else module.weight  # type: ignore[return-value]
 
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import Axis, MaskInfo, Pattern, get_mask_info
-from ..nn import Linear24, PrepackedLinear, weight_shape
-from ..ops import pack_bits, unpack24, unpack_bits
+from ..nn import Linear24, PrepackedLinear, TieredLinear, weight_shape
+from ..ops import TieredWeight, pack_bits, unpack24, unpack_bits, unpack_tiered
 from ..ops._define import DTYPES
 from ..ops.sparse24 import values_per_row
+from .tiered import PARTS, check_tiered
 
 VERSION = 1
+KINDS = ("linear24", "tiered", "prepacked", "dense")
 _MAX_TOKENS = 1 << 20
 
 
@@ -28,12 +30,17 @@ class Layer:
     transposed: bool = False
     tokens: int = 1
     mask: MaskInfo | None = None
+    block: tuple[int, int] = (0, 0)  # and k: of a tiered layer
+    k: int = 0
 
     @staticmethod
     def of(module: nn.Module) -> "Layer | None":
         mask = get_mask_info(module)
         if isinstance(module, Linear24):
             return Layer("linear24", weight_shape(module), module.transposed, mask=mask)
+        if isinstance(module, TieredLinear):
+            shape = weight_shape(module)
+            return Layer("tiered", shape, module.transposed, mask=mask, block=module.block, k=module.k)
         if isinstance(module, PrepackedLinear):
             return Layer("prepacked", weight_shape(module), module.transposed, module.tokens, mask)
         return Layer("dense", weight_shape(module), mask=mask) if mask else None
@@ -46,20 +53,22 @@ class Layer:
 
     def to_json(self) -> dict[str, Any]:
         mask = self.mask and {"pattern": str(self.mask.pattern), "axis": self.mask.axis}
+        tiers = {"block": list(self.block), "k": self.k} if self.kind == "tiered" else {}
         return {
             "kind": self.kind,
             "shape": list(self.shape),
             "transposed": self.transposed,
             "tokens": self.tokens,
             "mask": mask,
+            **tiers,
         }
 
     @staticmethod
     def parse(name: str, data: Any) -> "Layer":
         where = f"layer {name!r}"
         kind = _field(where, data, "kind", str)
-        if kind not in ("linear24", "prepacked", "dense"):
-            raise ValueError(f"{where} is {kind!r}, known are 'linear24', 'prepacked' and 'dense'")
+        if kind not in KINDS:
+            raise ValueError(f"{where} is {kind!r}, known are {', '.join(map(repr, KINDS))}")
         shape = tuple(_field(where, data, "shape", list))
         if (
             not all(type(size) is int and size >= 0 for size in shape)
@@ -72,7 +81,8 @@ class Layer:
             raise ValueError(f"{where} has {tokens} tokens, 1 to {_MAX_TOKENS} are allowed")
         mask = data.get("mask")
         info = None if mask is None else _parse_mask(f"the mask of {where}", mask, len(shape))
-        return Layer(kind, shape, _field(where, data, "transposed", bool), tokens, info)
+        block, k = _parse_tiers(where, data) if kind == "tiered" else ((0, 0), 0)
+        return Layer(kind, shape, _field(where, data, "transposed", bool), tokens, info, block, k)
 
     def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Verifies that the layer's own tensors are there, have its shape, and are well-formed bits."""
@@ -85,17 +95,34 @@ class Layer:
             full = cols // 4 * 4
             if not (kept[:, full:].all() and (kept[:, :full].unflatten(1, (full // 4, 4)).sum(-1) == 2).all()):
                 raise ValueError(f"{join(name, 'bitmask')} does not keep exactly two of every four columns")
+        elif self.kind == "tiered":
+            for part in PARTS:
+                _present(tensors, join(name, part))
+            try:
+                check_tiered(self.tiered(name, tensors), *self.matrix, self.block, self.k)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"layer {name!r} is not packed as pack_tiered does: {error}") from error
         else:
             _tensor(tensors, join(name, "weight"), self.shape)
         if self.mask:
             _bits(tensors, join(name, "weight_mask"), (self.shape[0], math.prod(self.shape[1:])))
+
+    def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
+        """The packed weight of a tiered layer."""
+        return TieredWeight.from_parts(*(tensors[join(name, part)] for part in PARTS))
 
     def densify(self, name: str, tensors: dict[str, Tensor]) -> "Layer":
         """The same layer as a dense one; its packed tensors are replaced by the weight."""
         if self.kind == "linear24":
             values, bitmask = tensors.pop(join(name, "values")), tensors.pop(join(name, "bitmask"))
             weight = unpack24(values, bitmask, self.matrix[1])
-            tensors[join(name, "weight")] = weight.t().contiguous() if self.transposed else weight
+        elif self.kind == "tiered":
+            weight = unpack_tiered(self.tiered(name, tensors), *self.matrix)
+            for part in PARTS:
+                del tensors[join(name, part)]
+        else:
+            return Layer("dense", self.shape, mask=self.mask)
+        tensors[join(name, "weight")] = weight.t().contiguous() if self.transposed else weight
         return Layer("dense", self.shape, mask=self.mask)
 
 
@@ -132,18 +159,30 @@ def _parse_mask(where: str, data: Any, dims: int) -> MaskInfo:
     return MaskInfo(Pattern.parse(_field(where, data, "pattern", str)), axis)
 
 
+def _parse_tiers(where: str, data: Any) -> tuple[tuple[int, int], int]:
+    block = _field(where, data, "block", list)
+    if len(block) != 2 or not all(type(side) is int for side in block):
+        raise ValueError(f"{where} has blocks of {block}, not of two sides")
+    return (block[0], block[1]), _field(where, data, "k", int)
+
+
 def _field(where: str, data: Any, key: str, kind: type) -> Any:
     if not isinstance(data, dict) or type(data.get(key)) is not kind:
         raise ValueError(f"{where} has no {key!r} of type {kind.__name__}")
     return data[key]
 
 
-def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def _present(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise ValueError(f"the tensor {name!r} is missing")
-    if tensors[name].shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, its layer needs {tuple(shape)}")
     return tensors[name]
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = _present(tensors, name)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its layer needs {tuple(shape)}")
+    return tensor
 
 
 def _bits(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:

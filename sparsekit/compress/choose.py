@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from .._batches import Progress
 from .._layers import is_transposed
+from ..masks import set_mask
 from ..nn import Compressed, RoutedLinear24
 from ..ops import nm_prune
 from ..ops.layouts import device_name
 from . import cache, clock, gpu, tune
-from .providers import PROVIDERS, refuses_routed
+from .providers import PROVIDERS, refuses_routed, refuses_tiered
 from .sites import Site
+from .tiered import Tiers
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Kind:
     cold: bool
     graphs: bool
     keep_dense: bool
+    tiers: Tiers | None
 
 
 def choose(sites: list[Site], settings: Settings) -> dict[str, Choice]:
@@ -83,7 +86,7 @@ def choose(sites: list[Site], settings: Settings) -> dict[str, Choice]:
 
 def _refusals(site: Site, keep_dense: bool) -> dict[str, str | None]:
     if clock.is_gpu(site.layer.weight.device):
-        return {"2:4": refuses_routed(site.layer, keep_dense)}
+        return {"2:4": refuses_routed(site.layer, keep_dense), "tiered": refuses_tiered(site.layer)}
     return {provider.name: provider.refuses(site.layer) for provider in PROVIDERS}
 
 
@@ -106,6 +109,7 @@ def _kind(site: Site, offers: tuple[str, ...], tokens: int, settings: Settings) 
         cold=settings.cold(device),
         graphs=settings.graphs and clock.is_gpu(device),
         keep_dense=settings.keep_dense and clock.is_gpu(device),
+        tiers=Tiers.of(layer).rounded() if "tiered" in offers else None,
     )
 
 
@@ -117,15 +121,19 @@ def _timings(kind: Kind, layer: nn.Linear, budget: float) -> tune.Timings:
         offers = [provider for provider in PROVIDERS if provider.name in kind.providers]
         generator = torch.Generator(device).manual_seed(0)  # the caller's random state is not ours to move
         randn = partial(torch.randn, generator=generator, device=device)
-        weight = randn(rows, cols).div_(cols**0.5).to(dtype)
-        if any(not provider.dense for provider in offers):
+        weight, mask = randn(rows, cols).div_(cols**0.5).to(dtype), None
+        if kind.tiers is not None:
+            weight, mask = kind.tiers.prune(weight, generator)
+        elif any(not provider.dense for provider in offers):
             weight = nm_prune(weight, 2, 4)[0]
         bias = randn(rows).to(dtype) if kind.bias else None
         plain = _stand_in(layer, weight.t().contiguous() if kind.transposed else weight, bias)
+        if kind.tiers is not None and mask is not None:
+            set_mask(plain, mask.t() if kind.transposed else mask, kind.tiers.info(0 if kind.transposed else 1))
         x = randn(kind.tokens, cols).to(dtype)
         timer = clock.clock(device, cold=kind.cold, graphs=kind.graphs)
         calls: dict[str, clock.Call]
-        if clock.is_gpu(device):
+        if clock.is_gpu(device) and "2:4" in kind.providers:
             names, _ = gpu.layouts(dtype, cols, device)
             calls, wrong = gpu.offers(plain, x, names, timer, transposed=kind.transposed, keep_dense=kind.keep_dense)
         else:
@@ -152,8 +160,8 @@ def _stand_in(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linea
 
 
 def _decide(site: Site, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
-    if clock.is_gpu(site.layer.weight.device):
-        return _decide_routed(site, refusals["2:4"], timings)
+    if clock.is_gpu(site.layer.weight.device) and refusals["2:4"] is None:
+        return _decide_routed(site, timings)
     return _decide_provider(site, refusals, timings)
 
 
@@ -161,10 +169,7 @@ def _decide_provider(site: Site, refusals: dict[str, str | None], timings: dict[
     """Takes the fastest over all calls of the sample among those that win at every token count."""
     remarks = [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
     seconds: dict[str, float] = {}
-    for provider in PROVIDERS:
-        name = provider.name
-        if refusals[name] is not None:
-            continue
+    for name in [name for name, refusal in refusals.items() if refusal is None]:
         by_tokens = {tokens: measured[name] for tokens, measured in timings.items()}
         if wrong := [tokens for tokens, timing in by_tokens.items() if timing is None]:
             remarks.append(f"{name}: a wrong result at {wrong[0]} tokens")
@@ -187,9 +192,7 @@ def _decide_provider(site: Site, refusals: dict[str, str | None], timings: dict[
     return Choice(fastest, build, "; ".join(["fastest", *remarks]), timings, dict.fromkeys(timings, fastest))
 
 
-def _decide_routed(site: Site, refusal: str | None, timings: dict[int, tune.Timings]) -> Choice:
-    if refusal is not None:
-        return Choice("plain", None, f"2:4: {refusal}", timings)
+def _decide_routed(site: Site, timings: dict[int, tune.Timings]) -> Choice:
     weight = site.layer.weight
     names, remark = gpu.layouts(weight.dtype, site.shape[1], weight.device)
     decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, names)

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .._layers import is_transposed
-from ..masks import get_mask
-from ..nn import Compressed, Linear24, PrepackedLinear
-from ..ops import backends
+from ..masks import get_mask, tier_sizes
+from ..nn import Compressed, Linear24, PrepackedLinear, TieredLinear
+from ..ops import backends, pack_tiered
 from ..ops._define import DTYPES
 from ..ops.prepacked import prepack
+from .tiered import Tiers, kept_matrix
+
+MOST_BYTES = 0.9  # of the dense ones, to be worth measuring in tiers
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,38 @@ def refuses_routed(layer: nn.Linear, keep_dense: bool) -> str | None:
 
 
 def _refuses_weight(layer: nn.Linear) -> str | None:
-    weight, mask = layer.weight.detach(), get_mask(layer)
-    kept = weight != 0 if mask is None else mask
-    if mask is not None and bool((weight[~mask] != 0).any()):
+    return _refuses_mask(layer) or (None if _is_24(kept_matrix(layer)) else "not 2:4")
+
+
+def _refuses_mask(layer: nn.Linear) -> str | None:
+    mask = get_mask(layer)
+    if mask is not None and bool((layer.weight.detach()[~mask] != 0).any()):
         return "its weight is not zero where its mask drops it"
-    return None if _is_24(kept.t() if is_transposed(layer) else kept) else "not 2:4"
+    return None
 
 
 def _is_24(kept: Tensor) -> bool:
     full = kept.shape[1] // 4 * 4
     return bool((kept[:, :full].reshape(kept.shape[0], -1, 4).sum(-1) <= 2).all())
+
+
+def refuses_tiered(layer: nn.Linear) -> str | None:
+    """Why a layer cannot become a ``TieredLinear``, or none that is worth measuring; None where it can."""
+    if backends()["linear_tiered"].get(layer.weight.device.type, "reference") == "reference":
+        return f"no compiled tiered kernel for {layer.weight.device.type}"
+    kept = kept_matrix(layer)
+    if int(kept.count_nonzero()) > MOST_BYTES * kept.numel():
+        return "hardly sparse"
+    if _is_24(kept):
+        return "2:4 holds it"
+    block, k = tier_sizes(layer)
+    try:
+        pack_tiered(layer.weight.detach()[:0], block=block, k=k)
+    except ValueError as error:
+        return str(error)
+    if (share := Tiers.of(layer).bytes_of_dense(layer.weight.itemsize)) > MOST_BYTES:
+        return f"its blocks take {share:.0%} of the dense bytes"
+    return _refuses_mask(layer)
 
 
 def _refuses_prepacked(layer: nn.Linear) -> str | None:
@@ -96,6 +121,12 @@ def _can_prepack(dtype: torch.dtype) -> bool:
 PROVIDERS = (
     Provider(
         "2:4", False, _refuses_24, lambda layer, tokens, transposed: Linear24.from_linear(layer, transposed=transposed)
+    ),
+    Provider(
+        "tiered",
+        False,
+        refuses_tiered,
+        lambda layer, tokens, transposed: TieredLinear.from_linear(layer, transposed=transposed),
     ),
     Provider(
         "prepacked",

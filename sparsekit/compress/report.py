@@ -14,7 +14,7 @@ class LayerReport:
     Args:
         name: its name in the model.
         shape: ``(out_features, in_features)``.
-        decision: ``"2:4"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
+        decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
         reason: why.
         calls: how often the sample ran it, by token bucket.
         timings: what was measured, by token bucket and name; what gave a wrong result has None. On a CPU the names are

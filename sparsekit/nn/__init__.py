@@ -9,3 +9,4 @@ from .routed import Route as Route
 from .routed import RoutedLinear24 as RoutedLinear24
 from .shared import autocast_dtype as autocast_dtype
 from .shared import carry_mask as carry_mask
+from .tiered import TieredLinear as TieredLinear

@@ -4,8 +4,9 @@ from torch import nn
 
 from .linear24 import Linear24
 from .prepacked import PrepackedLinear
+from .tiered import TieredLinear
 
-Compressed = Linear24 | PrepackedLinear
+Compressed = Linear24 | PrepackedLinear | TieredLinear
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:

@@ -48,6 +48,7 @@ OPS = (
     "prune_pack24",
     "unpack24",
     "linear24",
+    "linear_tiered",
     "sparsegpt_block",
 )
 

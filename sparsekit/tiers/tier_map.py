@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..masks import get_mask, get_mask_info, smallest_tiers, tier_sizes
 from ..ops.tiers import SPARSE24, TOPK
 
 COLORS = ((24, 45, 92), (70, 150, 190), (252, 214, 112))  # dense, 2:4, top-k: told apart in gray as well
@@ -61,6 +62,25 @@ class TierMap:
         rows, cols = weight.shape
         grid = (-(-rows // block[0]), -(-cols // block[1]))
         return TierMap(torch.zeros(grid, dtype=torch.uint8, device=weight.device), (rows, cols), block, k)
+
+    @staticmethod
+    def of(layer: nn.Module) -> "TierMap":
+        """The map of a layer that ``progressive_tiers`` or ``tier_iteration`` pruned, read from its stored mask.
+
+        A block is top-k where it keeps at most ``k`` entries, else 2:4 where every four columns keep at most two, else
+        dense: as ``pack_tiered`` packs it, and as it was demoted, but for blocks at the edges with so few entries that
+        a smaller form holds them too.
+
+        Raises:
+            ValueError: the layer has no stored mask whose pattern is tiers.
+        """
+        mask, info = get_mask(layer), get_mask_info(layer)
+        if mask is None or info is None or not info.pattern.tiers:
+            found = "no mask" if info is None else f"one of {str(info.pattern)!r}"
+            raise ValueError(f"layer must have a stored mask of tiers, as progressive_tiers leaves it, got {found}")
+        block, k = tier_sizes(layer)
+        kept = mask.t() if info.axis == 0 else mask
+        return TierMap(smallest_tiers(kept, block, k), (kept.shape[0], kept.shape[1]), block, k)
 
     @property
     def counts(self) -> tuple[int, int, int]:

@@ -1,0 +1,199 @@
+"""The linear layer on the packed tiered format."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import get_mask, tier_sizes
+from ..ops import TieredWeight, linear_tiered, pack_tiered, unpack_tiered
+from ..ops.tiered import block_starts
+from .shared import autocast_dtype, carry_mask, dense_linear, oriented
+
+TRAINED, FIXED = ("dense", "values", "topk"), ("tiers", "bitmask", "positions")
+
+
+class TieredLinear(nn.Module):
+    """A linear layer whose weight is stored and multiplied in blocks that are dense, 2:4 or top-k.
+
+    Holds what ``pack_tiered`` returns: the Parameters ``dense``, ``values`` and ``topk``, which gradients reach; the
+    buffers ``tiers``, ``bitmask`` and ``positions``; and ``starts``, made anew from ``tiers`` that are loaded. The
+    state dict holds the first six and ``bias``; one with other numbers of blocks is refused. Autocast follows
+    ``F.linear``.
+
+    Args:
+        packed: the weight.
+        bias: the layer's bias Parameter, kept as it is, or None.
+        in_features, out_features: columns and rows of the weight, without the padding of its last blocks.
+        transposed: whether ``.weight`` is shown as ``[in_features, out_features]``, as in ``Linear24``.
+        requires_grad: whether the weight is trained.
+    """
+
+    dense: nn.Parameter
+    values: nn.Parameter
+    topk: nn.Parameter
+    tiers: Tensor
+    bitmask: Tensor
+    positions: Tensor
+    starts: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        packed: TieredWeight,
+        bias: nn.Parameter | None = None,
+        *,
+        in_features: int,
+        out_features: int,
+        transposed: bool = False,
+        requires_grad: bool = True,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        for name in TRAINED:
+            self.register_parameter(name, nn.Parameter(getattr(packed, name), requires_grad=requires_grad))
+        for name in FIXED:
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("starts", packed.starts, persistent=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        k: int | None = None,
+        block: tuple[int, int] | None = None,
+        transposed: bool = False,
+    ) -> "TieredLinear":
+        """Packs a layer, whatever its weight is: each block in the smallest form that holds it.
+
+        What a stored mask drops is not packed; without one the zeros are not. The bias is the layer's own Parameter,
+        not a copy, and a stored mask comes along.
+
+        Args:
+            linear: ``nn.Linear``, or a layer with its ``weight`` and ``bias``.
+            k: the most entries of a top-k block. None takes those of the stored mask's pattern, 10 where it has no
+                tiers.
+            block: rows and columns of a block. None takes those of the pattern, 16x16 where it has no tiers.
+            transposed: whether ``linear.weight`` is ``[in_features, out_features]``; blocks are of its transpose.
+
+        Raises:
+            TypeError: the weight is not float32, float16 or bfloat16.
+            ValueError: ``pack_tiered`` has no such block or ``k``.
+        """
+        weight, mask = oriented(linear.weight.detach(), transposed), get_mask(linear)
+        found_block, found_k = tier_sizes(linear)
+        packed = pack_tiered(
+            weight,
+            None if mask is None else oriented(mask, transposed),
+            k=found_k if k is None else k,
+            block=found_block if block is None else block,
+        )
+        rows, cols = weight.shape
+        layer = cls(
+            packed,
+            linear.bias,
+            in_features=cols,
+            out_features=rows,
+            transposed=transposed,
+            requires_grad=linear.weight.requires_grad,
+        )
+        carry_mask(linear, layer)
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
+        linear = dense_linear(self, self._dense(), self.trainable)
+        if not self.transposed:
+            carry_mask(self, linear)
+        return linear
+
+    @property
+    def packed(self) -> TieredWeight:
+        """The weight as ``pack_tiered`` returns it: the layer's own tensors."""
+        return TieredWeight(
+            tiers=self.tiers,
+            dense=self.dense,
+            values=self.values,
+            bitmask=self.bitmask,
+            topk=self.topk,
+            positions=self.positions,
+            starts=self.starts,
+        )
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return self.packed.block
+
+    @property
+    def k(self) -> int:
+        """The most entries of a top-k block."""
+        return self.topk.shape[1]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the weight of the layer that this one stands for is trained."""
+        return self.dense.requires_grad
+
+    @torch.no_grad()
+    def _dense(self) -> Tensor:
+        return unpack_tiered(self.packed, self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, unpacked anew at every access; writing to it changes nothing."""
+        return oriented(self._dense(), self.transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed: TieredWeight = self.packed
+        bias: Tensor | None = self.bias
+        if (dtype := autocast_dtype(x)) is not None:
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+            dense, values, topk = (part.to(dtype) for part in (packed.dense, packed.values, packed.topk))
+            packed = packed._replace(dense=dense, values=values, topk=topk)
+        return linear_tiered(x, packed, bias, out_features=self.out_features)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {name: state_dict[prefix + name] for name in (*TRAINED, *FIXED) if prefix + name in state_dict}
+        try:
+            self._check(given)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.starts = block_starts(self.tiers)
+
+    def _check(self, given: dict[str, Tensor]) -> None:
+        """Rejects tensors that cannot take the place of the layer's own."""
+        own = self.packed._asdict()
+        for name, tensor in given.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, the layer's {tuple(own[name].shape)}, and only "
+                    "sparsekit.load makes room for other blocks"
+                )
+        new = {name: given.get(name, own[name]) for name in (*TRAINED, *FIXED)}
+        if not any(tensor.is_meta for tensor in new.values()):
+            TieredWeight.from_parts(**new)
+
+    def extra_repr(self) -> str:
+        packed = self.packed
+        forms = zip(("dense", "2:4", "top-k"), (packed.dense, packed.values, packed.topk), strict=True)
+        counts = " + ".join(f"{len(part)} {form}" for form, part in forms)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block={packed.block[0]}x{packed.block[1]}, k={self.k}, blocks={counts}, bytes={packed.nbytes}"
+        )

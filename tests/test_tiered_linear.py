@@ -1,0 +1,224 @@
+"""TieredLinear: state, copies, conversions, gradients and compilation."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from helpers import DTYPES, dtype_id, outputs_and_gradients
+from tiering import prune_tiers, tiered_linear
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
+from sparsekit.nn import TieredLinear
+
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+TENSORS = {"dense", "values", "topk", "tiers", "bitmask", "positions", "bias"}
+
+
+def test_literal():
+    linear = nn.Linear(16, 8)
+    linear.weight.data.zero_()
+    linear.weight.data[:, :8] = 1
+    linear.weight.data[3, 9], linear.weight.data[5, 15] = 2, 3
+    linear.bias.data = torch.arange(8.0)
+    layer = TieredLinear.from_linear(linear, k=3, block=(8, 8))
+    assert layer.tiers.tolist() == [[0, 2]] and layer.dense.tolist() == [[[1] * 8] * 8] and len(layer.values) == 0
+    assert layer.topk.tolist() == [[2, 3, 0]] and layer.positions.tolist() == [[25, 47, 0]]
+    assert layer(torch.ones(16)).tolist() == [8, 9, 10, 13, 12, 16, 14, 15]
+    assert torch.equal(layer.weight, linear.weight) and layer.bias is linear.bias
+    assert set(layer.state_dict()) == TENSORS
+    assert str(layer) == (
+        "TieredLinear(in_features=16, out_features=8, bias=True, block=8x8, k=3, "
+        "blocks=1 dense + 0 2:4 + 1 top-k, bytes=297)"  # 4 * 64, 4 * 3 + 3, 2 of the map, 2 * 3 starts of 4
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cols, rows", [(80, 96), (37, 21), (16, 1), (200, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (0,), (2, 3)], ids=str)
+def test_forward_is_linear(bias, cols, rows, shape):
+    linear = tiered_linear(cols, rows, bias)
+    x = torch.randn(*shape, cols)
+    torch.testing.assert_close(TieredLinear.from_linear(linear)(x), linear(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_block_and_k_are_those_of_the_pattern(dtype):
+    linear = tiered_linear(dtype=dtype, block=(32, 16), k=5)
+    layer = TieredLinear.from_linear(linear)
+    assert layer.block == (32, 16) and layer.k == 5 and torch.equal(layer.weight, linear.weight)
+    assert torch.equal(get_mask(layer), get_mask(linear)) and get_mask_info(layer) == get_mask_info(linear)
+    other = TieredLinear.from_linear(linear, block=(16, 32), k=7)
+    assert other.block == (16, 32) and other.k == 7 and torch.equal(other.weight, linear.weight)
+    plain = TieredLinear.from_linear(nn.Linear(32, 32))
+    assert plain.block == (16, 16) and plain.k == 10 and get_mask(plain) is None
+
+
+def test_what_the_mask_drops_is_not_packed():
+    linear = tiered_linear()
+    mask = get_mask(linear)
+    linear.weight.data.normal_()
+    kept_zero = mask.nonzero()[0]
+    linear.weight.data[tuple(kept_zero)] = 0
+    layer = TieredLinear.from_linear(linear)
+    assert torch.equal(layer.weight, linear.weight * mask)
+    counts = [len(layer.dense), len(layer.values), len(layer.topk)]
+    assert counts == [round(0.35 * 30), round(0.45 * 30), 6]  # a kept zero makes no block smaller
+
+
+def test_rejects_blocks_that_cannot_be_packed():
+    linear = nn.Linear(12, 12)
+    set_mask(linear, torch.ones(12, 12, dtype=torch.bool), MaskInfo(Pattern.parse("tiers 4x4 k=2"), 1))
+    with pytest.raises(ValueError, match=r"block must have sides of 8 to 128 .*got \(4, 4\)"):
+        TieredLinear.from_linear(linear)
+    with pytest.raises(TypeError, match="float64"):
+        TieredLinear.from_linear(nn.Linear(16, 16, dtype=torch.float64))
+
+
+def test_rejects_inputs_that_do_not_fit():
+    layer = TieredLinear.from_linear(tiered_linear())
+    with pytest.raises(ValueError, match="96 x 97 in blocks of"):
+        layer(torch.randn(3, 97))
+    with pytest.raises(TypeError, match="float64"):
+        layer(torch.randn(3, 80, dtype=torch.float64))
+
+
+def test_transposed_stands_for_conv1d():
+    linear = nn.Linear(80, 96)
+    conv = nn.Module()
+    conv.weight, conv.bias = nn.Parameter(linear.weight.detach().t().contiguous()), linear.bias
+    prune_tiers(conv.eval(), axis=0)
+    linear.weight.data = conv.weight.detach().t()
+    layer, x = TieredLinear.from_linear(conv, transposed=True), torch.randn(3, 80)
+    torch.testing.assert_close(layer(x), linear(x))
+    assert torch.equal(layer.weight, conv.weight) and torch.equal(get_mask(layer), get_mask(conv))
+    assert len(layer.topk) == 6  # blocks of the transpose, as they were pruned
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_to_linear_is_exact(dtype):
+    linear = tiered_linear(dtype=dtype)
+    linear.weight.requires_grad_(False)
+    layer = TieredLinear.from_linear(linear.train())
+    assert not any(parameter.requires_grad for name, parameter in layer.named_parameters() if name != "bias")
+    back = layer.to_linear()
+    assert type(back) is nn.Linear and torch.equal(back.weight, linear.weight) and back.bias is linear.bias
+    assert back.training and not back.weight.requires_grad and torch.equal(get_mask(back), get_mask(linear))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_equal_and_apart(clone):
+    layer, x = TieredLinear.from_linear(tiered_linear()), torch.randn(3, 80)
+    expected, twin = layer(x), clone(layer)
+    assert torch.equal(twin(x), expected) and torch.equal(twin.starts, layer.starts)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert twin(x).abs().max() == 0 and torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_state_dict_round_trip_through_a_file(assign):
+    layer, other = TieredLinear.from_linear(tiered_linear()), TieredLinear.from_linear(tiered_linear())
+    assert not torch.equal(layer.starts, other.starts)  # as many blocks, in other places
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True), assign=assign)
+    x = torch.randn(3, 80)
+    assert torch.equal(other.starts, layer.starts) and torch.equal(other(x), layer(x))
+    empty = copy.deepcopy(layer).to("meta")
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty.starts, layer.starts) and torch.equal(empty(x), layer(x))
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_whole():
+    layer = TieredLinear.from_linear(tiered_linear())
+    model = nn.Sequential(layer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    more = nn.Sequential(TieredLinear.from_linear(tiered_linear(shares=(0.5, 0.4))))
+    with pytest.raises(RuntimeError, match=r"layer 0: dense has shape \(15, 16, 16\), the layer's \(10, 16, 16\), and"):
+        model.load_state_dict(more.state_dict())
+    for name, change, match in (
+        (
+            "tiers",
+            lambda tiers: tiers.clamp(max=1),
+            r"tiers names \[10, 20, 0\] blocks .* but \[10, 14, 6\] are stored",
+        ),
+        ("tiers", lambda tiers: tiers + 1, "tiers must be 0, 1 or 2, got 3"),
+        ("values", lambda values: values.half(), "values must be torch.float32, got torch.float16"),
+    ):
+        with pytest.raises(RuntimeError, match=f"layer 0: {match}"):
+            model.load_state_dict(before | {f"0.{name}": change(before[f"0.{name}"])})
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.positions"):
+        model.load_state_dict({name: tensor for name, tensor in before.items() if name != "0.positions"})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.load_state_dict({"0.bias": before["0.bias"] + 1}, strict=False)
+    assert torch.equal(layer.bias, before["0.bias"] + 1)
+
+
+def test_to_dtype_and_device():
+    linear = tiered_linear()
+    layer, x = TieredLinear.from_linear(linear).to(torch.bfloat16), torch.randn(3, 80, dtype=torch.bfloat16)
+    linear.to(torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16 and layer.tiers.dtype == torch.uint8 and layer.starts.dtype == torch.int32
+    torch.testing.assert_close(layer(x), linear(x), rtol=2e-2, atol=2e-2)
+    assert torch.equal(layer.float().weight, linear.float().weight)
+    assert layer.to("meta")(x.float().to("meta")).shape == (3, 96)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_autocast_follows_linear(dtype):
+    linear = tiered_linear()
+    layer, x = TieredLinear.from_linear(linear), torch.randn(3, 80)
+    with torch.autocast("cpu", dtype):
+        expected, got = linear(x), layer(x)
+    assert got.dtype == expected.dtype == dtype
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients():
+    linear, x = tiered_linear(cols=37, rows=21), torch.randn(2, 3, 37)
+    layer = TieredLinear.from_linear(linear)
+    layer.bias = nn.Parameter(linear.bias.detach().clone())
+    (y, grad_x), (expected, expected_grad_x) = (outputs_and_gradients(module, x) for module in (layer, linear))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(grad_x, expected_grad_x)
+    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+    gradients = layer.packed._replace(dense=layer.dense.grad, values=layer.values.grad, topk=layer.topk.grad)
+    torch.testing.assert_close(sk.unpack_tiered(gradients, 21, 37), linear.weight.grad * get_mask(linear))
+
+
+def test_trains():
+    layer = TieredLinear.from_linear(tiered_linear())
+    zeros = layer.weight == 0
+    x, target = torch.randn(64, 80), torch.randn(64, 96)
+    optimizer, losses = torch.optim.SGD(layer.parameters(), 0.5), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0] and torch.equal(layer.weight == 0, zeros)
+
+
+def test_weight_is_read_only():
+    layer = TieredLinear.from_linear(tiered_linear())
+    with pytest.raises((AttributeError, KeyError), match="weight"):
+        layer.weight = nn.Parameter(torch.zeros(96, 80))
+    before = layer.weight
+    layer.weight.zero_()
+    assert torch.equal(layer.weight, before) and not before.requires_grad
+
+
+@compiles
+def test_compiles_whole():
+    torch._dynamo.reset()
+    model = nn.Sequential(TieredLinear.from_linear(tiered_linear()), nn.ReLU(), nn.Linear(96, 3)).eval()
+    x = torch.randn(5, 80)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))

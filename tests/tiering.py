@@ -1,0 +1,34 @@
+"""Layers in tiers."""
+
+import torch
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.masks import MaskInfo, Pattern, set_mask
+
+SHARES = (0.35, 0.45)
+
+
+def tiers_of(rows, cols, block=(16, 16), shares=SHARES):
+    """A tier map with these shares of dense and 2:4 blocks, to the nearest block, in places drawn at random."""
+    grid = -(-rows // block[0]), -(-cols // block[1])
+    count = grid[0] * grid[1]
+    dense, middle = (round(share * count) for share in shares)
+    tiers = torch.tensor([0] * dense + [1] * middle + [2] * (count - dense - middle), dtype=torch.uint8)
+    return tiers[torch.randperm(count)].view(grid)
+
+
+@torch.no_grad()
+def prune_tiers(linear, block=(16, 16), k=10, shares=SHARES, axis=1):
+    """Prunes a layer as ``tier_iteration`` does, and stores the mask; returns the layer."""
+    weight = linear.weight.t() if axis == 0 else linear.weight
+    pruned, mask, _ = sk.tier_prune(weight, tiers_of(*weight.shape, block, shares), k, block)
+    linear.weight.copy_(pruned.t() if axis == 0 else pruned)
+    info = MaskInfo(Pattern.parse(f"tiers {block[0]}x{block[1]} k={k}"), axis)
+    set_mask(linear, mask.t().contiguous() if axis == 0 else mask, info)
+    return linear
+
+
+def tiered_linear(cols=80, rows=96, bias=True, dtype=torch.float32, **sizes):
+    """An ``nn.Linear`` in tiers, with its mask."""
+    return prune_tiers(nn.Linear(cols, rows, bias, dtype=dtype).eval(), **sizes)
