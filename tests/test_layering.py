@@ -8,7 +8,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"sparsekit": "sparsekit", "triton_kernels": "sparsekit.triton_kernels"}
-OPTIONAL = {"transformers", "diffusers", "datasets", "bitsandbytes", "tqdm", "matplotlib", "numpy", "tyro"}
+OPTIONAL = {
+    "transformers",
+    "diffusers",
+    "datasets",
+    "bitsandbytes",
+    "tqdm",
+    "matplotlib",
+    "numpy",
+    "tyro",
+    "rich",
+    "PIL",
+}
+# Light ones that what only the command line imports may import at the top; its entry says what is missing.
+LIGHT = {"tyro", "rich"}
+ENTRIES = {"sparsekit.cli", "sparsekit.__main__"}
 # From the bottom up: a module may import its own layer and those before it. The longest name decides.
 LAYERS = [
     ["sparsekit.triton_kernels", "sparsekit._native"],
@@ -19,6 +33,7 @@ LAYERS = [
     ["sparsekit.checkpoint", "sparsekit.train"],
     ["sparsekit.tiers"],
     ["sparsekit"],
+    ["sparsekit.cli", "sparsekit.__main__"],
 ]
 KERNELS = {"sparsekit._native", "sparsekit.triton_kernels"}
 
@@ -115,7 +130,20 @@ def test_kernels_are_leaves(module):
 
 def test_optional_packages_are_imported_where_they_are_used(module):
     name, tree = module
-    assert not {target.partition(".")[0] for target in imports(name, statements_at_import(tree))} & OPTIONAL
+    inside = is_within(name, "sparsekit.cli") and name not in ENTRIES
+    found = {target.partition(".")[0] for target in imports(name, statements_at_import(tree))}
+    assert not found & (OPTIONAL - LIGHT if inside else OPTIONAL)
+
+
+def test_only_its_entry_imports_the_command_line(module):
+    name, tree = module
+    if not is_within(name, "sparsekit.cli") and name not in ENTRIES:
+        assert not [target for target in imports(name, ast.walk(tree)) if is_within(target, "sparsekit.cli")]
+    if name in ENTRIES:
+        at_import = [
+            target for target in imports(name, statements_at_import(tree)) if is_within(target, "sparsekit.cli")
+        ]
+        assert set(at_import) <= ENTRIES
 
 
 def test_ops_know_no_model_library(module):

@@ -1,0 +1,22 @@
+"""The command line: ``sparsekit prune``, ``inspect``, ``compress`` and ``bench``."""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+PACKAGES = {"tyro": "tyro", "rich": "rich", "transformers": "transformers", "PIL": "pillow"}  # the extra ``cli``
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 the run or a check failed, 2 bad arguments, 130 stopped.
+
+    Args:
+        arguments: what follows the program's name; None takes it from the command line.
+    """
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        sys.stderr.write(f"sparsekit: the command line needs {', '.join(missing)}: pip install 'sparsekit[cli]'\n")
+        return 1
+    from .app import run
+
+    return run(arguments)

@@ -1,0 +1,52 @@
+"""From arguments to an exit code: which command runs, and how its errors are told."""
+
+import traceback
+import warnings
+from collections.abc import Sequence
+
+import tyro
+
+from . import terminal
+from .bench import Bench
+from .compress import Compress
+from .errors import UsageError
+from .inspect import Inspect
+from .prune import Prune
+
+COMMANDS = {"prune": Prune, "inspect": Inspect, "compress": Compress, "bench": Bench}
+DESCRIPTION = """Make transformers models sparse, check what they hold, and run them faster than dense.
+
+Exit codes: 0 done, 1 the run or a check failed, 2 bad arguments. Nothing is ever half-written."""
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Parses the arguments and runs the command that they name."""
+    try:
+        command: Prune | Inspect | Compress | Bench = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,  # type: ignore[arg-type]
+            prog="sparsekit",
+            description=DESCRIPTION,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+        )
+    except SystemExit as stop:  # after --help, or what tyro has said about an argument
+        return stop.code if isinstance(stop.code, int) else 2
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: terminal.say(f"warning: {message}")
+        try:
+            return command.run()
+        except KeyboardInterrupt:
+            terminal.fail("interrupted")
+            return 130
+        except Exception as error:
+            if command.debug:
+                terminal.say(traceback.format_exc())
+            terminal.fail(_line(error))
+            return 2 if isinstance(error, UsageError) else 1
+
+
+def _line(error: Exception) -> str:
+    """The first line that says something, with the class of errors whose message alone may not."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = isinstance(error, ValueError | OSError | RuntimeError) and lines
+    return lines[0] if told else ": ".join([type(error).__name__, *lines[:1]])

@@ -1,0 +1,138 @@
+"""``sparsekit bench``: tokens per second, dense against compressed."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from torch import nn
+
+from .. import load
+from .._files import write_json
+from ..compress.cache import machine
+from ..compress.clock import cache_bytes
+from ..compress.tune import Timing
+from . import terminal
+from .compress import compressed
+from .folders import BENCH_REPORT, COMPRESSED, check_folder
+from .models import device_of, empty_model, load_dense, read_config, without_cache
+from .options import Options
+from .page import write_page
+from .speed import best_dense, check_tokens, layer_speeds, model_speeds, random_tokens
+
+SLOWER = 0.97  # less than this is slower, and not the noise of a good machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Options):
+    """Time a compressed model against dense: whole forward passes, then every kind of compressed layer.
+
+    Times compressed.safetensors where the folder has one, else what compress would make of the model here. Results
+    are checked first; models take turns, and medians are compared, also with the best dense there is (on a CPU all
+    layers prepacked by oneDNN).
+
+    Args:
+        folder: a transformers folder, or one that prune or compress wrote.
+        tokens: tokens in a forward pass.
+        seconds: how long whole models are timed at one number of tokens.
+        budget: seconds to measure one shape at one number of tokens.
+        device: auto is the GPU where there is one.
+        report: write report.html into the folder, and what was measured to bench.json.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    tokens: tuple[int, ...] = (1, 16, 128)
+    seconds: float = 3.0
+    budget: float = 0.5
+    device: str = "auto"
+    report: bool = False
+
+    def run(self) -> int:
+        models = self.models()
+        with without_cache(models["plain"]), without_cache(models["compressed"]):
+            whole = {}
+            for count in terminal.progress("time models")(self.tokens):
+                whole[count] = model_speeds(models, random_tokens(models["plain"], count), self.seconds)
+            size = sum(weight.nbytes for weight in models["plain"].parameters())
+            cold = size > cache_bytes(next(models["plain"].parameters()).device)
+            progress = terminal.progress("time layers")
+            layers = layer_speeds(models["compressed"], self.tokens, cold=cold, budget=self.budget, progress=progress)
+        found = {
+            "machine": machine(device_of(self.device)),
+            "models": {count: _with_rates(timings, count) for count, timings in whole.items()},
+            "layers": layers,
+        }
+        if self.report:
+            write_json(self.folder / BENCH_REPORT, found)
+            write_page(self.folder)
+        if self.json:
+            terminal.write_json(found)
+        else:
+            show(found)
+        return 0
+
+    def models(self) -> dict[str, Any]:
+        """The plain model, the best dense one where it is another, and the compressed one."""
+        check_folder(self.folder)
+        device = device_of(self.device)
+        if (self.folder / COMPRESSED).exists():
+            config = read_config(str(self.folder))
+            sparse, plain = empty_model(config), empty_model(config)
+            load(sparse.to(device), self.folder / COMPRESSED)
+            load(plain.to(device), self.folder / COMPRESSED, dense=True)
+            check_tokens(plain, self.tokens)
+        else:
+            plain = load_dense(str(self.folder), self.device)
+            check_tokens(plain, self.tokens)
+            sparse = copy.deepcopy(plain)
+            with without_cache(sparse):
+                compressed(sparse, self.tokens, self.budget)
+        found: dict[str, nn.Module | None] = {
+            "plain": plain,
+            "best dense": best_dense(plain, max(self.tokens)),
+            "compressed": sparse,
+        }
+        return {name: model for name, model in found.items() if model is not None}
+
+
+def _with_rates(timings: Mapping[str, Timing], count: int) -> dict[str, dict[str, float]]:
+    return {name: {"tokens_per_second": count / timing.seconds, **asdict(timing)} for name, timing in timings.items()}
+
+
+def show(found: dict[str, Any]) -> None:
+    """The tables of a person, and a plain word where nothing is gained."""
+    whole = found["models"]
+    names = list(next(iter(whole.values())))
+    rows = [
+        (
+            str(count),
+            *(f"{timings[name]['tokens_per_second']:,.0f}" for name in names),
+            f"{timings['compressed']['ratio']:.2f}x",
+            f"{timings['compressed']['best_dense']:.2f}x",
+        )
+        for count, timings in whole.items()
+    ]
+    terminal.table(("tokens a pass", *(f"{name}, tokens/s" for name in names), "over plain", "over best dense"), rows)
+    if not found["layers"]:
+        terminal.write("no layer is compressed: on this machine nothing was faster than dense")
+        return
+    slower = [
+        f"{timings['compressed'][ratio]:.2f}x {name} at {count}"
+        for count, timings in whole.items()
+        for ratio, name in (("ratio", "plain"), ("best_dense", "the best dense"))
+        if timings["compressed"][ratio] < SLOWER
+    ]
+    terminal.write(f"slower: {', '.join(slower)}" if slower else "slower than dense: nowhere")
+    terminal.write("")
+    rows = [
+        (
+            f"{len(layer['layers'])} of {'x'.join(map(str, layer['shape']))}",
+            layer["kind"],
+            *(f"{timing['ratio']:.2f}x ({timing['best_dense']:.2f}x)" for timing in layer["timings"].values()),
+        )
+        for layer in found["layers"]
+    ]
+    terminal.table(("layers", "now", *(f"{count} tokens" for count in whole)), rows, left=("now",))
+    terminal.write("times the plain layer (times the best dense)")

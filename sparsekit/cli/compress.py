@@ -1,0 +1,132 @@
+"""``sparsekit compress``: the packed model, measured on this machine."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from .. import CompressReport, compress_, save
+from .._files import write_json
+from ..compress.cache import machine
+from . import terminal
+from .errors import UsageError
+from .folders import COMPRESS_REPORT, COMPRESSED, check_out, new_folder
+from .models import Dtype, batch_of, copy_tokenizer, load_dense, output_of, without_cache
+from .options import Options
+from .page import write_page
+from .speed import check_same, check_tokens, random_tokens
+
+README = """A model that sparsekit has compressed for one machine: {layers} of {all} layers are packed.
+
+    import sparsekit, transformers
+    config = transformers.AutoConfig.from_pretrained(FOLDER)
+    model = {load}.eval()
+    sparsekit.load(model, FOLDER + "/{file}")
+
+`sparsekit inspect FOLDER` says what is in it, `sparsekit bench FOLDER` how fast it is here. On another machine,
+`sparsekit compress FOLDER --out OTHER` measures again.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(Options):
+    """Swap every layer for what is fastest on this machine, never slower than dense, and write the packed model.
+
+    What a layer could be is timed for every number of tokens, after its result was checked. Writes
+    compressed.safetensors, for sparsekit.load, and compress.json with all that was measured.
+
+    Args:
+        folder: a transformers folder, or one that prune or compress wrote.
+        out: a new folder for the packed model, its configuration and its tokenizer; without it the files are added to
+            FOLDER.
+        tokens: tokens in a forward pass: a layer is swapped if it is faster at all of them.
+        budget: seconds to measure one shape at one number of tokens.
+        device: auto is the GPU where there is one.
+        dtype: auto is the checkpoint's own.
+        overwrite: replace what sparsekit wrote there before.
+        report: write report.html, which needs nothing else to be read.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    out: Path | None = None
+    tokens: tuple[int, ...] = (1, 16, 128)
+    budget: float = 0.5
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    overwrite: bool = False
+    report: bool = False
+
+    def run(self) -> int:
+        if self.out is not None:
+            check_out(self.out, overwrite=self.overwrite)
+        elif (self.folder / COMPRESSED).exists() and not self.overwrite:
+            raise UsageError(f"{self.folder / COMPRESSED} is there: name another folder with --out, or --overwrite")
+        model: Any = load_dense(str(self.folder), self.device, self.dtype)
+        check_tokens(model, self.tokens)
+        with without_cache(model):
+            report = compressed(model, self.tokens, self.budget)
+        found = {"tokens": list(self.tokens), "machine": machine(model.device), **asdict(report)}
+        if self.out is None:
+            self.write(model, self.folder, found)
+        else:
+            with new_folder(self.out) as folder:
+                self.write(model, folder, found)
+                model.config.save_pretrained(folder)
+                if model.can_generate():
+                    model.generation_config.save_pretrained(folder)
+                copy_tokenizer(str(self.folder), folder)
+                (folder / "README.md").write_text(readme(model, report), encoding="utf-8")
+        if self.json:
+            terminal.write_json(found)
+        else:
+            show(report)
+            terminal.write(f"written to {(self.out or self.folder) / COMPRESSED}")
+        return 0
+
+    def write(self, model: Any, folder: Path, found: dict[str, Any]) -> None:
+        """The packed model and what was measured."""
+        save(model, folder / COMPRESSED)
+        write_json(folder / COMPRESS_REPORT, found)
+        if self.report:
+            write_page(folder)
+
+
+def readme(model: Any, report: CompressReport) -> str:
+    """How to load the folder."""
+    load = f"transformers.{type(model).__name__}(config)"
+    return README.format(layers=len(report.swapped), all=len(report.layers), load=load, file=COMPRESSED)
+
+
+@torch.no_grad()
+def compressed(model: Any, counts: tuple[int, ...], budget: float) -> CompressReport:
+    """Compresses a model for passes of these numbers of tokens, and checks that it computes what it did.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    tokens = random_tokens(model, max(counts))
+    expected = output_of(model, tokens)
+    passes = [batch_of(model, random_tokens(model, count)) for count in counts]
+    report = compress_(model, passes, budget=budget, progress=terminal.progress("measure"))
+    check_same(model, expected, tokens, "compressed")
+    return report
+
+
+def show(report: CompressReport) -> None:
+    """The table of a person: layers of one kind and one decision in one row."""
+    alike: dict[tuple[Any, ...], list[Any]] = {}
+    for layer in report.layers:
+        alike.setdefault((layer.shape, layer.decision, layer.reason), []).append(layer)
+    buckets = sorted({count for layer in report.layers for count in layer.timings})
+    rows = []
+    for (shape, decision, reason), layers in alike.items():
+        timings = [layers[0].timing(count) for count in buckets]
+        ratios = ["-" if timing is None else f"{timing.ratio:.2f}x ({timing.best_dense:.2f}x)" for timing in timings]
+        rows.append((f"{len(layers)} of {shape[0]}x{shape[1]}", decision, *ratios, reason))
+    head = ("layers", "now", *(f"{count} tokens" for count in buckets), "why")
+    terminal.table(head, rows, left=("now", "why"))
+    before, after = terminal.size(report.bytes_before), terminal.size(report.bytes_after)
+    terminal.write("times the plain layer (times the best dense); of what a layer became, or might have")
+    terminal.write(f"{len(report.swapped)} of {len(report.layers)} layers swapped, {before} -> {after} in memory")

@@ -1,0 +1,75 @@
+"""What the commands write, and how: a folder appears whole or not at all."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UsageError
+
+PRUNED, COMPRESSED = "pruned.safetensors", "compressed.safetensors"  # as sparsekit.save writes them
+REPORT, COMPRESS_REPORT, BENCH_REPORT, PAGE = "report.json", "compress.json", "bench.json", "report.html"
+OWN = {PRUNED, COMPRESSED}
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The safetensors files with the dense weights, as transformers writes them."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.name not in OWN)
+
+
+def check_folder(folder: Path) -> None:
+    """Rejects what is no folder, and one whose weights are all pickled.
+
+    Raises:
+        UsageError: it is not there, or holds nothing that can be read.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    if model_files(folder) or (folder / COMPRESSED).exists():
+        return
+    if pickles := sorted(path.name for end in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{end}")):
+        raise UsageError(f"{folder} has only pickled weights ({pickles[0]}), which are never read: save safetensors")
+    raise UsageError(f"{folder} has no safetensors file")
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Rejects a folder that must not be replaced; ``overwrite`` replaces only what sparsekit has written.
+
+    Raises:
+        UsageError: there is something in it.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, a folder is needed")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"{out} is not empty: name another folder, or --overwrite")
+    if not any((out / name).exists() for name in (REPORT, COMPRESS_REPORT)):
+        raise UsageError(f"{out} was not written by sparsekit, which overwrites nothing else")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` to write to, which takes its place when the block has ended.
+
+    If the block fails, or is interrupted, ``out`` is what it was and nothing else is left.
+    """
+    out = Path(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
+    old = temporary.with_suffix(".old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

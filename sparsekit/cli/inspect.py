@@ -1,0 +1,179 @@
+"""``sparsekit inspect``: what a stored model really holds."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from torch import Tensor
+
+from ..masks import Pattern, grouped
+from . import terminal
+from .errors import UsageError, regex, usage
+from .folders import COMPRESSED, PRUNED, check_folder, model_files
+from .options import Options
+from .patterns import first_break, found_pattern, packed_bytes, tier_shares
+from .roles import roles_of
+from .stored import Matrix, is_ours, matrices, own_matrices, read_masks
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One layer.
+
+    Args:
+        name, shape, dtype: its weight.
+        sparsity: the share of its weights that is zero.
+        pattern: what it really has.
+        asked: what it should have, by its stored mask or by ``--expect``; None where nothing is asked of it.
+        problem: where it breaks that; None where it does not.
+        dense_bytes, stored_bytes: of the weight, dense and as it is in the file.
+        packed_bytes: in the form that the library packs it in; None where it has none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    zeros: int
+    sparsity: float
+    pattern: str
+    asked: str | None
+    problem: str | None
+    dense_bytes: int
+    stored_bytes: int
+    packed_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Options):
+    """Show the sparsity, the pattern and the bytes of every layer, and check them.
+
+    Reads safetensors only: a transformers folder, one that prune or compress wrote, or a single file. Weights are
+    checked against their stored masks, and against --expect; the exit code is 1 where one breaks its pattern.
+
+    Args:
+        folder: the folder or the file.
+        expect: the pattern that every layer must have, as 2:4. Layers that prune leaves out are not asked; in a file
+            without a configuration every matrix is.
+        only: only layers whose name has a match of this regular expression.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    expect: str | None = None
+    only: str = ""
+
+    def run(self) -> int:
+        expected = None
+        if self.expect is not None:
+            with usage():
+                expected = Pattern.parse(self.expect)
+            if expected.tiers:
+                raise UsageError(
+                    f"--expect {self.expect}: blocks of tiers may be dense, so every weight has that pattern"
+                )
+        only = regex(self.only)
+        layers = [inspected(matrix, expected) for matrix in stored_layers(self.folder) if only.search(matrix.name)]
+        if not layers:
+            raise ValueError(f"{self.folder} has no layer{f' that matches {self.only!r}' if self.only else ''}")
+        broken = [layer for layer in layers if layer.problem]
+        if self.json:
+            terminal.write_json({"ok": not broken, **totals(layers), "layers": [asdict(layer) for layer in layers]})
+        else:
+            _show(layers)
+        if broken:
+            terminal.fail(f"{broken[0].name} breaks {broken[0].asked}: {broken[0].problem}")
+        return 1 if broken else 0
+
+
+def stored_layers(path: Path) -> Iterator[Matrix]:
+    """The layers of a folder or of a file.
+
+    Raises:
+        UsageError: there is no such thing.
+        ValueError: a file is broken.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UsageError(f"{path} is no .safetensors file, and nothing else is read")
+        return own_matrices(path) if is_ours(path) else matrices([path], None, {})
+    check_folder(path)
+    if not (files := model_files(path)):
+        return own_matrices(path / COMPRESSED)
+    masks = read_masks(path / PRUNED) if (path / PRUNED).exists() else {}
+    return matrices(files, roles_of(path, files), masks)
+
+
+def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
+    """Looks at one layer; the mask that it was stored with is checked even where nothing is expected."""
+    weight, axis = matrix.weight, matrix.role.axis
+    kept = grouped(weight != 0, axis)
+    flat = kept.flatten(1) if weight.dim() > 2 else kept
+    dense = grouped(weight, axis)
+    pattern, asked, problem = found_pattern(kept), None, None
+    stored = matrix.info.pattern if matrix.info else None
+    if stored is not None:
+        assert matrix.mask is not None
+        asked, problem = str(stored), _stale(kept, grouped(matrix.mask, axis), stored)
+        if stored.tiers:
+            pattern = tier_shares(dense, flat, stored)[1]
+    if expected is not None and not matrix.role.exempt and problem is None:
+        asked, problem = str(expected), first_break(kept, expected)
+    zeros = weight.numel() - int(kept.sum())
+    return Inspected(
+        matrix.name,
+        tuple(weight.shape),
+        str(weight.dtype).removeprefix("torch."),
+        zeros,
+        zeros / max(weight.numel(), 1),
+        pattern + (f" ({matrix.role.exempt})" if matrix.role.exempt else ""),
+        asked,
+        problem,
+        weight.nbytes,
+        matrix.stored,
+        packed_bytes(dense, flat, stored),
+    )
+
+
+def _stale(kept: Tensor, mask: Tensor, stored: Pattern) -> str | None:
+    """Where a weight is not what its stored mask says, or the mask not what its pattern says."""
+    wrong = kept & ~mask
+    if not bool(wrong.any()):
+        return first_break(mask, stored)
+    row, *rest = wrong.nonzero()[0].tolist()
+    return f"row {row}, input {rest[-1]} is not zero, and its stored mask drops it"
+
+
+def totals(layers: list[Inspected]) -> dict[str, Any]:
+    """Sums over the layers; what cannot be packed counts dense."""
+    weights = sum(math.prod(layer.shape) for layer in layers)
+    packed = sum(layer.dense_bytes if layer.packed_bytes is None else layer.packed_bytes for layer in layers)
+    return {
+        "sparsity": sum(layer.zeros for layer in layers) / max(weights, 1),
+        "dense_bytes": sum(layer.dense_bytes for layer in layers),
+        "stored_bytes": sum(layer.stored_bytes for layer in layers),
+        "packed_bytes": packed,
+    }
+
+
+def _show(layers: list[Inspected]) -> None:
+    rows = [
+        (
+            layer.name,
+            "x".join(map(str, layer.shape)),
+            layer.dtype,
+            f"{layer.sparsity:.2%}",
+            layer.pattern,
+            terminal.size(layer.dense_bytes),
+            "-" if layer.packed_bytes is None else terminal.size(layer.packed_bytes),
+            "" if layer.asked is None else f"{layer.asked} {'holds' if layer.problem is None else 'BROKEN'}",
+            layer.problem or "",
+        )
+        for layer in layers
+    ]
+    sums = totals(layers)
+    sizes = terminal.size(sums["dense_bytes"]), terminal.size(sums["packed_bytes"])
+    rows.append((f"{len(layers)} layers", "", "", f"{sums['sparsity']:.2%}", "", *sizes, "", ""))
+    head = ("layer", "shape", "dtype", "sparsity", "has", "dense", "packed", "asked", "first break")
+    terminal.table(head, rows, left=("has", "asked", "first break"))

@@ -1,0 +1,148 @@
+"""Any transformers model from a folder or a hub id: the class is what its configuration names."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import load
+from ..masks import set_mask
+from .errors import UsageError
+from .folders import COMPRESSED, PRUNED, check_folder, model_files
+from .stored import read_masks
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def transformers() -> Any:
+    """The package, imported when it is needed (seconds) and told to leave the terminal to us."""
+    import transformers as package
+
+    package.utils.logging.set_verbosity_error()
+    package.utils.logging.disable_progress_bar()
+    return package
+
+
+def device_of(name: str) -> torch.device:
+    """``"auto"`` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch's word for a CUDA that was not compiled in
+        raise UsageError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+
+
+def read_config(source: str) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        UsageError: it is neither a folder with one nor a hub id.
+    """
+    if os.path.isdir(source):
+        check_folder(Path(source))
+    elif Path(source).is_absolute() or source.startswith(".") or source.count("/") > 1:
+        raise UsageError(f"there is no folder {source}")
+    return transformers().AutoConfig.from_pretrained(source)
+
+
+def model_class(config: Any) -> Any:
+    """The class that the configuration names; without a name, or with one of another package, a causal LM."""
+    package = transformers()
+    for name in config.architectures or ():
+        if hasattr(package, name):
+            return getattr(package, name)
+    return package.AutoModelForCausalLM
+
+
+def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto") -> nn.Module:
+    """A model with dense weights, in eval mode, with the masks that ``prune`` stored; nothing is unpickled.
+
+    Raises:
+        UsageError: there is no such model.
+        ValueError: weights are missing.
+    """
+    config, folder = read_config(source), Path(source)
+    target, kind = device_of(device), model_class(config)
+    if folder.is_dir() and not model_files(folder):
+        model = empty_model(config)
+        load(model, folder / COMPRESSED, dense=True)
+    else:
+        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        model, told = kind.from_pretrained(source, **options)
+        if told["missing_keys"]:
+            raise ValueError(
+                f"the checkpoint lacks {len(told['missing_keys'])} weights: {min(told['missing_keys'])}, .."
+            )
+        if (folder / PRUNED).exists():
+            modules = dict(model.named_modules())
+            for name, (mask, info) in read_masks(folder / PRUNED).items():
+                if name in modules:
+                    set_mask(modules[name], mask, info)
+    model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+    return model.to(target).eval()
+
+
+def empty_model(config: Any) -> Any:
+    """A model of a configuration for ``sparsekit.load`` to fill, in eval mode on the CPU."""
+    kind = model_class(config)
+    return (kind._from_config if hasattr(kind, "_from_config") else kind.from_config)(config).eval()
+
+
+def load_tokenizer(source: str) -> Any:
+    """The model's own tokenizer.
+
+    Raises:
+        UsageError: it has none that can be loaded.
+    """
+    try:
+        return transformers().AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source} has no tokenizer that can be loaded, and text needs one") from error
+
+
+def copy_tokenizer(source: str, folder: Path) -> None:
+    """Writes the model's tokenizer to a folder, where it has one."""
+    with suppress(UsageError):
+        load_tokenizer(source).save_pretrained(folder)
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """The layer that gives the logits, where the model has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def longest(config: Any) -> int | None:
+    """The most tokens that the model reads at once; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def batch_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """What the model is called with to read ``tokens`` ``[batch, length]``."""
+    batch = {"input_ids": tokens.to(model.device)}
+    return {**batch, "decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else batch
+
+
+def output_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The logits, or the first thing that the model gives."""
+    output = model(**batch_of(model, tokens))
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+@contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """No key-value cache, which only costs memory where whole texts are read; the configuration is as before after."""
+    config = model.config.get_text_config()
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before

@@ -1,0 +1,123 @@
+"""Whole models and their layers against dense, by the clocks of ``compress_``; what is timed was checked first."""
+
+import copy
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._batches import Progress
+from .._layers import borrowed, input_dim, is_transposed
+from ..compress import tune
+from ..compress.clock import clock
+from ..compress.providers import PROVIDERS, unfit
+from ..compress.tune import Timing
+from ..nn import Compressed, PrepackedLinear
+from .errors import UsageError
+from .models import longest, output_of
+
+# Of the largest logit. Many layers round one after the other, so this is looser than what each layer is held to.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def check_tokens(model: Any, counts: Sequence[int]) -> None:
+    """Rejects counts that no pass of the model can have.
+
+    Raises:
+        UsageError: a count is not positive, or more than the model reads.
+    """
+    most = longest(model.config)
+    if not counts or min(counts) < 1 or (most is not None and max(counts) > most):
+        limit = "at least 1" if most is None else f"from 1 to {most}"
+        raise UsageError(f"--tokens must be {limit}, got {' '.join(map(str, counts)) or 'none'}")
+
+
+def random_tokens(model: Any, count: int) -> Tensor:
+    """Token ids ``[1, count]``, the same ones in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.get_input_embeddings().num_embeddings, (1, count), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def check_same(model: nn.Module, expected: Tensor, tokens: Tensor, what: str) -> None:
+    """Rejects a model that computes something else than the dense one.
+
+    Raises:
+        RuntimeError: its outputs differ by more than rounding.
+    """
+    actual = output_of(model, tokens)
+    off = float((actual.float() - expected.float()).abs().max() / expected.float().abs().max())
+    if not off <= TOLERANCE[expected.dtype]:
+        raise RuntimeError(f"the {what} model computes something else: off by {off:.2g} of the largest output")
+
+
+def best_dense(model: nn.Module, tokens: int) -> nn.Module | None:
+    """A copy with all layers that oneDNN prepacks prepacked, the best dense on a CPU; None where there are none."""
+    dense = next(provider for provider in PROVIDERS if provider.dense)
+    lent = borrowed(model)
+    layers = [
+        name
+        for name, layer in model.named_modules()
+        if input_dim(layer) is not None
+        and not isinstance(layer, nn.Conv2d)
+        and layer not in lent
+        and not (unfit(layer) or dense.refuses(layer))
+    ]
+    if not layers:
+        return None
+    model = copy.deepcopy(model)
+    for name in layers:
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, PrepackedLinear.from_linear(layer, tokens=tokens, transposed=is_transposed(layer)))
+    return model
+
+
+@torch.no_grad()
+def model_speeds(models: Mapping[str, nn.Module], tokens: Tensor, budget: float) -> dict[str, Timing]:
+    """Every model against ``"plain"`` on the same tokens, in turns.
+
+    Raises:
+        RuntimeError: one computes something else.
+    """
+    plain = models["plain"]
+    expected = output_of(plain, tokens)
+    for name, model in models.items():
+        check_same(model, expected, tokens, name)
+
+    def run(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: output_of(model, x)
+
+    timer = clock(tokens.device, cold=False)  # a model finds in the cache what its own size leaves there
+    times = tune.race({name: run(model) for name, model in models.items()}, tokens, timer, budget)
+    dense = min(times.keys() - {"compressed"}, key=lambda name: statistics.median(times[name]))
+    return {name: tune.compare(taken, times["plain"], times[dense]) for name, taken in times.items()}
+
+
+def layer_speeds(
+    model: nn.Module, counts: Sequence[int], *, cold: bool, budget: float, progress: Progress
+) -> list[dict[str, Any]]:
+    """Every kind of compressed layer against the dense layer that it stands for."""
+    kinds: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Compressed):
+            kind = type(layer).__name__, layer.out_features, layer.in_features, layer.bias is not None
+            kinds.setdefault(kind, []).append((name, layer))
+    found = []
+    for (kind, rows, cols, _), members in progress(list(kinds.items())):
+        layer = members[0][1]
+        plain = layer.to_linear().eval()
+        dense = best_dense(nn.Sequential(plain), max(counts))
+        calls = {"compressed": layer} if dense is None else {"compressed": layer, "best dense": dense[0]}  # type: ignore[index]
+        weight, timings = plain.weight, {}
+        for count in counts:
+            x = torch.randn(count, cols, device=weight.device).to(weight.dtype)
+            timer = clock(weight.device, cold=cold)
+            measured = tune.measure(calls, plain, x, dense=("best dense",), clock=timer, budget=budget)["compressed"]
+            if measured is None:
+                raise RuntimeError(f"{members[0][0]} computes something else than its dense layer at {count} tokens")
+            timings[count] = asdict(measured)
+        found.append({"kind": kind, "shape": [rows, cols], "layers": [name for name, _ in members], "timings": timings})
+    return found

@@ -1,0 +1,119 @@
+"""The weights and masks in safetensors files, one after the other; nothing is unpickled and no model is built."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checkpoint.archive import read
+from ..checkpoint.structure import join, parse
+from ..masks import Axis, MaskInfo
+from ..ops import unpack_bits
+
+Masks = Mapping[str, tuple[Tensor, MaskInfo]]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a layer is in its model: the axis of its inputs, and why no pattern is asked of it, if so."""
+
+    axis: Axis
+    exempt: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The weight of one layer as it is stored, in the layer's own shape; ``stored`` in bytes, without its mask."""
+
+    name: str
+    weight: Tensor
+    role: Role
+    stored: int
+    mask: Tensor | None = None
+    info: MaskInfo | None = None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether ``sparsekit.save`` wrote the file.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return "sparsekit" in (file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
+
+
+def read_masks(path: Path) -> dict[str, tuple[Tensor, MaskInfo]]:
+    """The masks of a file that ``sparsekit.save`` wrote, by layer; no weight is read.
+
+    Raises:
+        ValueError: it is another file.
+    """
+    if not is_ours(path):
+        raise ValueError(f"{path} was not written by sparsekit.save")
+    with safe_open(path, "pt") as file:
+        layers, _ = parse(file.metadata()["sparsekit"])
+        return {
+            name: (_mask(file.get_tensor(join(name, "weight_mask")), layer.shape), layer.mask)
+            for name, layer in layers.items()
+            if layer.mask is not None
+        }
+
+
+def own_matrices(path: Path) -> Iterator[Matrix]:
+    """The layers that are compressed or pruned in a file that ``sparsekit.save`` wrote, unpacked.
+
+    Raises:
+        ValueError: the file was altered, or its layers are not what it says.
+    """
+    try:
+        structure, tensors = read(path)
+        layers, shared = parse(structure or "")
+        tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
+        for name, layer in layers.items():
+            layer.check(name, tensors)
+            bits = tensors.pop(join(name, "weight_mask"), None)
+            bias = tensors.get(join(name, "bias"))
+            held = {key for key in tensors if key.rpartition(".")[0] == name}
+            stored = sum(tensors[key].nbytes for key in held) - (0 if bias is None else bias.nbytes)
+            layer.densify(name, tensors)
+            axis = layer.mask.axis if layer.mask else 0 if layer.transposed else 1
+            mask = None if bits is None else _mask(bits, layer.shape)
+            yield Matrix(name, tensors.pop(join(name, "weight")), Role(axis), stored, mask, layer.mask)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def matrices(files: Iterable[Path], roles: Mapping[str, Role] | None, masks: Masks) -> Iterator[Matrix]:
+    """The weights of layers in ordinary safetensors files.
+
+    Args:
+        files: the files of one model.
+        roles: the layers; None takes every tensor of two dimensions and more whose name ends in ``weight``.
+        masks: stored masks, by layer.
+
+    Raises:
+        ValueError: a file is broken.
+    """
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    name, _, part = key.rpartition(".")
+                    role = Role(1) if roles is None else roles.get(name)
+                    if part != "weight" or role is None or len(file.get_slice(key).get_shape()) < 2:
+                        continue
+                    weight = file.get_tensor(key)
+                    yield Matrix(name, weight, role, weight.nbytes, *masks.get(name, (None, None)))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
+
+
+def _mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return unpack_bits(bits, math.prod(shape[1:])).view(shape)
