@@ -1,11 +1,18 @@
 """Models to save, and what a checkpoint must bring back."""
 
+import json
+
+import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiering import prune_tiers
 from torch import nn
 
 import sparsekit as sk
+from sparsekit.checkpoint import archive
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
-from sparsekit.nn import Linear24, PrepackedLinear
+from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
 
 ROWS, COLS = 12, 10  # a tail of two columns, and a mask row that ends within a byte
 
@@ -57,11 +64,25 @@ def mixed(model: Net) -> Net:
     return model
 
 
-MAKERS = {"dense": make, "pruned": lambda: prune(make()), "mixed": lambda: mixed(make())}
+def tiered(model: Net) -> Net:
+    """Blocks of 8x8, padded at both edges; 2 dense, 2 of 2:4 and 2 of top-3 in all."""
+    for layer in (model.second, model.third):
+        prune_tiers(layer, block=(8, 8), k=3, shares=(0.25, 0.5))
+    model.third = TieredLinear.from_linear(model.third)
+    return model
+
+
+MAKERS = {
+    "dense": make,
+    "pruned": lambda: prune(make()),
+    "mixed": lambda: mixed(make()),
+    "tiered": lambda: tiered(make()),
+}
 TARGETS = {
     "fresh": lambda: make(1),
     "pruned": lambda: prune(make(1)),
     "mixed": lambda: mixed(make(1)),
+    "tiered": lambda: tiered(make(1)),
     "untied": lambda: make(1, tied=False),
 }
 
@@ -76,3 +97,24 @@ def contents(model):
     }
     kinds = {name: (type(module), module.training) for name, module in model.named_modules()}
     return state, masks, kinds
+
+
+def refuse(path, match, model=None):
+    """The file is refused by name and for this reason, and the model is left alone."""
+    model = mixed(make(1)) if model is None else model
+    before, modules = contents(model), list(model.modules())
+    with pytest.raises(ValueError, match=match) as caught:
+        sk.load(model, path)
+    assert str(path) in str(caught.value)
+    assert contents(model) == before
+    assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
+
+
+def forge(path, change):
+    """Rewrites a good checkpoint with a changed structure or tensors, and a digest that fits: a hostile writer's."""
+    with safe_open(path, "pt") as file:
+        structure = json.loads(file.metadata()["sparsekit"])
+    tensors = load_file(path)
+    structure = change(structure, tensors) or structure
+    text = structure if isinstance(structure, str) else json.dumps(structure)
+    archive.write(path, tensors, archive.seal(text, tensors))

@@ -1,14 +1,12 @@
 """Files that are not what was written: each is refused by name, and leaves the model alone."""
 
-import json
 import os
 import struct
 
 import pytest
 import torch
-from checkpoints import contents, make, mixed
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from checkpoints import contents, forge, make, mixed, refuse
+from safetensors.torch import save_file
 from torch import nn
 
 import sparsekit as sk
@@ -20,16 +18,6 @@ from sparsekit.nn import Linear24
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "model.safetensors"
-
-
-def refuse(path, match, model=None):
-    model = mixed(make(1)) if model is None else model
-    before, modules = contents(model), list(model.modules())
-    with pytest.raises(ValueError, match=match) as caught:
-        sk.load(model, path)
-    assert str(path) in str(caught.value)
-    assert contents(model) == before
-    assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
 
 
 def test_refuses_a_truncated_file(path):
@@ -65,16 +53,6 @@ def test_refuses_what_is_no_checkpoint(path, tmp_path):
     refuse(path, "it is a safetensors file, but not one that sparsekit.save wrote")
     with pytest.raises(FileNotFoundError):
         sk.load(make(), tmp_path / "missing")
-
-
-def forge(path, change):
-    """Rewrites a good checkpoint with a changed structure or tensors, and a digest that fits: a hostile writer's."""
-    with safe_open(path, "pt") as file:
-        structure = json.loads(file.metadata()["sparsekit"])
-    tensors = load_file(path)
-    structure = change(structure, tensors) or structure
-    text = structure if isinstance(structure, str) else json.dumps(structure)
-    archive.write(path, tensors, archive.seal(text, tensors))
 
 
 def _put(*keys, value):
