@@ -1,12 +1,10 @@
-"""The orderings that must hold, on made-up layers and on a trained language model."""
+"""What pruning must not depend on, methods of the user, and sequential pruning of a trained language model."""
 
 import copy
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
-import pytest
 import torch
+from language import stories
 from pruning import stack
 from torch import nn
 
@@ -76,64 +74,17 @@ def test_a_method_with_its_own_statistic_plugs_in():
     assert changed.all()  # kept weights were updated
 
 
-@dataclass(frozen=True)
-class Random(Method):
-    def prune(self, weight, statistic):
-        generator = torch.Generator().manual_seed(weight.numel())
-        mask = Pattern.parse(self.pattern).mask(torch.rand(weight.shape, generator=generator))
-        return weight * mask, mask
-
-
-@pytest.fixture(scope="module")
-def language_model():
-    """A trained Llama of 260 thousand parameters, and calibration batches of its own kind of text."""
-    data = os.environ.get("SPARSEKIT_DATA")
-    if not data:
-        pytest.skip("SPARSEKIT_DATA is unset")
-    transformers = pytest.importorskip("transformers")
-    folder = Path(data) / "ckpt_stories260K" / "hf"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    stories = (Path(data) / "tinystories" / "tinystories_sample.txt").read_text().split("<|endoftext|>")[200:260]
-    tokens = [torch.tensor(tokenizer(story.strip(), max_length=128, truncation=True)["input_ids"]) for story in stories]
-    rows = torch.stack([story for story in tokens if len(story) == 128])[:24]
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, [{"input_ids": batch} for batch in rows.split(12)]
-
-
-def test_layer_errors_on_a_real_language_model(language_model):
-    dense, batches = language_model
-    errors = {}
-    for method in (Random("2:4"), sk.Magnitude("2:4"), sk.Wanda("2:4")):
-        model = copy.deepcopy(dense)
-        report = sk.prune_(model, method, batches, sequential=False)
-        errors[type(method).__name__] = report.error
-        assert len(report.layers) == 35 and report.sparsity == 0.5
-        assert [(layer.name, layer.reason) for layer in report.skipped] == [
-            ("lm_head", "its weight is tied to model.embed_tokens.weight")
-        ]
-        for module in model.modules():
-            if (mask := get_mask(module)) is not None:
-                assert torch.equal(module.weight != 0, mask)
-    assert errors["Random"] > 1.5 * errors["Magnitude"]
-    assert errors["Magnitude"] > 1.05 * errors["Wanda"]
-    assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
-
-
-def test_sequential_pruning_of_a_real_language_model(language_model):
-    dense, batches = language_model
-    model, hidden = copy.deepcopy(dense), []
-    reference = copy.deepcopy(dense)
-    report = sk.prune_(model, sk.Wanda("2:4"), batches)
+def test_sequential_pruning_of_a_real_language_model(data):
+    language = stories(data)
+    model, reference = copy.deepcopy(language.model), copy.deepcopy(language.model)
+    report = sk.prune_(model, sk.Wanda("2:4"), language.batches)
     assert [layer.name.split(".")[2] for layer in report.layers] == [str(block) for block in range(5) for _ in range(7)]
     # Pruning the first block by itself, then the second on what it gives, is what sequential means.
     for block in ("0", "1"):
-        sk.prune_(reference, sk.Wanda("2:4"), batches, where=lambda name, _, b=block: f"layers.{b}." in name)
+        sk.prune_(reference, sk.Wanda("2:4"), language.batches, where=lambda name, _, b=block: f"layers.{b}." in name)
     for block in (0, 1):
         for (name, got), expected in zip(
             model.model.layers[block].named_parameters(), reference.model.layers[block].parameters(), strict=True
         ):
             assert torch.equal(got, expected), name
-    with torch.no_grad():
-        for llama in (dense, model):
-            hidden.append(llama(**batches[0]).logits)
-    assert torch.isfinite(hidden[1]).all() and not torch.equal(*hidden)
+    assert language.perplexity(language.model) < language.perplexity(reference) < language.perplexity(model)

@@ -37,7 +37,8 @@ def tier_mask(weight: Tensor, score: Tensor, tier_map: TierMap, criterion: Crite
     if criterion == "published":
         weight = tier_prune(weight, tiers.clamp(max=SPARSE24), k, block)[0]
         return tier_prune(weight, tiers, k, block)[1]
-    return tier_prune(torch.where(weight != 0, score, 0), tiers, k, block)[1]
+    least = torch.finfo(score.dtype).tiny  # kept weights of inputs that are always 0 still rank before dropped ones
+    return tier_prune(torch.where(weight != 0, score.clamp(min=least), 0), tiers, k, block)[1]
 
 
 def demote(
