@@ -12,7 +12,7 @@ from ..ops import pack_hardware24
 from ..ops.hardware_linear24 import padded_shape
 from ..ops.layouts import device_name
 from .linear24 import Linear24
-from .shared import autocast_dtype
+from .shared import autocast_dtype, call_op
 
 LINEAR24 = torch.ops.sparsekit.linear24.default
 HARDWARE = torch.ops.sparsekit.hardware_linear24.default
@@ -162,8 +162,8 @@ class RoutedLinear24(Linear24):
             return F.linear(x, self.dense, bias)
         if kernel == "hardware" and self.packed is not None:
             _, _, alg_id, split_k, mode = route
-            return _call(HARDWARE, x, self.packed, bias, self.out_features, self.layout, alg_id, split_k, mode)
-        return _call(LINEAR24, x, parameters["values"], self._buffers["bitmask"], bias)
+            return call_op(HARDWARE, x, self.packed, bias, self.out_features, self.layout, alg_id, split_k, mode)
+        return call_op(LINEAR24, x, parameters["values"], self._buffers["bitmask"], bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedLinear24":
         before = self.values.data_ptr(), self.values.dtype, self.values.device
@@ -194,10 +194,3 @@ def _kept(old: Tensor | None, new: Tensor) -> Tensor:
     if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
         return new
     return old.copy_(new)
-
-
-def _call(op: Callable[..., Tensor], *args: Any) -> Tensor:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python: 5 us
-        return op(*args)
