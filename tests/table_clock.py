@@ -4,11 +4,12 @@ import torch
 from compressing import blocks
 
 from sparsekit.compress import clock
-from sparsekit.nn import RoutedLinear24
+from sparsekit.nn import RoutedLinear24, TieredLinear
 
 
 class TableClock:
-    """Tells times from a table: by ``"plain"``, ``"linear24"`` or a route, a number or a function of the tokens."""
+    """Tells times from a table: by ``"plain"``, ``"linear24"``, ``"tiered"`` or a route, a number or a function of the
+    tokens."""
 
     def __init__(self, table):
         self.table, self.cold = table, False
@@ -18,7 +19,7 @@ class TableClock:
         pass
 
     def seconds(self, call, x):
-        name = "plain"
+        name = "tiered" if isinstance(call, TieredLinear) else "plain"
         if isinstance(call, RoutedLinear24):
             (route,) = call.plan.routes
             name = route[2:] if route.kernel == "hardware" else route.kernel

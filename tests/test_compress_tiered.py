@@ -3,8 +3,10 @@
 import pytest
 import torch
 from compressing import assert_same, blocks, decisions, reasons, snapshot
+from table_clock import few, install_clock
 from tiering import prune_tiers, tiered_linear, tiers_of
 from torch import nn
+from vendor import Vendor, install
 
 import sparsekit as sk
 from sparsekit.compress import choose, providers
@@ -210,3 +212,23 @@ def test_tier_map_of_a_layer_without_tiers():
         TierMap.of(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="got one of '2:4'"):
         TierMap.of(blocks(1)[0].up)
+
+
+@pytest.mark.parametrize(("seconds", "decision"), [(0.5, "tiered"), (few(0.5, 0.99), "plain")], ids=["always", "few"])
+def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, decision):
+    monkeypatch.undo()  # of the measurement
+    install(monkeypatch, Vendor())
+    compiled = {"linear_tiered": {"cpu": "acted"}, "linear24": {"cpu": "acted"}}
+    monkeypatch.setattr(providers, "backends", lambda: compiled)
+    table = install_clock(monkeypatch)
+    table |= {"tiered": seconds, "linear24": 0.5, "other": 0.5}
+    model = nn.Sequential(tiered_linear(64, 64), nn.Linear(64, 64)).half().eval()
+    sk.prune_(model, sk.Magnitude("2:4"), where=lambda name, _: name == "1")
+    before, batches = snapshot(model), [torch.randn(tokens, 64).half() for tokens in (1, 300)]
+    report = sk.compress_(model, batches)
+    assert decisions(report) == {"0": decision, "1": "2:4"}
+    assert report.layers[0].timing(512).ratio == pytest.approx(1 / (seconds if decision == "tiered" else 0.99))
+    if decision == "plain":
+        assert report.layers[0].reason == "2:4: not 2:4; tiered: 1.01x, 100% won at 512 tokens"
+    sk.decompress_(model)
+    assert_same(snapshot(model), before)

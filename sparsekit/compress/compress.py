@@ -38,16 +38,18 @@ def compress_(
     layer and against each other, each after its result was checked. Where the model is larger than the last cache of
     its device, weights are timed from memory.
 
-    *On a CPU* a layer becomes ``nn.Linear24`` where its weight is 2:4 (by its stored mask, else by its zeros), or
-    ``nn.PrepackedLinear`` in eval mode. It is one module for all token counts, taken only if its median ratio to the
-    plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count seen; of several the one that needs
-    the least time over all calls of the sample. Measure on a quiet machine: where other programs take the cores,
-    whatever uses several threads looks slow, and layers stay that need not.
+    *On a CPU* a layer becomes ``nn.Linear24`` where its weight is 2:4 (by its stored mask, else by its zeros),
+    ``nn.TieredLinear`` where its blocks in tiers take at most 90 % of the dense bytes, as ``progressive_tiers`` and
+    pruning by blocks leave them, or ``nn.PrepackedLinear`` in eval mode. It is one module for all token counts, taken
+    only if its median ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count
+    seen; of several the one that needs the least time over all calls of the sample. Measure on a quiet machine: where
+    other programs take the cores, whatever uses several threads looks slow, and layers stay that need not.
 
     *On a GPU* a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest kernel
     at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that gave a
     wrong result once is refused. A layer stays if at some count nothing is faster; with ``keep_dense`` those counts are
-    computed by a dense copy. A call takes as long as the device or the host, whichever needs longer.
+    computed by a dense copy. A call takes as long as the device or the host, whichever needs longer. A layer in tiers
+    becomes ``nn.TieredLinear`` where that is faster at every count.
 
     ``nn.Linear`` and transformers' ``Conv1D`` are swapped; layers with tied weights, hooks, parametrizations or a
     parent that reads their weight stay, and the report says why. ``decompress_`` undoes it: the same module and

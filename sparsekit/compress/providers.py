@@ -87,14 +87,14 @@ def _is_24(kept: Tensor) -> bool:
 
 
 def refuses_tiered(layer: nn.Linear) -> str | None:
-    """Why a layer cannot become a ``TieredLinear``, or none that is worth measuring; None where it can."""
-    if backends()["linear_tiered"].get(layer.weight.device.type, "reference") == "reference":
-        return f"no compiled tiered kernel for {layer.weight.device.type}"
+    """Why a layer cannot become a ``TieredLinear``, or is not worth measuring as one; None where it is."""
     kept = kept_matrix(layer)
     if int(kept.count_nonzero()) > MOST_BYTES * kept.numel():
         return "hardly sparse"
     if _is_24(kept):
         return "2:4 holds it"
+    if backends()["linear_tiered"].get(layer.weight.device.type, "reference") == "reference":
+        return f"no compiled tiered kernel for {layer.weight.device.type}"
     block, k = tier_sizes(layer)
     try:
         pack_tiered(layer.weight.detach()[:0], block=block, k=k)
