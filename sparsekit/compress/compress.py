@@ -107,7 +107,7 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
 
     Weights come back bit for bit (a -0.0 that 2:4 did not store as 0.0), with what happened since: training, loading,
     ``to(dtype)``. Masks, flags and the keys of the state dict are what they were. What ``load`` compressed
-    is undone as well. A ``Linear24`` or ``PrepackedLinear`` put there by hand becomes a new ``nn.Linear``.
+    is undone as well. A compressed layer of ``sparsekit.nn`` put there by hand becomes a new ``nn.Linear``.
 
     Returns:
         The names of the layers that were restored.

@@ -40,7 +40,7 @@ def find_sites(model: nn.Module, where: Where | None) -> list[Site]:
             continue
         reason = unfit(layer) or lent.get(layer)
         if layer is model:
-            reason = "it is the model itself: use Linear24.from_linear or PrepackedLinear.from_linear"
+            reason = "it is the model itself: use from_linear of Linear24, TieredLinear or PrepackedLinear"
         rows, cols = layer.weight.shape
         shape = (cols, rows) if is_transposed(layer) else (rows, cols)
         sites.append(Site(name, layer, hangs.get(layer, []), reason, shape))
