@@ -16,11 +16,12 @@ from ..compress.clock import cache_bytes
 from ..compress.tune import Timing
 from . import terminal
 from .compress import compressed
+from .errors import check_positive
 from .folders import BENCH_REPORT, COMPRESSED, check_folder
 from .models import device_of, empty_model, load_dense, read_config, without_cache
 from .options import Options
 from .page import write_page
-from .speed import best_dense, check_tokens, layer_speeds, model_speeds, random_tokens
+from .speed import check_tokens, layer_speeds, model_speeds, prepacked, random_tokens
 
 SLOWER = 0.97  # less than this is slower, and not the noise of a good machine
 
@@ -50,6 +51,7 @@ class Bench(Options):
     report: bool = False
 
     def run(self) -> int:
+        check_positive(seconds=self.seconds, budget=self.budget)
         models = self.models()
         with without_cache(models["plain"]), without_cache(models["compressed"]):
             whole = {}
@@ -74,7 +76,7 @@ class Bench(Options):
         return 0
 
     def models(self) -> dict[str, Any]:
-        """The plain model, the best dense one where it is another, and the compressed one."""
+        """The plain model, the one that oneDNN prepacks where it does, and the compressed one."""
         check_folder(self.folder)
         device = device_of(self.device)
         if (self.folder / COMPRESSED).exists():
@@ -91,7 +93,7 @@ class Bench(Options):
                 compressed(sparse, self.tokens, self.budget)
         found: dict[str, nn.Module | None] = {
             "plain": plain,
-            "best dense": best_dense(plain, max(self.tokens)),
+            "prepacked": prepacked(plain, max(self.tokens)),
             "compressed": sparse,
         }
         return {name: model for name, model in found.items() if model is not None}

@@ -19,6 +19,11 @@ def bars(values: Sequence[float | None], names: Sequence[str], label: str, *, pe
     kinds = list(dict.fromkeys(_kind(name) for name in names))
     step = (WIDTH - LEFT) / max(len(values), 1)
     shown = []
+    for share in (0, 0.5, 1):
+        y, value = TOP + HEIGHT * (1 - share), top * share
+        text = f"{100 * value:.3g}%" if percent else f"{value:.3g}"
+        shown.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        shown.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for index, (value, name) in enumerate(zip(values, names, strict=True)):
         if value is None:
             continue
@@ -29,11 +34,6 @@ def bars(values: Sequence[float | None], names: Sequence[str], label: str, *, pe
             f'y="{TOP + HEIGHT - high:.2f}" width="{max(step * 0.86, 0.5):.2f}" height="{high:.2f}">'
             f"<title>{escape(name)}: {text}</title></rect>"
         )
-    for share in (0, 0.5, 1):
-        y, value = TOP + HEIGHT * (1 - share), top * share
-        text = f"{value:.0%}" if percent else f"{value:.3g}"
-        shown.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        shown.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     box = f"0 0 {WIDTH} {HEIGHT + TOP + 8}"
     return f'<svg role="img" aria-label="{escape(label)}" viewBox="{box}">{"".join(shown)}</svg>'
 
@@ -83,8 +83,8 @@ def _kind(name: str) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 5 and 10 times a power of ten."""
+    """The next of a few round steps of a power of ten."""
     if value <= 0:
         return 1.0
     power = 10.0 ** torch.tensor(value).log10().floor().item()
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value * 0.999999)
+    return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= value * 0.999999)

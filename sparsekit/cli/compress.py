@@ -11,8 +11,8 @@ from .. import CompressReport, compress_, save
 from .._files import write_json
 from ..compress.cache import machine
 from . import terminal
-from .errors import UsageError
-from .folders import COMPRESS_REPORT, COMPRESSED, check_out, new_folder
+from .errors import UsageError, check_positive
+from .folders import COMPRESS_REPORT, COMPRESSED, check_folder, check_out, new_folder
 from .models import Dtype, batch_of, copy_tokenizer, load_dense, output_of, without_cache
 from .options import Options
 from .page import write_page
@@ -59,6 +59,8 @@ class Compress(Options):
     report: bool = False
 
     def run(self) -> int:
+        check_positive(budget=self.budget)
+        check_folder(self.folder)
         if self.out is not None:
             check_out(self.out, overwrite=self.overwrite)
         elif (self.folder / COMPRESSED).exists() and not self.overwrite:

@@ -18,6 +18,13 @@ def usage() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+def check_positive(**options: float) -> None:
+    """Rejects numbers that are not above zero, by the names of their options."""
+    for name, value in options.items():
+        if not value > 0:
+            raise UsageError(f"--{name} must be positive, got {value}")
+
+
 def regex(text: str) -> re.Pattern[str]:
     """The regular expression of an option."""
     try:

@@ -99,8 +99,10 @@ def stored_layers(path: Path) -> Iterator[Matrix]:
             raise UsageError(f"{path} is no .safetensors file, and nothing else is read")
         return own_matrices(path) if is_ours(path) else matrices([path], None, {})
     check_folder(path)
-    if not (files := model_files(path)):
-        return own_matrices(path / COMPRESSED)
+    files = model_files(path)
+    ours = [file for file in files if is_ours(file)] if files else [path / COMPRESSED]
+    if ours:
+        return own_matrices(ours[0])
     masks = read_masks(path / PRUNED) if (path / PRUNED).exists() else {}
     return matrices(files, roles_of(path, files), masks)
 

@@ -20,8 +20,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 def transformers() -> Any:
     """The package, imported when it is needed (seconds) and told to leave the terminal to us."""
+    import huggingface_hub
     import transformers as package
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     package.utils.logging.set_verbosity_error()
     package.utils.logging.disable_progress_bar()
     return package

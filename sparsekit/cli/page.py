@@ -51,7 +51,8 @@ def _heading(pruned: dict[str, Any] | None, folder: Path) -> str:
     said = f"{pruned['architecture']}, {pruned['method']}"
     if calibration["text"] != "none":
         said += f", calibrated on {calibration['windows']} windows of {calibration['window']} tokens"
-    return f'<h1>{escape(pruned["model"])}</h1><p class="sub">{escape(said)}</p>'
+    name = Path(pruned["model"]).name
+    return f'<h1>{escape(name)}</h1><p class="sub">{escape(pruned["model"])}<br>{escape(said)}</p>'
 
 
 def _tiles(pruned: dict[str, Any] | None, packed: dict[str, Any] | None, timed: dict[str, Any] | None) -> str:
@@ -74,7 +75,7 @@ def _tiles(pruned: dict[str, Any] | None, packed: dict[str, Any] | None, timed: 
     if packed:
         now = sum(layer["decision"] != "plain" for layer in packed["layers"])
         tiles.append((f"{now} of {len(packed['layers'])}", "layers swapped for a faster one"))
-    if timed:
+    if timed and timed["layers"]:
         count, best = max(timed["models"].items(), key=lambda item: item[1]["compressed"]["ratio"])
         tiles.append((f"{best['compressed']['ratio']:.2f}x", f"plain dense at best, at {count} tokens"))
     shown = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles)

@@ -54,8 +54,8 @@ def check_same(model: nn.Module, expected: Tensor, tokens: Tensor, what: str) ->
         raise RuntimeError(f"the {what} model computes something else: off by {off:.2g} of the largest output")
 
 
-def best_dense(model: nn.Module, tokens: int) -> nn.Module | None:
-    """A copy with all layers that oneDNN prepacks prepacked, the best dense on a CPU; None where there are none."""
+def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
+    """A copy with oneDNN's prepacked layers, which is often the best dense on a CPU; None where no layer can be."""
     dense = next(provider for provider in PROVIDERS if provider.dense)
     lent = borrowed(model)
     layers = [
@@ -109,13 +109,13 @@ def layer_speeds(
     for (kind, rows, cols, _), members in progress(list(kinds.items())):
         layer = members[0][1]
         plain = layer.to_linear().eval()
-        dense = best_dense(nn.Sequential(plain), max(counts))
-        calls = {"compressed": layer} if dense is None else {"compressed": layer, "best dense": dense[0]}  # type: ignore[index]
+        dense = prepacked(nn.Sequential(plain), max(counts))
+        calls = {"compressed": layer} if dense is None else {"compressed": layer, "prepacked": dense[0]}  # type: ignore[index]
         weight, timings = plain.weight, {}
         for count in counts:
             x = torch.randn(count, cols, device=weight.device).to(weight.dtype)
             timer = clock(weight.device, cold=cold)
-            measured = tune.measure(calls, plain, x, dense=("best dense",), clock=timer, budget=budget)["compressed"]
+            measured = tune.measure(calls, plain, x, dense=("prepacked",), clock=timer, budget=budget)["compressed"]
             if measured is None:
                 raise RuntimeError(f"{members[0][0]} computes something else than its dense layer at {count} tokens")
             timings[count] = asdict(measured)

@@ -13,7 +13,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 60px; }
 h1 { font-size: 27px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 18px; margin: 38px 0 10px; }
 .sub { color: var(--soft); margin: 2px 0 22px; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(195px, 1fr)); gap: 12px; }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
@@ -33,7 +33,7 @@ th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--li
 th { color: var(--soft); font-weight: 500; } tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child, .left { text-align: left; } td.wrap { white-space: normal; min-width: 240px; }
 td.wrap, td:first-child { overflow-wrap: anywhere; } tbody tr:hover { background: var(--paper); }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 14px; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px; }
 figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; border: 1px solid var(--line);
-  border-radius: 6px; display: block; } figcaption { overflow-wrap: anywhere; }
+  border-radius: 6px; display: block; } figcaption { overflow-wrap: anywhere; font-size: 12px; margin-top: 4px; }
 """
