@@ -74,8 +74,9 @@ def choose(sites: list[Site], settings: Settings) -> dict[str, Choice]:
     alike: dict[Kind, list[Site]] = {}
     for site in sites:
         offers = tuple(name for name, refusal in refusals[site.name].items() if refusal is None)
+        tiers = Tiers.of(site.layer).rounded() if "tiered" in offers else None
         for tokens in sorted(site.calls) if offers else ():
-            alike.setdefault(_kind(site, offers, tokens, settings), []).append(site)
+            alike.setdefault(_kind(site, offers, tiers, tokens, settings), []).append(site)
     timings: dict[str, dict[int, tune.Timings]] = {site.name: {} for site in sites}
     for kind, members in settings.progress(list(alike.items())):
         measured = _timings(kind, members[0].layer, settings.budget)
@@ -95,7 +96,7 @@ def layout_tokens(site: Site) -> int:
     return max(site.calls)
 
 
-def _kind(site: Site, offers: tuple[str, ...], tokens: int, settings: Settings) -> Kind:
+def _kind(site: Site, offers: tuple[str, ...], tiers: Tiers | None, tokens: int, settings: Settings) -> Kind:
     layer, device = site.layer, site.layer.weight.device
     return Kind(
         device_name=device_name(device),
@@ -109,7 +110,7 @@ def _kind(site: Site, offers: tuple[str, ...], tokens: int, settings: Settings) 
         cold=settings.cold(device),
         graphs=settings.graphs and clock.is_gpu(device),
         keep_dense=settings.keep_dense and clock.is_gpu(device),
-        tiers=Tiers.of(layer).rounded() if "tiered" in offers else None,
+        tiers=tiers,
     )
 
 
@@ -117,24 +118,15 @@ def _timings(kind: Kind, layer: nn.Linear, budget: float) -> tune.Timings:
     device, dtype = layer.weight.device, layer.weight.dtype
 
     def measure() -> tune.Timings:
-        rows, cols = kind.shape
         offers = [provider for provider in PROVIDERS if provider.name in kind.providers]
         generator = torch.Generator(device).manual_seed(0)  # the caller's random state is not ours to move
         randn = partial(torch.randn, generator=generator, device=device)
-        weight, mask = randn(rows, cols).div_(cols**0.5).to(dtype), None
-        if kind.tiers is not None:
-            weight, mask = kind.tiers.prune(weight, generator)
-        elif any(not provider.dense for provider in offers):
-            weight = nm_prune(weight, 2, 4)[0]
-        bias = randn(rows).to(dtype) if kind.bias else None
-        plain = _stand_in(layer, weight.t().contiguous() if kind.transposed else weight, bias)
-        if kind.tiers is not None and mask is not None:
-            set_mask(plain, mask.t() if kind.transposed else mask, kind.tiers.info(0 if kind.transposed else 1))
-        x = randn(kind.tokens, cols).to(dtype)
+        plain = _stand_in(kind, layer, randn, generator)
+        x = randn(kind.tokens, kind.shape[1]).to(dtype)
         timer = clock.clock(device, cold=kind.cold, graphs=kind.graphs)
         calls: dict[str, clock.Call]
         if clock.is_gpu(device) and "2:4" in kind.providers:
-            names, _ = gpu.layouts(dtype, cols, device)
+            names, _ = gpu.layouts(dtype, kind.shape[1], device)
             calls, wrong = gpu.offers(plain, x, names, timer, transposed=kind.transposed, keep_dense=kind.keep_dense)
         else:
             calls = {offer.name: offer.build(plain, kind.layout_tokens, kind.transposed) for offer in offers}
@@ -146,16 +138,27 @@ def _timings(kind: Kind, layer: nn.Linear, budget: float) -> tune.Timings:
     return cache.remembered(asdict(kind), measure, device)
 
 
-def _stand_in(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer of the same class with other tensors, in eval mode."""
+def _stand_in(kind: Kind, layer: nn.Linear, randn: Callable[..., Tensor], generator: torch.Generator) -> nn.Linear:
+    """A layer of the same class and kind with random tensors, in eval mode."""
+    (rows, cols), dtype = kind.shape, layer.weight.dtype
+    weight = randn(rows, cols).div_(cols**0.5).to(dtype)
+    if kind.tiers is not None:
+        weight = kind.tiers.prune(weight, generator)
+    elif "2:4" in kind.providers:
+        weight = nm_prune(weight, 2, 4)[0]
     plain = copy.copy(layer)
+    tensors = {
+        "weight": weight.t().contiguous() if kind.transposed else weight,
+        "bias": randn(rows).to(dtype) if kind.bias else None,
+    }
     plain._parameters = {
-        name: None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-        for name, tensor in (("weight", weight), ("bias", bias))
+        name: None if tensor is None else nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
     }
     plain._buffers = {}
     plain.__dict__.pop("weight_mask_info", None)
     plain.training = False
+    if kind.tiers is not None:
+        set_mask(plain, plain.weight != 0, kind.tiers.info(0 if kind.transposed else 1))
     return plain
 
 

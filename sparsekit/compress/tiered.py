@@ -58,10 +58,10 @@ class Tiers:
         """What a mask of these sizes says of itself."""
         return MaskInfo(Pattern(n=self.k, unit=self.block, tiers=True), axis)
 
-    def prune(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``(pruned, mask)``: a weight with as many blocks of each form, in places drawn at random."""
+    def prune(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """A weight with as many blocks of each form, in places drawn at random."""
         grid = [-(-size // side) for size, side in zip(weight.shape, self.block, strict=True)]
         drawn = torch.rand(grid, generator=generator, device=weight.device).flatten().argsort().view(grid)
         dense, middle = (round(share * drawn.numel()) for share in self.shares)
         tiers = torch.where(drawn < dense, DENSE, torch.where(drawn < dense + middle, SPARSE24, TOPK))
-        return tier_prune(weight, tiers.to(torch.uint8), self.k, self.block)[:2]
+        return tier_prune(weight, tiers.to(torch.uint8), self.k, self.block)[0]
