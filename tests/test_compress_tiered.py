@@ -13,6 +13,7 @@ from sparsekit.compress import choose, providers
 from sparsekit.compress.tiered import Tiers
 from sparsekit.masks import get_mask_info, remove_mask, smallest_tiers
 from sparsekit.nn import TieredLinear
+from sparsekit.ops import backends
 from sparsekit.tiers import Ratios, Step, TierMap, tier_iteration
 
 
@@ -232,3 +233,14 @@ def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, 
         assert report.layers[0].reason == "2:4: not 2:4; tiered: 1.01x, 100% won at 512 tokens"
     sk.decompress_(model)
     assert_same(snapshot(model), before)
+
+
+def test_measured_for_real_on_small_layers():
+    model, x = stack(), torch.randn(3, 80)
+    expected = model(x)
+    report = sk.compress_(model, x, budget=0.01)
+    compiled = backends()["linear_tiered"]["cpu"] != "reference"
+    for layer in report.layers:
+        assert layer.timings[4].keys() == {"plain", "prepacked"} | ({"tiered"} if compiled else set())
+        assert None not in layer.timings[4].values()  # every provider gave the right result
+    torch.testing.assert_close(model(x), expected)
