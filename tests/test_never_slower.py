@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from helpers import dtype_id
+from tiering import prune_tiers
 from torch import nn
 
 import sparsekit as sk
@@ -15,20 +16,24 @@ from bench import shapes
 TOKENS = (1, 16, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
-    pytest.param(shape, dtype, marks=[pytest.mark.slow] if shape in shapes.LARGE else [])
+    pytest.param(shape, dtype, pattern, marks=[pytest.mark.slow] if shape in shapes.LARGE else [])
+    for pattern in ("2:4", "tiers")
     for shape in shapes.LINEAR
-    for dtype in (DTYPES if shape not in shapes.LARGE else DTYPES[:2])
+    for dtype in (DTYPES if shape not in shapes.LARGE and pattern == "2:4" else DTYPES[:2])
 ]
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), CASES, ids=lambda x: shapes.name(x) if isinstance(x, tuple) else dtype_id(x)
+    ("shape", "dtype", "pattern"), CASES, ids=lambda x: shapes.name(x) if isinstance(x, tuple) else dtype_id(x)
 )
-def test_never_slower_than_dense(shape, dtype):
+def test_never_slower_than_dense(shape, dtype, pattern):
     """Module against module, in turns, at every token count; the best of three tries, for a noisy machine."""
     rows, cols = shape
     model = nn.Sequential(nn.Linear(cols, rows)).eval().to(dtype)
-    sk.prune_(model, sk.Magnitude("2:4"))
+    if pattern == "tiers":
+        prune_tiers(model[0])
+    else:
+        sk.prune_(model, sk.Magnitude(pattern))
     dense, batches = copy.deepcopy(model), [torch.randn(tokens, cols).to(dtype) for tokens in TOKENS]
     report = sk.compress_(model, batches, budget=0.3)
     if not report.swapped:
