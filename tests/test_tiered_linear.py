@@ -130,6 +130,9 @@ def test_state_dict_round_trip_through_a_file(assign):
     other.load_state_dict(torch.load(file, weights_only=True), assign=assign)
     x = torch.randn(3, 80)
     assert torch.equal(other.starts, layer.starts) and torch.equal(other(x), layer(x))
+    half = {name: part.half() if part.is_floating_point() else part for name, part in layer.state_dict().items()}
+    other.load_state_dict(half)
+    assert other.dense.dtype == torch.float32 and torch.equal(other.weight, layer.weight.half().float())
     empty = copy.deepcopy(layer).to("meta")
     empty.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(empty.starts, layer.starts) and torch.equal(empty(x), layer(x))
