@@ -221,6 +221,14 @@ def test_weights_that_are_missing_are_not_made_up(model, tmp_path, capsys):
     assert code == 1 and "the checkpoint lacks 1 weights: model.layers.1.mlp.up_proj.weight" in line
 
 
+def test_text_needs_a_tokenizer(tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    code, line = refusal(prune(model, tmp_path / "out"), capsys)
+    assert code == 2 and line.endswith("has no tokenizer that can be loaded, and text needs one")
+
+
 def test_bad_usage_and_help(capsys):
     for arguments in ([], ["prune"], ["prune", "--method", "guess"], ["melt"]):
         assert call(arguments, capsys)[0] == 2

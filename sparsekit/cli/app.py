@@ -27,7 +27,7 @@ def run(arguments: Sequence[str] | None) -> int:
             prog="sparsekit",
             description=DESCRIPTION,
             args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone),
         )
     except SystemExit as stop:  # after --help, or what tyro has said about an argument
         return stop.code if isinstance(stop.code, int) else 2

@@ -19,7 +19,6 @@ from .compress import compressed
 from .errors import check_positive
 from .folders import BENCH_REPORT, COMPRESSED, check_folder
 from .models import device_of, empty_model, load_dense, read_config, without_cache
-from .options import Options
 from .page import write_page
 from .speed import check_tokens, layer_speeds, model_speeds, prepacked, random_tokens
 
@@ -27,12 +26,12 @@ SLOWER = 0.97  # less than this is slower, and not the noise of a good machine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(Options):
+class Bench:
     """Time a compressed model against dense: whole forward passes, then every kind of compressed layer.
 
-    Times compressed.safetensors where the folder has one, else what compress would make of the model here. Results
-    are checked first; models take turns, and medians are compared, also with the best dense there is (on a CPU all
-    layers prepacked by oneDNN).
+    Times compressed.safetensors where the folder has one (on a CPU), else what compress makes of the model here.
+    Results are checked first; models take turns, and medians are compared, also with the best dense there is (on a CPU
+    often all layers prepacked by oneDNN).
 
     Args:
         folder: a transformers folder, or one that prune or compress wrote.
@@ -41,6 +40,8 @@ class Bench(Options):
         budget: seconds to measure one shape at one number of tokens.
         device: auto is the GPU where there is one.
         report: write report.html into the folder, and what was measured to bench.json.
+        json: print the results as JSON on stdout, and nothing else there.
+        debug: show where an error comes from.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -49,6 +50,8 @@ class Bench(Options):
     budget: float = 0.5
     device: str = "auto"
     report: bool = False
+    json: bool = False
+    debug: bool = False
 
     def run(self) -> int:
         check_positive(seconds=self.seconds, budget=self.budget)
@@ -79,11 +82,11 @@ class Bench(Options):
         """The plain model, the one that oneDNN prepacks where it does, and the compressed one."""
         check_folder(self.folder)
         device = device_of(self.device)
-        if (self.folder / COMPRESSED).exists():
+        if (self.folder / COMPRESSED).exists() and device.type == "cpu":
             config = read_config(str(self.folder))
             sparse, plain = empty_model(config), empty_model(config)
-            load(sparse.to(device), self.folder / COMPRESSED)
-            load(plain.to(device), self.folder / COMPRESSED, dense=True)
+            load(sparse, self.folder / COMPRESSED)
+            load(plain, self.folder / COMPRESSED, dense=True)
             check_tokens(plain, self.tokens)
         else:
             plain = load_dense(str(self.folder), self.device)

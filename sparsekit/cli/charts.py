@@ -20,8 +20,8 @@ def bars(values: Sequence[float | None], names: Sequence[str], label: str, *, pe
     step = (WIDTH - LEFT) / max(len(values), 1)
     shown = []
     for share in (0, 0.5, 1):
-        y, value = TOP + HEIGHT * (1 - share), top * share
-        text = f"{100 * value:.3g}%" if percent else f"{value:.3g}"
+        y, mark = TOP + HEIGHT * (1 - share), top * share
+        text = f"{100 * mark:.3g}%" if percent else f"{mark:.3g}"
         shown.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
         shown.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for index, (value, name) in enumerate(zip(values, names, strict=True)):

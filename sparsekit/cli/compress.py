@@ -14,7 +14,6 @@ from . import terminal
 from .errors import UsageError, check_positive
 from .folders import COMPRESS_REPORT, COMPRESSED, check_folder, check_out, new_folder
 from .models import Dtype, batch_of, copy_tokenizer, load_dense, output_of, without_cache
-from .options import Options
 from .page import write_page
 from .speed import check_same, check_tokens, random_tokens
 
@@ -23,7 +22,7 @@ README = """A model that sparsekit has compressed for one machine: {layers} of {
     import sparsekit, transformers
     config = transformers.AutoConfig.from_pretrained(FOLDER)
     model = {load}.eval()
-    sparsekit.load(model, FOLDER + "/{file}")
+    {fill}
 
 `sparsekit inspect FOLDER` says what is in it, `sparsekit bench FOLDER` how fast it is here. On another machine,
 `sparsekit compress FOLDER --out OTHER` measures again.
@@ -31,7 +30,7 @@ README = """A model that sparsekit has compressed for one machine: {layers} of {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compress(Options):
+class Compress:
     """Swap every layer for what is fastest on this machine, never slower than dense, and write the packed model.
 
     What a layer could be is timed for every number of tokens, after its result was checked. Writes
@@ -47,6 +46,8 @@ class Compress(Options):
         dtype: auto is the checkpoint's own.
         overwrite: replace what sparsekit wrote there before.
         report: write report.html, which needs nothing else to be read.
+        json: print the results as JSON on stdout, and nothing else there.
+        debug: show where an error comes from.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -57,6 +58,8 @@ class Compress(Options):
     dtype: Dtype = "auto"
     overwrite: bool = False
     report: bool = False
+    json: bool = False
+    debug: bool = False
 
     def run(self) -> int:
         check_positive(budget=self.budget)
@@ -97,8 +100,11 @@ class Compress(Options):
 
 def readme(model: Any, report: CompressReport) -> str:
     """How to load the folder."""
-    load = f"transformers.{type(model).__name__}(config)"
-    return README.format(layers=len(report.swapped), all=len(report.layers), load=load, file=COMPRESSED)
+    load, path = f"transformers.{type(model).__name__}(config)", f'FOLDER + "/{COMPRESSED}"'
+    fill = f"sparsekit.load(model, {path})"
+    if model.device.type != "cpu":  # a file does not say which kernel is fastest on a GPU
+        fill = f"sparsekit.load(model, {path}, dense=True)\n    sparsekit.compress_(model.to({model.device.type!r}))"
+    return README.format(layers=len(report.swapped), all=len(report.layers), load=load, fill=fill)
 
 
 @torch.no_grad()
@@ -130,5 +136,7 @@ def show(report: CompressReport) -> None:
     head = ("layers", "now", *(f"{count} tokens" for count in buckets), "why")
     terminal.table(head, rows, left=("now", "why"))
     before, after = terminal.size(report.bytes_before), terminal.size(report.bytes_after)
+    if not report.swapped:
+        terminal.write("nothing is faster than dense on this machine: every layer stays as it is")
     terminal.write("times the plain layer (times the best dense); of what a layer became, or might have")
     terminal.write(f"{len(report.swapped)} of {len(report.layers)} layers swapped, {before} -> {after} in memory")

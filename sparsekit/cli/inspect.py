@@ -13,7 +13,6 @@ from ..masks import Pattern, grouped
 from . import terminal
 from .errors import UsageError, regex, usage
 from .folders import COMPRESSED, PRUNED, check_folder, model_files
-from .options import Options
 from .patterns import first_break, found_pattern, packed_bytes, tier_shares
 from .roles import roles_of
 from .stored import Matrix, is_ours, matrices, own_matrices, read_masks
@@ -47,7 +46,7 @@ class Inspected:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(Options):
+class Inspect:
     """Show the sparsity, the pattern and the bytes of every layer, and check them.
 
     Reads safetensors only: a transformers folder, one that prune or compress wrote, or a single file. Weights are
@@ -58,11 +57,15 @@ class Inspect(Options):
         expect: the pattern that every layer must have, as 2:4. Layers that prune leaves out are not asked; in a file
             without a configuration every matrix is.
         only: only layers whose name has a match of this regular expression.
+        json: print the results as JSON on stdout, and nothing else there.
+        debug: show where an error comes from.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     expect: str | None = None
     only: str = ""
+    json: bool = False
+    debug: bool = False
 
     def run(self) -> int:
         expected = None

@@ -52,7 +52,8 @@ def _heading(pruned: dict[str, Any] | None, folder: Path) -> str:
     if calibration["text"] != "none":
         said += f", calibrated on {calibration['windows']} windows of {calibration['window']} tokens"
     name = Path(pruned["model"]).name
-    return f'<h1>{escape(name)}</h1><p class="sub">{escape(pruned["model"])}<br>{escape(said)}</p>'
+    path = "" if name == pruned["model"] else f"{escape(pruned['model'])}<br>"
+    return f'<h1>{escape(name)}</h1><p class="sub">{path}{escape(said)}</p>'
 
 
 def _tiles(pruned: dict[str, Any] | None, packed: dict[str, Any] | None, timed: dict[str, Any] | None) -> str:
@@ -114,7 +115,10 @@ def _layer_table(pruned: dict[str, Any]) -> str:
 
 def _speed(timed: dict[str, Any]) -> str:
     rates = [
-        (f"{count} tokens a pass", {name: timing["tokens_per_second"] for name, timing in timings.items()})
+        (
+            f"{count} token{'s' * (count != '1')} a pass",
+            {name: timing["tokens_per_second"] for name, timing in timings.items()},
+        )
         for count, timings in timed["models"].items()
     ]
     rows = [
@@ -132,7 +136,9 @@ def _speed(timed: dict[str, Any]) -> str:
     ]
     head = ("layers", "now", *(f"{count} tokens" for count in timed["models"]))
     each = (
-        table(head, layers) if layers else '<p class="note">No layer is compressed: nothing was faster than dense.</p>'
+        table(head, layers, left=(1,))
+        if layers
+        else '<p class="note">No layer is compressed: nothing was faster than dense.</p>'
     )
     note = '<p class="note">Times the plain layer (times the best dense one).</p>' if layers else ""
     return f'<h2>Speed</h2><div class="card">{speeds(rates)}</div><h2>Speed against dense</h2>{compared}{each}{note}'
@@ -146,13 +152,13 @@ def _packed(packed: dict[str, Any]) -> str:
     rows = [(f"{count} of {shape}", decision, reason) for (shape, decision, reason), count in alike.items()]
     sizes = f"{size(packed['bytes_before'])} → {size(packed['bytes_after'])} in memory"
     counts = ", ".join(map(str, packed["tokens"]))
-    shown = table(("layers", "now", "why"), rows, wrap=2)
+    shown = table(("layers", "now", "why"), rows, left=(1, 2))
     return f'<h2>Compressed</h2>{shown}<p class="note">For passes of {counts} tokens; {escape(sizes)}.</p>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: int = -1) -> str:
-    """An HTML table of plain text; the column ``wrap`` may break lines and stands to the left."""
-    style = [' class="left wrap"' if index == wrap else "" for index in range(len(head))]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = ()) -> str:
+    """An HTML table of plain text; numbers stand to the right, the columns ``left`` break lines where they must."""
+    style = [' class="left"' if index in left else "" for index in range(len(head))]
     top = "".join(f"<th{style[index]}>{escape(cell)}</th>" for index, cell in enumerate(head))
     body = "".join(
         "<tr>" + "".join(f"<td{style[index]}>{escape(cell)}</td>" for index, cell in enumerate(row)) + "</tr>"

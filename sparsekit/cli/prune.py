@@ -15,7 +15,6 @@ from . import terminal, text
 from .errors import UsageError, regex, usage
 from .folders import PRUNED, REPORT, check_out, new_folder
 from .models import Dtype, batch_of, copy_tokenizer, head_of, load_dense, load_tokenizer, longest, without_cache
-from .options import Options
 from .page import write_page
 from .patterns import packed_bytes
 
@@ -29,7 +28,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(Options):
+class Prune:
     """Make a transformers model sparse, and write it with its masks and a report.
 
     The folder has the model as transformers writes it, dense with zeros; pruned.safetensors, the same weights with
@@ -46,7 +45,7 @@ class Prune(Options):
             magnitude alone.
         nsamples: windows of the calibration text.
         window: tokens in a window; a model that reads fewer gets as many as it reads.
-        eval: held-out text, for the perplexity before and after.
+        eval: held-out text, for the perplexity before and after, over as many windows.
         only: only layers whose name has a match of this regular expression.
         head: prune the output head too, where its weight is its own.
         seed: which windows are drawn.
@@ -55,6 +54,8 @@ class Prune(Options):
         resume: a folder where finished blocks are kept; the same command goes on after a kill.
         overwrite: replace what sparsekit wrote there before.
         report: write report.html, which needs nothing else to be read.
+        json: print the results as JSON on stdout, and nothing else there.
+        debug: show where an error comes from.
     """
 
     model: str
@@ -75,6 +76,8 @@ class Prune(Options):
     resume: Path | None = None
     overwrite: bool = False
     report: bool = False
+    json: bool = False
+    debug: bool = False
 
     def run(self) -> int:
         method = self.checked()
@@ -182,7 +185,7 @@ def show(found: dict[str, Any], out: Path) -> None:
             "-" if layer["error"] is None else f"{layer['error']:.4f}",
             f"{layer['seconds']:.2f}",
         )
-        for layer in [*found["layers"]]
+        for layer in found["layers"]
     ]
     error = "-" if found["error"] is None else f"{found['error']:.4f}"
     rows.append(

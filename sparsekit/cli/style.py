@@ -31,8 +31,8 @@ svg .grid { stroke: var(--line); }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; } tr:last-child td { border-bottom: 0; }
-th:first-child, td:first-child, .left { text-align: left; } td.wrap { white-space: normal; min-width: 240px; }
-td.wrap, td:first-child { overflow-wrap: anywhere; } tbody tr:hover { background: var(--paper); }
+th:first-child, td:first-child, .left { text-align: left; } td.left { white-space: normal; }
+.card + .card { margin-top: 12px; } tbody tr:hover { background: var(--paper); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 14px; }
 figure { margin: 0; } figure img { width: 100%; image-rendering: pixelated; border: 1px solid var(--line);
   border-radius: 6px; display: block; } figcaption { overflow-wrap: anywhere; font-size: 12px; margin-top: 4px; }
