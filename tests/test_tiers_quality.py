@@ -7,7 +7,7 @@ import torch
 from language import MODELS
 
 from sparsekit.masks import get_mask
-from sparsekit.tiers import Ratios, Step, TierMap, tier_iteration, tier_mask
+from sparsekit.tiers import Ratios, Step, TierMap, demote, prune_tiers, tier_iteration, tier_mask
 
 # Quarters, so that matrices of few blocks reach the same shares by either rule of rounding.
 SHARES = ((0.75, 0.25, 0.0), (0.5, 0.25, 0.25), (0.25, 0.5, 0.25))
@@ -18,7 +18,23 @@ def test_what_was_dropped_stays_dropped_where_inputs_are_dead():
     weight = torch.tensor([[0.0, 0, 5, 6, 0, 7, 0, 0]])
     for tier, k in ((1, 2), (2, 3)):
         tier_map = TierMap(torch.tensor([[tier]], dtype=torch.uint8), (1, 8), (1, 8), k)
-        assert (tier_mask(weight, torch.zeros(1, 8), tier_map) >= (weight != 0)).all()
+        for score in (torch.zeros(1, 8), torch.zeros(8)):
+            assert (tier_mask(weight, score, tier_map) >= (weight != 0)).all()
+
+
+@pytest.mark.parametrize("criterion", ["published", "loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_stands_for_the_score(criterion, dtype):
+    weight, norm = torch.randn(70, 100).to(dtype), torch.rand(100) + 0.1
+    weight[:, 7], norm[9] = 0, 0
+    tier_map, score = TierMap.dense(weight), weight.abs().float() * norm
+    for shares in SHARES:
+        maps = [demote(weight, given, tier_map, shares, criterion=criterion)[0] for given in (score, norm)]
+        assert torch.equal(maps[0].tiers, maps[1].tiers)
+        (pruned, mask), others = (prune_tiers(weight, given, maps[0], criterion) for given in (score, norm))
+        assert torch.equal(mask, others[1]) and torch.equal(pruned, others[0])
+        assert torch.equal(pruned, torch.where(mask, weight, 0))
+        weight, tier_map = pruned, maps[0]
 
 
 @pytest.fixture(scope="module", params=MODELS)
