@@ -86,6 +86,14 @@ def test_products_are_raced_against_cublas(rehearsed):
     assert len(all_rows(report, "linear")) == len(TINY.linear) * len(TINY.tokens)
 
 
+def test_tiers_are_raced_against_cublas(rehearsed):
+    _, report = rehearsed
+    measured = all_rows(report, "tiered")
+    assert [row["tokens"] for row in measured] == [1, 16, 1024]
+    assert all(row["ratios"].keys() == {"linear_tiered"} and not row["wrong"] for row in measured)
+    assert "- 64x32, 16 tokens: " in details(report)
+
+
 def test_a_wrong_algorithm_is_refused(rehearsed):
     _, report = rehearsed
     for row in all_rows(report, "search"):

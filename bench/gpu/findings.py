@@ -14,6 +14,7 @@ def findings(report: Row) -> Iterator[str]:
         "Check 2, the product after pruning both ways": _product,
         "Check 3, the host's time for one token": _host,
         "Check 4, hardware counters": _counters,
+        "linear_tiered": _tiered,
         "compress_": _runtime,
         "torch.compile": _compiled,
         "Tests": _tests,
@@ -60,6 +61,16 @@ def _counters(report: Row) -> Iterator[str]:
             yield f"{row['result']}: {row['reason']}"
             continue
         yield f"{row['kernel']}: " + ", ".join(f"{key} {value}" for key, value in row["counters"].items())
+
+
+def _tiered(report: Row) -> Iterator[str]:
+    for row in rows(report, "tiered", "ratios"):
+        for key, ratio in row["ratios"].items():
+            took = row["seconds"][key]
+            yield (
+                f"{row['shape']}, {row['tokens']} tokens: {took * 1e6:.1f} us, {ratio:.2f}x of cuBLAS, "
+                f"{row['bytes'] / took / 1e9:.0f} GB/s of its {row['bytes'] / 1e6:.1f} MB"
+            )
 
 
 def _runtime(report: Row) -> Iterator[str]:

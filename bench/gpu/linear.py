@@ -48,7 +48,7 @@ def layers(lab: Lab, shape: tuple[int, int]) -> Sequence[Layer]:
 Forms = Callable[[Lab, Layer], Callable[[Tensor], Tensor]]
 
 
-def dense(lab: Lab, layer: Layer) -> Callable[[Tensor], Tensor]:
+def dense(lab: Lab, layer: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, layer.dense, layer.bias)
 
 
@@ -90,11 +90,15 @@ def one(
     lab: Lab,
     forms: dict[str, Sequence[Callable[[Tensor], Tensor]]],
     refused: dict[str, str],
-    layer: Layer,
+    layer: Any,
     shape: tuple[int, int],
     tokens: int,
 ) -> dict[str, Any]:
-    """The row of one shape at one token count; a form that is wrong is named and not timed."""
+    """The row of one shape at one token count; a form that is wrong is named and not timed.
+
+    Args:
+        layer: whose ``dense`` and ``bias`` the forms are checked against.
+    """
     x, right, wrong = lab.randn(tokens, shape[1]), {}, dict(refused)
     expected = F.linear(x.float(), layer.dense.float(), layer.bias.float())
     for key, calls in forms.items():

@@ -39,6 +39,7 @@ PARTS = (
     Part("checks", 15),
     Part("masks", 70),
     Part("linear", 50),
+    Part("tiered", 20),
     Part("search", 50),
     Part("runtime", 75),
     Part("suite", 110, lab=False),

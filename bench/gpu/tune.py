@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.shapes import name
 
-from . import linear, masks
+from . import linear, masks, tiered
 from .clock import Call
 from .lab import Lab, check_same, reference
 from .linear import check_close
@@ -45,6 +45,11 @@ def workloads(lab: Lab) -> dict[str, Workload]:
         for shape in lab.sizes.linear[:3]
         for tokens in TOKENS
     }
+    decode |= {
+        f"linear_tiered {name(shape)}, {tokens} tokens": partial(_tiered, shape=shape, tokens=tokens)
+        for shape in (lab.sizes.linear[0], lab.sizes.linear[-1])
+        for tokens in (1, 8, 16, 32)
+    }
     ops: dict[str, Workload] = {what: partial(_op, case=case) for what, case in masks.cases(lab).items()}
     first = dict(list(ops.items())[: len(masks.WORKS)])
     return first | decode | ops
@@ -64,6 +69,12 @@ def _product(lab: Lab, shape: tuple[int, int], tokens: int) -> tuple[list[Call],
     expected = linear.dense(lab, layers[0])(x).float()
     calls: list[Call] = [partial(op, x, layer.values, layer.bitmask, layer.bias) for layer in layers]
     return calls, lambda got: check_close(got, expected)
+
+
+def _tiered(lab: Lab, shape: tuple[int, int], tokens: int) -> tuple[list[Call], Callable[[Any], object]]:
+    layers, x = tiered.layers(lab, shape), lab.randn(tokens, shape[1])
+    expected = linear.dense(lab, layers[0])(x).float()
+    return [partial(tiered.product(lab, layer), x) for layer in layers], lambda got: check_close(got, expected)
 
 
 def tune(lab: Lab, prepare: Workload, known: Choices) -> Iterator[tuple[dict[str, Any], Choices]]:

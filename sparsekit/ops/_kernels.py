@@ -27,6 +27,7 @@ TRITON: dict[str, str] = {
     "unpack24": "sparse24",
     "prune_pack24": "sparse24",
     "linear24": "linear24",
+    "linear_tiered": "tiered",
     "sparsegpt_block": "sparsegpt",
     "to_hardware24": "hardware24",
     "from_hardware24": "hardware24",

@@ -1,0 +1,39 @@
+"""Where the blocks of each form of a tiered weight lie in a row of blocks."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def counts(starts, block_row):
+    """How many blocks of each form come before a row of blocks, int64, and how many it has, int32."""
+    at = starts + 3 * block_row.to(tl.int64)
+    dense, sparse24, topk = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    dense_count, count24, topk_count = tl.load(at + 3) - dense, tl.load(at + 4) - sparse24, tl.load(at + 5) - topk
+    return dense.to(tl.int64), sparse24.to(tl.int64), topk.to(tl.int64), dense_count, count24, topk_count
+
+
+@triton.jit
+def list_columns(tiers, columns, across, dense_count, count24, SCAN: tl.constexpr):
+    """Writes the columns of the dense, of the 2:4 and of the top-k blocks of a row of blocks, one after the other.
+
+    Programs that share a row of blocks write the same, and each reads what it has written.
+    """
+    seen24, seen_topk = 0, 0
+    for start in range(0, across, SCAN):
+        column = start + tl.arange(0, SCAN)
+        tier = tl.load(tiers + column, column < across, 0)
+        both = (tier == 1).to(tl.int32) + ((tier == 2).to(tl.int32) << 16)  # two counts, of at most SCAN, in one scan
+        upto = tl.cumsum(both, 0)
+        rank24, rank_topk = seen24 + (upto & 0xFFFF), seen_topk + (upto >> 16)  # its own block included
+        at = tl.where(tier == 1, dense_count + rank24 - 1, dense_count + count24 + rank_topk - 1)
+        at = tl.where(tier == 0, column - rank24 - rank_topk, at)
+        tl.store(columns + at, column, column < across)
+        total = tl.sum(both)
+        seen24, seen_topk = seen24 + (total & 0xFFFF), seen_topk + (total >> 16)
+    tl.debug_barrier()
+
+
+def scan_size(across: int) -> int:
+    """Columns of blocks in one scan; their counts fit 16 bits."""
+    return min(max(triton.next_power_of_2(across), 16), 2048)

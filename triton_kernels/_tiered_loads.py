@@ -1,0 +1,182 @@
+"""What a warp multiplies of tiered blocks, as ``mma`` holds its operands: eight rows, or tokens, by four threads.
+
+Each of the four threads has a unit of its own: eight columns of a dense block, eight or sixteen of a 2:4 block. The
+units of the blocks of one form in a row of blocks are numbered on; a load takes the next four of every warp.
+"""
+
+import triton
+import triton.language as tl
+
+from ._decode24 import operand, split_words
+
+
+@triton.jit
+def _at(
+    base,
+    step,
+    lane,
+    within,
+    LOAD: tl.constexpr,
+    LOADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Where the unit of a thread starts: in blocks of ``SIZE``, ``within`` and units of ``WIDTH`` further."""
+    if 4 * WARPS % UNITS == 0:  # what the threads add is the same in all steps, and in 64 bits LOAD is an immediate
+        load: tl.constexpr = 4 * WARPS // UNITS * SIZE
+        first = (lane // UNITS * SIZE + within + lane % UNITS * WIDTH).to(tl.int64)
+        return base + (first + tl.cast(step, tl.int64) * (LOADS * load) + LOAD * load)
+    unit = (step * LOADS + LOAD) * (4 * WARPS) + lane
+    return base + (unit // UNITS * SIZE + within + unit % UNITS * WIDTH)
+
+
+@triton.jit
+def _inside(step, lane, count, LOAD: tl.constexpr, LOADS: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr):
+    """Whether there is the unit of a thread."""
+    return step * (LOADS * 4 * WARPS) < count * UNITS - lane - LOAD * 4 * WARPS
+
+
+@triton.jit
+def load_dense(
+    words,
+    step,
+    lane,
+    row,
+    count,
+    LOADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """The four words of a unit in each row, per load: ``[rows, 4, 4]``."""
+    units: tl.constexpr = BLOCK_COLS // 8
+    size: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 2
+    word = tl.arange(0, 4)[None, None, :]
+    weights = ()
+    for load in tl.static_range(LOADS):
+        at = _at(words, step, lane, row * (BLOCK_COLS // 2), load, LOADS, size, 4, units, WARPS)
+        keep = _inside(step, lane, count, load, LOADS, units, WARPS) & (row < BLOCK_ROWS)
+        weights += (tl.load(at[:, :, None] + word, keep[:, :, None], 0, eviction_policy="evict_first"),)
+    return weights
+
+
+@triton.jit
+def load24(
+    words,
+    bitmask,
+    step,
+    lane,
+    row,
+    count,
+    LOADS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """The words of values, one a group, and the bits of a unit in each row: ``[rows, 4, GROUPS]`` and ``[rows, 4]``."""
+    units: tl.constexpr = BLOCK_COLS // (4 * GROUPS)
+    size: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 4
+    word = tl.arange(0, GROUPS)[None, None, :]
+    bits_at = bitmask.to(tl.pointer_type(tl.int16 if GROUPS == 4 else tl.uint8))
+    values, bits = (), ()
+    for load in tl.static_range(LOADS):
+        keep = _inside(step, lane, count, load, LOADS, units, WARPS) & (row < BLOCK_ROWS)
+        at = _at(words, step, lane, row * (BLOCK_COLS // 4), load, LOADS, size, GROUPS, units, WARPS)
+        values += (tl.load(at[:, :, None] + word, keep[:, :, None], 0, eviction_policy="evict_first"),)
+        at = _at(bits_at, step, lane, row * units, load, LOADS, BLOCK_ROWS * units, 1, units, WARPS)
+        at = tl.multiple_of(at, [GROUPS // 2, GROUPS // 2])  # the hint keeps loads from widening
+        bits += (tl.load(at, keep, 0).to(tl.int32),)
+    return values, bits
+
+
+@triton.jit
+def load_x(
+    x_words,
+    columns,
+    step,
+    lane,
+    live,
+    count,
+    row_words,
+    LOADS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """The ``WORDS`` words of ``x`` that a unit multiplies, of each token, per load: ``[octets, WARPS, 8, 4]`` each."""
+    units: tl.constexpr = BLOCK_COLS // (2 * WORDS)
+    inputs = ()
+    for load in tl.static_range(LOADS):
+        keep = _inside(step, lane, count, load, LOADS, units, WARPS) & live
+        column = tl.load(_at(columns, step, lane, 0, load, LOADS, 1, 0, units, WARPS), keep, 0)
+        unit = lane if 4 * WARPS % units == 0 else (step * LOADS + load) * (4 * WARPS) + lane
+        word = (column * (BLOCK_COLS // 2) + unit % units * WORDS).to(tl.int64)
+        for part in tl.static_range(WORDS // 4):
+            at = word[:, :, None] + (4 * part + tl.arange(0, 4))[None, None, :]
+            inside = keep[:, :, None] if WHOLE else keep[:, :, None] & (at < row_words)
+            inputs += split_words(tl.load(x_words[:, :, None] + at, inside, 0), WARPS)
+    return inputs
+
+
+@triton.jit
+def load_entries(topk, positions, columns, step, count, WARPS: tl.constexpr, K: tl.constexpr):
+    """Four entries of top-k a thread, the same in eight threads, their positions, and the column of their block."""
+    quads: tl.constexpr = (K + 3) // 4
+    quad = (step * WARPS + tl.arange(0, 8 * WARPS)[:, None] // 8) * 4 + tl.arange(0, 4)[None, :]
+    block, keep = quad // quads, quad < count * quads
+    first = quad - block * quads
+    at = (block * K + 4 * first).to(tl.int64)
+    entries, places = (), ()
+    for slot in tl.static_range(4):
+        inside = keep if 4 * quads - 4 + slot < K else keep & (first < quads - 1)
+        entries += (tl.load(topk.to(tl.pointer_type(tl.uint16)) + (at + slot), inside, 0).to(tl.int32),)
+        places += (tl.load(positions + (at + slot), inside, 0).to(tl.int32),)
+    return entries, places, tl.load(columns + block, keep, 0)
+
+
+@triton.jit
+def multiply_entries(
+    entries,
+    places,
+    column,
+    acc,
+    x,
+    x_row,
+    first_token,
+    tokens,
+    first_row,
+    cols,
+    WHOLE: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    OCTETS: tl.constexpr,
+    TOKEN_OCTETS: tl.constexpr,
+    WARPS: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    """Adds the product of entries of top-k, as a matrix with one entry in a column, and of the inputs of each."""
+    lane = tl.arange(0, 8)[None, None, :, None]
+    own = first_row + 8 * tl.arange(0, OCTETS)[:, None, None, None] + lane
+    token = first_token + 8 * tl.arange(0, TOKEN_OCTETS)[:, None, None, None] + lane
+    x_at = x.to(tl.pointer_type(tl.uint16)) + token.to(tl.int64) * x_row
+    column = tl.reshape(column * BLOCK_COLS, 1, WARPS, 8, 4)
+    left, right = (), ()
+    for slot in tl.static_range(4):
+        place = tl.reshape(places[slot], 1, WARPS, 8, 4)
+        col = column + place % BLOCK_COLS
+        live = token < tokens if WHOLE else (token < tokens) & (col < cols)
+        left += (tl.where(place // BLOCK_COLS == own, tl.reshape(entries[slot], 1, WARPS, 8, 4), 0),)
+        right += (tl.load(x_at + col, live, 0).to(tl.int32),)
+    left = operand(left[0] | left[1] << 16, left[2] | left[3] << 16, x.dtype.element_ty)
+    right = operand(right[0] | right[1] << 16, right[2] | right[3] << 16, x.dtype.element_ty)
+    return multiply(left, right, acc, TARGET)
+
+
+@triton.jit
+def multiply(left, right, acc, TARGET: tl.constexpr):
+    if TARGET == "":  # the interpreter of Triton 3.7 would multiply the bits of bfloat16
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, tl.permute(right, (0, 2, 1)), acc, input_precision="ieee")

@@ -1,0 +1,267 @@
+"""``x @ W.T + bias`` straight from a tiered ``W``, for few tokens, where the bytes of ``W`` decide the time."""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._decode24 import decode, operand, selectors, split_words
+from ._launch import Config, Table, architecture, on, processors
+from ._tiered_columns import counts, list_columns, scan_size
+from ._tiered_fp32 import linear_tiered_fp32
+from ._tiered_loads import load24, load_dense, load_entries, load_x, multiply, multiply_entries
+from ._tiered_unpack import unpack_tiered
+from .linear24 import _add_splits_kernel
+
+_VENDORS = {"sm": "nvidia", "gf": "amd", "": ""}
+# A program takes 16 or 32 rows of a row of blocks; its warps share out the units of eight columns, four a warp, of the
+# blocks of each form: DENSE and SPARSE24 times four of them in a step. Where FILL is not 0 the grid splits the units,
+# too, until there are FILL programs per multiprocessor.
+TABLE = Table(
+    "linear_tiered",
+    {
+        "4": {"DENSE": 4, "SPARSE24": 4, "FILL": 0, "num_warps": 4},
+        "8": {"DENSE": 2, "SPARSE24": 2, "FILL": 0, "num_warps": 8},
+        "8_split": {"DENSE": 1, "SPARSE24": 1, "FILL": 2, "num_warps": 8},
+        "16": {"DENSE": 1, "SPARSE24": 1, "FILL": 0, "num_warps": 16},
+    },
+    {f"{tokens}_{size}": name for tokens in (1, 8, 16, 64) for size, name in (("few", "8_split"), ("many", "8"))},
+)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _linear_tiered_kernel(
+    x,
+    tiers,
+    dense,
+    values,
+    bitmask,
+    topk,
+    positions,
+    starts,
+    columns,
+    bias,
+    y,
+    tokens,
+    rows,
+    cols,
+    row_words,
+    across,
+    x_row,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    K: tl.constexpr,
+    SCAN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOKEN_OCTETS: tl.constexpr,
+    OCTETS: tl.constexpr,
+    DENSE: tl.constexpr,
+    SPARSE24: tl.constexpr,
+    TARGET: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    strips: tl.constexpr = (BLOCK_ROWS + 8 * OCTETS - 1) // (8 * OCTETS)
+    units: tl.constexpr = BLOCK_COLS // 8
+    units24: tl.constexpr = BLOCK_COLS // (4 * GROUPS)
+    tiles = tl.cdiv(tokens, 8 * TOKEN_OCTETS)
+    strip, token_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # neighbors share rows, through L2
+    block_row, first_row = strip // strips, strip % strips * (8 * OCTETS)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    dense_from, from24, topk_from, dense_count, count24, topk_count = counts(starts, block_row)
+    dense += dense_from * (BLOCK_ROWS * BLOCK_COLS)
+    values += from24 * (BLOCK_ROWS * BLOCK_COLS // 2)
+    bitmask += from24 * (BLOCK_ROWS * units)
+    topk += topk_from * K
+    positions += topk_from * K
+    columns += block_row.to(tl.int64) * across
+    columns24 = columns + dense_count
+    dense_words = dense.to(tl.pointer_type(tl.int32))
+    words24 = values.to(tl.pointer_type(tl.int32))
+
+    # A warp holds eight rows by four threads: this is how it holds an operand of mma, too, so that nothing moves
+    # between threads (see linear24).
+    index = tl.arange(0, 8 * OCTETS * WARPS)[:, None]
+    # Of `index % 8` the compiler would know that rows are neighbors, and so give their bits a layout of their own.
+    row = first_row + index // (8 * WARPS) * 8 + (index & 7)
+    lane = index // 8 % WARPS * 4 + tl.arange(0, 4)[None, :]
+    index = tl.arange(0, 8 * TOKEN_OCTETS * WARPS)[:, None]
+    x_lane = index // 8 % WARPS * 4 + tl.arange(0, 4)[None, :]
+    token = (token_tile * TOKEN_OCTETS + index // (8 * WARPS)) * 8 + index % 8
+    live = token < tokens
+    x_words = x.to(tl.pointer_type(tl.int32)) + token.to(tl.int64) * (x_row // 2) + tl.zeros((1, 4), tl.int32)
+
+    # The weights of the first steps are on their way while the columns are listed and the few entries multiplied.
+    weights = load_dense(dense_words, split, lane, row, dense_count, DENSE, BLOCK_ROWS, BLOCK_COLS, WARPS)
+    kept, bits = load24(words24, bitmask, split, lane, row, count24, SPARSE24, BLOCK_ROWS, BLOCK_COLS, GROUPS, WARPS)
+    list_columns(tiers + block_row.to(tl.int64) * across, columns, across, dense_count, count24, SCAN)
+
+    acc = tl.zeros((WARPS, 8 * OCTETS, 8 * TOKEN_OCTETS), tl.float32)
+    if K > 0:
+        columns_topk, first_token = columns24 + count24, token_tile * TOKEN_OCTETS * 8
+        entries, places, column = load_entries(topk, positions, columns_topk, split, topk_count, WARPS, K)
+        for step in range(split, tl.cdiv(topk_count * ((K + 3) // 4), 4 * WARPS), splits):
+            upcoming = load_entries(topk, positions, columns_topk, step + splits, topk_count, WARPS, K)
+            acc = multiply_entries(
+                entries, places, column, acc, x, x_row, first_token, tokens, first_row, cols,
+                WHOLE, BLOCK_COLS, OCTETS, TOKEN_OCTETS, WARPS, TARGET,
+            )  # fmt: skip
+            entries, places, column = upcoming
+
+    for step in range(split, tl.cdiv(dense_count * units, 4 * WARPS * DENSE), splits):
+        inputs = load_x(
+            x_words, columns, step, x_lane, live, dense_count, row_words, DENSE, WHOLE, 4, BLOCK_COLS, WARPS
+        )
+        upcoming = load_dense(dense_words, step + splits, lane, row, dense_count, DENSE, BLOCK_ROWS, BLOCK_COLS, WARPS)
+        for load in tl.static_range(DENSE):
+            word = split_words(weights[load], WARPS)
+            for half in tl.static_range(2):
+                left = operand(word[2 * half], word[2 * half + 1], x.dtype.element_ty)
+                input = inputs[4 * load + 2 * half], inputs[4 * load + 2 * half + 1]
+                right = operand(input[0], input[1], x.dtype.element_ty)
+                acc = multiply(left, right, acc, TARGET)
+        weights = upcoming
+
+    words: tl.constexpr = 2 * GROUPS  # of x in a unit
+    for step in range(split, tl.cdiv(count24 * units24, 4 * WARPS * SPARSE24), splits):
+        inputs = load_x(
+            x_words, columns24, step, x_lane, live, count24, row_words, SPARSE24, WHOLE, words, BLOCK_COLS, WARPS
+        )
+        upcoming, upcoming_bits = load24(
+            words24, bitmask, step + splits, lane, row, count24, SPARSE24, BLOCK_ROWS, BLOCK_COLS, GROUPS, WARPS
+        )
+        for load in tl.static_range(SPARSE24):
+            if GROUPS == 4:
+                word = split_words(kept[load], WARPS)
+            else:
+                word = tl.split(tl.reshape(kept[load], OCTETS, WARPS, 8, 4, 2))
+            entry0, entry1, entry2, entry3 = selectors(tl.reshape(bits[load], OCTETS, WARPS, 8, 4), TARGET)
+            for group in tl.static_range(GROUPS):
+                front, back = decode(word[group], entry0, entry1, entry2, entry3, group, TARGET)
+                left = operand(front, back, x.dtype.element_ty)
+                input = inputs[words * load + 2 * group], inputs[words * load + 2 * group + 1]
+                right = operand(input[0], input[1], x.dtype.element_ty)
+                acc = multiply(left, right, acc, TARGET)
+        kept, bits = upcoming, upcoming_bits
+
+    sums = tl.sum(acc, 0)
+    inside = first_row + tl.arange(0, 8 * OCTETS)[:, None]
+    row = block_row * BLOCK_ROWS + inside
+    inside = (inside < BLOCK_ROWS) & (row < rows)
+    token = token_tile * (8 * TOKEN_OCTETS) + tl.arange(0, 8 * TOKEN_OCTETS)[None, :]
+    if bias is not None:
+        sums += tl.where(split == 0, tl.load(bias + row, inside, 0).to(tl.float32), 0.0)
+    at = (split.to(tl.int64) * tokens + token) * rows + row
+    tl.store(y + at, sums.to(y.dtype.element_ty), inside & (token < tokens))
+
+
+def linear_tiered(
+    x: Tensor,
+    tiers: Tensor,
+    dense: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    topk: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    tokens, cols = math.prod(x.shape[:-1]), x.shape[-1]
+    parts = [_aligned(part) for part in (tiers, dense, values, bitmask, topk, positions, starts)]
+    if tokens > most_tokens(dense.shape[1]):
+        return F.linear(x, unpack_tiered(*parts, out_features, cols), bias)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    if tokens and out_features:
+        bias = bias if bias is None else bias.contiguous()
+        with on(x):
+            (linear_tiered_fp32 if x.dtype == torch.float32 else _linear_16)(x.reshape(tokens, cols), parts, bias, y)
+    return y
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """Contiguous, and to be read in words and vectors: as it is, but for views into other tensors."""
+    part = part.contiguous()
+    return part if part.data_ptr() % 16 == 0 else part.clone()
+
+
+def most_tokens(block_rows: int) -> int:
+    """Tokens above which the weight is unpacked for cuBLAS: 32, or 64 where programs take 32 rows.
+
+    Every program reads all of ``x``, mostly from L2: at 4096 x 4096 in 16 bits that is 2.1 MB a token, or half of it
+    where programs take 32 rows. To unpack moves 54 MB once, and cuBLAS reads 34 of them again.
+    """
+    return 16 * _octets(block_rows)
+
+
+def _octets(block_rows: int) -> int:
+    """Eights of rows of a program."""
+    return 4 if block_rows % 32 == 0 else 2
+
+
+def _linear_16(x: Tensor, parts: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+    blocks, (_, *block), k = parts[0].shape, parts[1].shape, parts[4].shape[1]
+    (tokens, cols), rows = x.shape, y.shape[-1]
+    if cols % 2 or x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:  # not to be read in words
+        x = F.pad(x, (0, cols % 2)).contiguous()
+    arch = architecture(x)
+    name = TABLE.name(arch, _shape_class(tokens, blocks[0], block[0], processors(x)))
+    grid, constants = _plan(tokens, blocks, tuple(block), name, arch, processors(x))
+    partial = y if grid[1] == 1 else x.new_empty((grid[1], tokens, rows), dtype=torch.float32)
+    _linear_tiered_kernel[grid](
+        x,
+        *parts,
+        torch.empty(blocks, dtype=torch.int32, device=x.device),
+        bias,
+        partial,
+        tokens,
+        rows,
+        cols,
+        triton.cdiv(cols, 2),
+        blocks[1],
+        x.stride(0),
+        K=k,
+        WHOLE=cols % block[1] == 0,
+        **constants,
+    )
+    if grid[1] > 1:
+        _add_splits_kernel[(-(-y.numel() // 256),)](partial, y, y.numel(), grid[1], BLOCK=256, num_warps=2)
+
+
+def _shape_class(tokens: int, block_rows: int, rows_of_block: int, processors: int) -> str:
+    bucket = 1 if tokens == 1 else 8 if tokens <= 8 else 16 if tokens <= 16 else 64
+    programs = block_rows * triton.cdiv(rows_of_block, 8 * _octets(rows_of_block))
+    return f"{bucket}_{'few' if programs < processors else 'many'}"
+
+
+@lru_cache(maxsize=4096)  # a model has few shapes, and this takes longer than the kernel
+def _plan(
+    tokens: int, blocks: tuple[int, int], block: tuple[int, int], name: str, arch: str, processors: int
+) -> tuple[tuple[int, int], Config]:
+    """The grid, by rows and splits of the units; and the kernel's constants."""
+    config = TABLE.configs[name]
+    vendor, octets = _VENDORS[arch[:2]], _octets(block[0])
+    token_octets = min(triton.next_power_of_2(triton.cdiv(tokens, 8)), 4)  # sums of more do not fit the registers
+    token_octets = max(token_octets, 2) if vendor == "amd" else token_octets  # the narrowest mfma has 16 columns
+    programs = blocks[0] * triton.cdiv(block[0], 8 * octets) * triton.cdiv(tokens, 8 * token_octets)
+    most = triton.cdiv(blocks[1] * block[1] // 8, 8 * config["num_warps"])
+    splits = max(1, min(config["FILL"] * processors // programs, most))
+    taller = octets // 2 * max(1, token_octets // 2)  # times the registers that a load takes
+    return (programs, splits), {
+        "BLOCK_ROWS": block[0],
+        "BLOCK_COLS": block[1],
+        "SCAN": scan_size(blocks[1]),
+        "TOKEN_OCTETS": token_octets,
+        "OCTETS": octets,
+        "GROUPS": 2 if block[1] % 16 else 4,
+        "DENSE": max(1, config["DENSE"] // taller),
+        "SPARSE24": max(1, config["SPARSE24"] // taller),
+        "TARGET": vendor,
+        "WARPS": config["num_warps"],
+        "num_warps": config["num_warps"],
+        "num_stages": 1,
+    }
