@@ -20,6 +20,9 @@ SIGNATURES = {
     "prune_pack24": "weight, *, scale=None",
     "unpack24": "values, bitmask, cols",
     "linear24": "x, values, bitmask, bias=None",
+    "pack_tiered": "weight, mask=None, *, k=10, block=(16, 16)",
+    "unpack_tiered": "packed, rows, cols",
+    "linear_tiered": "x, packed, bias=None, *, out_features",
     "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', progress=None, "
     "resume=None",
     "Magnitude": "pattern",
@@ -39,7 +42,7 @@ SIGNATURES = {
     "save": "model, path, *, format='sparsekit'",
     "load": "model, path, *, dense=False",
 }
-REPORTS = {"SparseTraining", "PruneReport", "CompressReport"}
+REPORTS = {"SparseTraining", "PruneReport", "CompressReport", "TieredWeight"}
 
 
 def test_every_public_name():

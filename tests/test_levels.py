@@ -23,7 +23,7 @@ def run(code, **environment):
 @pytest.mark.skipif(os.environ.get("SPARSEKIT_NATIVE") != "1", reason="asked for by SPARSEKIT_NATIVE=1")
 def test_native_kernels_answer_every_op():
     answers = {op: answer["cpu"] for op, answer in backends().items()}
-    assert len(answers) == 13 and "reference" not in answers.values(), answers
+    assert len(answers) == 14 and "reference" not in answers.values(), answers
 
 
 @native

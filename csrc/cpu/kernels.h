@@ -112,6 +112,23 @@ struct Linear24Args {
   DType dtype;
 };
 
+// All contiguous, as ops/tiered.py lays them out.
+struct LinearTieredArgs {
+  const void* x;         // [tokens, cols]
+  const uint8_t* tiers;  // [ceil(rows / block_rows), ceil(cols / block_cols)]
+  const void* dense;
+  const void* values;
+  const uint8_t* bitmask;
+  const void* topk;
+  const void* positions;  // uint8_t where a block has at most 256 entries, else int16_t
+  const int32_t* starts;  // [ceil(rows / block_rows) + 1, 3]
+  const void* bias;       // [rows] or null
+  void* y;                // [tokens, rows]
+  int64_t tokens, rows, cols, block_rows, block_cols, k;  // block_cols is a multiple of 8
+  int threads;
+  DType dtype;
+};
+
 // All contiguous; `cols` is the width of the block.
 struct SparsegptArgs {
   const float* weight;  // [rows, cols]
@@ -139,6 +156,7 @@ struct Kernels {
   void (*prune_pack24)(const PrunePack24Args&, int64_t begin, int64_t end);
   void (*unpack24)(const Unpack24Args&, int64_t begin, int64_t end);
   void (*linear24)(const Linear24Args&, ParallelFor);
+  void (*linear_tiered)(const LinearTieredArgs&, ParallelFor);
   // Rows [begin, end).
   void (*sparsegpt)(const SparsegptArgs&, int64_t begin, int64_t end);
 };

@@ -2,6 +2,7 @@
 // SPARSEKIT_AVX512 is defined where its instructions may be used, SPARSEKIT_AVX512_BF16 besides the latter.
 #include "blocks_kernel.h"
 #include "linear24_kernel.h"
+#include "linear_tiered_kernel.h"
 #include "nm_kernel.h"
 #include "pack24_kernel.h"
 #include "prune_pack24_kernel.h"
@@ -27,6 +28,7 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .prune_pack24 = SPARSEKIT_LEVEL::prune_pack24,
     .unpack24 = SPARSEKIT_LEVEL::unpack24,
     .linear24 = SPARSEKIT_LEVEL::linear24,
+    .linear_tiered = SPARSEKIT_LEVEL::linear_tiered,
     .sparsegpt = SPARSEKIT_LEVEL::sparsegpt,
 };
 

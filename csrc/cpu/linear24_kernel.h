@@ -5,11 +5,6 @@
 #include "linear24_rows_kernel.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
-namespace {
-
-constexpr int64_t kLanesTokens = 16;
-
-}  // namespace
 
 void linear24(const Linear24Args& a, ParallelFor parallel_for) {
   dispatch(a.dtype, [&]<class T>(T*) {

@@ -6,42 +6,13 @@
 #pragma once
 
 #include "linear24_tile.h"
+#include "token_lanes.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// A tile of 8 vectors of tokens leaves a quarter of the L1 cache, where that is 32 KB, to the weight and the sums. At
-// AVX2, 4096x4096 and 128 tokens, 16 KB took 1.4 times as long, and 4 or 6 vectors 1.2 times.
-constexpr int kMaxVectors = 8;
-constexpr int64_t kTileBytes = 24576;
-constexpr int64_t kRun = kTileBytes / (kMaxVectors * kLanes * sizeof(float));  // columns that are summed by themselves
-static_assert(kRun % 8 == 0 && kRun % kLanes == 0);  // whole bytes of the bitmask, whole squares to transpose
-constexpr int64_t kSumsBytes = 131072;  // a quarter of the L2 cache
-constexpr int64_t kRowsAhead = 2;       // of the weight, in steps of rows_per_step
-constexpr int64_t kRowsConverted = 8;   // of 16-bit values at once
-
-// The tokens in tiles and the rows in blocks, both as even as they come.
-struct LanesPlan {
-  int64_t vectors, tiles, widest, blocks, block_rows;
-
-  explicit LanesPlan(const Linear24Args& a) {
-    vectors = ceil_div(a.tokens, kLanes);
-    tiles = ceil_div(vectors, kMaxVectors);
-    widest = ceil_div(vectors, tiles);
-    blocks = ceil_div(a.rows, kSumsBytes / (widest * kLanes * static_cast<int64_t>(sizeof(float))));
-    const int64_t most = std::max(blocks, std::min(blocks + a.threads, a.rows / 16));
-    while (blocks < most && idle_share(tiles * blocks, a.threads) > 1.0 / 16) ++blocks;
-    block_rows = ceil_div(ceil_div(a.rows, blocks), 16) * 16;  // whole cache lines of y
-    blocks = ceil_div(a.rows, block_rows);
-  }
-
-  static int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-  static double idle_share(int64_t items, int64_t threads) {
-    const double slots = static_cast<double>(ceil_div(items, threads) * threads);
-    return (slots - static_cast<double>(items)) / slots;
-  }
-  int64_t first_vector(int64_t tile) const { return vectors * tile / tiles; }
-};
+constexpr int64_t kRowsAhead = 2;      // of the weight, in steps of rows_per_step
+constexpr int64_t kRowsConverted = 8;  // of 16-bit values at once
 
 // Where a thread keeps what it works on.
 struct LanesScratch {
@@ -65,31 +36,14 @@ struct LanesBlock {
     const auto times_tile = kTimesTile<kRun, kMaxVectors>[vectors - 1];
     for (int64_t col = 0; col < a.cols; col += most_inputs) {
       const int64_t inputs = std::min(most_inputs, a.cols - col);
-      load_tile(col, inputs);
+      load_tile(static_cast<const T*>(a.x) + token * a.cols + col, a.cols, tokens, vectors, inputs, scratch.tile);
       const int64_t step = std::is_same_v<T, float> ? rows : kRowsConverted;
       for (int64_t r = 0; r < rows; r += step)
         times_tile(piece(r, std::min(step, rows - r), col, inputs), scratch.tile, offsets, col == 0,
                    scratch.sums + r * width);
     }
-    store_sums();
-  }
-
-  void load_tile(int64_t col, int64_t inputs) {
-    for (int v = 0; v < vectors; ++v) {
-      const T* x[kLanes];  // the lanes past the last token repeat it
-      for (int lane = 0; lane < kLanes; ++lane)
-        x[lane] = static_cast<const T*>(a.x) + (token + std::min<int64_t>(v * kLanes + lane, tokens - 1)) * a.cols + col;
-      float* to = scratch.tile + v * kLanes;
-      int64_t i = 0;
-      for (; i + kLanes <= inputs; i += kLanes) {
-        Floats square[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(x[lane] + i);
-        transpose(square);
-        for (int lane = 0; lane < kLanes; ++lane) store_lanes(to + (i + lane) * width, square[lane]);
-      }
-      for (; i < inputs; ++i)
-        for (int lane = 0; lane < kLanes; ++lane) to[i * width + lane] = to_float(x[lane][i]);
-    }
+    store_sums(scratch.sums, width, rows, tokens, a.bias ? static_cast<const T*>(a.bias) + row : nullptr,
+               static_cast<T*>(a.y) + token * a.rows + row, a.rows);
   }
 
   WeightPiece piece(int64_t first, int64_t count, int64_t col, int64_t inputs) const {
@@ -118,26 +72,6 @@ struct LanesBlock {
       }
     }
     return piece;
-  }
-
-  // y is [token][row]: back, with the bias.
-  void store_sums() {
-    T* y = static_cast<T*>(a.y) + token * a.rows + row;
-    const T* bias = a.bias ? static_cast<const T*>(a.bias) + row : nullptr;
-    int64_t r = 0;
-    for (; r + kLanes <= rows; r += kLanes) {
-      const Floats shift = bias ? load_lanes(bias + r) : zeros();
-      for (int64_t t = 0; t < tokens; t += kLanes) {
-        Floats square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load_lanes(scratch.sums + (r + i) * width + t);
-        transpose(square);
-        for (int lane = 0; lane < kLanes; ++lane)
-          if (t + lane < tokens) store_lanes(y + (t + lane) * a.rows + r, add(square[lane], shift));
-      }
-    }
-    for (; r < rows; ++r)
-      for (int64_t t = 0; t < tokens; ++t)
-        y[t * a.rows + r] = from_float<T>(scratch.sums[r * width + t] + (bias ? to_float(bias[r]) : 0.0f));
   }
 };
 
@@ -177,7 +111,7 @@ void lanes_items(int64_t begin, int64_t end, void* context) {
 
 template <class T>
 void linear24_lanes(const Linear24Args& a, ParallelFor parallel_for) {
-  LanesTask task{a, LanesPlan(a)};
+  LanesTask task{a, LanesPlan(a.tokens, a.rows, a.threads, 16)};  // whole cache lines of y
   parallel_for(task.plan.tiles * task.plan.blocks, 1, lanes_items<T>, &task);
 }
 

@@ -2,32 +2,21 @@
 #pragma once
 
 #include "linear24_strip.h"
+#include "token_chunks.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// How many tokens are worked on at once, and how many weight rows with them: rows * tokens sums, the rows' weights and
-// one vector of x stay in registers (32 with AVX-512, else 16).
+// How many weight rows are worked on at once: rows * tokens sums, the rows' weights and one vector of x stay in registers
+// (32 with AVX-512, else 16).
 #if defined(SPARSEKIT_AVX512)
-constexpr int kMaxTokens = 6;
 constexpr int rows_together(int) { return 4; }
 #else
-constexpr int kMaxTokens = 4;
 constexpr int rows_together(int tokens) { return tokens <= 2 ? 4 : 3; }
 #endif
 
 constexpr int64_t kGrain = 65536;  // products of one piece: fewer are not worth waking a thread
 constexpr int64_t kPrefetchBytes = 1024;
-
-// The tokens in chunks that differ by one at most and fit the registers.
-struct TokenChunks {
-  int64_t tokens, count;
-
-  explicit TokenChunks(int64_t tokens) : tokens(tokens), count((tokens + kMaxTokens - 1) / kMaxTokens) {}
-  int64_t begin(int64_t chunk) const { return tokens * chunk / count; }
-  int64_t size(int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
-  int64_t largest() const { return (tokens + count - 1) / count; }
-};
 
 // x as [chunk][strip][token of the chunk][column of the strip], whole strips only, so that one pointer walks it.
 template <class T>

@@ -45,6 +45,13 @@ struct Strip<F16> : FloatStrip {
   }
 };
 
+struct Bf16FloatStrip : FloatStrip {
+  static __m512 expand(const BF16* values, const uint8_t* bits) {
+    const __m256i kept = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    return spread(_mm256_castsi256_ps(_mm256_slli_epi32(kept, 16)), bits);
+  }
+};
+
 #if defined(SPARSEKIT_AVX512_BF16)
 template <>
 struct Strip<BF16> {
@@ -67,12 +74,7 @@ struct Strip<BF16> {
 };
 #else
 template <>
-struct Strip<BF16> : FloatStrip {
-  static __m512 expand(const BF16* values, const uint8_t* bits) {
-    const __m256i kept = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-    return spread(_mm256_castsi256_ps(_mm256_slli_epi32(kept, 16)), bits);
-  }
-};
+struct Strip<BF16> : Bf16FloatStrip {};
 #endif
 
 #elif defined(SPARSEKIT_AVX2)

@@ -6,11 +6,10 @@
 #include "block_scores_kernel.h"
 #include "block_topk_kernel.h"
 #include "nm_kernel.h"
+#include "tiers.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
-
-constexpr uint8_t kDense = 0, kSparse24 = 1;
 
 // Bits [at, at + count) of 64-bit words: set, or taken from others.
 inline void set_bits(uint64_t* words, int64_t at, int64_t count) {

@@ -143,4 +143,5 @@ void test_blocks();
 void test_tiers();
 void test_transposable();
 void test_linear24();
+void test_tiered();
 void test_sparsegpt();

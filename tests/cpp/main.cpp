@@ -32,7 +32,7 @@ int main() {
   const std::pair<const char*, void (*)()> tests[] = {
       {"nm", test_nm},         {"pack24", test_pack24},           {"prune_pack24", test_prune_pack24},
       {"blocks", test_blocks}, {"tiers", test_tiers},             {"transposable", test_transposable},
-      {"linear24", test_linear24}, {"sparsegpt", test_sparsegpt}};
+      {"linear24", test_linear24}, {"tiered", test_tiered}, {"sparsegpt", test_sparsegpt}};
   for (const auto& [name, test] : tests) {
     const int before = check::failures;
     test();

@@ -1,0 +1,12 @@
+// The forms of a block, by their number in a tier map.
+#pragma once
+
+#include "level_headers.h"
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+enum Tier : uint8_t { kDense, kSparse24, kTopk, kTiers };
+
+}  // namespace
+}  // namespace sparsekit::SPARSEKIT_LEVEL
