@@ -13,6 +13,7 @@ from sparsekit.tiers import (
     Ratios,
     Step,
     TierMap,
+    fade,
     load_tier_maps,
     progressive_tiers,
     save_tier_maps,
@@ -157,6 +158,68 @@ def test_a_failure_leaves_the_model_as_it_was(task):
     with pytest.raises(ValueError, match="nothing to prune: where selects no linear layer"):
         tier_iteration(nn.Sequential(nn.Conv2d(4, 4, 3)), STEPS[0], [x])
     assert_same(model, before)
+
+
+@pytest.mark.parametrize("allocation", ["layer", "model"])
+def test_reconstruction_lowers_the_error_and_keeps_the_masks(task, allocation):
+    dense, x, y = task
+    plain, solved = copy.deepcopy(dense), copy.deepcopy(dense)
+    _, before = tier_iteration(plain, STEPS[1], [x], allocation=allocation)
+    maps, after = tier_iteration(solved, STEPS[1], [x], allocation=allocation, reconstruct=True)
+    assert after.ratios == before.ratios == STEPS[1].ratios and list(maps) == ["0", "2"]
+    assert torch.equal(get_mask(solved[0]), get_mask(plain[0]))
+    assert not torch.equal(solved[0].weight, plain[0].weight)
+    for layer in solved[::2]:
+        assert not layer.weight[~get_mask(layer)].any()
+    assert after.error < 0.8 * before.error
+    assert (solved(x) - y).norm() < (plain(x) - y).norm()
+
+
+@pytest.mark.parametrize("allocation", ["layer", "model"])
+def test_what_has_faded_is_demoted_without_a_change(task, allocation):
+    model, x, _ = task
+    maps, report = tier_iteration(model, STEPS[0], [x], goal=STEPS[1].ratios, allocation=allocation)
+    assert report.ratios == STEPS[0].ratios
+    before = [layer.weight.detach().clone() for layer in model[::2]]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with sk.keep_masks(model, optimizer), fade(model, optimizer, 4):
+        for left in (3, 2, 1, 0):
+            optimizer.step()
+            for layer, weight in zip(model[::2], before, strict=True):
+                shrunk = layer.weight != weight
+                assert shrunk.any() and torch.allclose(layer.weight[shrunk], left / 4 * weight[shrunk])
+    optimizer.step()
+    faded = [layer.weight.detach().clone() for layer in model[::2]]
+    shares = [(weight == 0).float().mean().item() for weight in faded]
+    maps, report = tier_iteration(model, STEPS[1], [x], maps, allocation=allocation)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model[::2], faded, strict=True))
+    assert sum(shares) == pytest.approx(sum(tier_map.sparsity for tier_map in maps.values()))
+    assert report.error == 0
+
+
+def test_fading_is_forgotten_where_the_schedule_ends(task):
+    model, x, _ = task
+    tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
+    assert {"weight_mask", "weight_fading"} == {name for name, _ in model[0].named_buffers()}
+    assert "weight_fading" not in "".join(model.state_dict())
+    tier_iteration(model, STEPS[2], [x], goal=STEPS[2].ratios)
+    assert {"weight_mask"} == {name for name, _ in model[0].named_buffers()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = model[0].weight.detach().clone()
+    with fade(model, optimizer, 1):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match="updates must be from 0 on, got -1"):
+        fade(model, optimizer, -1)
+
+
+def test_a_failure_forgets_what_would_fade(task):
+    model, x, _ = task
+    tier_iteration(model, STEPS[0], [x])
+    with pytest.raises(RuntimeError, match="the second layer"):
+        model[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("the second layer")))
+        tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
+    assert {"weight_mask"} == {name for name, _ in model[0].named_buffers()}
 
 
 def test_files_that_are_no_tier_maps(tmp_path):

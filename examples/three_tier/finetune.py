@@ -1,6 +1,5 @@
 """Fine-tuning between the iterations: masks kept, on one device or on many through accelerate."""
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -10,14 +9,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sparsekit as sk
-from sparsekit.tiers import Step
+from sparsekit.tiers import Step, fade
+
+WARM = 20  # updates until the learning rate is at its highest
 
 
 class FineTune:
     """Trains a causal LM for the epochs of a step.
 
-    One schedule of the learning rate spans all steps: it warms up, then falls by a cosine until the last update of the
-    last step. So update n has the same rate and the same windows whether its weights are pruned in steps or at once.
+    One schedule of the learning rate spans all steps: it stays up for the first half of all updates, then falls to zero
+    in a line. So update n has the same rate and the same windows whether the weights are pruned in steps or at once.
+    What later steps will drop fades until the last of them.
 
     Args:
         windows: ``[n, window]`` token ids to learn from.
@@ -61,7 +63,7 @@ class FineTune:
             leave=False,
             disable=not self._accelerator.is_main_process,
         )
-        with sk.keep_masks(model, optimizer):
+        with sk.keep_masks(model, optimizer), fade(model, optimizer, self._updates(len(self._schedule) - 1) - first):
             for update, batch in enumerate(batches, first):
                 for group in optimizer.param_groups:
                     group["lr"] = self._rate * self.share(update)
@@ -75,8 +77,8 @@ class FineTune:
 
     def share(self, update: int) -> float:
         """Of the highest learning rate, at one update of all."""
-        whole = self._updates(self._schedule[-1].iteration)
-        return min(1.0, (update + 1) / 20) * (1 + math.cos(math.pi * update / whole)) / 2
+        whole = self._updates(len(self._schedule))
+        return min(1.0, (update + 1) / WARM, 2 * (1 - update / whole))
 
     def _updates(self, iteration: int) -> int:
         """Updates until an iteration is done."""

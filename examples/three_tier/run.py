@@ -53,6 +53,7 @@ class Config:
     previous_tier_maps: Path | None = None  # .safetensors, or a .pt of the published pruner
     criterion: Literal["loss", "published"] = "loss"  # which blocks go first
     allocation: Literal["layer", "model"] = "model"  # whether every layer gets the same shares, or the model
+    reconstruct: bool = True  # least squares on the kept weights after each demotion
     block_size: int = 16
     topk_per_block: int = 10
     nsamples: int = 64  # windows to calibrate on
@@ -80,7 +81,12 @@ class Pruner:
         device = next(model.parameters()).device
         self.batches = [{"input_ids": batch.to(device)} for batch in text.train[: config.nsamples].split(8)]
         block = (config.block_size, config.block_size)
-        self.options = {"criterion": config.criterion, "allocation": config.allocation, "progress": bar}
+        self.options = {
+            "criterion": config.criterion,
+            "allocation": config.allocation,
+            "reconstruct": config.reconstruct,
+            "progress": bar,
+        }
         self.blocks = {"block": block, "k": config.topk_per_block}
 
     @torch.no_grad()
@@ -117,6 +123,7 @@ class Pruner:
             self.batches,
             finetune,
             tier_maps=before and load_tier_maps(before, **self.blocks),
+            goal=schedule[-1].ratios,
             folder=folder,
             evaluate=self.perplexity,
             **self.options,

@@ -4,7 +4,10 @@ from .demote import Demotion as Demotion
 from .demote import demote as demote
 from .demote import demote_together as demote_together
 from .demote import demotion_costs as demotion_costs
+from .demote import prune_tiers as prune_tiers
 from .demote import tier_mask as tier_mask
+from .fade import Fade as Fade
+from .fade import fade as fade
 from .files import load_tier_maps as load_tier_maps
 from .files import save_tier_maps as save_tier_maps
 from .iteration import IterationReport as IterationReport

@@ -1,8 +1,9 @@
 """One iteration of progressive pruning: score the blocks of all layers, demote, and put the masks in place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,12 @@ from ..masks import Pattern
 from ..prune.calibrate import Inputs
 from ..prune.calibration import calibrated
 from ..prune.layers import Layer, check_weights, find_layers
+from ..prune.methods import Method
 from ..prune.put import put
-from ..prune.statistics import InputNorm
-from .demote import Costs, Criterion, Demotion, demote_together, demotion_costs, tier_mask
+from ..prune.refine import LeastSquares
+from ..prune.statistics import Gram, InputNorm
+from .demote import Costs, Criterion, Demotion, demote_together, demotion_costs, prune_tiers
+from .fade import fading_of, mark_fading
 from .schedule import Step
 from .tier_map import Ratios, TierMap
 
@@ -56,6 +60,8 @@ def tier_iteration(
     *,
     criterion: Criterion = "loss",
     allocation: Allocation = "layer",
+    reconstruct: bool = False,
+    goal: Ratios | None = None,
     block: tuple[int, int] = (16, 16),
     k: int = 10,
     where: Where | None = None,
@@ -76,6 +82,9 @@ def tier_iteration(
         allocation: ``"layer"`` gives every layer the same shares, and calibrates block after block on what the pruned
             ones before produce. ``"model"`` gives the model the shares, and demotes the blocks that add least to the
             relative output error of their layer, wherever they are; calibrated in one pass.
+        reconstruct: gives the kept weights the values that change the output least (``LeastSquares``). With
+            ``allocation="model"`` that is a second pass, block after block.
+        goal: the shares after the last step: what they would drop is marked, for ``fade``. None marks nothing.
         block: rows and columns of a block, 16 to 128; 64 and more is what GPUs can use. Without ``tier_maps``.
         k: weights that a top-k block keeps. Without ``tier_maps``.
         where: ``where(name, module)`` selects layers; None selects all linear ones.
@@ -99,26 +108,18 @@ def tier_iteration(
     demoted: dict[str, tuple[int, int]] = {}
     errors: list[float] = []
     dropped = 0
+    planner = _Planner(before, step, goal, criterion, Gram if reconstruct else InputNorm)
+    show = partial(calibrated, model, layers, batches=calibrate, forward=forward, progress=progress or iter)
     with ExitStack() as undo, evaluating(model):
-        for members, shown in calibrated(
-            model,
-            layers,
-            InputNorm,
-            calibrate,
-            sequential=allocation == "layer",
-            forward=forward,
-            progress=progress or iter,
-        ):
-            reached = [(layer, inputs) for layer, inputs in zip(members, shown, strict=True) if len(inputs.sample)]
-            groups = [[each] for each in reached] if allocation == "layer" else [reached]
-            for group in groups:
-                for layer, inputs, tier_map, demotion in _demote(group, before, step, criterion):
-                    pruned, mask = _prune(layer, inputs, tier_map, criterion)
-                    errors.append(inputs.sample.relative_error(layer.weight, pruned) or 0.0)
-                    put(layer, pruned, mask, _pattern(tier_map), undo)
-                    after[layer.name] = tier_map
-                    demoted[layer.name] = demotion.dense_to_2_4, demotion.mid_2_4_to_topk
-                    dropped += int((~mask).sum())
+        for layer, inputs, plan in planner.plans(show, allocation):
+            pruned, mask, fading = planner.prune(layer, inputs, plan)
+            errors.append(inputs.sample.relative_error(layer.weight, pruned) or 0.0)
+            put(layer, pruned, mask, _pattern(plan.tier_map), undo)
+            undo.callback(mark_fading, layer.module, fading_of(layer.module))
+            mark_fading(layer.module, fading)
+            after[layer.name] = plan.tier_map
+            demoted[layer.name] = plan.demotion.dense_to_2_4, plan.demotion.mid_2_4_to_topk
+            dropped += int((~mask).sum())
         if not after:
             raise ValueError("no calibration batch reached any of the selected layers")
         undo.pop_all()
@@ -170,38 +171,100 @@ def _end(name: str) -> str:
     return "s." + name.removeprefix("layer_") if name.startswith("layer_") else "." + name
 
 
-def _demote(
-    group: list[tuple[Layer, Inputs]], before: dict[str, TierMap], step: Step, criterion: Criterion
-) -> list[tuple[Layer, Inputs, TierMap, Demotion]]:
-    """Demotes layers that share their numbers of blocks."""
-    if not group:
-        return []
-    maps = [before[layer.name] for layer, _ in group]
-    costs = [_costs(layer, inputs, before[layer.name], criterion) for layer, inputs in group]
-    new, demotions = demote_together(maps, costs, step.ratios, criterion=criterion)
-    return [(*each, *found) for each, found in zip(group, zip(new, demotions, strict=True), strict=True)]
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of one layer now, and where the schedule ends for it."""
+
+    tier_map: TierMap
+    demotion: Demotion
+    last: TierMap | None
 
 
-def _costs(layer: Layer, inputs: Inputs, tier_map: TierMap, criterion: Criterion) -> Costs:
-    """``demotion_costs`` as shares of the layer's whole: so they compare between layers."""
-    weight = layer.matrix(layer.weight.detach())
-    score = _score(layer, inputs)
-    whole = (score if criterion == "published" else score.square()).sum().clamp(min=1e-30)
-    first, second = demotion_costs(weight, score, tier_map, criterion)
-    return first / whole, second / whole
+@dataclass(frozen=True)
+class _Planner:
+    before: Mapping[str, TierMap]
+    step: Step
+    goal: Ratios | None
+    criterion: Criterion
+    statistic: type[InputNorm]
+
+    def plans(self, show: Any, allocation: Allocation) -> Iterator[tuple[Layer, Inputs, _Plan]]:
+        """Yields layers to prune; each must be pruned before the next is asked for."""
+        if allocation == "layer":
+            for layer, inputs in _reached(show(statistic=self.statistic, sequential=True)):
+                yield layer, inputs, self._plan([(layer, inputs)])[0]
+            return
+        together = list(_reached(show(statistic=InputNorm, sequential=False)))
+        plans = self._plan(together)
+        if self.statistic is InputNorm:
+            yield from ((*each, plan) for each, plan in zip(together, plans, strict=True))
+            return
+        by_name = {layer.name: plan for (layer, _), plan in zip(together, plans, strict=True)}
+        for layer, inputs in _reached(show(statistic=self.statistic, sequential=True)):
+            yield layer, inputs, by_name[layer.name]
+
+    def _plan(self, group: list[tuple[Layer, Inputs]]) -> list[_Plan]:
+        """Demotes layers that share their numbers of blocks."""
+        if not group:
+            return []
+        costs = [self._costs(layer, inputs) for layer, inputs in group]
+        maps, demotions = demote_together(
+            [self.before[layer.name] for layer, _ in group], costs, self.step.ratios, criterion=self.criterion
+        )
+        last: Sequence[TierMap | None] = [None] * len(maps)
+        if self.goal is not None:
+            last, _ = demote_together(maps, costs, self.goal, criterion=self.criterion)
+        return [_Plan(*each) for each in zip(maps, demotions, last, strict=True)]
+
+    def _costs(self, layer: Layer, inputs: Inputs) -> Costs:
+        """``demotion_costs`` as shares of the layer's whole: so they compare between layers."""
+        weight, norm = layer.matrix(layer.weight.detach()), _norm(inputs).norm
+        power = 1 if self.criterion == "published" else 2
+        whole = (weight.float().abs().pow(power).sum(0) * norm.pow(power)).sum().clamp(min=1e-30)
+        first, second = demotion_costs(weight, norm, self.before[layer.name], self.criterion)
+        return first / whole, second / whole
+
+    def prune(self, layer: Layer, inputs: Inputs, plan: _Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The pruned weight, its mask, and what fades; all in the weight's own layout."""
+        weight, statistic = layer.matrix(layer.weight.detach()), _norm(inputs)
+        tiers = _Tiers("tiers", plan.tier_map, self.criterion)
+        pruned, mask = (
+            LeastSquares(tiers).prune(weight, statistic)
+            if isinstance(statistic, Gram)
+            else tiers.prune(weight, statistic)
+        )
+        own = (lambda matrix: matrix.t().contiguous()) if layer.axis == 0 else (lambda matrix: matrix)
+        if plan.last is None or plan.last.counts == plan.tier_map.counts:
+            return own(pruned), own(mask), None
+        lasting = _Tiers("tiers", plan.last, self.criterion).prune(weight, statistic)[1]
+        return own(pruned), own(mask), own(mask & ~lasting)
 
 
-def _score(layer: Layer, inputs: Inputs) -> Tensor:
-    statistic = inputs.statistic
-    assert isinstance(statistic, InputNorm)
-    return layer.matrix(layer.weight.detach()).abs().float() * statistic.norm
+@dataclass(frozen=True)
+class _Tiers(Method):
+    """The mask of a tier map, as a method: what least squares can be put on top of."""
+
+    tier_map: TierMap
+    criterion: Criterion
+
+    statistic = InputNorm
+
+    def __post_init__(self) -> None:
+        """Every tier map is one to prune by."""
+
+    def prune(self, weight: Tensor, statistic: InputNorm) -> tuple[Tensor, Tensor]:
+        return prune_tiers(weight, statistic.norm, self.tier_map, self.criterion)
 
 
-def _prune(layer: Layer, inputs: Inputs, tier_map: TierMap, criterion: Criterion) -> tuple[Tensor, Tensor]:
-    weight = layer.matrix(layer.weight.detach())
-    mask = tier_mask(weight, _score(layer, inputs), tier_map, criterion)
-    mask = mask.t().contiguous() if layer.axis == 0 else mask
-    return torch.where(mask, layer.weight.detach(), 0), mask
+def _norm(inputs: Inputs) -> InputNorm:
+    assert isinstance(inputs.statistic, InputNorm)
+    return inputs.statistic
+
+
+def _reached(shown: Iterable[tuple[Sequence[Layer], Sequence[Inputs]]]) -> Iterator[tuple[Layer, Inputs]]:
+    """The layers that any calibration batch reached."""
+    for members, inputs in shown:
+        yield from (each for each in zip(members, inputs, strict=True) if len(each[1].sample))
 
 
 def _pattern(tier_map: TierMap) -> Pattern:

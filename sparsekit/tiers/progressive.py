@@ -31,6 +31,8 @@ def progressive_tiers(
     folder: str | os.PathLike[str] | None = None,
     criterion: Criterion = "loss",
     allocation: Allocation = "layer",
+    reconstruct: bool = False,
+    goal: Ratios | None = None,
     block: tuple[int, int] = (16, 16),
     k: int = 10,
     where: Where | None = None,
@@ -57,7 +59,7 @@ def progressive_tiers(
         folder: every finished iteration is kept in ``folder/iteration-N``: model, tier maps and report. The same call
             after a kill loads the last one and goes on. Of several processes (torch.distributed) the first one writes,
             and all read.
-        criterion, allocation, block, k, where, forward, progress: as in ``tier_iteration``.
+        criterion, allocation, reconstruct, goal, block, k, where, forward, progress: as in ``tier_iteration``.
         evaluate: gives a number for the report, say perplexity, after every iteration; in evaluation mode, without
             gradients.
 
@@ -85,6 +87,8 @@ def progressive_tiers(
             maps,
             criterion=criterion,
             allocation=allocation,
+            reconstruct=reconstruct,
+            goal=goal,
             block=block,
             k=k,
             where=where,
