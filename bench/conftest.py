@@ -1,9 +1,10 @@
 import statistics
+from collections.abc import Mapping
 
 import pytest
 import torch
 
-from .race import Calls, race, ratio
+from .race import MIN_ROUNDS, Calls, race, ratio
 
 
 @pytest.fixture(autouse=True)
@@ -15,10 +16,24 @@ def _quiet():
 
 @pytest.fixture
 def record(benchmark):
-    """Races a call against its baselines and keeps the row for the report, through pytest-benchmark's JSON."""
+    """Races a call against its baselines and keeps the row for the report, through pytest-benchmark's JSON.
 
-    def run(row: dict, call, baselines: Calls, *, bytes_moved: int = 0, copied: int = 0, best: bool = False) -> None:
-        times = race({"own": call, **baselines})
+    ``shares``: of slow baselines, which take part in fewer rounds, how much of the work they do; scaled to all of it.
+    """
+
+    def run(
+        row: dict,
+        call,
+        baselines: Calls,
+        *,
+        bytes_moved: int = 0,
+        copied: int = 0,
+        best: bool = False,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
+        times = race({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS)
+        for key, share in (shares or {}).items():
+            times[key] = [each / share for each in times[key]]
         seconds = {key: statistics.median(each) for key, each in times.items()}
         ratios = {key: ratio(times, "own", key) for key in baselines}
         if copied:  # bytes per second against the copy's

@@ -12,8 +12,8 @@ Calls = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
 
 
-def race(calls: Calls, budget: float = 1.0) -> Times:
-    """Seconds per call of every function: at least 5 rounds, at most 101, for ``budget`` seconds, in rotating order."""
+def race(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS) -> Times:
+    """Seconds per call of every function: ``least`` to 101 rounds, for ``budget`` seconds, in rotating order."""
     repeats = {}
     for key, call in calls.items():
         call()
@@ -21,7 +21,7 @@ def race(calls: Calls, budget: float = 1.0) -> Times:
     times: Times = {key: [] for key in calls}
     order, begin = list(calls), time.perf_counter()
     for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() - begin > budget:
+        if done >= least and time.perf_counter() - begin > budget:
             break
         order = order[1:] + order[:1]
         for key in order:

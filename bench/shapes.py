@@ -4,6 +4,7 @@ SQUARE = (4096, 4096)  # attention projections of a 7B decoder
 UP = (11008, 4096)  # its feed-forward
 BERT = (768, 768)  # attention projections of a BERT-base or GPT-2
 BERT_UP, BERT_DOWN = (3072, 768), (768, 3072)
+MODEL = ((2304, 768), BERT, BERT_UP, BERT_DOWN)  # the layers of one block of such a model
 WIDE, DEEP = (14336, 4096), (4096, 14336)  # the feed-forward of an 8B decoder
 
 LINEAR = (SQUARE, BERT, BERT_UP, BERT_DOWN, UP)
