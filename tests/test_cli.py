@@ -255,6 +255,7 @@ def test_python_m_sparsekit(tmp_path):
     assert done.stderr == f"sparsekit: {tmp_path} has no safetensors file\n"
 
 
+@pytest.mark.slow
 def test_a_real_model(data, tmp_path, capsys):
     stories = data / "tinystories" / "tinystories_sample.txt"
     documents = stories.read_text("utf-8").split("<|endoftext|>")

@@ -130,6 +130,29 @@ def test_conv1d_groups_run_down_its_columns(tmp_path, capsys):
     assert found["layers"][0]["name"].startswith("transformer.h.0")
 
 
+def test_names_that_transformers_changes_on_disk(tmp_path, capsys):
+    changes = {"image_size": 8, "patch_size": 4, "vocab_size": None}
+    folder = write_model(tmp_path / "dense", "ViT", "Model", **changes)
+    command = ["prune", "--model", folder, "--out", tmp_path / "out", "--method", "magnitude", "--calibration", "none"]
+    pruned = results(command, capsys)
+    assert "3 inputs do not fill one group" in pruned["skipped"][0]["reason"]
+    found = results(["inspect", tmp_path / "out", "--expect", "2:4"], capsys)
+    assert [layer["name"] for layer in found["layers"]] == [layer["name"] for layer in pruned["layers"]]
+    code, _, err = call(["inspect", folder, "--expect", "2:4"], capsys)
+    assert code == 1 and ".layer." in err[0]  # the names on disk: better asked than overlooked
+    code, line = refusal(["bench", folder], capsys)
+    assert code == 2 and line.endswith("a model that reads tokens is needed, ViTModel does not")
+
+
+def test_a_checkpoint_of_the_base_model(pruned, tmp_path, capsys):
+    weights = load_file(pruned / "model.safetensors")
+    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((pruned / "config.json").read_bytes())
+    found = results(["inspect", tmp_path, "--expect", "2:4"], capsys)
+    assert len(found["layers"]) == 15 and "embed_tokens" not in {layer["name"] for layer in found["layers"]}
+
+
 def test_files_alone(pruned, tmp_path, capsys):
     found = results(["inspect", pruned / "model.safetensors", "--only", "proj", "--expect", "2:4"], capsys)
     assert len(found["layers"]) == 14

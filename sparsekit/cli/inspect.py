@@ -14,7 +14,7 @@ from . import terminal
 from .errors import UsageError, regex, usage
 from .folders import COMPRESSED, PRUNED, check_folder, model_files
 from .patterns import first_break, found_pattern, packed_bytes, tier_shares
-from .roles import roles_of
+from .roles import names_in, roles_of
 from .stored import Matrix, is_ours, matrices, own_matrices, read_masks
 
 
@@ -100,14 +100,17 @@ def stored_layers(path: Path) -> Iterator[Matrix]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UsageError(f"{path} is no .safetensors file, and nothing else is read")
-        return own_matrices(path) if is_ours(path) else matrices([path], None, {})
+        return own_matrices(path) if is_ours(path) else matrices([path], {}, {})
     check_folder(path)
     files = model_files(path)
     ours = [file for file in files if is_ours(file)] if files else [path / COMPRESSED]
     if ours:
         return own_matrices(ours[0])
     masks = read_masks(path / PRUNED) if (path / PRUNED).exists() else {}
-    return matrices(files, roles_of(path, files), masks)
+    names = names_in(files)
+    if masks.keys() - names:  # transformers 5 writes some models, ViT for one, under other names than their modules'
+        return own_matrices(path / PRUNED)
+    return matrices(files, roles_of(path, names), masks)
 
 
 def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
@@ -123,7 +126,10 @@ def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
         asked, problem = str(stored), _stale(kept, grouped(matrix.mask, axis), stored)
         if stored.tiers:
             pattern = tier_shares(dense, flat, stored)[1]
-    if expected is not None and not matrix.role.exempt and problem is None:
+    exempt = matrix.role.exempt
+    if expected is not None and expected.m and dense.shape[-1] < expected.m:
+        exempt = exempt or "too few inputs"
+    if expected is not None and not exempt and problem is None:
         asked, problem = str(expected), first_break(kept, expected)
     zeros = weight.numel() - int(kept.sum())
     return Inspected(
@@ -132,7 +138,7 @@ def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
         str(weight.dtype).removeprefix("torch."),
         zeros,
         zeros / max(weight.numel(), 1),
-        pattern + (f" ({matrix.role.exempt})" if matrix.role.exempt else ""),
+        pattern + (f" ({exempt})" if exempt else ""),
         asked,
         problem,
         weight.nbytes,

@@ -27,8 +27,10 @@ def check_tokens(model: Any, counts: Sequence[int]) -> None:
     """Rejects counts that no pass of the model can have.
 
     Raises:
-        UsageError: a count is not positive, or more than the model reads.
+        UsageError: the model reads no tokens, or a count is not positive, or more than it reads.
     """
+    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise UsageError(f"a model that reads tokens is needed, {type(model).__name__} does not")
     most = longest(model.config)
     if not counts or min(counts) < 1 or (most is not None and max(counts) > most):
         limit = "at least 1" if most is None else f"from 1 to {most}"
@@ -38,7 +40,7 @@ def check_tokens(model: Any, counts: Sequence[int]) -> None:
 def random_tokens(model: Any, count: int) -> Tensor:
     """Token ids ``[1, count]``, the same ones in every run."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.get_input_embeddings().num_embeddings, (1, count), generator=generator).to(model.device)
+    return torch.randint(len(model.get_input_embeddings().weight), (1, count), generator=generator).to(model.device)
 
 
 @torch.no_grad()

@@ -90,12 +90,13 @@ def own_matrices(path: Path) -> Iterator[Matrix]:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def matrices(files: Iterable[Path], roles: Mapping[str, Role] | None, masks: Masks) -> Iterator[Matrix]:
+def matrices(files: Iterable[Path], roles: Mapping[str, Role | None], masks: Masks) -> Iterator[Matrix]:
     """The weights of layers in ordinary safetensors files.
 
     Args:
         files: the files of one model.
-        roles: the layers; None takes every tensor of two dimensions and more whose name ends in ``weight``.
+        roles: what the modules of the model are, None for one that is no layer. A tensor of two dimensions and more
+            whose name ends in ``weight`` and is no module's is taken for a layer: better asked than overlooked.
         masks: stored masks, by layer.
 
     Raises:
@@ -106,7 +107,7 @@ def matrices(files: Iterable[Path], roles: Mapping[str, Role] | None, masks: Mas
             with safe_open(path, "pt") as file:
                 for key in file.keys():
                     name, _, part = key.rpartition(".")
-                    role = Role(1) if roles is None else roles.get(name)
+                    role = roles.get(name, Role(1))
                     if part != "weight" or role is None or len(file.get_slice(key).get_shape()) < 2:
                         continue
                     weight = file.get_tensor(key)
