@@ -84,6 +84,28 @@ def test_rejects_inputs_that_do_not_fit():
         layer(torch.randn(3, 97))
     with pytest.raises(TypeError, match="float64"):
         layer(torch.randn(3, 80, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"packed\.dense must be torch\.bfloat16, got torch\.float32"):
+        layer(torch.randn(3, 80, dtype=torch.bfloat16))
+    bias = layer.bias
+    for other, error, match in (
+        (torch.zeros(95), ValueError, r"bias must have shape \(96,\), got \(95,\)"),
+        (torch.zeros(96, dtype=torch.float16), TypeError, r"bias must be torch\.float32, got torch\.float16"),
+    ):
+        layer.bias = nn.Parameter(other)
+        with pytest.raises(error, match=match):
+            layer(torch.randn(3, 80))
+    layer.bias, layer.topk = bias, nn.Parameter(layer.topk.half())
+    with pytest.raises(TypeError, match=r"topk must be torch\.float32, got torch\.float16"):
+        layer(torch.randn(3, 80))
+
+
+def test_rejects_a_weight_of_another_size():
+    packed = sk.pack_tiered(torch.randn(96, 80))
+    assert TieredLinear(packed, in_features=79, out_features=96)(torch.randn(3, 79)).shape == (3, 96)
+    with pytest.raises(ValueError, match=r"tiers must have shape \(6, 6\) for a weight of 96 x 81"):
+        TieredLinear(packed, in_features=81, out_features=96)
+    with pytest.raises(TypeError, match="packed must be a TieredWeight, got Tensor"):
+        TieredLinear(torch.randn(96, 80), in_features=80, out_features=96)
 
 
 def test_transposed_stands_for_conv1d():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered, unpack_tiered
-from ..ops.tiered import block_starts
+from ..ops.tiered import block_starts, check_packed, check_size
 from .shared import autocast_dtype, call_op, carry_mask, dense_linear, oriented
 
 LINEAR_TIERED = torch.ops.sparsekit.linear_tiered.default
@@ -23,11 +23,15 @@ class TieredLinear(nn.Module):
     ``F.linear``.
 
     Args:
-        packed: the weight.
+        packed: the weight, as ``pack_tiered`` or ``TieredWeight.from_parts`` returns it.
         bias: the layer's bias Parameter, kept as it is, or None.
         in_features, out_features: columns and rows of the weight, without the padding of its last blocks.
         transposed: whether ``.weight`` is shown as ``[in_features, out_features]``, as in ``Linear24``.
         requires_grad: whether the weight is trained.
+
+    Raises:
+        TypeError: ``packed`` is no ``TieredWeight``, or has wrong dtypes.
+        ValueError: its shapes do not belong together, or to the features.
     """
 
     dense: nn.Parameter
@@ -50,6 +54,8 @@ class TieredLinear(nn.Module):
         requires_grad: bool = True,
     ):
         super().__init__()
+        check_packed(packed)
+        check_size(packed, out_features, in_features)
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
         for name in TRAINED:
             self.register_parameter(name, nn.Parameter(getattr(packed, name), requires_grad=requires_grad))
@@ -147,15 +153,16 @@ class TieredLinear(nn.Module):
         """The dense weight, unpacked anew at every access; writing to it changes nothing."""
         return oriented(self._dense(), self.transposed)
 
-    # A small call waits for Python: what linear_tiered checks of a weight, in 16 us, was checked when it was packed.
+    # A small call waits for Python: linear_tiered would check in 16 us what was checked when the layer was made.
     def forward(self, x: Tensor) -> Tensor:
         buffers = self._buffers
         tensors: list[Any] = [x, *map(self._parameters.get, (*TRAINED, "bias"))]
         if (dtype := autocast_dtype(x)) is not None:
             tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         x, dense, values, topk, bias = tensors
-        if x.shape[-1:] != (self.in_features,) or x.dtype != dense.dtype:
-            return linear_tiered(x, self.packed, self.bias, out_features=self.out_features)  # which rejects it
+        fits = x.shape[-1:] == (self.in_features,) and x.dtype == dense.dtype == values.dtype == topk.dtype
+        if not fits or (bias is not None and (bias.dtype != x.dtype or bias.shape != (self.out_features,))):
+            return linear_tiered(x, self.packed, bias, out_features=self.out_features)  # which rejects it
         return call_op(
             LINEAR_TIERED,
             x,
