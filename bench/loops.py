@@ -45,24 +45,30 @@ def tiers_by_blocks(
 
 
 def sparsegpt_by_columns(weight: Tensor, gram: Tensor, damp: float = 0.01, size: int = 128) -> tuple[Tensor, Tensor]:
-    """2:4 by SparseGPT, one column after another: the pruned weight and the mask."""
+    """2:4 by SparseGPT, one column after another, with the loss that is summed up: the pruned weight and the mask."""
     weight, gram = weight.clone(), gram + damp * gram.diagonal().mean() * torch.eye(len(gram))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    kept = torch.ones_like(weight, dtype=torch.bool)
+    kept, loss = torch.ones_like(weight, dtype=torch.bool), torch.zeros(())
     for start in range(0, weight.shape[1], size):
         end = min(start + size, weight.shape[1])
         block, inner = weight[:, start:end].clone(), factor[start:end, start:end]
-        pruned, errors, drop = torch.zeros_like(block), torch.zeros_like(block), torch.zeros_like(block).bool()
+        pruned, errors, losses = (torch.zeros_like(block) for _ in range(3))
+        drop = torch.zeros_like(block, dtype=torch.bool)
         for col in range(end - start):
             if col % 4 == 0:
                 score = block[:, col : col + 4].square() / inner.diagonal()[col : col + 4].square()
                 drop.scatter_(1, col + score.topk(2, dim=1, largest=False).indices, True)
-            column = block[:, col]
-            pruned[:, col] = column.masked_fill(drop[:, col], 0)
-            error = (column - pruned[:, col]) / inner[col, col]
+            column, scale = block[:, col], inner[col, col]
+            rest = column.clone()
+            rest[drop[:, col]] = 0
+            pruned[:, col] = rest
+            losses[:, col] = (column - rest) ** 2 / scale**2
+            error = (column - rest) / scale
             block[:, col:] -= error[:, None] @ inner[None, col, col:]
             errors[:, col] = error
         weight[:, start:end], kept[:, start:end] = pruned, ~drop
+        loss += losses.sum() / 2
         weight[:, end:] -= errors @ factor[start:end, end:]
+    assert torch.isfinite(loss)
     return weight, kept

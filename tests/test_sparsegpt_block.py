@@ -6,14 +6,14 @@ from helpers import poison
 
 from sparsekit.ops import sparsegpt_block
 from sparsekit.ops.sparsegpt import sparsegpt_block_reference
-from sparsekit.prune.second_order import inverse_factor
+from sparsekit.prune.second_order import upper_factor
 
 SHAPES = [(1, 1), (3, 4), (5, 7), (16, 64), (9, 130), (0, 8), (4, 0)]
 
 
 def problem(rows, cols):
     x = torch.randn(2 * cols + 1, cols) @ torch.randn(cols, cols)
-    factor = inverse_factor(x.t() @ x, 0.01) if cols else torch.zeros(0, 0)
+    factor = upper_factor(x.t() @ x, 0.01).inverse() if cols else torch.zeros(0, 0)
     return torch.randn(rows, cols), factor.contiguous()
 
 

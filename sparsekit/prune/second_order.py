@@ -36,25 +36,8 @@ def cholesky(gram: Tensor, damp: float) -> Tensor:
     return factor
 
 
-def inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """The upper ``U`` with ``U^T U`` the inverse of the damped matrix: row i is what dropping input i asks of the rest.
-
-    From the Cholesky factor of the matrix read backwards, which saves the explicit inverse: if ``J H J = L L^T`` then
-    ``U = (J L J)^-1``.
+def upper_factor(gram: Tensor, damp: float) -> Tensor:
+    """The upper ``R`` with ``R R^T`` the damped matrix: the inverse of SparseGPT's factor ``U``, whose ``U^T U`` is the
+    inverse of the matrix. It is the Cholesky factor of the matrix read backwards, read backwards.
     """
-    return _inverse(cholesky(gram.flip(0, 1), damp).flip(0, 1))
-
-
-def _inverse(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix by halves: two thirds of what solving for the identity computes, and
-    nearly all of it matrix products; twice as fast from 1024 columns on.
-    """
-    half = len(upper) // 2
-    if half < 64:
-        return torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
-    inverse = torch.zeros_like(upper)
-    first, second = inverse[:half, :half], inverse[half:, half:]
-    first.copy_(_inverse(upper[:half, :half]))
-    second.copy_(_inverse(upper[half:, half:]))
-    inverse[:half, half:] = -first @ (upper[:half, half:] @ second)
-    return inverse
+    return cholesky(gram.flip(0, 1), damp).flip(0, 1)

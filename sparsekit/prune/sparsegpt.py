@@ -8,7 +8,7 @@ from torch import Tensor
 from ..masks import Pattern
 from ..ops import sparsegpt_block
 from .methods import Method
-from .second_order import inverse_factor
+from .second_order import upper_factor
 from .statistics import Gram
 
 
@@ -41,18 +41,21 @@ class SparseGPT(Method):
 
     def prune(self, weight: Tensor, statistic: Gram) -> tuple[Tensor, Tensor]:
         gram, pattern = statistic.matrix, Pattern.parse(self.pattern)
-        factor = inverse_factor(gram, self.damp)
-        updated = weight.flatten(1).float().masked_fill(gram.diagonal() == 0, 0)
-        mask = torch.empty_like(updated, dtype=torch.bool)
-        for start, end in self._blocks(pattern, updated.shape[1], weight.shape[-1]):
-            inner = factor[start:end, start:end].contiguous()
-            columns = updated[:, start:end].contiguous()
+        factor = upper_factor(gram, self.damp)
+        dense = weight.flatten(1).float().masked_fill(gram.diagonal() == 0, 0)
+        pruned, lost, mask = torch.empty_like(dense), torch.empty_like(dense), torch.empty_like(dense, dtype=torch.bool)
+        for start, end in self._blocks(pattern, dense.shape[1], weight.shape[-1]):
+            block = slice(start, end)
+            inner = _inverse(factor[block, block])
+            # What the columns before ask of these is lost @ H[before, block], solved by blocks: no inverse of H is
+            # needed, which would be most of the time from 2048 columns on.
+            columns = torch.addmm(dense[:, block], lost[:, :start] @ factor[:start, block], inner)
             kept = None if pattern.m else pattern.mask(columns / inner.diagonal())
-            updated[:, start:end], error, mask[:, start:end] = sparsegpt_block(
+            pruned[:, block], _, mask[:, block] = sparsegpt_block(
                 columns, inner, mask=kept, n=pattern.n or 1, m=pattern.m or 1
             )
-            updated[:, end:].addmm_(error, factor[start:end, end:], alpha=-1)
-        return updated.to(weight.dtype).view(weight.shape), mask.view(weight.shape)
+            lost[:, block] = dense[:, block] - pruned[:, block]
+        return pruned.to(weight.dtype).view(weight.shape), mask.view(weight.shape)
 
     def _blocks(self, pattern: Pattern, inputs: int, cols: int) -> list[tuple[int, int]]:
         """Where blocks of columns begin and end; groups start anew with every kernel position of a convolution."""
@@ -64,3 +67,8 @@ class SparseGPT(Method):
             for first in range(0, inputs, span)
             for start in range(0, span, size)
         ]
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, eye, upper=True)
