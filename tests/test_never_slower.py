@@ -17,9 +17,9 @@ TOKENS = (1, 16, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     pytest.param(shape, dtype, pattern, marks=[pytest.mark.slow] if shape in shapes.LARGE else [])
-    for pattern in ("2:4", "tiers")
-    for shape in shapes.LINEAR
-    for dtype in (DTYPES if shape not in shapes.LARGE and pattern == "2:4" else DTYPES[:2])
+    for pattern, kinds in (("2:4", shapes.LINEAR), ("tiers", (shapes.SQUARE, shapes.BERT, shapes.BERT_UP)))
+    for shape in kinds
+    for dtype in (DTYPES[:2] if shape in shapes.LARGE or pattern == "tiers" else DTYPES)
 ]
 
 
