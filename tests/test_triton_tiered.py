@@ -89,20 +89,20 @@ def test_tokens(gpu, dtype, tokens):
 
 @pytest.mark.parametrize("dtype", KERNELS, ids=dtype_id)
 @pytest.mark.parametrize(
-    "rows, cols, block, k",
+    "tokens, rows, cols, block, k",
     [
-        (1, 1, (8, 8), 1),
-        (33, 256, (16, 16), 13),
-        (20, 37, (8, 24), 3),
-        (70, 100, (32, 40), 7),
-        (24, 64, (24, 16), 12),
-        (150, 300, (128, 128), 100),
+        (1, 1, 1, (8, 8), 1),
+        (2, 33, 256, (16, 16), 13),
+        (2, 20, 37, (8, 24), 3),
+        (17, 70, 100, (32, 40), 7),
+        (2, 24, 64, (24, 16), 12),
+        (2, 150, 300, (128, 128), 100),
     ],
     ids=str,
 )
-def test_shapes(gpu, dtype, rows, cols, block, k):
+def test_shapes(gpu, dtype, tokens, rows, cols, block, k):
     weight, parts = packed(gpu, rows, cols, dtype, block, k)
-    assert_linear(random(gpu, 2, cols, dtype=dtype), weight, parts, None)
+    assert_linear(random(gpu, tokens, cols, dtype=dtype), weight, parts, None)
 
 
 @pytest.mark.parametrize("dtype", KERNELS, ids=dtype_id)
@@ -260,6 +260,6 @@ def test_many_tokens_are_left_to_cublas(gpu, monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 33])
 def test_every_shape_class_has_a_configuration(tokens):
-    for block_rows, size in ((256, "many"), (48, "few")):
-        shape_class = tiered._shape_class(tokens, block_rows, 16, 132)
+    for down, size in ((256, "many"), (48, "few")):
+        shape_class = tiered._shape_class(tokens, down, 16, 132)
         assert shape_class.endswith(size) and TABLE.name("", shape_class) in TABLE.configs

@@ -127,6 +127,6 @@ def unpack_tiered(
             K=topk.shape[1],
             SCAN=scan_size(across),
             UNITS=256,
-            num_warps=4,
+            num_warps=8,
         )
     return weight

@@ -18,9 +18,9 @@ from ._tiered_unpack import unpack_tiered
 from .linear24 import _add_splits_kernel
 
 _VENDORS = {"sm": "nvidia", "gf": "amd", "": ""}
-# A program takes 16 or 32 rows of a row of blocks; its warps share out the units of eight columns, four a warp, of the
-# blocks of each form: DENSE and SPARSE24 times four of them in a step. Where FILL is not 0 the grid splits the units,
-# too, until there are FILL programs per multiprocessor.
+# A program takes 16 or 32 rows of a row of blocks. Its warps share out the units of the blocks of each form: in a step
+# a warp takes four units of dense blocks DENSE times, or of 2:4 blocks SPARSE24 times. Where FILL is not 0 the grid
+# splits the units, too, until there are FILL programs per multiprocessor.
 TABLE = Table(
     "linear_tiered",
     {
@@ -190,17 +190,17 @@ def _aligned(part: Tensor) -> Tensor:
 
 
 def most_tokens(block_rows: int) -> int:
-    """Tokens above which the weight is unpacked for cuBLAS: 32, or 64 where programs take 32 rows.
+    """Tokens above which the weight is unpacked for cuBLAS.
 
     Every program reads all of ``x``, mostly from L2: at 4096 x 4096 in 16 bits that is 2.1 MB a token, or half of it
     where programs take 32 rows. To unpack moves 54 MB once, and cuBLAS reads 34 of them again.
     """
-    return 16 * _octets(block_rows)
+    return 64 if block_rows % 32 == 0 else 32
 
 
-def _octets(block_rows: int) -> int:
+def _octets(tokens: int, block_rows: int) -> int:
     """Eights of rows of a program."""
-    return 4 if block_rows % 32 == 0 else 2
+    return 4 if tokens > 16 and block_rows % 32 == 0 else 2
 
 
 def _linear_16(x: Tensor, parts: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
@@ -232,9 +232,9 @@ def _linear_16(x: Tensor, parts: list[Tensor], bias: Tensor | None, y: Tensor) -
         _add_splits_kernel[(-(-y.numel() // 256),)](partial, y, y.numel(), grid[1], BLOCK=256, num_warps=2)
 
 
-def _shape_class(tokens: int, block_rows: int, rows_of_block: int, processors: int) -> str:
+def _shape_class(tokens: int, down: int, block_rows: int, processors: int) -> str:
     bucket = 1 if tokens == 1 else 8 if tokens <= 8 else 16 if tokens <= 16 else 64
-    programs = block_rows * triton.cdiv(rows_of_block, 8 * _octets(rows_of_block))
+    programs = down * triton.cdiv(block_rows, 8 * _octets(tokens, block_rows))
     return f"{bucket}_{'few' if programs < processors else 'many'}"
 
 
@@ -244,7 +244,7 @@ def _plan(
 ) -> tuple[tuple[int, int], Config]:
     """The grid, by rows and splits of the units; and the kernel's constants."""
     config = TABLE.configs[name]
-    vendor, octets = _VENDORS[arch[:2]], _octets(block[0])
+    vendor, octets = _VENDORS[arch[:2]], _octets(tokens, block[0])
     token_octets = min(triton.next_power_of_2(triton.cdiv(tokens, 8)), 4)  # sums of more do not fit the registers
     token_octets = max(token_octets, 2) if vendor == "amd" else token_octets  # the narrowest mfma has 16 columns
     programs = blocks[0] * triton.cdiv(block[0], 8 * octets) * triton.cdiv(tokens, 8 * token_octets)
