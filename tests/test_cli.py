@@ -153,10 +153,13 @@ def test_a_failed_run_leaves_what_was_there(model, tmp_path, capsys, monkeypatch
 
 def test_only_what_sparsekit_wrote_is_overwritten(model, tmp_path, capsys):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "letter.txt").touch()
+    (tmp_path / "home" / "report.json").touch()
     code, line = refusal(prune(model, tmp_path / "home", "--overwrite"), capsys)
     assert code == 2 and line.endswith("was not written by sparsekit, which overwrites nothing else")
-    assert (tmp_path / "home" / "letter.txt").exists()
+    results(prune(model, tmp_path / "out"), capsys)
+    (tmp_path / "out" / "letters").mkdir()
+    assert refusal(prune(model, tmp_path / "out", "--overwrite"), capsys)[0] == 2
+    assert (tmp_path / "home" / "report.json").exists() and (tmp_path / "out" / "letters").exists()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,16 @@ def test_weights_that_are_missing_are_not_made_up(model, tmp_path, capsys):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     code, line = refusal(prune(tmp_path / "model", tmp_path / "out"), capsys)
-    assert code == 1 and "the checkpoint lacks 1 weights: model.layers.1.mlp.up_proj.weight" in line
+    assert code == 1 and "the checkpoint lacks 1 weights, model.layers.1.mlp.up_proj.weight for one" in line
+
+
+def test_a_configuration_that_names_no_class_is_a_causal_lm(tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    del config["architectures"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert results(prune(model, tmp_path / "out"), capsys)["architecture"] == "LlamaForCausalLM"
+    assert results(["inspect", model], capsys)["sparsity"] == 0
 
 
 def test_text_needs_a_tokenizer(tmp_path, capsys):

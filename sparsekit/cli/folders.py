@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UsageError
+from .stored import is_ours
 
 PRUNED, COMPRESSED = "pruned.safetensors", "compressed.safetensors"  # as sparsekit.save writes them
 REPORT, COMPRESS_REPORT, BENCH_REPORT, PAGE = "report.json", "compress.json", "bench.json", "report.html"
@@ -35,7 +36,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Rejects a folder that must not be replaced; ``overwrite`` replaces only what sparsekit has written.
+    """Rejects a folder that must not be replaced: ``overwrite`` is for what sparsekit has written, and no more.
 
     Raises:
         UsageError: there is something in it.
@@ -46,7 +47,8 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{out} is not empty: name another folder, or --overwrite")
-    if not any((out / name).exists() for name in (REPORT, COMPRESS_REPORT)):
+    ours = any((out / name).exists() and is_ours(out / name) for name in OWN)
+    if not ours or any(path.is_dir() for path in out.iterdir()):
         raise UsageError(f"{out} was not written by sparsekit, which overwrites nothing else")
 
 

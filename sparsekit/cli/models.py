@@ -76,10 +76,8 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto") -> nn.M
     else:
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, told = kind.from_pretrained(source, **options)
-        if told["missing_keys"]:
-            raise ValueError(
-                f"the checkpoint lacks {len(told['missing_keys'])} weights: {min(told['missing_keys'])}, .."
-            )
+        if missing := told["missing_keys"]:
+            raise ValueError(f"the checkpoint lacks {len(missing)} weights, {min(missing)} for one")
         if (folder / PRUNED).exists():
             modules = dict(model.named_modules())
             for name, (mask, info) in read_masks(folder / PRUNED).items():
