@@ -146,10 +146,11 @@ def test_copies_are_equal_and_apart(clone):
 def test_state_dict_round_trip_through_a_file(assign):
     layer, other = TieredLinear.from_linear(tiered_linear()), TieredLinear.from_linear(tiered_linear())
     assert not torch.equal(layer.starts, other.starts)  # as many blocks, in other places
-    file = io.BytesIO()
+    file, memory = io.BytesIO(), {part.data_ptr() for part in other.packed}
     torch.save(layer.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True), assign=assign)
+    assert assign or {part.data_ptr() for part in other.packed} == memory
     x = torch.randn(3, 80)
     assert torch.equal(other.starts, layer.starts) and torch.equal(other(x), layer(x))
     half = {name: part.half() if part.is_floating_point() else part for name, part in layer.state_dict().items()}

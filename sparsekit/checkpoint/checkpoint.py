@@ -66,8 +66,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     the optimizer afterwards. Each tensor goes to the device of the one that it replaces, to the CPU from ``meta``.
     ``decompress_`` makes the compressed layers dense again, as after ``compress_``.
 
-    A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces; a tiered one
-    becomes a ``TieredLinear``. A file does not say what is fastest on another machine: on a GPU load with
+    A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces; a tiered
+    one becomes a ``TieredLinear``. A file does not say what is fastest on another machine: on a GPU load with
     ``dense=True``, and let ``compress_`` measure.
 
     Args:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..ops import TieredWeight, unpack_bits, unpack_tiered
 
-PARTS = ("tiers", "dense", "values", "bitmask", "topk", "positions")  # of a TieredWeight, all that is stored
+PARTS = tuple(name for name in TieredWeight._fields if name != "starts")  # all that is stored
 
 
 def check_tiered(packed: TieredWeight, rows: int, cols: int, block: tuple[int, int], k: int) -> None:

@@ -196,7 +196,11 @@ class TieredLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.starts = block_starts(self.tiers)
+        starts, assigned = block_starts(self.tiers), local_metadata.get("assign_to_params_buffers", False)
+        if assigned or starts.device != self.starts.device:
+            self.starts = starts
+        else:
+            self.starts.copy_(starts)  # where a captured CUDA graph reads them
 
     def _check(self, given: dict[str, Tensor]) -> None:
         """Rejects tensors that cannot take the place of the layer's own."""
