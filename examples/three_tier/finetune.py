@@ -1,7 +1,8 @@
 """Fine-tuning between the iterations: masks kept, on one device or on many through accelerate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,8 @@ class FineTune:
 
     One schedule of the learning rate spans all steps: it stays up for the first half of all updates, then falls to zero
     in a line. So update n has the same rate and the same windows whether the weights are pruned in steps or at once.
-    What later steps will drop fades until the last of them.
+    What later steps will drop fades until the rate begins to fall: the rest of the time is for what stays. Every step
+    goes on with the optimizer's moments of the one before.
 
     Args:
         windows: ``[n, window]`` token ids to learn from.
@@ -27,6 +29,7 @@ class FineTune:
         rate: the highest learning rate.
         batch: windows in an update, on all processes together.
         epoch: windows in an epoch; None takes all.
+        moments: the file with the optimizer's moments after an iteration.
         accelerator: knows devices, processes and precision.
         seed: of the order of the windows.
     """
@@ -40,11 +43,13 @@ class FineTune:
         rate: float,
         batch: int,
         epoch: int | None,
+        moments: Callable[[int], Path],
         seed: int,
     ) -> None:
         self._windows, self._schedule, self._accelerator = windows, schedule, accelerator
-        self._rate, self._batch, self._seed = rate, batch, seed
+        self._rate, self._batch, self._moments, self._seed = rate, batch, moments, seed
         self._updates_per_epoch = (epoch or len(windows)) / batch
+        self._whole = self._updates(len(schedule))
         if batch % accelerator.num_processes:
             raise ValueError(f"--batch must be a multiple of {accelerator.num_processes} processes, got {batch}")
 
@@ -55,6 +60,9 @@ class FineTune:
         optimizer = torch.optim.AdamW(model.parameters(), self._rate, betas=(0.9, 0.95), weight_decay=0.0)
         # Here every process gets the weights and the masks of the first: rounding may not tell them apart.
         wrapped, stepper = self._accelerator.prepare(model, optimizer)
+        if self._moments(step.iteration - 1).exists():
+            stored = torch.load(self._moments(step.iteration - 1), self._accelerator.device, weights_only=True)
+            optimizer.load_state_dict(stored)
         wrapped.train()
         batches = tqdm(
             self._batches(first, last),
@@ -63,7 +71,7 @@ class FineTune:
             leave=False,
             disable=not self._accelerator.is_main_process,
         )
-        with sk.keep_masks(model, optimizer), fade(model, optimizer, self._updates(len(self._schedule) - 1) - first):
+        with sk.keep_masks(model, optimizer), fade(model, optimizer, max(0, self._whole // 2 - first)):
             for update, batch in enumerate(batches, first):
                 for group in optimizer.param_groups:
                     group["lr"] = self._rate * self.share(update)
@@ -73,12 +81,15 @@ class FineTune:
                 stepper.zero_grad()
         self._accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         self._accelerator.free_memory()
+        if self._accelerator.is_main_process:
+            self._moments(step.iteration).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(optimizer.state_dict(), self._moments(step.iteration))
+        self._accelerator.wait_for_everyone()
         model.eval()
 
     def share(self, update: int) -> float:
         """Of the highest learning rate, at one update of all."""
-        whole = self._updates(len(self._schedule))
-        return min(1.0, (update + 1) / WARM, 2 * (1 - update / whole))
+        return min(1.0, (update + 1) / WARM, 2 * (1 - update / self._whole))
 
     def _updates(self, iteration: int) -> int:
         """Updates until an iteration is done."""

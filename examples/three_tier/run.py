@@ -59,7 +59,7 @@ class Config:
     nsamples: int = 64  # windows to calibrate on
     window: int = 128  # tokens in a window
     held_out: int = 128  # windows that are scored and never learned from
-    rate: float = 1e-3  # learning rate; 2e-5 suits models of billions of weights
+    rate: float = 2.5e-3  # learning rate; 2e-5 suits models of billions of weights
     batch: int = 16  # windows in an update, on all processes together
     epoch_windows: int | None = 1024  # windows in an epoch; None takes the whole text
     precision: Literal["no", "bf16", "fp16"] = "no"  # of fine-tuning; the weights stay float32
@@ -100,7 +100,12 @@ class Pruner:
         self, steps: tuple[Step, ...], schedule: tuple[Step, ...], folder: Path, accelerator: Accelerator
     ) -> tuple[nn.Module, dict[str, TierMap], list[IterationReport]]:
         """Prunes a copy by the steps, with fine-tuning after each; keeps what every iteration led to."""
-        config, model = self.config, copy.deepcopy(self.model)
+        config, model, before = self.config, copy.deepcopy(self.model), self.config.previous_tier_maps
+
+        def moments(iteration: int) -> Path:
+            given = before and iteration == steps[0].iteration - 1
+            return (before.parent if given else folder / f"iteration-{iteration}") / "optimizer.pt"
+
         learn = FineTune(
             self.text.train,
             schedule,
@@ -108,6 +113,7 @@ class Pruner:
             rate=config.rate,
             batch=config.batch,
             epoch=config.epoch_windows,
+            moments=moments,
             seed=config.seed,
         )
 
@@ -116,7 +122,6 @@ class Pruner:
             if accelerator.is_main_process:
                 save(model, self.tokenizer, folder / f"iteration-{step.iteration}" / "hf")
 
-        before = config.previous_tier_maps
         maps, reports = progressive_tiers(
             model,
             steps,
