@@ -14,15 +14,22 @@ def counts(starts, block_row):
 
 
 @triton.jit
-def list_columns(tiers, columns, across, dense_count, count24, SCAN: tl.constexpr):
+def load_tiers(tiers, start, across, SCAN: tl.constexpr):
+    """The tiers of one scan."""
+    column = start + tl.arange(0, SCAN)
+    return tl.load(tiers + column, column < across, 0)
+
+
+@triton.jit
+def list_columns(tiers, tier, columns, across, dense_count, count24, SCAN: tl.constexpr):
     """Writes the columns of the dense, of the 2:4 and of the top-k blocks of a row of blocks, one after the other.
 
-    Programs that share a row of blocks write the same, and each reads what it has written.
+    ``tier`` are the tiers of the first scan. Programs that share a row of blocks write the same, and each reads what it
+    has written.
     """
     seen24, seen_topk = 0, 0
     for start in range(0, across, SCAN):
         column = start + tl.arange(0, SCAN)
-        tier = tl.load(tiers + column, column < across, 0)
         both = (tier == 1).to(tl.int32) + ((tier == 2).to(tl.int32) << 16)  # two counts, of at most SCAN, in one scan
         upto = tl.cumsum(both, 0)
         rank24, rank_topk = seen24 + (upto & 0xFFFF), seen_topk + (upto >> 16)  # its own block included
@@ -31,6 +38,7 @@ def list_columns(tiers, columns, across, dense_count, count24, SCAN: tl.constexp
         tl.store(columns + at, column, column < across)
         total = tl.sum(both)
         seen24, seen_topk = seen24 + (total & 0xFFFF), seen_topk + (total >> 16)
+        tier = load_tiers(tiers, start + SCAN, across, SCAN)
     tl.debug_barrier()
 
 

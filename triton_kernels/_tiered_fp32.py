@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiered_columns import counts, list_columns, scan_size
+from ._tiered_columns import counts, list_columns, load_tiers, scan_size
 
 
 @triton.jit
@@ -55,7 +55,8 @@ def _linear_tiered_fp32_kernel(
     block_row, first_row = tl.program_id(0) // strips, tl.program_id(0) % strips * ROWS
     dense_from, from24, topk_from, dense_count, count24, topk_count = counts(starts, block_row)
     columns += block_row.to(tl.int64) * across
-    list_columns(tiers + block_row.to(tl.int64) * across, columns, across, dense_count, count24, SCAN)
+    tiers += block_row.to(tl.int64) * across
+    list_columns(tiers, load_tiers(tiers, 0, across, SCAN), columns, across, dense_count, count24, SCAN)
     row = (first_row + tl.arange(0, ROWS))[:, None]
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None]
     x_at = x + token.to(tl.int64) * x_row

@@ -45,21 +45,19 @@ def load_dense(
     lane,
     row,
     count,
+    LOAD: tl.constexpr,
     LOADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """The four words of a unit in each row, per load: ``[rows, 4, 4]``."""
+    """The four words of a unit in each row: ``[rows, 4, 4]``."""
     units: tl.constexpr = BLOCK_COLS // 8
     size: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 2
-    word = tl.arange(0, 4)[None, None, :]
-    weights = ()
-    for load in tl.static_range(LOADS):
-        at = _at(words, step, lane, row * (BLOCK_COLS // 2), load, LOADS, size, 4, units, WARPS)
-        keep = _inside(step, lane, count, load, LOADS, units, WARPS) & (row < BLOCK_ROWS)
-        weights += (tl.load(at[:, :, None] + word, keep[:, :, None], 0, eviction_policy="evict_first"),)
-    return weights
+    at = _at(words, step, lane, row * (BLOCK_COLS // 2), LOAD, LOADS, size, 4, units, WARPS)
+    keep = _inside(step, lane, count, LOAD, LOADS, units, WARPS) & (row < BLOCK_ROWS)
+    at = at[:, :, None] + tl.arange(0, 4)[None, None, :]
+    return tl.load(at, keep[:, :, None], 0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -70,6 +68,7 @@ def load24(
     lane,
     row,
     count,
+    LOAD: tl.constexpr,
     LOADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -79,17 +78,14 @@ def load24(
     """The words of values, one a group, and the bits of a unit in each row: ``[rows, 4, GROUPS]`` and ``[rows, 4]``."""
     units: tl.constexpr = BLOCK_COLS // (4 * GROUPS)
     size: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 4
-    word = tl.arange(0, GROUPS)[None, None, :]
-    bits_at = bitmask.to(tl.pointer_type(tl.int16 if GROUPS == 4 else tl.uint8))
-    values, bits = (), ()
-    for load in tl.static_range(LOADS):
-        keep = _inside(step, lane, count, load, LOADS, units, WARPS) & (row < BLOCK_ROWS)
-        at = _at(words, step, lane, row * (BLOCK_COLS // 4), load, LOADS, size, GROUPS, units, WARPS)
-        values += (tl.load(at[:, :, None] + word, keep[:, :, None], 0, eviction_policy="evict_first"),)
-        at = _at(bits_at, step, lane, row * units, load, LOADS, BLOCK_ROWS * units, 1, units, WARPS)
-        at = tl.multiple_of(at, [GROUPS // 2, GROUPS // 2])  # the hint keeps loads from widening
-        bits += (tl.load(at, keep, 0).to(tl.int32),)
-    return values, bits
+    keep = _inside(step, lane, count, LOAD, LOADS, units, WARPS) & (row < BLOCK_ROWS)
+    at = _at(words, step, lane, row * (BLOCK_COLS // 4), LOAD, LOADS, size, GROUPS, units, WARPS)
+    at = at[:, :, None] + tl.arange(0, GROUPS)[None, None, :]
+    values = tl.load(at, keep[:, :, None], 0, eviction_policy="evict_first")
+    at = bitmask.to(tl.pointer_type(tl.int16 if GROUPS == 4 else tl.uint8))
+    at = _at(at, step, lane, row * units, LOAD, LOADS, BLOCK_ROWS * units, 1, units, WARPS)
+    at = tl.multiple_of(at, [GROUPS // 2, GROUPS // 2])  # the hint keeps loads from widening
+    return values, tl.load(at, keep, 0).to(tl.int32)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import on, processors
-from ._tiered_columns import counts, list_columns, scan_size
+from ._tiered_columns import counts, list_columns, load_tiers, scan_size
 from ._tiles import unquads
 
 
@@ -44,7 +44,8 @@ def _unpack_tiered_kernel(
     block_row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     dense_from, from24, topk_from, dense_count, count24, topk_count = counts(starts, block_row)
     columns += block_row.to(tl.int64) * across
-    list_columns(tiers + block_row.to(tl.int64) * across, columns, across, dense_count, count24, SCAN)
+    tiers += block_row.to(tl.int64) * across
+    list_columns(tiers, load_tiers(tiers, 0, across, SCAN), columns, across, dense_count, count24, SCAN)
     first_row = block_row * BLOCK_ROWS
     weight += first_row.to(tl.int64) * cols
     unit, eight = tl.arange(0, UNITS), tl.arange(0, 8)[None, :]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._decode24 import decode, operand, selectors, split_words
 from ._launch import Config, Table, architecture, on, processors
-from ._tiered_columns import counts, list_columns, scan_size
+from ._tiered_columns import counts, list_columns, load_tiers, scan_size
 from ._tiered_fp32 import linear_tiered_fp32
 from ._tiered_loads import load24, load_dense, load_entries, load_x, multiply, multiply_entries
 from ._tiered_unpack import unpack_tiered
@@ -72,6 +72,8 @@ def _linear_tiered_kernel(
     strip, token_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # neighbors share rows, through L2
     block_row, first_row = strip // strips, strip % strips * (8 * OCTETS)
     split, splits = tl.program_id(1), tl.num_programs(1)
+    tiers += block_row.to(tl.int64) * across
+    tier = load_tiers(tiers, 0, across, SCAN)
     dense_from, from24, topk_from, dense_count, count24, topk_count = counts(starts, block_row)
     dense += dense_from * (BLOCK_ROWS * BLOCK_COLS)
     values += from24 * (BLOCK_ROWS * BLOCK_COLS // 2)
@@ -95,45 +97,59 @@ def _linear_tiered_kernel(
     live = token < tokens
     x_words = x.to(tl.pointer_type(tl.int32)) + token.to(tl.int64) * (x_row // 2) + tl.zeros((1, 4), tl.int32)
 
-    # The weights of the first steps are on their way while the columns are listed and the few entries multiplied.
-    weights = load_dense(dense_words, split, lane, row, dense_count, DENSE, BLOCK_ROWS, BLOCK_COLS, WARPS)
-    kept, bits = load24(words24, bitmask, split, lane, row, count24, SPARSE24, BLOCK_ROWS, BLOCK_COLS, GROUPS, WARPS)
-    list_columns(tiers + block_row.to(tl.int64) * across, columns, across, dense_count, count24, SCAN)
+    # The first dense weights are on their way while the columns are listed, and the first of 2:4 during top-k.
+    weights, kept, bits = (), (), ()
+    for load in tl.static_range(DENSE):
+        weights += (load_dense(dense_words, split, lane, row, dense_count, load, DENSE, BLOCK_ROWS, BLOCK_COLS, WARPS),)
+    list_columns(tiers, tier, columns, across, dense_count, count24, SCAN)
 
+    # Zero, which the compiler does not know: it would move words to where mma has them, and so wait for them, at once.
+    zero = dense_count >> 31
     acc = tl.zeros((WARPS, 8 * OCTETS, 8 * TOKEN_OCTETS), tl.float32)
-    if K > 0:
-        columns_topk, first_token = columns24 + count24, token_tile * TOKEN_OCTETS * 8
-        entries, places, column = load_entries(topk, positions, columns_topk, split, topk_count, WARPS, K)
-        for step in range(split, tl.cdiv(topk_count * ((K + 3) // 4), 4 * WARPS), splits):
-            upcoming = load_entries(topk, positions, columns_topk, step + splits, topk_count, WARPS, K)
-            acc = multiply_entries(
-                entries, places, column, acc, x, x_row, first_token, tokens, first_row, cols,
-                WHOLE, BLOCK_COLS, OCTETS, TOKEN_OCTETS, WARPS, TARGET,
-            )  # fmt: skip
-            entries, places, column = upcoming
-
     for step in range(split, tl.cdiv(dense_count * units, 4 * WARPS * DENSE), splits):
         inputs = load_x(
             x_words, columns, step, x_lane, live, dense_count, row_words, DENSE, WHOLE, 4, BLOCK_COLS, WARPS
         )
-        upcoming = load_dense(dense_words, step + splits, lane, row, dense_count, DENSE, BLOCK_ROWS, BLOCK_COLS, WARPS)
+        upcoming = ()
         for load in tl.static_range(DENSE):
-            word = split_words(weights[load], WARPS)
+            word = split_words(weights[load] ^ zero, WARPS)
             for half in tl.static_range(2):
                 left = operand(word[2 * half], word[2 * half + 1], x.dtype.element_ty)
                 input = inputs[4 * load + 2 * half], inputs[4 * load + 2 * half + 1]
                 right = operand(input[0], input[1], x.dtype.element_ty)
                 acc = multiply(left, right, acc, TARGET)
+            upcoming += (
+                load_dense(
+                    dense_words, step + splits, lane, row, dense_count,
+                    load, DENSE, BLOCK_ROWS, BLOCK_COLS, WARPS,
+                ),
+            )  # fmt: skip
         weights = upcoming
+
+    columns_topk, first_token = columns24 + count24, token_tile * TOKEN_OCTETS * 8
+    if K > 0:
+        entries, places, column = load_entries(topk, positions, columns_topk, split, topk_count, WARPS, K)
+    for load in tl.static_range(SPARSE24):
+        loaded = load24(
+            words24, bitmask, split, lane, row, count24, load, SPARSE24, BLOCK_ROWS, BLOCK_COLS, GROUPS, WARPS
+        )
+        kept += (loaded[0],)
+        bits += (loaded[1],)
+    if K > 0:
+        for step in range(split, tl.cdiv(topk_count * ((K + 3) // 4), 4 * WARPS), splits):
+            following = load_entries(topk, positions, columns_topk, step + splits, topk_count, WARPS, K)
+            acc = multiply_entries(
+                entries, places, column, acc, x, x_row, first_token, tokens, first_row, cols,
+                WHOLE, BLOCK_COLS, OCTETS, TOKEN_OCTETS, WARPS, TARGET,
+            )  # fmt: skip
+            entries, places, column = following
 
     words: tl.constexpr = 2 * GROUPS  # of x in a unit
     for step in range(split, tl.cdiv(count24 * units24, 4 * WARPS * SPARSE24), splits):
         inputs = load_x(
             x_words, columns24, step, x_lane, live, count24, row_words, SPARSE24, WHOLE, words, BLOCK_COLS, WARPS
         )
-        upcoming, upcoming_bits = load24(
-            words24, bitmask, step + splits, lane, row, count24, SPARSE24, BLOCK_ROWS, BLOCK_COLS, GROUPS, WARPS
-        )
+        upcoming, upcoming_bits = (), ()
         for load in tl.static_range(SPARSE24):
             if GROUPS == 4:
                 word = split_words(kept[load], WARPS)
@@ -146,6 +162,12 @@ def _linear_tiered_kernel(
                 input = inputs[words * load + 2 * group], inputs[words * load + 2 * group + 1]
                 right = operand(input[0], input[1], x.dtype.element_ty)
                 acc = multiply(left, right, acc, TARGET)
+            loaded = load24(
+                words24, bitmask, step + splits, lane, row, count24,
+                load, SPARSE24, BLOCK_ROWS, BLOCK_COLS, GROUPS, WARPS,
+            )  # fmt: skip
+            upcoming += (loaded[0],)
+            upcoming_bits += (loaded[1],)
         kept, bits = upcoming, upcoming_bits
 
     sums = tl.sum(acc, 0)
