@@ -41,8 +41,8 @@ def render(report: dict) -> str:
     if memory:
         header = ["op", "dtype", "ms", "GB/s", "of `copy_`", "over the usual torch code"]
         parts.append(_table(header, map(_memory, memory)))
-    if linear:
-        parts.append(_linear(linear))
+    for op in dict.fromkeys(row["op"] for row in linear):
+        parts.append(_linear(op, [row for row in linear if row["op"] == op]))
     if short := _short(report["rows"]):
         parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in short))
     return "\n\n".join(parts) + "\n"
@@ -61,7 +61,7 @@ def _memory(row: dict) -> list[str]:
     ]
 
 
-def _linear(rows: list[dict]) -> str:
+def _linear(op: str, rows: list[dict]) -> str:
     """One line a weight, one column a number of tokens: times faster than the best dense, and than F.linear."""
     columns = sorted({row["tokens"] for row in rows})
     cells = {(row["shape"], row["dtype"], row["tokens"]): row["ratios"] for row in rows}
@@ -69,7 +69,7 @@ def _linear(rows: list[dict]) -> str:
     for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
         found = [cells.get((shape, dtype, tokens)) for tokens in columns]
         lines.append([shape, dtype, *("" if cell is None else _cell(cell) for cell in found)])
-    return _table(["`linear24`", "dtype", *map(str, columns)], lines)
+    return _table([f"`{op}`", "dtype", *map(str, columns)], lines)
 
 
 def _cell(ratios: dict) -> str:

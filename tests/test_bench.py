@@ -65,6 +65,13 @@ def test_report_pivots_linear_by_tokens():
     assert text.endswith("- `linear24`, goal 1.6x of `best dense`: 8x4 fp32 0.9x at 1, 1.5x at 16\n")
 
 
+def test_report_has_a_table_for_every_linear_op():
+    row = {"shape": "8x4", "dtype": "fp32", "tokens": 1, "goal": {}, "seconds": {"own": 1.0}}
+    row["ratios"] = {"best dense": 1.25, "F.linear": 2.0}
+    text = render(REPORT | {"rows": [row | {"op": "linear24"}, row | {"op": "linear_tiered"}]})
+    assert "| `linear24` | dtype | 1 |" in text and "| `linear_tiered` | dtype | 1 |" in text
+
+
 def test_report_names_the_result_file():
     assert slug(REPORT) == "amd-epyc-9005-avx512-bf16"
 
