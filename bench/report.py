@@ -24,15 +24,19 @@ def cpu_name() -> str:
 
 
 def slug(report: dict) -> str:
-    """The result file's name: processor and SIMD level, or GPU."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{report['device']} {report.get('simd', '')}".lower()).strip("-")
+    """The result file's name: processor and SIMD level, or GPU; that of the methods says so."""
+    kind = "methods" if report.get("kind") == "methods" else ""
+    return re.sub(r"[^a-z0-9]+", "-", f"{kind} {report['device']} {report.get('simd', '')}".lower()).strip("-")
 
 
 def render(report: dict) -> str:
     """The tables as markdown, with the machine named, and what falls short of its goal."""
     if report.get("kind") == "gpu":
         return gpu.render(report)
-    memory = [row for row in report["rows"] if "tokens" not in row]
+    if report.get("kind") == "methods":
+        return _methods(report)
+    steps = [row for row in report["rows"] if "step" in row]
+    memory = [row for row in report["rows"] if "step" not in row and "tokens" not in row]
     linear = [row for row in report["rows"] if "tokens" in row]
     parts = [
         f"{report['device']}, {report['simd']}, {report['threads']} threads, torch {report['torch']}, "
@@ -43,6 +47,8 @@ def render(report: dict) -> str:
         parts.append(_table(header, map(_memory, memory)))
     for op in dict.fromkeys(row["op"] for row in linear):
         parts.append(_linear(op, [row for row in linear if row["op"] == op]))
+    if steps:
+        parts.append(_table(["pruning step", "shape", "ms", "times faster than"], map(_step, steps)))
     if short := _short(report["rows"]):
         parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in short))
     return "\n\n".join(parts) + "\n"
@@ -59,6 +65,30 @@ def _memory(row: dict) -> list[str]:
         f"{ratios['copy_']:.0%}",
         ", ".join(usual),
     ]
+
+
+def _step(row: dict) -> list[str]:
+    slower = [f"{ratio:.3g}x ({key}, {row['seconds'][key]:.2g} s)" for key, ratio in row["ratios"].items()]
+    return [row["step"], row["shape"], f"{row['seconds']['own'] * 1e3:.0f}", ", ".join(slower)]
+
+
+def _methods(report: dict) -> str:
+    """What every method costs and is worth."""
+    head = (
+        f"{report['device']}, {report['simd']}, one thread, torch {report['torch']}, "
+        f"commit {report['commit']}, {report['date']}; 2:4, calibrated on {report['calibration']} tokens, "
+        f"perplexity of {report['scored']} others; the block has {report['block']['dim']} inputs and sees "
+        f"{report['block']['tokens']} tokens."
+    )
+    lines = []
+    for method, row in report["rows"].items():
+        story, block = row["stories260K"], row["block"]
+        cells = [method, f"{story['error']:.3f}" if "error" in story else "", f"{story['perplexity']:.1f}"]
+        if "seconds" in block:
+            cells += [f"{story['seconds']:.2g}", f"{block['seconds']:.2g}", f"{block['memory'] / 2**20:.0f}"]
+        lines.append(cells + [""] * (6 - len(cells)))
+    header = ["method", "layer error", "perplexity", "seconds", "seconds, block", "MiB, block"]
+    return head + "\n\n" + _table(header, lines) + "\n"
 
 
 def _linear(op: str, rows: list[dict]) -> str:
@@ -83,13 +113,17 @@ def _short(rows: list[dict]) -> list[str]:
     for row in rows:
         for key, wanted in row["goal"].items():
             if (got := row["ratios"][key]) < wanted:
-                line = missed.setdefault(f"`{row['op']}`, goal {_number(wanted, key)} of `{key}`", {})
+                line = missed.setdefault(f"{_what(row)}, goal {_number(wanted, key)} of `{key}`", {})
                 at = f" at {row['tokens']}" if "tokens" in row else ""
-                line.setdefault(f"{row['shape']} {row['dtype']}", []).append(_number(got, key) + at)
+                line.setdefault(f"{row['shape']} {row.get('dtype', '')}".strip(), []).append(_number(got, key) + at)
     return [
         f"{goal}: " + "; ".join(f"{what} {', '.join(each)}" for what, each in line.items())
         for goal, line in missed.items()
     ]
+
+
+def _what(row: dict) -> str:
+    return row["step"] if "step" in row else f"`{row['op']}`"
 
 
 def _number(ratio: float, baseline: str) -> str:

@@ -65,6 +65,29 @@ def test_report_pivots_linear_by_tokens():
     assert text.endswith("- `linear24`, goal 1.6x of `best dense`: 8x4 fp32 0.9x at 1, 1.5x at 16\n")
 
 
+def test_report_of_whole_steps():
+    row = {"step": "Wanda 2:4", "shape": "12 blocks", "goal": {"group loop": 50, "topk": 15}}
+    row |= {"seconds": {"own": 0.04, "topk": 0.8, "group loop": 1.6}, "ratios": {"topk": 20.0, "group loop": 40.0}}
+    text = render(REPORT | {"rows": [row]})
+    assert "| Wanda 2:4 | 12 blocks | 40 | 20x (topk, 0.8 s), 40x (group loop, 1.6 s) |" in text
+    assert text.endswith("Short of the goal:\n\n- Wanda 2:4, goal 50x of `group loop`: 12 blocks 40x\n")
+
+
+def test_report_of_the_methods():
+    rows = {
+        "dense": {"stories260K": {"perplexity": 4.0862, "tokens": 37072}, "block": {}},
+        "Wanda": {
+            "stories260K": {"perplexity": 70.42, "tokens": 37072, "error": 0.3074, "seconds": 0.5},
+            "block": {"seconds": 1.234, "memory": 3 * 2**20},
+        },
+    }
+    report = REPORT | {"kind": "methods", "calibration": 16384, "scored": 37072, "rows": rows}
+    text = render(report | {"block": {"dim": 768, "tokens": 2048}})
+    assert "2:4, calibrated on 16384 tokens, perplexity of 37072 others" in text
+    assert "| dense |  | 4.1 |  |  |  |\n| Wanda | 0.307 | 70.4 | 0.5 | 1.2 | 3 |\n" in text
+    assert slug(report) == "methods-amd-epyc-9005-avx512-bf16"
+
+
 def test_report_has_a_table_for_every_linear_op():
     row = {"shape": "8x4", "dtype": "fp32", "tokens": 1, "goal": {}, "seconds": {"own": 1.0}}
     row["ratios"] = {"best dense": 1.25, "F.linear": 2.0}

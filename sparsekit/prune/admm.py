@@ -15,7 +15,7 @@ from .statistics import Gram
 @dataclass(frozen=True)
 class ADMM(Method):
     """Finds mask and weights together by alternating between least squares and the pattern
-    (https://arxiv.org/abs/2401.02938). Needs batches; the lowest layer error of the methods here.
+    (https://arxiv.org/abs/2401.02938). Needs batches; the lowest layer error without a refinement.
 
     Inputs are scaled to the same norm first. The share of dropped weights grows as ``1 - (1 - t / ramp) ** 3`` over the
     first ``ramp`` iterations; with n:m only what a group would drop in the end is dropped on the way.
@@ -24,7 +24,8 @@ class ADMM(Method):
         pattern: what to keep.
         iterations: alternations in all.
         ramp: those in which the mask still changes.
-        damp: what is added to the diagonal of the normalized second moments.
+        damp: what is added to the diagonal of the normalized second moments; less fits the batches more closely, which
+            pays where there are many tokens.
 
     Raises:
         ValueError: a pattern that is none, not ``0 < ramp <= iterations``, or ``damp`` is negative.
