@@ -49,10 +49,11 @@ def test_linear_leading_dimensions(simd, dtype, leading):
 
 
 @pytest.mark.parametrize("rows, cols", [(0, 8), (5, 0), (0, 0)])
-def test_linear_without_rows_or_columns(simd, rows, cols):
+@pytest.mark.parametrize("tokens", [3, 17])
+def test_linear_without_rows_or_columns(simd, rows, cols, tokens):
     packed, bias = sk.pack24(torch.zeros(rows, cols)), torch.randn(rows)
-    assert_same(sk.linear24(torch.randn(3, cols), *packed, bias), bias.expand(3, rows).contiguous())
-    assert_same(sk.linear24(torch.randn(3, cols), *packed), torch.zeros(3, rows))
+    assert_same(sk.linear24(torch.randn(tokens, cols), *packed, bias), bias.expand(tokens, rows).contiguous())
+    assert_same(sk.linear24(torch.randn(tokens, cols), *packed), torch.zeros(tokens, rows))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 40, 130])

@@ -1,20 +1,17 @@
+"""The tiered format: what pack_tiered stores, and that nothing is lost."""
+
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import DTYPES, dtype_id
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile
+from hypothesis import given
+from hypothesis import strategies as st
+from tiered import BLOCKS, tiered
 
 import sparsekit as sk
+from sparsekit.ops.tiered import block_starts
 from sparsekit.ops.tiers import DENSE, SPARSE24, TOPK
 
-OPS = torch.ops.sparsekit
-BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (16, 32), (8, 24)]
-
-
-def tiered(rows, cols, block=(16, 16), dtype=torch.float32, k=10):
-    """A normal weight, its blocks pruned to tiers drawn at shares of .35, .45 and .20, and its mask."""
-    share = torch.rand(-(-rows // block[0]), -(-cols // block[1]))
-    tiers = (share > 0.35).to(torch.uint8) + (share > 0.8)
-    return sk.tier_prune(torch.randn(rows, cols).to(dtype), tiers, k, block)[:2]
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -27,64 +24,167 @@ def test_literal(dtype):
     assert packed.tiers.tolist() == [[DENSE, SPARSE24, TOPK], [TOPK, TOPK, TOPK]]
     assert packed.starts.tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 4]] and packed.block == (16, 16)
     assert packed.dense.tolist() == [[[1] * 16] * 16]
-    assert packed.values.tolist() == [[list(range(1, 9))] * 16] and packed.bitmask.tolist() == [
-        [[0b1010_1010] * 2] * 16
-    ]
+    assert packed.values.tolist() == [[list(range(1, 9))] * 16]
+    assert packed.bitmask.tolist() == [[[0b1010_1010] * 2] * 16]
     assert packed.topk.tolist() == [[7, 5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
     assert packed.positions.tolist() == [[17, 54, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
-    assert packed.positions.dtype == torch.uint8 and packed.dense.dtype == packed.topk.dtype == dtype
+    assert packed.dense.dtype == packed.values.dtype == packed.topk.dtype == dtype
+    assert packed.tiers.dtype == packed.bitmask.dtype == packed.positions.dtype == torch.uint8
     assert torch.equal(sk.unpack_tiered(packed, 17, 40), weight)
-    x = torch.ones(2, 40, dtype=dtype)
-    assert sk.linear_tiered(x, packed, out_features=17).tolist() == [[52, 59, 52, 57] + [52] * 12 + [0]] * 2
+
+
+def test_literal_with_mask():
+    weight = torch.arange(1.0, 257).view(16, 16)
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[0, 3] = mask[15, 15] = True
+    packed = sk.pack_tiered(weight, mask, k=2)
+    assert packed.topk.tolist() == [[4, 256]] and packed.positions.tolist() == [[3, 255]]
+    mask[0, 4] = True  # three entries, at most two of every four: 2:4, completed, and what the mask drops is zero
+    packed = sk.pack_tiered(weight, mask, k=2)
+    assert packed.tiers.tolist() == [[SPARSE24]]
+    assert packed.values[0, 0].tolist() == [0, 4, 5, 0, 0, 0, 0, 0]
+    mask[0, :3] = True
+    assert sk.pack_tiered(weight, mask, k=2).dense[0, 0].tolist() == [1, 2, 3, 4, 5] + [0] * 11
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-@pytest.mark.parametrize("rows, cols", [(0, 16), (16, 0), (17, 21), (130, 263), (256, 256)])
+@pytest.mark.parametrize("rows, cols", [(0, 16), (16, 0), (1, 1), (17, 21), (130, 263), (256, 256)])
 def test_round_trip(dtype, block, rows, cols):
     weight, mask = tiered(rows, cols, block, dtype)
     packed = sk.pack_tiered(weight, block=block)
-    assert torch.equal(sk.unpack_tiered(packed, rows, cols), weight)
-    masked = sk.pack_tiered(torch.randn(rows, cols).to(dtype) + 9, mask, block=block)
+    assert_same(sk.unpack_tiered(packed, rows, cols), weight)
+    masked = sk.pack_tiered(torch.randn(rows, cols).to(dtype).abs() + 1, mask, block=block)
     assert torch.equal(sk.unpack_tiered(masked, rows, cols) != 0, mask)
     again = sk.TieredWeight.from_parts(*packed[:6])
-    assert torch.equal(again.starts, packed.starts)
-    x, bias = torch.randn(3, cols).to(dtype), torch.randn(rows).to(dtype)
-    expected = F.linear(x.float(), weight.float(), bias.float()).to(dtype)
-    torch.testing.assert_close(sk.linear_tiered(x, packed, bias, out_features=rows), expected)
+    assert_same(again.starts, packed.starts)
+    assert again.block == block and again.nbytes == packed.nbytes
+
+
+@pytest.mark.parametrize("keep, tier, k", [(1.0, DENSE, 10), (0.5, SPARSE24, 10), (0.01, TOPK, 10), (1.0, TOPK, 256)])
+def test_one_form_alone(keep, tier, k):
+    weight = torch.randn(48, 64)
+    if keep == 0.5:
+        weight = sk.nm_prune(weight, 2, 4)[0]
+    if keep == 0.01:
+        weight = torch.where(sk.block_topk_mask(weight, k), weight, 0)
+    packed = sk.pack_tiered(weight, k=k)
+    assert (packed.tiers == tier).all()
+    assert [len(packed.dense), len(packed.values), len(packed.topk)] == [12 * (tier == form) for form in range(3)]
+    assert_same(sk.unpack_tiered(packed, 48, 64), weight)
+
+
+def test_k_of_zero_holds_empty_blocks():
+    weight = torch.zeros(16, 32)
+    weight[0, 0] = 1
+    packed = sk.pack_tiered(weight, k=0)
+    assert packed.tiers.tolist() == [[SPARSE24, TOPK]] and packed.topk.shape == packed.positions.shape == (1, 0)
+    assert_same(sk.unpack_tiered(packed, 16, 32), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("rows, cols", [(0, 16), (33, 40)])
-def test_opcheck(dtype, rows, cols):
-    packed = sk.pack_tiered(tiered(rows, cols, dtype=dtype)[0])
-    packed = [part.requires_grad_() if part.dtype == dtype else part for part in packed]
-    x, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 3, cols), (rows,)))
-    torch.library.opcheck(OPS.linear_tiered.default, (x, *packed, bias, rows))
-
-
-@pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
-def test_gradients(leading):
-    weight, mask = tiered(33, 40)
-    weight[20:, 20:] = 0
-    x, bias, grad = torch.randn(*leading, 40), torch.randn(33), torch.randn(*leading, 33)
-    gradients = []
-    for linear in (
-        lambda x, weight, bias: sk.linear_tiered(x, sk.pack_tiered(weight, mask), bias, out_features=33),
-        lambda x, weight, bias: F.linear(x, torch.where(mask, weight, 0), bias),
+def test_special_values_come_back(dtype):
+    weight, (_, mask) = hostile(40, 72, dtype=dtype), tiered(40, 72)
+    for packed, expected in (
+        (sk.pack_tiered(weight), weight),
+        (sk.pack_tiered(weight, mask), torch.where(mask, weight, 0)),
     ):
-        inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
-        linear(*inputs).backward(grad)
-        gradients.append([tensor.grad for tensor in inputs])
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(sk.unpack_tiered(packed, 40, 72), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_compile_fullgraph():
-    def run(x, packed, bias):
-        return sk.linear_tiered(x * 2, packed, bias, out_features=33) + 1, sk.unpack_tiered(packed, 33, 40)
+def test_bytes_at_the_shares_of_the_pruner():
+    tiers = torch.tensor([0] * 7 + [1] * 9 + [2] * 4, dtype=torch.uint8).repeat(52)[: 32 * 32].view(32, 32)
+    for dtype, most in ((torch.float32, 0.605), (torch.bfloat16, 0.62)):
+        weight = sk.tier_prune(torch.randn(512, 512).to(dtype), tiers, 10)[0]
+        packed = sk.pack_tiered(weight)
+        assert torch.equal(packed.tiers, tiers)
+        assert packed.nbytes / weight.nbytes <= most
 
-    arguments = torch.randn(3, 40), sk.pack_tiered(tiered(33, 40)[0]), torch.randn(33)
-    outputs = torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments)
-    for got, expected in zip(outputs, run(*arguments), strict=True):
-        assert torch.equal(got, expected)
+
+@given(rows=st.integers(0, 20), cols=st.integers(0, 40), k=st.integers(0, 64), data=st.data())
+def test_lossless(rows, cols, k, data):
+    density = data.draw(st.sampled_from([0.0, 0.05, 0.3, 0.5, 1.0]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    weight = torch.randn(rows, cols, generator=generator) * (torch.rand(rows, cols, generator=generator) < density)
+    packed = sk.pack_tiered(weight, k=k, block=(8, 8))
+    assert torch.equal(sk.unpack_tiered(packed, rows, cols), weight)
+    assert torch.equal(packed.starts, block_starts(packed.tiers))
+    assert (packed.positions.int().diff() > 0)[packed.topk[:, 1:] != 0].all()
+    assert len(packed.dense) + len(packed.values) + len(packed.topk) == -(-rows // 8) * -(-cols // 8)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    weight, mask = tiered(33, 40)
+    expected = sk.pack_tiered(weight, mask)
+    for got, want in zip(sk.pack_tiered(LAYOUTS[layout](weight), LAYOUTS[layout](mask)), expected, strict=True):
+        assert torch.equal(got, want)
+    strided = sk.TieredWeight(*map(LAYOUTS[layout], expected))
+    assert_same(sk.unpack_tiered(strided, 33, 40), weight)
+
+
+def test_gradients_of_pack_and_unpack():
+    weight, mask = tiered(33, 40)
+    weight.requires_grad_()
+    grad = torch.randn(33, 40)
+    sk.unpack_tiered(sk.pack_tiered(weight, mask), 33, 40).backward(grad)
+    assert torch.equal(weight.grad, torch.where(mask, grad, 0))
+
+
+W = torch.randn(24, 32)
+P = sk.pack_tiered(sk.tier_prune(W, torch.tensor([[0, 1], [2, 1]], dtype=torch.uint8), 10)[0])
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: sk.pack_tiered(W.int()), TypeError, r"weight must be float32, .* got torch\.int32"),
+        (lambda: sk.pack_tiered(W[0]), ValueError, r"weight must have 2 dimensions, got shape \(32,\)"),
+        (lambda: sk.pack_tiered(W, W), TypeError, r"mask must be torch\.bool, got torch\.float32"),
+        (lambda: sk.pack_tiered(W, W.t() > 0), ValueError, r"mask must have shape \(24, 32\), got \(32, 24\)"),
+        (lambda: sk.pack_tiered(W, k=257), ValueError, r"k must be between 0 and 256 .* got 257"),
+        (lambda: sk.pack_tiered(W, k=2.0), TypeError, r"k must be an int, got 2\.0"),
+        (lambda: sk.pack_tiered(W, block=16), TypeError, r"block must be two ints \(rows, cols\), got 16"),
+        (lambda: sk.pack_tiered(W, block=(16, 12)), ValueError, r"columns a multiple of 8, got \(16, 12\)"),
+        (lambda: sk.pack_tiered(W, block=(4, 16)), ValueError, r"sides of 8 to 128 .* got \(4, 16\)"),
+        (lambda: sk.pack_tiered(W, block=(16, 136)), ValueError, r"sides of 8 to 128 .* got \(16, 136\)"),
+        (lambda: sk.unpack_tiered(tuple(P), 24, 32), TypeError, r"packed must be a TieredWeight, got tuple"),
+        (lambda: sk.unpack_tiered(P, 24.0, 32), TypeError, r"rows must be an int, got 24\.0"),
+        (lambda: sk.unpack_tiered(P, 33, 32), ValueError, r"tiers must have shape \(3, 2\) .* 33 x 32 .* got \(2, 2\)"),
+        (lambda: sk.unpack_tiered(P._replace(dense=W), 24, 32), ValueError, r"dense must have 3 dimensions"),
+        (lambda: sk.unpack_tiered(P._replace(topk=P.topk.half()), 24, 32), TypeError, r"topk must be torch\.float32"),
+        (
+            lambda: sk.unpack_tiered(P._replace(values=P.dense), 24, 32),
+            ValueError,
+            r"values must have shape \(1, 16, 8",
+        ),
+        (lambda: sk.unpack_tiered(P._replace(bitmask=None), 24, 32), TypeError, r"bitmask must be a tensor, got None"),
+        (
+            lambda: sk.unpack_tiered(P._replace(positions=P.positions.short()), 24, 32),
+            TypeError,
+            r"positions must be torch\.uint8, got torch\.int16",
+        ),
+        (lambda: sk.unpack_tiered(P._replace(tiers=P.tiers[:1]), 24, 32), ValueError, r"tiers must be a map of the 4"),
+        (
+            lambda: sk.unpack_tiered(P._replace(starts=P.starts[1:]), 24, 32),
+            ValueError,
+            r"starts must have shape \(3, 3",
+        ),
+        (lambda: sk.TieredWeight.from_parts(None, *P[1:6]), TypeError, r"tiers must be a matrix, got None"),
+        (lambda: sk.TieredWeight.from_parts(P.tiers * 2, *P[1:6]), ValueError, r"tiers must be 0, 1 or 2, got 4"),
+        (
+            lambda: sk.TieredWeight.from_parts(P.tiers * 0, *P[1:6]),
+            ValueError,
+            r"tiers names \[4, 0, 0\] blocks that are dense, 2:4 and top-k, but \[1, 2, 1\] are stored",
+        ),
+    ],
+)
+def test_rejects(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_from_parts_rejects_positions_outside_a_block():
+    packed = sk.pack_tiered(torch.zeros(8, 8), k=1, block=(8, 8))
+    with pytest.raises(ValueError, match=r"positions must be below 64, got 64 to 64"):
+        sk.TieredWeight.from_parts(*packed[:5], packed.positions + 64)

@@ -34,6 +34,7 @@ struct LanesBlock {
   void run() {
     const KeptOffsets offsets(width * static_cast<int64_t>(sizeof(float)));
     const auto times_tile = kTimesTile<kRun, kMaxVectors>[vectors - 1];
+    if (a.cols == 0) std::fill_n(scratch.sums, rows * width, 0.0f);
     for (int64_t col = 0; col < a.cols; col += most_inputs) {
       const int64_t inputs = std::min(most_inputs, a.cols - col);
       load_tile(static_cast<const T*>(a.x) + token * a.cols + col, a.cols, tokens, vectors, inputs, scratch.tile);

@@ -48,6 +48,7 @@ struct TieredLanesBlock {
   void run() {
     const KeptOffsets offsets(width * static_cast<int64_t>(sizeof(float)));
     const auto times_tile = kRunTimesTile<kMaxVectors>[vectors - 1];
+    std::fill_n(scratch.sums, block_rows * a.block_rows * width, 0.0f);
     std::copy_n(a.starts + kTiers * block_row, kTiers * (block_rows + 1), scratch.cursors);
     for (int64_t block = 0; block < plan.blocks; block += plan.run_blocks) {
       const int64_t blocks = std::min(plan.run_blocks, plan.blocks - block), col = block * a.block_cols;
@@ -59,7 +60,7 @@ struct TieredLanesBlock {
         BlockRun next{};
         if (i + 1 < block_rows) next = listed(i + 1, block, blocks);
         load_blocks(now, next, i);
-        times_tile(now, scratch.tile, offsets, block == 0, scratch.sums + i * a.block_rows * width);
+        times_tile(now, scratch.tile, offsets, scratch.sums + i * a.block_rows * width);
         for (int tier = 0; tier < kTiers; ++tier) scratch.cursors[kTiers * i + tier] += now.counts[tier];
         now = next;
       }

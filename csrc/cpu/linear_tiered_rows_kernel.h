@@ -14,7 +14,7 @@ constexpr int64_t kBlocksGrain = 65536;  // products of one piece: fewer are not
 constexpr int64_t kBlocksAhead = 2048;   // bytes of prefetch
 // A row of blocks is gone through in so many parts, each with its share of every form: the dense blocks wait for memory,
 // the top-k blocks for arithmetic, and the caches are filled for the ones while the others are worked on.
-constexpr int64_t kBlockParts = 8;
+constexpr int64_t kBlockParts = 32;
 
 #if defined(SPARSEKIT_AVX512_BF16)
 template <class T>

@@ -27,10 +27,10 @@ struct BlockRun {
   int64_t ahead_bytes[2];
 };
 
-// Writes or adds kRows rows' products with the dense and the 2:4 blocks to sums [row][token].
+// Adds kRows rows' products with the dense and the 2:4 blocks to sums [row][token].
 template <int kVectors, int kRows>
 inline __attribute__((always_inline)) void rows_times_run(const BlockRun& run, int64_t row, const float* tile,
-                                                          const KeptOffsets& offsets, bool first, float* sums) {
+                                                          const KeptOffsets& offsets, float* sums) {
   constexpr int kTokens = kVectors * kLanes;
   sums += row * kTokens;
   for (int i = 0; i < 2; ++i)
@@ -87,17 +87,17 @@ inline __attribute__((always_inline)) void rows_times_run(const BlockRun& run, i
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
       float* to = sums + r * kTokens + v * kLanes;
-      store_lanes(to, first ? sum[r][v] : add(load_lanes(to), sum[r][v]));
+      store_lanes(to, add(load_lanes(to), sum[r][v]));
     }
 }
 
 template <int kVectors>
-void run_times_tile(const BlockRun& run, const float* tile, const KeptOffsets& offsets, bool first, float* sums) {
+void run_times_tile(const BlockRun& run, const float* tile, const KeptOffsets& offsets, float* sums) {
   constexpr int kRows = rows_per_step(kVectors);
   int64_t row = 0;
   for (; row + kRows <= run.block_rows; row += kRows)
-    rows_times_run<kVectors, kRows>(run, row, tile, offsets, first, sums);
-  for (; row < run.block_rows; ++row) rows_times_run<kVectors, 1>(run, row, tile, offsets, first, sums);
+    rows_times_run<kVectors, kRows>(run, row, tile, offsets, sums);
+  for (; row < run.block_rows; ++row) rows_times_run<kVectors, 1>(run, row, tile, offsets, sums);
   for (int64_t i = 0; i < run.entry_count; ++i) {
     const TopkEntry entry = run.entries[i];
     const Floats weight = broadcast(entry.value);
