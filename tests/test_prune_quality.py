@@ -1,6 +1,7 @@
 """What pruning must not depend on, methods of the user, and sequential pruning of a trained language model."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import Pattern, get_mask
-from sparsekit.prune import Method
+from sparsekit.prune import InputNorm, Method
+from sparsekit.prune.layers import find_layers
 
 
 class Gram:
@@ -37,6 +39,19 @@ class LeastSquares(Method):
             h = statistic.gram[kept]
             solved[row, kept] = torch.linalg.solve(h[:, kept], h @ weight[row])
         return solved, mask
+
+
+def test_golden_input_norms():
+    """The sums of squares that the published Wanda gives on inputs that are a formula."""
+    rows = [
+        [(math.cos(0.37 * t * (j + 1)) + 0.5 * math.sin(0.077 * (t + 1) * (j + 2))) * (1 + j % 5) for j in range(16)]
+        for t in range(64)
+    ]
+    norm = InputNorm(find_layers(nn.Linear(16, 4), Pattern.parse("2:4"), "input", None)[0][0])
+    for x in torch.tensor(rows, dtype=torch.float64).float().split(40):
+        norm.update(x)
+    expected = torch.tensor([40.4516, 162.3515, 368.8643, 647.6105])
+    torch.testing.assert_close(64 * norm.norm[:4].square(), expected, rtol=0, atol=1e-3)
 
 
 def test_wanda_ignores_outlier_channels_that_the_weights_cancel():
