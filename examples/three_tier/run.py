@@ -70,7 +70,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.short:
-            self.epoch_windows, self.nsamples, self.held_out, self.seconds = 48, 16, 16, 0.2
+            self.epoch_windows, self.nsamples, self.held_out, self.seconds = 32, 16, 16, 0.2
 
 
 class Pruner:
