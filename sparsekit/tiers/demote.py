@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..ops import block_scores, tier_prune
+from ..ops import block_scores, nm_mask, nm_prune, tier_prune
 from ..ops.tiers import DENSE, SPARSE24, TOPK
 from .tier_map import Ratios, TierMap
 
@@ -106,16 +106,17 @@ def demotion_costs(weight: Tensor, score: Tensor, tier_map: TierMap, criterion: 
             f"{tuple(score.shape)}; or score is one norm for each column"
         )
     k, block = tier_map.k, tier_map.block
-    middle, last = (torch.full_like(tier_map.tiers, tier) for tier in (SPARSE24, TOPK))
     if criterion == "published":
         if score.dim() == 1:
-            return block_scores(weight, block, scale=score), tier_prune(weight, middle, k, block, score_scale=score)[2]
-        return block_scores(score, block), block_scores(score, block, mask=tier_prune(weight, middle, k, block)[1])
+            kept24 = nm_prune(weight, 2, 4)[0]
+            return block_scores(weight, block, scale=score), block_scores(kept24, block, scale=score)
+        return block_scores(score, block), block_scores(score, block, mask=nm_mask(weight, 2, 4))
     ranked, scale = _ranked(weight, score)
     squares, scale = ranked.float().square(), None if scale is None else scale.square()
-    whole = block_scores(squares, block, scale=scale)
-    kept24, topk = (tier_prune(squares, tiers, k, block, scale=scale, score_scale=scale)[2] for tiers in (middle, last))
-    return whole - kept24, kept24 - topk
+    kept24 = nm_prune(squares, 2, 4, scale=scale)[0]
+    topk = torch.full_like(tier_map.tiers, TOPK)
+    whole, middle = (block_scores(part, block, scale=scale) for part in (squares, kept24))
+    return whole - middle, middle - tier_prune(squares, topk, k, block, scale=scale, score_scale=scale)[2]
 
 
 def demote_together(
