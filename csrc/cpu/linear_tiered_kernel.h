@@ -20,7 +20,8 @@ constexpr int64_t kTieredLanesTokens = 7;
 void linear_tiered(const LinearTieredArgs& a, ParallelFor parallel_for) {
 #if defined(SPARSEKIT_AVX512)
   // A vector of 16 columns would span two blocks.
-  if (a.tokens < kTieredLanesTokens && a.block_cols % FloatStrip::kCols) return kernels_avx2.linear_tiered(a, parallel_for);
+  if (a.tokens < kTieredLanesTokens && a.block_cols % FloatStrip::kCols)
+    return kernels_avx2.linear_tiered(a, parallel_for);
 #endif
   dispatch(a.dtype, [&]<class T>(T*) {
     if (a.tokens >= kTieredLanesTokens)

@@ -97,7 +97,8 @@ struct TieredLanesBlock {
       run.values = to_floats(values, run.counts[kSparse24] * (size / 2), scratch.floats + run.counts[kDense] * size);
     }
     run.ahead[0] = reinterpret_cast<const char*>(static_cast<const T*>(a.dense) + cursor[kTiers + kDense] * size);
-    run.ahead[1] = reinterpret_cast<const char*>(static_cast<const T*>(a.values) + cursor[kTiers + kSparse24] * (size / 2));
+    run.ahead[1] =
+        reinterpret_cast<const char*>(static_cast<const T*>(a.values) + cursor[kTiers + kSparse24] * (size / 2));
     run.ahead_bytes[0] = next.counts[kDense] * a.block_cols * static_cast<int64_t>(sizeof(T));
     run.ahead_bytes[1] = next.counts[kSparse24] * (a.block_cols / 2) * static_cast<int64_t>(sizeof(T));
     run.entries = scratch.entries;

@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kBlocksGrain = 65536;  // products of one piece: fewer are not worth waking a thread
 constexpr int64_t kBlocksAhead = 2048;   // bytes of prefetch
 // A row of blocks is gone through in so many parts, each with its share of every form: the dense blocks wait for memory,
-// the top-k blocks for arithmetic, and the caches are filled for the ones while the others are worked on.
+// the top-k blocks for arithmetic, and the caches are filled for the ones while the others are worked on. At AVX2,
+// 4096x4096 and one token, 32 parts took 0.93 of the time of 8.
 constexpr int64_t kBlockParts = 32;
 
 #if defined(SPARSEKIT_AVX512_BF16)
@@ -110,7 +111,8 @@ struct BlockRowTimesTokens {
 
   void add_dense(const T* dense, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i)
-      add_block(x + scratch.lists[kDense][i], [&](int64_t col) { return DenseRows{dense + i * size + col, block_cols}; });
+      add_block(x + scratch.lists[kDense][i],
+                [&](int64_t col) { return DenseRows{dense + i * size + col, block_cols}; });
   }
 
   void add_sparse24(const T* values, const uint8_t* bits, int64_t begin, int64_t end) const {
@@ -227,7 +229,7 @@ void linear_tiered_rows(const LinearTieredArgs& a, ParallelFor parallel_for) {
   if constexpr (kTokens < kMaxTokens)
     if (TokenChunks(a.tokens).largest() > kTokens) return linear_tiered_rows<T, kTokens + 1>(a, parallel_for);
   const int64_t padded = (a.cols + a.block_cols - 1) / a.block_cols * a.block_cols;
-  TieredInputs inputs{nullptr, padded + 16};  // not a multiple of the page, where tokens would compete for the same sets
+  TieredInputs inputs{nullptr, padded + 16};  // no multiple of the page, where tokens would compete for the same sets
   std::unique_ptr<float[]> copied;
   if (std::is_same_v<T, float> && a.tokens == 1 && a.cols == padded) {
     inputs.x = static_cast<const float*>(a.x);
