@@ -61,8 +61,7 @@ class FineTune:
         # Here every process gets the weights and the masks of the first: rounding may not tell them apart.
         wrapped, stepper = self._accelerator.prepare(model, optimizer)
         if self._moments(step.iteration - 1).exists():
-            stored = torch.load(self._moments(step.iteration - 1), self._accelerator.device, weights_only=True)
-            optimizer.load_state_dict(stored)
+            optimizer.load_state_dict(torch.load(self._moments(step.iteration - 1), "cpu", weights_only=True))
         wrapped.train()
         batches = tqdm(
             self._batches(first, last),
