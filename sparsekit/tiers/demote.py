@@ -107,10 +107,9 @@ def demotion_costs(weight: Tensor, score: Tensor, tier_map: TierMap, criterion: 
         )
     k, block = tier_map.k, tier_map.block
     if criterion == "published":
-        if score.dim() == 1:
-            kept24 = nm_prune(weight, 2, 4)[0]
-            return block_scores(weight, block, scale=score), block_scores(kept24, block, scale=score)
-        return block_scores(score, block), block_scores(score, block, mask=nm_mask(weight, 2, 4))
+        scored, scale = (weight, score) if score.dim() == 1 else (score, None)
+        kept24 = nm_mask(weight, 2, 4)
+        return block_scores(scored, block, scale=scale), block_scores(scored, block, scale=scale, mask=kept24)
     ranked, scale = _ranked(weight, score)
     squares, scale = ranked.float().square(), None if scale is None else scale.square()
     kept24 = nm_prune(squares, 2, 4, scale=scale)[0]
