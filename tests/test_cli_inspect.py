@@ -89,8 +89,23 @@ def test_bytes_are_those_of_the_packed_form():
     tiers = Pattern.parse("tiers 16x16 k=10")
     few = torch.zeros(32, 16)
     few[:2, :5] = 1
-    assert tier_shares(few, few != 0, tiers)[1] == "0% dense, 0% 2:4, 100% top-10"
+    assert tier_shares(few != 0, tiers)[1] == "0% dense, 0% 2:4, 100% top-10"
     assert packed_bytes(few, few != 0, tiers) < few.nbytes / 4
+
+
+@pytest.mark.parametrize("pattern", ["tiers 4x8 k=3", "tiers 16x4 k=3", "tiers 16x12 k=3", "tiers 256x16 k=3"])
+def test_blocks_of_tiers_that_are_not_packed(pattern, tmp_path, capsys):
+    layer = nn.Linear(48, 32, bias=False)
+    set_mask(layer, torch.ones(32, 48, dtype=torch.bool), MaskInfo(Pattern.parse(pattern), 1))
+    sk.save(nn.Sequential(layer), tmp_path / "tiers.safetensors")
+    found = results(["inspect", tmp_path / "tiers.safetensors"], capsys)["layers"][0]
+    assert found["pattern"] == "100% dense, 0% 2:4, 0% top-3" and found["packed_bytes"] is None
+
+
+def test_tiers_of_float64_are_shown_and_not_packed():
+    tiers, few = Pattern.parse("tiers 16x16 k=10"), torch.eye(16, dtype=torch.float64)
+    assert tier_shares(few != 0, tiers)[1] == "0% dense, 100% 2:4, 0% top-10"
+    assert packed_bytes(few, few != 0, tiers) is None
 
 
 def test_a_pruned_folder(pruned, capsys):
@@ -137,7 +152,9 @@ def test_names_that_transformers_changes_on_disk(tmp_path, capsys):
     pruned = results(command, capsys)
     assert "3 inputs do not fill one group" in pruned["skipped"][0]["reason"]
     found = results(["inspect", tmp_path / "out", "--expect", "2:4"], capsys)
-    assert [layer["name"] for layer in found["layers"]] == [layer["name"] for layer in pruned["layers"]]
+    asked = [layer["name"] for layer in found["layers"] if layer["asked"]]
+    assert asked == [layer["name"] for layer in pruned["layers"]]
+    assert [layer["pattern"] for layer in found["layers"][len(asked) :]] == ["dense (too few inputs)"]
     code, _, err = call(["inspect", folder, "--expect", "2:4"], capsys)
     assert code == 1 and ".layer." in err[0]  # the names on disk: better asked than overlooked
     code, line = refusal(["bench", folder], capsys)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from html.parser import HTMLParser
 
 import pytest
@@ -99,11 +100,12 @@ def test_a_hostile_name_is_text(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
     packed = {"shape": [2, 4], "decision": HOSTILE, "reason": HOSTILE}
     machine = {"device": HOSTILE, "torch": HOSTILE}
-    sizes = {"bytes_before": 64, "bytes_after": 32, "tokens": [1]}
+    sizes = {"bytes_before": 64, "bytes_after": 32, "tokens": [HOSTILE]}
     (tmp_path / "compress.json").write_text(json.dumps({"layers": [packed], "machine": machine, **sizes}))
     write_page(tmp_path)
     page = page_of(tmp_path / "report.html")
     assert page.words.count(HOSTILE) >= 7 and "img" not in page.tags and not page.open
+    assert any(word.startswith(f"For passes of {HOSTILE} tokens") for word in page.words)
 
 
 def test_pictures_of_masks(tmp_path):
@@ -137,3 +139,17 @@ def test_bars():
     assert drawn.tags.count("rect") == 2 and drawn.words.count("0.3") == 1
     assert {"a.q: 0.1000", "b.q: 0.3000"} <= set(drawn.words)
     assert Page(bars([0.0], ["a"], "zeros", percent=True)).words[-1] == "a: 0.0%"
+    assert bars([0.1, math.nan, math.inf], ["a", "b", "c"], "errors") == bars(
+        [0.1, None, None], ["a", "b", "c"], "errors"
+    )
+    assert Page(bars([math.nan], ["a"], "errors")).words == ["0", "0.5", "1"]
+
+
+@pytest.mark.parametrize(
+    ("value", "top"),
+    [(0.0, 1), (math.nan, 1), (math.inf, 1), (1.0, 1), (1.2, 1.5), (0.035, 0.04), (7, 8), (9e-5, 1e-4), (1234, 1500)],
+)
+def test_round_tops(value, top):
+    from sparsekit.cli.charts import _round_up
+
+    assert _round_up(value) == pytest.approx(top)

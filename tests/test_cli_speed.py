@@ -7,7 +7,9 @@ import torch
 from commands import call, prune, refusal, results, write_model
 
 import sparsekit as sk
-from sparsekit.nn import Linear24
+from sparsekit.compress.report import LayerReport
+from sparsekit.compress.tune import Timing
+from sparsekit.nn import Linear24, TieredLinear
 
 for package in ("tyro", "rich", "PIL", "transformers"):
     pytest.importorskip(package)
@@ -47,7 +49,8 @@ def test_compress_writes_what_loads_again(pruned, tmp_path, capsys, ratios):
     dense = transformers.AutoModelForCausalLM.from_pretrained(pruned)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-5)
-    inspected = results(["inspect", out, "--expect", "2:4", "--only", "proj"], capsys)
+    inspected = results(["inspect", out, "--expect", "2:4"], capsys)
+    assert {layer["name"] for layer in inspected["layers"] if layer["asked"] is None} == {"lm_head"}
     assert inspected["stored_bytes"] == inspected["packed_bytes"] < inspected["dense_bytes"]
 
     again = results(["compress", out, "--out", tmp_path / "again", "--tokens", 1], capsys)
@@ -58,7 +61,7 @@ def test_compress_adds_to_the_folder_and_bench_times_it(pruned, tmp_path, capsys
     for path in pruned.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     results(["compress", tmp_path, "--tokens", 4], capsys)
-    assert "14 of" not in call(["inspect", tmp_path], capsys)[1]
+    assert "15 layers" in call(["inspect", tmp_path], capsys)[1]
     code, line = refusal(["compress", tmp_path], capsys)
     assert code == 2 and line.endswith(
         "compressed.safetensors is there: name another folder with --out, or --overwrite"
@@ -83,7 +86,67 @@ def test_compress_adds_to_the_folder_and_bench_times_it(pruned, tmp_path, capsys
     assert len(kinds["Linear24", (32, 32)]["layers"]) == 8
     assert kinds["Linear24", (32, 32)]["timings"]["4"]["ratio"] == 1.5
     code, out, err = call(["bench", tmp_path, "--tokens", 4, "--seconds", 0.01], capsys)
-    assert (code, err) == (0, []) and "8 of 32x32" in out and "slower" in out
+    assert (code, err) == (0, []) and "8 of 32x32" in out
+
+
+def test_bench_says_where_it_is_slower(capsys):
+    from sparsekit.cli.bench import show
+
+    def found(**ratios):
+        timings = {"tokens_per_second": 8.0, "ratio": 1.0, "best_dense": 1.0}
+        models = {count: {"plain": timings, "compressed": {**timings, **ratios}} for count in (4, 16)}
+        layers = [{"layers": ["a"], "shape": [2, 4], "kind": "Linear24", "timings": {4: timings, 16: timings}}]
+        return {"models": models, "layers": layers}
+
+    show(found(ratio=1.5, best_dense=0.83))
+    assert "\nslower: 0.83x the best dense at 4, 0.83x the best dense at 16\n" in capsys.readouterr().out
+    show(found(ratio=0.5))
+    assert "\nslower: 0.50x plain at 4, 0.50x plain at 16\n" in capsys.readouterr().out
+    show(found(ratio=0.98, best_dense=0.98))
+    assert "\nslower than dense: nowhere\n" in capsys.readouterr().out
+
+
+def test_tiered_layers_of_other_shares_are_timed_on_their_own(ratios):
+    from sparsekit.cli.speed import layer_speeds
+
+    def layer(dense_blocks):
+        linear = torch.nn.Linear(64, 64, bias=False)
+        linear.weight.data.view(4, 16, 64)[dense_blocks:] = 0
+        return TieredLinear.from_linear(linear)
+
+    ratios["compressed"] = 1.5
+    model = torch.nn.Sequential(layer(1), layer(3), layer(1))
+    found = layer_speeds(model, [4], cold=False, budget=0.01, progress=lambda kinds: kinds)
+    assert [(each["kind"], each["layers"]) for each in found] == [("TieredLinear", ["0", "2"]), ("TieredLinear", ["1"])]
+
+
+def test_layers_of_other_times_are_other_rows(capsys):
+    from sparsekit.cli.compress import show
+
+    layers = [
+        LayerReport(
+            name, (64, 64), "tiered", "fastest", {4: 1}, {4: {"tiered": Timing(1.0, ratio, 1.0, ratio, 0.0)}}, names
+        )
+        for name, ratio, names in (("a", 2.0, {4: "tiered"}), ("b", 1.1, {4: "tiered"}), ("c", 2.0, {4: "tiered"}))
+    ]
+    show(sk.CompressReport(tuple(layers), 8, 4, 0.0, 0.0))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [" ".join(row) for row in rows[1:3]] == [
+        "2 of 64x64 tiered 2.00x (2.00x) fastest",
+        "1 of 64x64 tiered 1.10x (1.10x) fastest",
+    ]
+
+
+def test_what_was_not_pruned_is_asked_in_the_packed_file_too(tmp_path, capsys, ratios):
+    dense, out = write_model(tmp_path / "dense"), tmp_path / "out"
+    results(prune(dense, tmp_path / "sparse", "--only", "up_proj"), capsys)
+    ratios["prepacked"] = 0.9
+    results(["compress", tmp_path / "sparse", "--out", out, "--tokens", 4], capsys)
+    code, shown, err = call(["inspect", out, "--expect", "2:4"], capsys)
+    assert code == 1 and "_proj breaks 2:4: row 0, inputs 0 to 3: 4 of 4 kept" in err[0]
+    assert "15 layers" in shown and shown.count("2:4 holds") == 2 and shown.count("2:4 BROKEN") == 12
+    assert "dense (output head)" in shown and "embed_tokens" not in shown
+    assert call(["inspect", out, "--expect", "2:4", "--only", "up_proj"], capsys)[0] == 0
 
 
 def test_bench_says_where_nothing_wins(pruned, capsys, ratios):

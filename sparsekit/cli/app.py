@@ -32,7 +32,9 @@ def run(arguments: Sequence[str] | None) -> int:
     except SystemExit as stop:  # after --help, or what tyro has said about an argument
         return stop.code if isinstance(stop.code, int) else 2
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: terminal.say(f"warning: {message}")
+        warnings.showwarning = lambda message, *_, **__: terminal.say(
+            f"warning: {terminal.printable(' '.join(str(message).split()))}"
+        )
         try:
             return command.run()
         except KeyboardInterrupt:

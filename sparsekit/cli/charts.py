@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -14,6 +15,7 @@ KINDS = 8  # colors in the style sheet
 
 def bars(values: Sequence[float | None], names: Sequence[str], label: str, *, percent: bool = False) -> str:
     """A bar for every layer, colored by the last part of its name, with a tooltip; from zero to a round maximum."""
+    values = [value if value is not None and math.isfinite(value) else None for value in values]
     largest = max((value for value in values if value is not None), default=0.0)
     top = _round_up(largest)
     kinds = list(dict.fromkeys(_kind(name) for name in names))
@@ -84,7 +86,7 @@ def _kind(name: str) -> str:
 
 def _round_up(value: float) -> float:
     """The next of a few round steps of a power of ten."""
-    if value <= 0:
+    if not 0 < value < math.inf:
         return 1.0
-    power = 10.0 ** torch.tensor(value).log10().floor().item()
+    power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= value * 0.999999)

@@ -123,13 +123,13 @@ def compressed(model: Any, counts: tuple[int, ...], budget: float) -> CompressRe
 
 
 def show(report: CompressReport) -> None:
-    """The table of a person: layers of one kind and one decision in one row."""
+    """The table of a person: layers of one kind, one decision and one measurement in one row."""
     alike: dict[tuple[Any, ...], list[Any]] = {}
     for layer in report.layers:
-        alike.setdefault((layer.shape, layer.decision, layer.reason), []).append(layer)
+        alike.setdefault((layer.shape, layer.decision, layer.reason, str(layer.timings)), []).append(layer)
     buckets = sorted({count for layer in report.layers for count in layer.timings})
     rows = []
-    for (shape, decision, reason), layers in alike.items():
+    for (shape, decision, reason, _), layers in alike.items():
         timings = [layers[0].timing(count) for count in buckets]
         ratios = ["-" if timing is None else f"{timing.ratio:.2f}x ({timing.best_dense:.2f}x)" for timing in timings]
         rows.append((f"{len(layers)} of {shape[0]}x{shape[1]}", decision, *ratios, reason))

@@ -13,6 +13,8 @@ from .stored import is_ours
 PRUNED, COMPRESSED = "pruned.safetensors", "compressed.safetensors"  # as sparsekit.save writes them
 REPORT, COMPRESS_REPORT, BENCH_REPORT, PAGE = "report.json", "compress.json", "bench.json", "report.html"
 OWN = {PRUNED, COMPRESSED}
+# What stands beside them: configurations, reports, weights, and what a tokenizer of transformers writes.
+SUFFIXES, NAMES = {".json", ".safetensors", ".jinja", ".model"}, {"vocab.txt", "merges.txt", "README.md", PAGE}
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -36,29 +38,39 @@ def check_folder(folder: Path) -> None:
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Rejects a folder that must not be replaced: ``overwrite`` is for what sparsekit has written, and no more.
+    """Rejects a folder that must not be replaced, or cannot be made: ``overwrite`` is for what sparsekit has written,
+    and no more.
 
     Raises:
-        UsageError: there is something in it.
+        UsageError: there is something in it, or it cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, a folder is needed")
+    whole = Path(os.path.realpath(out))
+    parent = next((path for path in whole.parents if path.exists()), whole)
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UsageError(f"{out} cannot be made: {parent} is no folder that can be written to")
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"{out} is not empty: name another folder, or --overwrite")
-    ours = any((out / name).exists() and is_ours(out / name) for name in OWN)
-    if not ours or any(path.is_dir() for path in out.iterdir()):
-        raise UsageError(f"{out} was not written by sparsekit, which overwrites nothing else")
+    pruned = (out / PRUNED).exists() and is_ours(out / PRUNED)
+    # compress adds its file to any folder: beside dense weights it does not show whose those are
+    packed = (out / COMPRESSED).exists() and is_ours(out / COMPRESSED) and not model_files(out)
+    strange = [path for path in out.iterdir() if path.is_dir() or not (path.suffix in SUFFIXES or path.name in NAMES)]
+    if strange or not (pruned or packed):
+        what = min(strange, default=out)
+        raise UsageError(f"{what} was not written by sparsekit, which overwrites nothing else")
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` to write to, which takes its place when the block has ended.
 
-    If the block fails, or is interrupted, ``out`` is what it was and nothing else is left.
+    If the block fails, or is interrupted, ``out`` is what it was and nothing else is left; what ``out`` was is removed
+    only when the new folder stands in its place. A link stays one: what it points to is replaced.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     old = temporary.with_suffix(".old")
@@ -68,10 +80,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rename(old)
         temporary.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         if old.exists() and not out.exists():
             old.rename(out)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

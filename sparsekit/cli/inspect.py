@@ -55,7 +55,7 @@ class Inspect:
     Args:
         folder: the folder or the file.
         expect: the pattern that every layer must have, as 2:4. Layers that prune leaves out are not asked; in a file
-            without a configuration every matrix is.
+            without a configuration every matrix is, in one of sparsekit's own every one that is packed or masked.
         only: only layers whose name has a match of this regular expression.
         json: print the results as JSON on stdout, and nothing else there.
         debug: show where an error comes from.
@@ -100,16 +100,16 @@ def stored_layers(path: Path) -> Iterator[Matrix]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UsageError(f"{path} is no .safetensors file, and nothing else is read")
-        return own_matrices(path) if is_ours(path) else matrices([path], {}, {})
+        return own_matrices(path, {}) if is_ours(path) else matrices([path], {}, {})
     check_folder(path)
     files = model_files(path)
     ours = [file for file in files if is_ours(file)] if files else [path / COMPRESSED]
     if ours:
-        return own_matrices(ours[0])
+        return own_matrices(ours[0], roles_of(path, set()))
     masks = read_masks(path / PRUNED) if (path / PRUNED).exists() else {}
     names = names_in(files)
     if masks.keys() - names:  # transformers 5 writes some models, ViT for one, under other names than their modules'
-        return own_matrices(path / PRUNED)
+        return own_matrices(path / PRUNED, roles_of(path, set()))
     return matrices(files, roles_of(path, names), masks)
 
 
@@ -125,7 +125,7 @@ def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
         assert matrix.mask is not None
         asked, problem = str(stored), _stale(kept, grouped(matrix.mask, axis), stored)
         if stored.tiers:
-            pattern = tier_shares(dense, flat, stored)[1]
+            pattern = tier_shares(flat, stored)[1]
     exempt = matrix.role.exempt
     if expected is not None and expected.m and dense.shape[-1] < expected.m:
         exempt = exempt or "too few inputs"

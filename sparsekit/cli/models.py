@@ -43,13 +43,14 @@ def read_config(source: str) -> Any:
     """The configuration of a model.
 
     Raises:
-        UsageError: it is neither a folder with one nor a hub id.
+        UsageError: there is no such folder.
+        OSError: the hub has no such model.
     """
     if os.path.isdir(source):
         check_folder(Path(source))
     elif Path(source).is_absolute() or source.startswith(".") or source.count("/") > 1:
         raise UsageError(f"there is no folder {source}")
-    return transformers().AutoConfig.from_pretrained(source)
+    return transformers().AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def model_class(config: Any) -> Any:
@@ -65,7 +66,8 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto") -> nn.M
     """A model with dense weights, in eval mode, with the masks that ``prune`` stored; nothing is unpickled.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such folder.
+        OSError: the hub has no such model.
         ValueError: weights are missing.
     """
     config, folder = read_config(source), Path(source)
@@ -74,7 +76,7 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto") -> nn.M
         model = empty_model(config)
         load(model, folder / COMPRESSED, dense=True)
     else:
-        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         model, told = kind.from_pretrained(source, **options)
         if missing := told["missing_keys"]:
             raise ValueError(f"the checkpoint lacks {len(missing)} weights, {min(missing)} for one")
@@ -90,7 +92,9 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto") -> nn.M
 def empty_model(config: Any) -> Any:
     """A model of a configuration for ``sparsekit.load`` to fill, in eval mode on the CPU."""
     kind = model_class(config)
-    return (kind._from_config if hasattr(kind, "_from_config") else kind.from_config)(config).eval()
+    if hasattr(kind, "_from_config"):
+        return kind._from_config(config).eval()
+    return kind.from_config(config, trust_remote_code=False).eval()
 
 
 def load_tokenizer(source: str) -> Any:
@@ -100,8 +104,8 @@ def load_tokenizer(source: str) -> Any:
         UsageError: it has none that can be loaded.
     """
     try:
-        return transformers().AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        return transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:  # sentencepiece is missing, a file has no such key
         raise UsageError(f"{source} has no tokenizer that can be loaded, and text needs one") from error
 
 

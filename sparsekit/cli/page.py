@@ -153,7 +153,7 @@ def _packed(packed: dict[str, Any]) -> str:
     sizes = f"{size(packed['bytes_before'])} → {size(packed['bytes_after'])} in memory"
     counts = ", ".join(map(str, packed["tokens"]))
     shown = table(("layers", "now", "why"), rows, left=(1, 2))
-    return f'<h2>Compressed</h2>{shown}<p class="note">For passes of {counts} tokens; {escape(sizes)}.</p>'
+    return f'<h2>Compressed</h2>{shown}<p class="note">For passes of {escape(counts)} tokens; {escape(sizes)}.</p>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = ()) -> str:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..masks import Pattern
+from ..masks import Pattern, smallest_tiers
 from ..ops import block_scores
 from ..ops.sparse24 import values_per_row
 from ..ops.tiered import pack_tiered
@@ -83,15 +83,17 @@ def packed_bytes(weight: Tensor, kept: Tensor, pattern: Pattern | None) -> int |
         return None
     rows, cols = weight.shape
     if pattern is not None and pattern.tiers and isinstance(pattern.unit, tuple):
-        return pack_tiered(weight, kept, k=pattern.n, block=pattern.unit).nbytes
+        (high, wide), k = pattern.unit, pattern.n
+        packs = 8 <= high <= 128 and 8 <= wide <= 128 and wide % 8 == 0 and k <= high * wide
+        return pack_tiered(weight, kept, k=k, block=(high, wide)).nbytes if packs else None
     if cols >= 4 and int(_per_group(kept, 4).max()) <= 2:
         return rows * (values_per_row(cols) * weight.element_size() + -(-cols // 8))
     return None
 
 
-def tier_shares(weight: Tensor, kept: Tensor, pattern: Pattern) -> tuple[Tensor, str]:
-    """The tier of every block of a matrix, and their shares in words."""
+def tier_shares(kept: Tensor, pattern: Pattern) -> tuple[Tensor, str]:
+    """The tier of every block of a bool ``[outputs, inputs]``, and their shares in words."""
     assert isinstance(pattern.unit, tuple)
-    tiers = pack_tiered(weight, kept, k=pattern.n, block=pattern.unit).tiers
+    tiers = smallest_tiers(kept, pattern.unit, pattern.n)
     dense, middle, few = (float((tiers == tier).float().mean()) for tier in range(3))
     return tiers, f"{dense:.0%} dense, {middle:.0%} 2:4, {few:.0%} top-{pattern.n}"

@@ -32,7 +32,7 @@ def thumbnail(mask: Tensor, info: MaskInfo) -> tuple[Tensor, str]:
     pattern = info.pattern
     rows = grouped(mask, info.axis).flatten(1)
     if pattern.tiers and isinstance(pattern.unit, tuple):
-        tiers, shares = tier_shares(rows.float(), rows, pattern)
+        tiers, shares = tier_shares(rows, pattern)
         shape = (rows.shape[0], rows.shape[1])
         return TierMap(
             tiers, shape, pattern.unit, pattern.n

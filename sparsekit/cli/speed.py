@@ -15,7 +15,7 @@ from ..compress import tune
 from ..compress.clock import clock
 from ..compress.providers import PROVIDERS, unfit
 from ..compress.tune import Timing
-from ..nn import Compressed, PrepackedLinear
+from ..nn import Compressed, PrepackedLinear, TieredLinear
 from .errors import UsageError
 from .models import longest, output_of
 
@@ -106,9 +106,9 @@ def layer_speeds(
     for name, layer in model.named_modules():
         if isinstance(layer, Compressed):
             kind = type(layer).__name__, layer.out_features, layer.in_features, layer.bias is not None
-            kinds.setdefault(kind, []).append((name, layer))
+            kinds.setdefault((*kind, *_tiers(layer)), []).append((name, layer))
     found = []
-    for (kind, rows, cols, _), members in progress(list(kinds.items())):
+    for (kind, rows, cols, *_), members in progress(list(kinds.items())):
         layer = members[0][1]
         plain = layer.to_linear().eval()
         dense = prepacked(nn.Sequential(plain), max(counts))
@@ -123,3 +123,11 @@ def layer_speeds(
             timings[count] = asdict(measured)
         found.append({"kind": kind, "shape": [rows, cols], "layers": [name for name, _ in members], "timings": timings})
     return found
+
+
+def _tiers(layer: nn.Module) -> tuple[Any, ...]:
+    """What the time of a tiered layer depends on besides its shape: shares of tiers to a twentieth; else nothing."""
+    if not isinstance(layer, TieredLinear):
+        return ()
+    dense, middle = (len(part) / max(layer.tiers.numel(), 1) for part in (layer.dense, layer.values))
+    return layer.block, layer.k, round(20 * dense), round(20 * middle)

@@ -66,8 +66,12 @@ def read_masks(path: Path) -> dict[str, tuple[Tensor, MaskInfo]]:
         }
 
 
-def own_matrices(path: Path) -> Iterator[Matrix]:
-    """The layers that are compressed or pruned in a file that ``sparsekit.save`` wrote, unpacked.
+def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matrix]:
+    """The layers that are compressed or pruned in a file that ``sparsekit.save`` wrote, unpacked; then the plain ones.
+
+    Args:
+        path: the file.
+        roles: what the modules of the model are; a plain weight is a layer's only where they say so.
 
     Raises:
         ValueError: the file was altered, or its layers are not what it says.
@@ -83,9 +87,16 @@ def own_matrices(path: Path) -> Iterator[Matrix]:
             held = {key for key in tensors if key.rpartition(".")[0] == name}
             stored = sum(tensors[key].nbytes for key in held) - (0 if bias is None else bias.nbytes)
             layer.densify(name, tensors)
-            axis = layer.mask.axis if layer.mask else 0 if layer.transposed else 1
+            axis: Axis = layer.mask.axis if layer.mask else 0 if layer.transposed else 1
+            role = roles.get(name)
+            role = Role(axis, role.exempt if role else "")
             mask = None if bits is None else _mask(bits, layer.shape)
-            yield Matrix(name, tensors.pop(join(name, "weight")), Role(axis), stored, mask, layer.mask)
+            yield Matrix(name, tensors.pop(join(name, "weight")), role, stored, mask, layer.mask)
+        for key, weight in tensors.items():
+            name, _, part = key.rpartition(".")
+            role = roles.get(name)
+            if part == "weight" and role is not None and weight.dim() >= 2 and key not in shared:
+                yield Matrix(name, weight, role, weight.nbytes)
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
