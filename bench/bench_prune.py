@@ -65,6 +65,8 @@ def bench_prune_tiers(record, criterion):
     got = iterate(part, norm, tiers, SCHEDULE[1], "published")
     pruned, expected = tiers_by_blocks(part, norm, tiers.tiers, SCHEDULE[1], tiers.k)
     assert torch.equal(got[0], pruned) and torch.equal(got[1].tiers, expected)
+    own, reached = iterate(part, norm, tiers, SCHEDULE[1])
+    assert criterion == "published" or torch.equal(own, sk.tier_prune(part, reached.tiers, tiers.k, scale=norm)[0])
     baselines = {"block loop": lambda: tiers_by_blocks(part, norm, tiers.tiers, SCHEDULE[1], tiers.k)}
     row = {"step": f"tier iteration, {criterion!r}", "shape": name(SQUARE), "goal": {"block loop": 100}}
     record(row, lambda: iterate(weight, norm, tier_map, SCHEDULE[1]), baselines, shares={"block loop": 1 / SHARE})
@@ -75,9 +77,8 @@ def bench_prune_sparsegpt(record, shape):
     weight, x = torch.randn(shape), torch.randn(2 * shape[1], shape[1]) * torch.rand(shape[1])
     gram, method = x.t() @ x / len(x), sk.SparseGPT("2:4")
     (got, mask), (expected, kept) = method.prune(weight, Moments(gram)), sparsegpt_by_columns(weight, gram)
-    assert (
-        mask == kept
-    ).float().mean() > 0.999  # where rounding decides between two weights, the rest of a row differs
+    # Where rounding decides between two weights, the rest of a row differs.
+    assert (mask == kept).float().mean() > 0.999
     same = (mask == kept).all(1)
     torch.testing.assert_close(got[same], expected[same], rtol=1e-3, atol=1e-3)
     baselines = {"column loop": lambda: sparsegpt_by_columns(weight, gram)}

@@ -26,6 +26,7 @@ from sparsekit.ops import simd_level
 
 from .report import RESULTS, cpu_name, render, slug
 
+ROOT = Path(__file__).parents[1]
 WANDA = sk.Wanda("2:4")
 METHODS: dict[str, sk.prune.Method | None] = {
     "dense": None,
@@ -115,7 +116,7 @@ def measure(model_name: str, method: sk.prune.Method | None) -> dict[str, float]
 
 def child(model_name: str, method: str) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.methods", "--model", model_name, "--method", method]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -131,7 +132,7 @@ def main() -> None:
     for method in METHODS:
         rows[method] = {name: child(name, method) for name in MODELS}
         print(method, rows[method], flush=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     report = {
         "kind": "methods",
         "device": cpu_name(),

@@ -1,6 +1,8 @@
 """Two trained language models, with text to calibrate on and other text to score."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from sparsekit.prune import Gram
 from sparsekit.prune.layers import find_layers
 
 WINDOW = 128  # tokens
+UPDATES = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ def stories(data: Path) -> Language:
     transformers = pytest.importorskip("transformers")
     folder = data / "ckpt_stories260K" / "hf"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = (data / "tinystories" / "tinystories_sample.txt").read_text().split("<|endoftext|>")[:200]
+    texts = (data / "tinystories" / "tinystories_sample.txt").read_text("utf-8").split("<|endoftext|>")[:200]
     ids = [tokenizer(text.strip(), max_length=WINDOW, truncation=True)["input_ids"] for text in texts]
     rows = torch.tensor([each for each in ids if len(each) == WINDOW])
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -71,37 +74,45 @@ def stories(data: Path) -> Language:
     return Language(model.eval(), rows[32:64], rows[:32])
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @functools.cache
-def shakespeare(data: Path, steps: int = 400) -> Language:
+def shakespeare(data: Path) -> Language:
     """A byte-level Llama of 150 thousand parameters, trained here for some ten seconds."""
     transformers = pytest.importorskip("transformers")
     text = (data / "tinyshakespeare" / "input.txt").read_bytes()[: 8000 * WINDOW]
     rows = torch.frombuffer(bytearray(text), dtype=torch.uint8).long().view(-1, WINDOW)
     learned = rows[:-32].flatten()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products this small take far longer where two threads wait for one core
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=WINDOW,
-            use_cache=False,
+    with one_thread():  # products this small take far longer where two threads wait for one core
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=128,
+                hidden_size=64,
+                intermediate_size=160,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                max_position_embeddings=WINDOW,
+                use_cache=False,
+            )
         )
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        batch = learned[torch.randint(len(learned) - 64, (8, 1)) + torch.arange(64)]
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    torch.set_num_threads(threads)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=UPDATES, pct_start=0.1)
+        for _ in range(UPDATES):
+            batch = learned[torch.randint(len(learned) - 64, (8, 1)) + torch.arange(64)]
+            optimizer.zero_grad()
+            model(input_ids=batch, labels=batch).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
     return Language(model.eval(), rows[:32], rows[-32:])
 
 

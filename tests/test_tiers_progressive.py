@@ -8,6 +8,7 @@ from pruning import assert_same, snapshot, stack
 from torch import nn
 
 import sparsekit as sk
+from sparsekit.compress.providers import unfit
 from sparsekit.masks import get_mask, get_mask_info
 from sparsekit.tiers import (
     Ratios,
@@ -211,15 +212,40 @@ def test_fading_is_forgotten_where_the_schedule_ends(task):
     assert torch.equal(model[0].weight, before)
     with pytest.raises(ValueError, match="updates must be from 0 on, got -1"):
         fade(model, optimizer, -1)
+    tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    with pytest.raises(ValueError, match="the optimizer holds none of the weights that fade"):
+        fade(model, other, 1)
 
 
 def test_a_failure_forgets_what_would_fade(task):
     model, x, _ = task
     tier_iteration(model, STEPS[0], [x])
+
+    def fail(*_):
+        if "weight_fading" in model[0]._buffers:
+            raise RuntimeError("the second layer")
+
+    model[2].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="the second layer"):
-        model[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("the second layer")))
         tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
     assert {"weight_mask"} == {name for name, _ in model[0].named_buffers()}
+
+
+def test_a_layer_that_no_batch_reaches_keeps_its_map(task):
+    model, x, _ = task
+    whole = nn.ModuleDict({"used": model, "unused": nn.Linear(32, 32)})
+    maps, reports = progressive_tiers(
+        whole, STEPS[:2], [x], lambda model, step: None, forward=lambda model, batch: model["used"](batch)
+    )
+    assert maps["unused"].counts == (4, 0, 0) and "unused" not in reports[-1].demoted
+    assert maps["used.0"].ratios == STEPS[1].ratios
+
+
+def test_a_model_that_still_fades_may_be_compressed(task):
+    model, x, _ = task
+    tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
+    assert "weight_fading" in model[0]._buffers and unfit(model[0]) is None
 
 
 def test_files_that_are_no_tier_maps(tmp_path):

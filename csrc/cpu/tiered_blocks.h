@@ -22,16 +22,15 @@ inline void list_tiers(const uint8_t* tiers, int64_t count, int32_t step, int32_
   counts[kDense] = dense, counts[kSparse24] = sparse24, counts[kTopk] = topk;
 }
 
-// The row and the column of a position in a block, without a division.
+// The row of a position in a block, without a division.
 class Places {
  public:
-  explicit Places(int64_t block_cols) : cols_(block_cols), inverse_(((1 << kShift) + block_cols - 1) / block_cols) {}
+  explicit Places(int64_t block_cols) : inverse_(((1 << kShift) + block_cols - 1) / block_cols) {}
   int64_t row(int64_t position) const { return position * inverse_ >> kShift; }
-  int64_t col(int64_t position) const { return position - row(position) * cols_; }
 
  private:
   static constexpr int kShift = 22;  // exact for positions below 2^14 and up to 2^7 columns
-  int64_t cols_, inverse_;
+  int64_t inverse_;
 };
 
 // Calls body with `positions` as a pointer to what it holds.

@@ -179,7 +179,9 @@ def main(config: Config) -> None:
     draw(config.out / "three_tier.png", dense, runs, maps)
     report = {"dense": dense, "runs": {run.name: [asdict(row) for row in run.reports] for run in runs}}
     if config.seconds > 0:
-        compressed, report["speed"] = compress_and_time(pruned, len(tokenizer), config.seconds)
+        compressed, report["speed"] = compress_and_time(
+            pruned, pruned.get_input_embeddings().num_embeddings, config.seconds
+        )
         sk.save(compressed, config.out / "compressed.safetensors")
     (config.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     print(f"\nwritten to {config.out}")

@@ -51,7 +51,8 @@ def unfit(layer: nn.Module) -> str | None:
         return "it has hooks"
     if "forward" in layer.__dict__:
         return "its forward is replaced"
-    own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - {"weight", "bias", "weight_mask"}
+    known = {"weight", "bias", "weight_mask", "weight_fading"}
+    own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - known
     return f"it also holds {', '.join(sorted(own))}" if own else None
 
 

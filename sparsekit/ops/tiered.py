@@ -46,7 +46,7 @@ class TieredWeight(NamedTuple):
         """Joins tensors that were stored, checks that they belong together, and adds what is derived from them.
 
         Raises:
-            TypeError: a wrong dtype.
+            TypeError: a wrong dtype, or ``tiers`` is no matrix.
             ValueError: wrong shapes, two devices, a tier above 2, counts of blocks that are not those of ``tiers``, or
                 positions outside a block.
         """

@@ -47,8 +47,8 @@ class SparseGPT(Method):
         for start, end in self._blocks(pattern, dense.shape[1], weight.shape[-1]):
             block = slice(start, end)
             inner = _inverse(factor[block, block])
-            # What the columns before ask of these is lost @ H[before, block], solved by blocks: no inverse of H is
-            # needed, which would be most of the time from 2048 columns on.
+            # What the columns before ask of these is lost @ R[before, block] @ R[block, block]^-1, with H = R @ R.T: no
+            # inverse of H is needed, which would be most of the time from 2048 columns on.
             columns = torch.addmm(dense[:, block], lost[:, :start] @ factor[:start, block], inner)
             kept = None if pattern.m else pattern.mask(columns / inner.diagonal())
             pruned[:, block], _, mask[:, block] = sparsegpt_block(

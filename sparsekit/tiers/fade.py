@@ -30,8 +30,8 @@ class Fade:
     Made by ``fade``.
     """
 
-    def __init__(self, factors: dict[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer, updates: int) -> None:
-        self._fading, self._left = factors, updates
+    def __init__(self, fading: dict[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer, updates: int) -> None:
+        self._fading, self._left = fading, updates
         self._handle = optimizer.register_step_post_hook(lambda *_: self.apply())
 
     @torch.no_grad()
@@ -74,11 +74,14 @@ def fade(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Fa
         A handle with ``remove()``, which is a context manager too.
 
     Raises:
-        ValueError: ``updates`` is negative.
+        ValueError: ``updates`` is negative, or the optimizer holds none of the weights that fade.
     """
     if updates < 0:
         raise ValueError(f"updates must be from 0 on, got {updates}")
     fading = {
         module.get_parameter("weight"): found for module in model.modules() if (found := fading_of(module)) is not None
     }
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if fading and not held & fading.keys():
+        raise ValueError("the optimizer holds none of the weights that fade: it was made for other parameters")
     return Fade(fading, optimizer, updates)

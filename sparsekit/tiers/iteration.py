@@ -92,7 +92,8 @@ def tier_iteration(
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
 
     Returns:
-        The new maps by layer name, and what was done, with no fine-tuning yet.
+        The new maps by layer name, and what was done, with no fine-tuning yet. Layers that no batch reached keep their
+        maps, and are not in the report.
 
     Raises:
         ValueError: nothing can be pruned, a layer has no tier map or one of another shape, a calibration input is not
@@ -135,7 +136,7 @@ def tier_iteration(
         metric=None,
         seconds=(0.0, 0.0),
     )
-    return after, report
+    return before | after, report
 
 
 def _linear_layers(model: nn.Module, where: Where | None) -> list[Layer]:
@@ -201,7 +202,8 @@ class _Planner:
             return
         by_name = {layer.name: plan for (layer, _), plan in zip(together, plans, strict=True)}
         for layer, inputs in _reached(show(statistic=self.statistic, sequential=True)):
-            yield layer, inputs, by_name[layer.name]
+            if layer.name in by_name:  # a router may choose other experts once the blocks before it are pruned
+                yield layer, inputs, by_name[layer.name]
 
     def _plan(self, group: list[tuple[Layer, Inputs]]) -> list[_Plan]:
         """Demotes layers that share their numbers of blocks."""

@@ -58,7 +58,7 @@ def progressive_tiers(
         tier_maps: where earlier iterations left the blocks; None starts dense.
         folder: every finished iteration is kept in ``folder/iteration-N``: model, tier maps and report. The same call
             after a kill loads the last one and goes on. Of several processes (torch.distributed) the first one writes,
-            and all read.
+            and all read: give each the same calibration batches, since each decides for itself.
         criterion, allocation, reconstruct, goal, block, k, where, forward, progress: as in ``tier_iteration``.
         evaluate: gives a number for the report, say perplexity, after every iteration; in evaluation mode, without
             gradients.

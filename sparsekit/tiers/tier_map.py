@@ -68,8 +68,10 @@ class TierMap:
         """The map of a layer that ``progressive_tiers`` or ``tier_iteration`` pruned, read from its stored mask.
 
         A block is top-k where it keeps at most ``k`` entries, else 2:4 where every four columns keep at most two, else
-        dense: as ``pack_tiered`` packs it, and as it was demoted, but for blocks at the edges with so few entries that
-        a smaller form holds them too.
+        dense: as ``pack_tiered`` packs it, and as it was demoted, with three exceptions. Blocks at the edges may have
+        so few entries that a smaller form holds them too; where the columns are 3 more than a multiple of 4, a 2:4
+        block at the right edge keeps all three and comes back dense; and where ``k`` is half a block or more, 2:4
+        comes back as top-k.
 
         Raises:
             ValueError: the layer has no stored mask whose pattern is tiers.
