@@ -31,7 +31,7 @@ def command(*arguments, short=True):
 def example(*arguments, short=True):
     environment = {**os.environ, "SPARSEKIT_TUNE_CACHE": "0"}
     return subprocess.run(
-        command(*arguments, short=short), capture_output=True, text=True, timeout=300, env=environment
+        command(*arguments, short=short), capture_output=True, text=True, timeout=900, env=environment
     )
 
 
@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on(out, tmp_path):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_errors_are_one_sentence(out, tmp_path):
+def test_errors_are_one_sentence(tmp_path):
     done = example("--model", tmp_path / "none", "--out", tmp_path)
     assert done.returncode == 1 and done.stderr.startswith(f"error: --model {tmp_path / 'none'} could not be loaded: ")
     assert len(done.stderr.splitlines()) == 1
@@ -217,4 +217,4 @@ def test_on_a_real_model_steps_beat_one_shot_and_come_near_one_shot_with_all_fin
     rows = [line.split("\t") for line in (tmp_path / "log.tsv").read_text().splitlines()[1:]]
     ppl = {(row[0], row[1]): float(row[-1]) for row in rows}
     assert ppl["dense", "0"] < ppl["progressive", "5"] < 0.3 * ppl["one-shot", "5"]
-    assert ppl["progressive", "5"] < 1.1 * ppl["one-shot, all fine-tuning", "5"]  # 1.05 in README
+    assert ppl["progressive", "5"] < 1.05 * ppl["one-shot, all fine-tuning", "5"]  # 1.02 in README
