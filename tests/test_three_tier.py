@@ -211,10 +211,10 @@ def test_the_learning_rate_is_that_of_one_shot_at_every_update(modules):
 @pytest.mark.slow
 def test_on_a_real_model_steps_beat_one_shot_and_come_near_one_shot_with_all_fine_tuning(data, tmp_path):
     arguments = ("--model", data / "ckpt_stories260K" / "hf", "--data", data / "tinystories" / "tinystories_sample.txt")
-    sizes = ("--batch", 8, "--epoch-windows", 240, "--seconds", 0)
+    sizes = ("--batch", 8, "--epoch-windows", 120, "--seconds", 0)
     done = example(*arguments, *sizes, "--out", tmp_path, short=False)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split("\t") for line in (tmp_path / "log.tsv").read_text().splitlines()[1:]]
     ppl = {(row[0], row[1]): float(row[-1]) for row in rows}
     assert ppl["dense", "0"] < ppl["progressive", "5"] < 0.3 * ppl["one-shot", "5"]
-    assert ppl["progressive", "5"] < 1.05 * ppl["one-shot, all fine-tuning", "5"]  # 1.02 in README
+    assert ppl["progressive", "5"] < 1.1 * ppl["one-shot, all fine-tuning", "5"]  # 1.05; 1.02 after README's updates
