@@ -8,7 +8,7 @@ from compressing import assert_same, blocks, decisions, reasons, snapshot
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import Timing, clock, tune
+from sparsekit.compress import Timing, cache, clock, tune
 from sparsekit.nn import Linear24
 from sparsekit.ops import backends
 
@@ -43,9 +43,25 @@ def test_without_a_sample_three_counts_are_measured(ratios):
     assert [set(layer.timings) for layer in report.layers] == [{1, 16, 128}] * 2
 
 
-def test_layers_of_one_kind_are_measured_once(ratios):
+def test_layers_of_one_kind_are_measured_together_and_twice(ratios):
     sk.compress_(blocks(5), torch.randn(4, 16))
-    assert len(ratios["measured"]) == 2
+    assert len(ratios["measured"]) == 2 * 2
+
+
+def test_what_wins_only_once_stays(monkeypatch):
+    turns = []
+
+    def remembered(key, measure, device):
+        turns.append((key["turn"], key["shape"]))
+        ratio = 3.0 if key["turn"] == 0 or key["shape"] == (16, 32) else 0.9
+        timing = Timing(1.0, ratio, float(ratio > 1), ratio, 0.0)
+        return {name: timing for name in ("plain", *key["providers"])}
+
+    monkeypatch.setattr(cache, "remembered", remembered)
+    report = sk.compress_(blocks(1), torch.randn(4, 16))
+    assert turns == [(0, (32, 16)), (0, (16, 32)), (1, (32, 16)), (1, (16, 32))]  # all, and then all again
+    assert report.swapped == ("0.down",)
+    assert "0.90x, 0% won at 4 tokens" in report.layers[0].reason
 
 
 @pytest.mark.parametrize(
@@ -156,7 +172,7 @@ def test_compressed_model_compiles_whole(ratios, pruned):
 def test_report_reads_and_saves(ratios, tmp_path):
     steps = []
     report = sk.compress_(blocks(1), torch.randn(3, 16), progress=lambda items: steps.extend(items) or steps)
-    assert len(steps) == 2  # two shapes at one token count
+    assert len(steps) == 2 * 2  # two shapes at one token count, twice
     lines = str(report).splitlines()
     assert lines[0].split() == ["layer", "shape", "now", "4", "tokens", "reason"]
     assert lines[1].startswith("0.up    32x16  2:4  3.00x (3.00x)  fastest")

@@ -106,6 +106,32 @@ def test_the_rule_of_being_faster(ratio, wins, faster):
     assert Timing(1.0, ratio, wins, 1.0, 0.0).faster is faster
 
 
+def test_the_worse_of_two_measurements():
+    first = {
+        "plain": Timing(1.0, 1.0, 0.0, 1.0, 0.1),
+        "a": Timing(0.2, 5.0, 0.7, 2.0, 0.3),
+        "b": None,
+        "c": ANSWER["plain"],
+    }
+    second = {
+        "plain": Timing(3.0, 1.0, 0.0, 1.0, 0.2),
+        "a": Timing(0.4, 2.0, 0.9, 1.0, 0.1),
+        "b": first["a"],
+        "c": None,
+    }
+    worse = {
+        "plain": Timing(2.0, 1.0, 0.0, 1.0, 0.1),
+        "a": Timing(pytest.approx(0.3), 5.0, 0.7, 2.0, 0.3),
+        "b": None,
+        "c": None,
+    }
+    assert (
+        tune.worse(first, second)
+        == worse
+        == tune.worse(second | {"plain": first["plain"]}, first | {"plain": second["plain"]})
+    )
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_is_wrong(bad):
     linear = nn.Linear(8, 4)

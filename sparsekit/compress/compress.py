@@ -42,8 +42,9 @@ def compress_(
     ``nn.TieredLinear`` where its blocks in tiers take at most 90 % of the dense bytes, as ``progressive_tiers`` and
     pruning by blocks leave them, or ``nn.PrepackedLinear`` in eval mode. It is one module for all token counts, taken
     only if its median ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count
-    seen; of several the one that needs the least time over all calls of the sample. Measure on a quiet machine: where
-    other programs take the cores, whatever uses several threads looks slow, and layers stay that need not.
+    seen; of several the one that needs the least time over all calls of the sample. Everything is measured twice, all
+    shapes and then all again, and has to win both times: a moment in which another program had a core decides nothing.
+    Measure on a quiet machine all the same: whatever uses several threads looks slow on a busy one.
 
     *On a GPU* a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest kernel
     at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that gave a
@@ -62,7 +63,8 @@ def compress_(
             None measures at 1, 16 and 128 tokens, on a GPU at 2048 as well.
         where: a predicate on ``(name, module)`` that selects layers; None selects all.
         forward: ``forward(model, batch)``, in place of calling the model on a batch.
-        budget: seconds that one shape may be measured at one token count; 9 rounds are made however long they take.
+        budget: seconds that one shape may be measured at one token count, both times together; 9 rounds are made each
+            time however long they take.
         graphs: whether the model will run under CUDA graphs, so that what the host needs for a call does not count.
         keep_dense: whether a layer on a GPU may hold its dense weight as well, 13/8 of the bytes instead of 5/8, so
             that it gains at some token counts and loses at none. Such a layer cannot be trained.

@@ -4,7 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,18 @@ def measure(
     return {
         name: compare(times[name], times["plain"], times[best]) if name in times else None for name in ("plain", *calls)
     }
+
+
+def worse(first: Timings, second: Timings) -> Timings:
+    """Of two measurements of the same calls the one that says less for each; its seconds are the mean of both."""
+
+    def of(one: Timing | None, other: Timing | None) -> Timing | None:
+        if one is None or other is None:
+            return None
+        least = min(one, other, key=lambda timing: (timing.faster, timing.ratio))
+        return replace(least, seconds=(one.seconds + other.seconds) / 2)
+
+    return {name: of(timing, second[name]) for name, timing in first.items()}
 
 
 def compare(own: list[float], plain: list[float], best: list[float]) -> Timing:
