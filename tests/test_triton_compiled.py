@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from aot.case import TARGETS
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "aot"
@@ -38,11 +39,18 @@ def compiled(tmp_path_factory):
         return json.loads(out.read_text())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(SHARED, pool.map(work, SHARED), strict=True))
+        return dict(zip(TARGETS, pool.map(work, TARGETS), strict=True))
 
 
-@pytest.mark.parametrize("target", SHARED)
-@pytest.mark.parametrize("name", CASES)
+def test_every_kernel_is_compiled_for_every_target(compiled):
+    names = {
+        target: {kernel["kernel"] for kernels in found.values() if not isinstance(kernels, str) for kernel in kernels}
+        for target, found in compiled.items()
+    }
+    assert all(each == names["sm_90"] for each in names.values()) and len(names) == 4
+
+
+@pytest.mark.parametrize("name, target", [(name, target) for name, case in CASES.items() for target in case.targets])
 def test_compiles_to_what_it_is_meant_to_be(compiled, name, target):
     case, kernels = CASES[name], compiled[target][name]
     assert not isinstance(kernels, str), kernels

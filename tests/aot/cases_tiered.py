@@ -31,10 +31,10 @@ def _linear(
 
 
 CASES = [
-    Case("token1", lambda: _linear(1, 4096, 4096), loads=16),
+    Case("token1", lambda: _linear(1, 4096, 4096), loads=16, variant=True),
     Case("tokens16", lambda: _linear(16, 4096, 4096), loads=16),
-    Case("tokens64-large-blocks", lambda: _linear(64, 4096, 4096, (64, 64), 160)),
-    Case("any-shape", lambda: _linear(3, 33, 70, (24, 40), 0), hot=False),
+    Case("tokens64-large-blocks", lambda: _linear(64, 4096, 4096, (64, 64), 160), variant=True),
+    Case("any-shape", lambda: _linear(3, 33, 70, (24, 40), 0), hot=False, variant=True),
     Case("token1-fp32", lambda: _linear(1, 4096, 4096, dtype=torch.float32), loads=8),
     # A wavefront of 64 lanes has half as much to store; for sm_100, ptxas spills two registers.
     Case("unpack", lambda: unpack_tiered(*_packed(4096, 4096, (16, 16), 10, BF16), 4096, 4096), hot=False, stores=8),
