@@ -36,9 +36,13 @@ def test_literal(gpu, dtype):
     assert values.tolist() == [[1, 3, -1, 1]] and bitmask.tolist() == [[0b0101_1001]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("rows, cols", SHAPES)
-def test_equals_reference(gpu, dtype, rows, cols):
+@pytest.mark.parametrize(
+    "rows, cols, dtype",
+    [(*shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+    + [(*shape, torch.float16) for shape in ((5, 13), (33, 264))],
+    ids=dtype_id,
+)
+def test_equals_reference(gpu, rows, cols, dtype):
     pruned, mask = weight24_with_gaps(rows, cols, dtype)
     expected = pack24_reference(pruned, None, True)
     poison(*expected, *expected)
