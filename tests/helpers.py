@@ -7,6 +7,7 @@ import sparsekit as sk
 from sparsekit.ops.nm import nm_prune_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPE_CHECKS = ("test_schema", "test_faketensor")  # of torch.library.opcheck, those that a dtype can fail
 SPECIAL = (float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -6e-8, 1.0, -1.0)
 
 
@@ -73,6 +74,12 @@ def poison(*likes: Tensor) -> None:
     """Leaves freed memory of the sizes of these tensors full of ones, which are NaNs, for the next call to find."""
     buffers = [torch.full((like.nbytes,), 255, dtype=torch.uint8) for like in likes for _ in range(4)]
     del buffers
+
+
+def opcheck(op: torch._ops.OpOverload, args: tuple[object, ...]) -> None:
+    """``torch.library.opcheck``. Two of its checks trace: they take most of the time, and see no dtype of the input."""
+    dtype = args[0].dtype if isinstance(args[0], Tensor) else torch.float32
+    torch.library.opcheck(op, args, **({} if dtype == torch.float32 else {"test_utils": DTYPE_CHECKS}))
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, magnitude_order, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, magnitude_order, opcheck, poison, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -143,9 +143,9 @@ def test_scores_are_sums(simd, rows, cols, block, data):
 @pytest.mark.parametrize("shape", [(0, 4), (17, 33)], ids=size_id)
 def test_opcheck(dtype, shape):
     weight, mask = torch.randn(shape).to(dtype), torch.rand(shape) < 0.5
-    torch.library.opcheck(OPS.block_scores.default, (weight, 16, 16, None, None))
-    torch.library.opcheck(OPS.block_scores.default, (weight.t(), 3, 5, torch.rand(shape[0]), mask.t()))
-    torch.library.opcheck(OPS.block_topk_mask.default, (weight, 10, 16, 16))
+    opcheck(OPS.block_scores.default, (weight, 16, 16, None, None))
+    opcheck(OPS.block_scores.default, (weight.t(), 3, 5, torch.rand(shape[0]), mask.t()))
+    opcheck(OPS.block_topk_mask.default, (weight, 10, 16, 16))
 
 
 def test_compile_fullgraph():

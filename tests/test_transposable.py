@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,8 +100,8 @@ def test_two_of_every_row_and_column(simd, height, width):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", [(0, 4), (8, 12), (7, 9)], ids=size_id)
 def test_opcheck(dtype, shape):
-    torch.library.opcheck(OPS.transposable_mask.default, (torch.randn(shape).to(dtype),))
-    torch.library.opcheck(OPS.transposable_mask.default, (torch.randn(shape).to(dtype).t(),))
+    opcheck(OPS.transposable_mask.default, (torch.randn(shape).to(dtype),))
+    opcheck(OPS.transposable_mask.default, (torch.randn(shape).to(dtype).t(),))
 
 
 def test_compile_fullgraph():

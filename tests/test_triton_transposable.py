@@ -37,11 +37,16 @@ def test_ties_keep_the_earlier_pattern(gpu):
     assert_same(kernels.transposable_mask(score).cpu(), bools("xx..", "xx..", "..xx", "..xx"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (3, 9), (9, 3), (4, 4), (8, 24), (13, 42), (6, 1036)]
+
+
 @pytest.mark.parametrize(
-    "shape", [(0, 0), (0, 5), (5, 0), (1, 1), (3, 9), (9, 3), (4, 4), (8, 24), (13, 42), (6, 1036)]
+    "shape, dtype",
+    [(shape, torch.bfloat16) for shape in SHAPES]
+    + [(shape, dtype) for shape in ((9, 3), (13, 42)) for dtype in (torch.float32, torch.float16)],
+    ids=dtype_id,
 )
-def test_shapes(gpu, dtype, shape):
+def test_shapes(gpu, shape, dtype):
     check(hostile(*shape, dtype=dtype), gpu)
 
 
