@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, poison, sparse24
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, opcheck, poison, sparse24
 
 import sparsekit as sk
 from sparsekit.ops.sparse24 import linear24_reference, pack24_reference
@@ -132,8 +132,8 @@ def test_reference_gradcheck():
 def test_opcheck(dtype, rows, cols):
     values, bitmask = sk.pack24(*sparse24(rows, cols, dtype))
     x, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 3, cols), (rows,)))
-    torch.library.opcheck(OPS.linear24.default, (x, values.clone().requires_grad_(), bitmask, bias))
-    torch.library.opcheck(OPS.linear24.default, (x.detach(), values, bitmask, None))
+    opcheck(OPS.linear24.default, (x, values.clone().requires_grad_(), bitmask, bias))
+    opcheck(OPS.linear24.default, (x.detach(), values, bitmask, None))
 
 
 def test_compile_fullgraph():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, poison
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, opcheck, poison
 from tiered import BLOCKS, tiered
 
 import sparsekit as sk
@@ -161,8 +161,8 @@ def test_opcheck(dtype, rows, cols):
     packed = sk.pack_tiered(tiered(rows, cols, dtype=dtype)[0])
     trained = [part.requires_grad_() if part.dtype == dtype else part for part in packed]
     x, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 3, cols), (rows,)))
-    torch.library.opcheck(OPS.linear_tiered.default, (x, *trained, bias, rows))
-    torch.library.opcheck(OPS.linear_tiered.default, (x.detach(), *(part.detach() for part in packed), None, rows))
+    opcheck(OPS.linear_tiered.default, (x, *trained, bias, rows))
+    opcheck(OPS.linear_tiered.default, (x.detach(), *(part.detach() for part in packed), None, rows))
 
 
 def test_compile_fullgraph():

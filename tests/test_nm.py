@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, magnitude_order, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, magnitude_order, opcheck, poison, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -191,11 +191,11 @@ def test_prune_in_place_takes_a_parameter():
 @pytest.mark.parametrize("shape", [(0,), (9,), (3, 12), (2, 3, 7)], ids=shape_id)
 def test_opcheck(dtype, shape):
     weight, scale = torch.randn(shape).to(dtype), torch.rand(shape[-1])
-    torch.library.opcheck(OPS.nm_mask.default, (weight, 2, 4))
-    torch.library.opcheck(OPS.nm_prune.default, (weight.clone().requires_grad_(), 2, 4, None))
-    torch.library.opcheck(OPS.nm_prune.default, (weight, 2, 4, scale))
-    torch.library.opcheck(OPS.nm_prune_.default, (weight, 2, 4, None))
-    torch.library.opcheck(OPS.nm_prune_.default, (weight.t() if weight.dim() == 2 else weight, 2, 4, None))
+    opcheck(OPS.nm_mask.default, (weight, 2, 4))
+    opcheck(OPS.nm_prune.default, (weight.clone().requires_grad_(), 2, 4, None))
+    opcheck(OPS.nm_prune.default, (weight, 2, 4, scale))
+    opcheck(OPS.nm_prune_.default, (weight, 2, 4, None))
+    opcheck(OPS.nm_prune_.default, (weight.t() if weight.dim() == 2 else weight, 2, 4, None))
 
 
 def test_compile_fullgraph():

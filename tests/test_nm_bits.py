@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,8 +77,8 @@ def test_unpacks_to_the_mask(simd, rows, cols, m, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", [(0,), (9,), (3, 12)], ids=shape_id)
 def test_opcheck(dtype, shape):
-    torch.library.opcheck(OPS.nm_mask_bits.default, (torch.randn(shape).to(dtype), 2, 4))
-    torch.library.opcheck(OPS.nm_mask_bits.default, (torch.randn(shape).to(dtype).t(), 3, 5))
+    opcheck(OPS.nm_mask_bits.default, (torch.randn(shape).to(dtype), 2, 4))
+    opcheck(OPS.nm_mask_bits.default, (torch.randn(shape).to(dtype).t(), 3, 5))
 
 
 def test_compile_fullgraph():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,8 +82,8 @@ def test_gradient(dtype):
 @pytest.mark.parametrize("shape", [(0, 8), (3, 12), (5, 7)], ids=size_id)
 def test_opcheck(dtype, shape):
     weight = torch.randn(shape).to(dtype)
-    torch.library.opcheck(OPS.prune_pack24.default, (weight.clone().requires_grad_(), None))
-    torch.library.opcheck(OPS.prune_pack24.default, (weight, torch.rand(shape[1])))
+    opcheck(OPS.prune_pack24.default, (weight.clone().requires_grad_(), None))
+    opcheck(OPS.prune_pack24.default, (weight, torch.rand(shape[1])))
 
 
 def test_compile_fullgraph():

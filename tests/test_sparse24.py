@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, sparse24
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison, sparse24
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.sparse import _semi_structured_conversions as conversions
@@ -166,9 +166,9 @@ def test_reference_gradcheck():
 def test_opcheck(dtype, rows, cols):
     weight, mask = sparse24(rows, cols, dtype)
     values, bitmask = sk.pack24(weight, mask)
-    torch.library.opcheck(OPS.pack24.default, (weight.clone().requires_grad_(), None, True))
-    torch.library.opcheck(OPS.pack24.default, (weight, mask, False))
-    torch.library.opcheck(OPS.unpack24.default, (values.clone().requires_grad_(), bitmask, cols))
+    opcheck(OPS.pack24.default, (weight.clone().requires_grad_(), None, True))
+    opcheck(OPS.pack24.default, (weight, mask, False))
+    opcheck(OPS.unpack24.default, (values.clone().requires_grad_(), bitmask, cols))
 
 
 def test_compile_fullgraph():

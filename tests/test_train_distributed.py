@@ -72,10 +72,11 @@ def _sharded_state(model):
     return model.state_dict()
 
 
-def _work(rank, function, rendezvous, x, expected, errors):
+def _work(rank, rendezvous, x, expected, errors):
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS, timeout=LIMIT)
-        function(rank, x, expected)
+        data_parallel(rank, x, expected)
+        fully_sharded(rank, x, expected)
         dist.destroy_process_group()
     except BaseException:
         errors.put(traceback.format_exc())
@@ -83,15 +84,14 @@ def _work(rank, function, rendezvous, x, expected, errors):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize("function", [data_parallel, fully_sharded])
-def test_two_processes(function, tmp_path):
+def test_two_processes(tmp_path):
     x = torch.randn(12, 16)
     expected = network()
     sk.sparse_training_(expected, decay=0.01)
     train(expected, torch.optim.SGD(expected.parameters(), lr=0.1), x)
     context = mp.get_context("spawn")
     errors = context.Queue()
-    arguments = (function, os.fspath(tmp_path / "rendezvous"), x, expected, errors)
+    arguments = (os.fspath(tmp_path / "rendezvous"), x, expected, errors)
     workers = [context.Process(target=_work, args=(rank, *arguments)) for rank in range(RANKS)]
     for worker in workers:
         worker.start()
