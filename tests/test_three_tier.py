@@ -1,12 +1,15 @@
 """The three-tier example runs whole, in pieces and after a kill; what it learns from is never scored."""
 
+import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,12 +39,12 @@ def example(*arguments, short=True):
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(modules, tmp_path_factory):
     """The folder of a whole short run."""
     folder = tmp_path_factory.mktemp("three_tier") / "out"
-    done = example("--out", folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "progressive" in done.stdout and "tokens/s" in done.stdout
+    with redirect_stdout(io.StringIO()) as said:
+        modules.run.main(modules.run.Config(short=True, out=folder))
+    assert "progressive" in said.getvalue() and "tokens/s" in said.getvalue()
     return folder
 
 
@@ -56,6 +59,17 @@ def modules():
         sys.path.remove(str(FOLDER))
         for name in names:
             sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run_here(modules, monkeypatch):
+    """The command, in this process, which has imported what takes seconds."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", command(*arguments)[1:])
+        runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
+
+    return run
 
 
 def test_the_schedule_is_the_published_one_with_the_epochs_that_were_run():
@@ -96,11 +110,10 @@ def test_every_iteration_leaves_a_model_and_its_maps(out):
     assert (out / "compressed.safetensors").exists()
 
 
-def test_one_iteration_from_the_files_of_the_one_before(out, tmp_path):
+def test_one_iteration_from_the_files_of_the_one_before(run_here, out, tmp_path):
     before, now = (out / "progressive" / f"iteration-{number}" for number in (2, 3))
     maps = before / "tier_maps.safetensors"
-    done = example("--iteration", 3, "--model", before / "hf", "--previous_tier_maps", maps, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_here("--iteration", 3, "--model", before / "hf", "--previous_tier_maps", maps, "--out", tmp_path)
     same = tmp_path / "progressive" / "iteration-3"
     for name in ("tier_maps.safetensors", "hf/model.safetensors"):
         found, expected = load_file(same / name), load_file(now / name)
@@ -111,7 +124,7 @@ def test_one_iteration_from_the_files_of_the_one_before(out, tmp_path):
     ]
 
 
-def test_a_killed_run_goes_on(out, tmp_path):
+def test_a_killed_run_goes_on(run_here, out, tmp_path):
     shutil.copytree(out / "builtin", tmp_path / "builtin")
     arguments = ("--out", tmp_path, "--no-compare", "--seconds", 0)
     third = tmp_path / "progressive" / "iteration-3"
@@ -125,18 +138,18 @@ def test_a_killed_run_goes_on(out, tmp_path):
         running.send_signal(signal.SIGKILL)
         running.wait()
     kept = (third / "hf" / "model.safetensors").stat().st_mtime_ns
-    done = example(*arguments)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_here(*arguments)
     assert (third / "hf" / "model.safetensors").stat().st_mtime_ns == kept
     last = Path("progressive", "iteration-5", "hf", "model.safetensors")
     found, expected = load_file(tmp_path / last), load_file(out / last)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_errors_are_one_sentence(tmp_path):
-    done = example("--model", tmp_path / "none", "--out", tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith(f"error: --model {tmp_path / 'none'} could not be loaded: ")
-    assert len(done.stderr.splitlines()) == 1
+def test_errors_are_one_sentence(run_here, tmp_path):
+    with pytest.raises(SystemExit) as ended:  # a string is printed on stderr, and the exit code is 1
+        run_here("--model", tmp_path / "none", "--out", tmp_path)
+    assert ended.value.code.startswith(f"error: --model {tmp_path / 'none'} could not be loaded: ")
+    assert len(ended.value.code.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
