@@ -83,24 +83,26 @@ def test_column_by_column(gpu, dtype, block):
     ids=dtype_id,
 )
 def test_tokens(gpu, dtype, tokens):
-    weight, parts = packed(gpu, 35, 70, dtype)
-    assert_linear(random(gpu, tokens, 70, dtype=dtype), weight, parts, random(gpu, 35, dtype=dtype))
+    weight, parts = packed(gpu, 20, 70, dtype)
+    assert_linear(random(gpu, tokens, 70, dtype=dtype), weight, parts, random(gpu, 20, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", KERNELS, ids=dtype_id)
+SHAPES = [
+    (1, 1, 1, (8, 8), 1),
+    (2, 20, 37, (8, 24), 3),
+    (17, 70, 100, (32, 40), 7),
+    (2, 33, 256, (16, 16), 13),
+    (2, 24, 64, (24, 16), 12),
+    (2, 150, 300, (128, 128), 100),
+]
+
+
 @pytest.mark.parametrize(
-    "tokens, rows, cols, block, k",
-    [
-        (1, 1, 1, (8, 8), 1),
-        (2, 33, 256, (16, 16), 13),
-        (2, 20, 37, (8, 24), 3),
-        (17, 70, 100, (32, 40), 7),
-        (2, 24, 64, (24, 16), 12),
-        (2, 150, 300, (128, 128), 100),
-    ],
-    ids=str,
+    "tokens, rows, cols, block, k, dtype",
+    [(*shape, torch.bfloat16) for shape in SHAPES] + [(*shape, torch.float32) for shape in SHAPES[:3]],
+    ids=dtype_id,
 )
-def test_shapes(gpu, dtype, tokens, rows, cols, block, k):
+def test_shapes(gpu, tokens, rows, cols, block, k, dtype):
     weight, parts = packed(gpu, rows, cols, dtype, block, k)
     assert_linear(random(gpu, tokens, cols, dtype=dtype), weight, parts, None)
 
