@@ -12,7 +12,7 @@ def _linear(tokens: int, rows: int, cols: int, dtype: torch.dtype = torch.bfloat
 
 
 CASES = [
-    Case("token1", lambda: _linear(1, 4096, 4096), loads=16),
+    Case("token1", lambda: _linear(1, 4096, 4096), loads=16, variant=True),
     Case("tokens8-bias-half", lambda: _linear(8, 14336, 4096, torch.float16, bias=True), loads=16),
     Case("tokens16", lambda: _linear(16, 4096, 4096), loads=16),
     Case("tokens16-split", lambda: _linear(16, 4096, 14336), loads=4, variant=True),
