@@ -171,6 +171,11 @@ P = sk.pack_tiered(sk.tier_prune(W, torch.tensor([[0, 1], [2, 1]], dtype=torch.u
             r"starts must have shape \(3, 3",
         ),
         (lambda: sk.TieredWeight.from_parts(None, *P[1:6]), TypeError, r"tiers must be a matrix, got None"),
+        (
+            lambda: sk.TieredWeight.from_parts(P.tiers.to(torch.uint16), *P[1:6]),
+            TypeError,
+            r"tiers must be torch\.uint8",
+        ),
         (lambda: sk.TieredWeight.from_parts(P.tiers * 2, *P[1:6]), ValueError, r"tiers must be 0, 1 or 2, got 4"),
         (
             lambda: sk.TieredWeight.from_parts(P.tiers * 0, *P[1:6]),

@@ -99,6 +99,19 @@ def test_rejects_inputs_that_do_not_fit():
         layer(torch.randn(3, 80))
 
 
+def test_rejects_what_no_kernel_computes():
+    layer, x = TieredLinear.from_linear(tiered_linear()), torch.randn(3, 80)
+    with pytest.raises(TypeError, match=r"x must be float32, float16 or bfloat16, got torch\.float64"):
+        copy.deepcopy(layer).double()(x.double())
+    with pytest.raises(ValueError, match=r"packed\.dense must be on cpu, got meta"):
+        copy.deepcopy(layer).to("meta")(x)
+    with pytest.raises(ValueError, match=r"packed\.dense must be on meta, got cpu"):
+        layer(x.to("meta"))
+    layer.bias = nn.Parameter(layer.bias.to("meta"))
+    with pytest.raises(ValueError, match="bias must be on cpu, got meta"):
+        layer(x)
+
+
 def test_rejects_a_weight_of_another_size():
     packed = sk.pack_tiered(torch.randn(96, 80))
     assert TieredLinear(packed, in_features=79, out_features=96)(torch.randn(3, 79)).shape == (3, 96)
@@ -179,6 +192,8 @@ def test_a_state_dict_that_does_not_fit_is_refused_whole():
     ):
         with pytest.raises(RuntimeError, match=f"layer 0: {match}"):
             model.load_state_dict(before | {f"0.{name}": change(before[f"0.{name}"])})
+    with pytest.raises(RuntimeError, match=r'"0\.topk", expected torch\.Tensor .* received <class .int.>'):
+        model.load_state_dict({"0.topk": 3}, strict=False)
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.positions"):
         model.load_state_dict({name: tensor for name, tensor in before.items() if name != "0.positions"})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered, unpack_tiered
+from ..ops._define import DTYPES
 from ..ops.tiered import block_starts, check_packed, check_size
 from .shared import autocast_dtype, call_op, carry_mask, dense_linear, oriented
 
@@ -159,10 +160,9 @@ class TieredLinear(nn.Module):
         tensors: list[Any] = [x, *map(self._parameters.get, (*TRAINED, "bias"))]
         if (dtype := autocast_dtype(x)) is not None:
             tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+        if not self._fits(*tensors):
+            return linear_tiered(x, self.packed, self.bias, out_features=self.out_features)  # which rejects it
         x, dense, values, topk, bias = tensors
-        fits = x.shape[-1:] == (self.in_features,) and x.dtype == dense.dtype == values.dtype == topk.dtype
-        if not fits or (bias is not None and (bias.dtype != x.dtype or bias.shape != (self.out_features,))):
-            return linear_tiered(x, self.packed, bias, out_features=self.out_features)  # which rejects it
         return call_op(
             LINEAR_TIERED,
             x,
@@ -177,6 +177,15 @@ class TieredLinear(nn.Module):
             self.out_features,
         )
 
+    def _fits(self, x: Tensor, *trained: Tensor | None) -> bool:
+        kind, bias = (x.dtype, x.device), trained[-1]
+        return (
+            x.shape[-1:] == (self.in_features,)
+            and x.dtype in DTYPES
+            and all(tensor is None or (tensor.dtype, tensor.device) == kind for tensor in trained)
+            and (bias is None or bias.shape == (self.out_features,))
+        )
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -187,9 +196,9 @@ class TieredLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = {name: state_dict[prefix + name] for name in (*TRAINED, *FIXED) if prefix + name in state_dict}
+        found = {name: state_dict.get(prefix + name) for name in (*TRAINED, *FIXED)}
         try:
-            self._check(given)
+            self._check({name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)})
         except (TypeError, ValueError) as error:
             error_msgs.append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
             return
@@ -212,8 +221,9 @@ class TieredLinear(nn.Module):
                     "sparsekit.load makes room for other blocks"
                 )
         new = {name: own[name] for name in (*TRAINED, *FIXED)} | given
-        if not any(tensor.is_meta for tensor in new.values()):
-            TieredWeight.from_parts(**new)
+        if given and not any(tensor.is_meta for tensor in new.values()):
+            device = next(iter(given.values())).device  # on a GPU, a part of a file meets parts that are there
+            TieredWeight.from_parts(**{name: tensor.to(device) for name, tensor in new.items()})
 
     def extra_repr(self) -> str:
         packed = self.packed

@@ -52,6 +52,7 @@ class TieredWeight(NamedTuple):
         """
         if not isinstance(tiers, Tensor) or tiers.dim() != 2:
             raise TypeError(f"tiers must be a matrix, got {tiers!r:.60}")
+        check_like("tiers", tiers, torch.uint8, tiers.shape, tiers)  # not every dtype can be counted
         packed = cls(tiers, dense, values, bitmask, topk, positions, block_starts(tiers))
         check_packed(packed)
         counts, held = packed.starts[-1].tolist(), [len(dense), len(values), len(topk)]
