@@ -89,6 +89,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
             if name in tensors or source not in tensors:
                 raise ValueError(f"{name!r} cannot share the tensor {source!r}")
             tensors[name] = tensors[source]
+        _check_shapes(model, layers)
         for name, layer in layers.items():
             layer.check(name, tensors)
         if dense:
@@ -99,6 +100,19 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
             guard_saving(model)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
+
+
+def _check_shapes(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+    """Rejects layers that the model has not in their shape: first, or a small file could ask for any memory."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in layers.items():
+        module = modules.get(name)
+        if module is None or not (
+            isinstance(module, Compressed) or isinstance(getattr(module, "weight", None), Tensor)
+        ):
+            raise ValueError(f"it does not fit the model: there is no layer {name!r} with a weight")
+        if layer.shape != weight_shape(module):
+            raise ValueError(f"layer {name!r} has shape {layer.shape}, the model's has {weight_shape(module)}")
 
 
 def _swap(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
@@ -133,8 +147,6 @@ def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str
         and hasattr(module, "bias")
     ):
         raise ValueError(f"layer {name!r} is {layer.kind!r} in the file and {type(module).__name__} in the model")
-    if layer.shape != weight_shape(module):
-        raise ValueError(f"layer {name!r} has shape {layer.shape}, the model's has {weight_shape(module)}")
     device, trainable = _device(_stored(module)), _trainable(module)
     new: Compressed
     if layer.kind == "linear24":
@@ -174,10 +186,12 @@ def _assign(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str,
     state = dict(tensors)
     masks = {name: state.pop(join(name, "weight_mask")) for name, layer in layers.items() if layer.mask}
     current = model.state_dict()
-    _check_names(set(current), set(state), set(layers) - set(modules))
+    _check_names(set(current), set(state))
     for key, tensor in current.items():
         if tensor.shape != state[key].shape:
             raise ValueError(f"{key} has shape {tuple(state[key].shape)}, the model's {tuple(tensor.shape)}")
+        if tensor.is_floating_point() is not state[key].is_floating_point():
+            raise ValueError(f"{key} is {state[key].dtype}, the model's {tensor.dtype}")
     for name, layer in layers.items():
         if layer.kind == "prepacked":
             del state[join(name, "weight")]  # it is there already, reordered
@@ -220,10 +234,10 @@ def _undone_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _check_names(model: set[str], file: set[str], unknown: set[str]) -> None:
+def _check_names(model: set[str], file: set[str]) -> None:
     wrong = [
         f"{what} {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for what, names in (("missing", model - file), ("unexpected", file - model), ("unknown layers", unknown))
+        for what, names in (("missing", model - file), ("unexpected", file - model))
         if names
     ]
     if wrong:

@@ -103,7 +103,9 @@ class Layer:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"layer {name!r} is not packed as pack_tiered does: {error}") from error
         else:
-            _tensor(tensors, join(name, "weight"), self.shape)
+            weight = _tensor(tensors, join(name, "weight"), self.shape)
+            if not weight.is_floating_point():
+                raise ValueError(f"{join(name, 'weight')} is {weight.dtype}, not floating point")
         if self.mask:
             _bits(tensors, join(name, "weight_mask"), (self.shape[0], math.prod(self.shape[1:])))
 
