@@ -27,7 +27,7 @@ print(json.dumps([str(pathlib.Path(sparsekit.__file__).parent), sorted({each["cp
 def hasty(tmp_path):
     """The compiler, which hardly optimizes, whatever it is told: the same sources build in a third of the time."""
     path = tmp_path / "hasty"
-    path.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O1\n')
+    path.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O1\n')
     path.chmod(0o755)
     return str(path)
 
