@@ -198,6 +198,23 @@ def test_what_has_faded_is_demoted_without_a_change(task, allocation):
     assert report.error == 0
 
 
+@pytest.mark.parametrize("allocation", ["layer", "model"])
+def test_what_faded_for_the_last_step_is_what_every_step_on_the_way_drops(allocation):
+    model, x, goal = stack(64, 256, 64), torch.randn(256, 64), STEPS[2].ratios
+    maps, _ = tier_iteration(
+        model, STEPS[0], [x], goal=goal, allocation=allocation, k=40
+    )  # often three of a group of 4
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with sk.keep_masks(model, optimizer), fade(model, optimizer, 1):
+        optimizer.step()
+    faded = [layer.weight.detach().clone() for layer in model[::2]]
+    for step in STEPS[1:]:
+        maps, report = tier_iteration(model, step, [x], maps, goal=goal, allocation=allocation)
+        assert report.error == 0 and report.ratios == step.ratios
+    for layer, weight in zip(model[::2], faded, strict=True):
+        assert torch.equal(layer.weight, weight) and torch.equal(get_mask(layer), weight != 0)
+
+
 def test_fading_is_forgotten_where_the_schedule_ends(task):
     model, x, _ = task
     tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)

@@ -13,6 +13,7 @@ import sparsekit as sk
 from sparsekit.tiers import Step, fade
 
 WARM = 20  # updates until the learning rate is at its highest
+FADING = 0.1  # of all updates, until nothing is left of what the schedule will drop
 
 
 class FineTune:
@@ -20,8 +21,8 @@ class FineTune:
 
     One schedule of the learning rate spans all steps: it stays up for the first half of all updates, then falls to zero
     in a line. So update n has the same rate and the same windows whether the weights are pruned in steps or at once.
-    What later steps will drop fades until the rate begins to fall: the rest of the time is for what stays. Every step
-    goes on with the optimizer's moments of the one before.
+    What later steps will drop fades in the first tenth of all updates: the rest of the time is for what stays. Every
+    step goes on with the optimizer's moments of the one before.
 
     Args:
         windows: ``[n, window]`` token ids to learn from.
@@ -50,6 +51,7 @@ class FineTune:
         self._rate, self._batch, self._moments, self._seed = rate, batch, moments, seed
         self._updates_per_epoch = (epoch or len(windows)) / batch
         self._whole = self._updates(len(schedule))
+        self._fading = round(FADING * self._whole)
         if batch % accelerator.num_processes:
             raise ValueError(f"--batch must be a multiple of {accelerator.num_processes} processes, got {batch}")
 
@@ -70,7 +72,7 @@ class FineTune:
             leave=False,
             disable=not self._accelerator.is_main_process,
         )
-        with sk.keep_masks(model, optimizer), fade(model, optimizer, max(0, self._whole // 2 - first)):
+        with sk.keep_masks(model, optimizer), fade(model, optimizer, max(0, self._fading - first)):
             for update, batch in enumerate(batches, first):
                 for group in optimizer.param_groups:
                     group["lr"] = self._rate * self.share(update)

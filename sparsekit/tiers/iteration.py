@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._batches import Forward, Progress, evaluating
 from .._layers import Where, check_model
 from ..masks import Pattern
+from ..ops.tiers import SPARSE24
 from ..prune.calibrate import Inputs
 from ..prune.calibration import calibrated
 from ..prune.layers import Layer, check_weights, find_layers
@@ -25,6 +26,7 @@ from .schedule import Step
 from .tier_map import Ratios, TierMap
 
 Allocation = Literal["layer", "model"]
+TIE = 1e-6  # of what the second demotion costs, in the first one's order: decides between equals alone
 
 
 @dataclass(frozen=True)
@@ -219,12 +221,16 @@ class _Planner:
         return [_Plan(*each) for each in zip(maps, demotions, last, strict=True)]
 
     def _costs(self, layer: Layer, inputs: Inputs) -> Costs:
-        """``demotion_costs`` as shares of the layer's whole: so they compare between layers."""
+        """``demotion_costs`` as shares of the layer's whole: so they compare between layers.
+
+        Blocks that have faded cost nothing to demote: those that top-k costs least, and so end there, go first.
+        """
         weight, norm = layer.matrix(layer.weight.detach()), _norm(inputs).norm
         power = 1 if self.criterion == "published" else 2
         whole = (weight.float().abs().pow(power).sum(0) * norm.pow(power)).sum().clamp(min=1e-30)
         first, second = demotion_costs(weight, norm, self.before[layer.name], self.criterion)
-        return first / whole, second / whole
+        tie = 0.0 if self.criterion == "published" else TIE
+        return (first + tie * second) / whole, second / whole
 
     def prune(self, layer: Layer, inputs: Inputs, plan: _Plan) -> tuple[Tensor, Tensor, Tensor | None]:
         """The pruned weight, its mask, and what fades; all in the weight's own layout."""
@@ -238,8 +244,10 @@ class _Planner:
         own = (lambda matrix: matrix.t().contiguous()) if layer.axis == 0 else (lambda matrix: matrix)
         if plan.last is None or plan.last.counts == plan.tier_map.counts:
             return own(pruned), own(mask), None
-        lasting = _Tiers("tiers", plan.last, self.criterion).prune(weight, statistic)[1]
-        return own(pruned), own(mask), own(mask & ~lasting)
+        middle = replace(plan.last, tiers=plan.last.tiers.clamp(max=SPARSE24))  # every block is 2:4 on its way to top-k
+        for lasting in (middle, plan.last):
+            weight, left = _Tiers("tiers", lasting, self.criterion).prune(weight, statistic)
+        return own(pruned), own(mask), own(mask & ~left)
 
 
 @dataclass(frozen=True)
