@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import pack_hardware24
+from ..ops._define import call_op
 from ..ops.hardware_linear24 import padded_shape
 from ..ops.layouts import device_name
 from .linear24 import Linear24
-from .shared import autocast_dtype, call_op
+from .shared import autocast_dtype
 
 LINEAR24 = torch.ops.sparsekit.linear24.default
 HARDWARE = torch.ops.sparsekit.hardware_linear24.default

@@ -1,6 +1,5 @@
 """What the compressed layers share: orientation, autocast, stored masks, and the way back to ``nn.Linear``."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +13,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     enabled = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else None
-
-
-def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls an op of the library whose arguments are known to be right."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python: 5 us
-        return op(*args)
 
 
 def oriented(weight: Tensor, transposed: bool) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered, unpack_tiered
-from ..ops._define import DTYPES
+from ..ops._define import DTYPES, call_op
 from ..ops.tiered import block_starts, check_packed, check_size
-from .shared import autocast_dtype, call_op, carry_mask, dense_linear, oriented
+from .shared import autocast_dtype, carry_mask, dense_linear, oriented
 
 LINEAR_TIERED = torch.ops.sparsekit.linear_tiered.default
 TRAINED, FIXED = ("dense", "values", "topk"), ("tiers", "bitmask", "positions")

@@ -8,11 +8,11 @@ from ._define import check_ints, check_like, check_weight, define
 from .nm import magnitude_key
 
 
-def _to_blocks(matrix: Tensor, block_rows: int, block_cols: int, fill: float) -> Tensor:
+def split_blocks(matrix: Tensor, block_rows: int, block_cols: int, fill: float = 0) -> Tensor:
     """``[rows, cols]`` to ``[R, block_rows, C, block_cols]``, padded at the right and the bottom with ``fill``."""
     rows, cols = matrix.shape
     padded = F.pad(matrix, (0, -cols % block_cols, 0, -rows % block_rows), value=fill)
-    return padded.unflatten(1, (-1, block_cols)).unflatten(0, (-1, block_rows))
+    return padded.view(-(-rows // block_rows), block_rows, -(-cols // block_cols), block_cols)
 
 
 def block_scores_reference(
@@ -24,7 +24,7 @@ def block_scores_reference(
     score = weight.abs().float()
     score = score if scale is None else score * scale
     score = score if mask is None else torch.where(mask, score, 0)
-    blocks = _to_blocks(score, block_rows, block_cols, 0.0)
+    blocks = split_blocks(score, block_rows, block_cols)
     total = blocks[:, 0]
     for row in range(1, block_rows):  # rows one after the other
         total = total + blocks[:, row]
@@ -40,7 +40,8 @@ def block_topk_mask_reference(score: Tensor, k: int, block_rows: int, block_cols
     rows, cols = score.shape
     if score.numel() == 0:
         return torch.zeros(rows, cols, dtype=torch.bool, device=score.device)
-    key = _to_blocks(magnitude_key(score), block_rows, block_cols, -1).transpose(1, 2)  # [R, C, block_rows, block_cols]
+    blocks = split_blocks(magnitude_key(score), block_rows, block_cols, -1)
+    key = blocks.transpose(1, 2)  # [R, C, block_rows, block_cols]
     kept = key.flatten(2).sort(dim=-1, descending=True, stable=True).indices[..., :k]
     mask = torch.zeros_like(key.flatten(2), dtype=torch.bool).scatter_(-1, kept, True).view_as(key)
     return mask.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :cols].contiguous()

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, check_ints, check_like, check_weight, define
+from ._define import LIBRARY, call_op, check_ints, check_like, check_weight, define
 from .hardware24 import from_hardware24_reference, hardware_multiple
 from .sparse24 import _unpack24, unpack24_reference
 
@@ -108,7 +108,4 @@ def hardware_linear24(
     check_like("packed", packed, x.dtype, (padded_rows * padded_cols // 16 * 9,), x)
     if bias is not None:
         check_like("bias", bias, x.dtype, (rows,), x)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _hardware_linear24(x, packed, bias, rows, layout, alg_id, split_k, split_k_mode)
-    with torch._C._AutoDispatchBelowAutograd():  # as in linear24: the autograd layer costs a third of a small call
-        return _hardware_linear24(x, packed, bias, rows, layout, alg_id, split_k, split_k_mode)
+    return call_op(_hardware_linear24, x, packed, bias, rows, layout, alg_id, split_k, split_k_mode)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, check_ints, check_like, check_weight, define
+from ._define import LIBRARY, call_op, check_ints, check_like, check_weight, define
 from .sparse24 import _pack_at
 from .tiered import TieredWeight, check_packed, check_size, order_of, to_blocks, unpack_blocks
 
@@ -92,7 +92,4 @@ def linear_tiered(x: Tensor, packed: TieredWeight, bias: Tensor | None = None, *
     check_like("packed.dense", packed.dense, x.dtype, packed.dense.shape, x)
     if bias is not None:
         check_like("bias", bias, x.dtype, (out_features,), x)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _linear_tiered(x, *packed, bias, out_features)
-    with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python
-        return _linear_tiered(x, *packed, bias, out_features)
+    return call_op(_linear_tiered, x, *packed, bias, out_features)

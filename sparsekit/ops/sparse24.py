@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, check_ints, check_like, check_weight, define
+from ._define import LIBRARY, call_op, check_ints, check_like, check_weight, define
 from .bits import pack_bits, unpack_bits
 from .nm import nm_prune_reference
 
@@ -227,10 +227,7 @@ def linear24(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = N
     check_like("values", values, x.dtype, values.shape, x)
     if bias is not None:
         check_like("bias", bias, x.dtype, values.shape[:1], x)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _linear24(x, values, bitmask, bias)
-    with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python: 9 us, a third of a small call
-        return _linear24(x, values, bitmask, bias)
+    return call_op(_linear24, x, values, bitmask, bias)
 
 
 def _check_packed(values: Tensor, bitmask: Tensor, cols: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._define import check_ints, check_like, check_weight
 from .bits import unpack_bits
-from .blocks import check_block, check_kept
+from .blocks import check_block, check_kept, split_blocks
 from .sparse24 import _pack24, _unpack24
 from .tiers import DENSE, SPARSE24, TOPK
 
@@ -85,10 +85,7 @@ def block_starts(tiers: Tensor) -> Tensor:
 
 def to_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
     """``[rows, cols]`` to ``[R * C, block_rows, block_cols]``, padded with zeros at the right and the bottom."""
-    (rows, cols), (block_rows, block_cols) = matrix.shape, block
-    padded = F.pad(matrix, (0, -cols % block_cols, 0, -rows % block_rows))
-    split = padded.view(-(-rows // block_rows), block_rows, -(-cols // block_cols), block_cols)
-    return split.transpose(1, 2).flatten(0, 1)
+    return split_blocks(matrix, *block).transpose(1, 2).flatten(0, 1)
 
 
 def order_of(packed: TieredWeight) -> tuple[Tensor, Tensor, Tensor]:
