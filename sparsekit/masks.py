@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops import block_scores, block_topk_mask, nm_mask, nm_prune, pack_bits, unpack_bits
 from .ops.nm import MAX_M
-from .ops.tiers import DENSE, SPARSE24, TOPK
 
 Axis = int | Literal["flatten"]
 BLOCK, K = (16, 16), 10  # of tiers, as the three-tier pruner has them
@@ -170,14 +168,6 @@ def tier_sizes(module: nn.Module) -> tuple[tuple[int, int], int]:
     if info is None or not info.pattern.tiers or isinstance(info.pattern.unit, str):
         return BLOCK, K
     return info.pattern.unit, info.pattern.n
-
-
-def smallest_tiers(kept: Tensor, block: tuple[int, int], k: int) -> Tensor:
-    """The tiers that ``pack_tiered`` gives a mask ``[rows, cols]``: of every block the smallest that holds it."""
-    kept = F.pad(kept, (0, -kept.shape[1] % 4)).float()  # nm_mask keeps a tail whole, of which 2:4 holds two
-    crowded = block_scores(kept.masked_fill(nm_mask(kept, 2, 4), 0), block) > 0
-    few = block_scores(kept, block) <= k
-    return torch.where(few, TOPK, torch.where(crowded, DENSE, SPARSE24)).to(torch.uint8)
 
 
 def remove_mask(module: nn.Module) -> None:

@@ -4,14 +4,14 @@ import pytest
 import torch
 from compressing import assert_same, blocks, decisions, reasons, snapshot
 from table_clock import few, install_clock
-from tiering import prune_tiers, tiered_linear, tiers_of
+from tiering import prune_tiers, tiered_linear
 from torch import nn
 from vendor import Vendor, install
 
 import sparsekit as sk
 from sparsekit.compress import choose, providers
 from sparsekit.compress.tiered import Tiers
-from sparsekit.masks import get_mask_info, remove_mask, smallest_tiers
+from sparsekit.masks import get_mask_info, remove_mask
 from sparsekit.nn import TieredLinear
 from sparsekit.ops import backends
 from sparsekit.tiers import Ratios, Step, TierMap, tier_iteration
@@ -182,20 +182,6 @@ def test_shares_round_to_a_whole():
             tiers = Tiers((16, 16), 10, (dense / 100, middle / 100)).rounded()
             assert sum(tiers.shares) <= 1 + 1e-9
             assert all(abs(share * 20 - round(share * 20)) < 1e-9 for share in tiers.shares)
-
-
-@pytest.mark.parametrize("block", [(16, 16), (8, 24), (64, 64)], ids=str)
-@pytest.mark.parametrize("rows, cols", [(0, 16), (16, 0), (5, 7), (130, 263), (256, 256)])
-def test_smallest_tiers_are_those_of_pack_tiered(block, rows, cols):
-    for mask in (
-        torch.rand(rows, cols) < 0.5,
-        torch.rand(rows, cols) < 0.02,
-        torch.ones(rows, cols, dtype=torch.bool),
-        sk.tier_prune(torch.randn(rows, cols), tiers_of(rows, cols, block), 10, block)[1],
-        sk.nm_mask(torch.randn(rows, cols), 2, 4),
-    ):
-        packed = sk.pack_tiered(torch.randn(rows, cols), mask, block=block)
-        assert torch.equal(smallest_tiers(mask, block, 10), packed.tiers)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiered import BLOCKS, tiered
 
 import sparsekit as sk
-from sparsekit.ops.tiered import block_starts
+from sparsekit.ops.tiered import block_starts, to_blocks
 from sparsekit.ops.tiers import DENSE, SPARSE24, TOPK
 
 NAN, INF = float("nan"), float("inf")
@@ -90,6 +90,23 @@ def test_special_values_come_back(dtype):
         (sk.pack_tiered(weight, mask), torch.where(mask, weight, 0)),
     ):
         torch.testing.assert_close(sk.unpack_tiered(packed, 40, 72), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (8, 24), (64, 64)], ids=str)
+@pytest.mark.parametrize("rows, cols", [(0, 16), (16, 0), (5, 7), (130, 263), (256, 256)])
+def test_every_block_takes_the_smallest_form(block, rows, cols):
+    for mask in (
+        torch.rand(rows, cols) < 0.5,
+        torch.rand(rows, cols) < 0.02,
+        torch.ones(rows, cols, dtype=torch.bool),
+        tiered(rows, cols, block)[1],
+        sk.nm_mask(torch.randn(rows, cols), 2, 4),
+    ):
+        packed = sk.pack_tiered(torch.randn(rows, cols), mask, block=block)
+        blocks = to_blocks(mask, block)
+        crowded = (blocks.unflatten(2, (block[1] // 4, 4)).sum(-1) > 2).flatten(1).any(1)
+        form = torch.where(crowded, DENSE, SPARSE24).masked_fill(blocks.sum((1, 2)) <= 10, TOPK)
+        assert torch.equal(packed.tiers, form.to(torch.uint8).view_as(packed.tiers))
 
 
 def test_bytes_at_the_shares_of_the_pruner():

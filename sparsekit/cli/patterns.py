@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from ..masks import Pattern, smallest_tiers
+from ..masks import Pattern
 from ..ops import block_scores
 from ..ops.sparse24 import values_per_row
-from ..ops.tiered import pack_tiered
+from ..ops.tiered import pack_tiered, smallest_tiers
 
 GROUPS = (2, 4, 8, 16, 32)
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .._layers import is_transposed
-from ..masks import MaskInfo, Pattern, get_mask, smallest_tiers, tier_sizes
+from ..masks import MaskInfo, Pattern, get_mask, tier_sizes
 from ..ops import tier_prune
+from ..ops.tiered import smallest_tiers
 from ..ops.tiers import DENSE, SPARSE24, TOPK
 
 STEP = 5  # percent: layers whose shares agree to this are measured together

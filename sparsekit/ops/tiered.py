@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ._define import check_ints, check_like, check_weight
 from .bits import unpack_bits
-from .blocks import check_block, check_kept, split_blocks
+from .blocks import block_scores, check_block, check_kept, split_blocks
+from .nm import nm_mask
 from .sparse24 import _pack24, _unpack24
 from .tiers import DENSE, SPARSE24, TOPK
 
@@ -83,6 +84,14 @@ def block_starts(tiers: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (0, 0, 1, 0)).to(torch.int32)
 
 
+def smallest_tiers(kept: Tensor, block: tuple[int, int], k: int) -> Tensor:
+    """The tier of every block of a bool mask ``[rows, cols]``, uint8 ``[R, C]``: the smallest form that holds it."""
+    kept = F.pad(kept, (0, -kept.shape[1] % 4)).float()  # nm_mask keeps a tail whole, of which 2:4 holds two
+    crowded = block_scores(kept.masked_fill(nm_mask(kept, 2, 4), 0), block) > 0
+    few = block_scores(kept, block) <= k
+    return torch.where(few, TOPK, torch.where(crowded, DENSE, SPARSE24)).to(torch.uint8)
+
+
 def to_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
     """``[rows, cols]`` to ``[R * C, block_rows, block_cols]``, padded with zeros at the right and the bottom."""
     return split_blocks(matrix, *block).transpose(1, 2).flatten(0, 1)
@@ -135,21 +144,20 @@ def pack_tiered(
         check_like("mask", mask, torch.bool, weight.shape, weight)
     _check_block(block)
     check_kept(k, block)
-    kept = to_blocks(weight != 0 if mask is None else mask, block)
-    blocks = to_blocks(weight if mask is None else torch.where(mask, weight, 0), block)
-    count = kept.sum((1, 2))
-    fits24 = (kept.unflatten(2, (block[1] // 4, 4)).sum(-1) <= 2).all(-1).all(-1)
-    form = torch.where(count <= k, TOPK, torch.where(fits24, SPARSE24, DENSE))
-    dense, sparse24, few = ((form == tier).nonzero().squeeze(1) for tier in (DENSE, SPARSE24, TOPK))
+    mask, weight = (weight != 0, weight) if mask is None else (mask, torch.where(mask, weight, 0))
+    tiers = smallest_tiers(mask, block, k)
+    kept, blocks = to_blocks(mask, block), to_blocks(weight, block)
+    dense, sparse24, few = ((tiers.flatten() == tier).nonzero().squeeze(1) for tier in (DENSE, SPARSE24, TOPK))
 
     _, bits = _pack24(kept[sparse24].to(weight.dtype).flatten(0, 1), None, False)  # completes to two of every four
     values, bitmask = _pack24(blocks[sparse24].flatten(0, 1), unpack_bits(bits, block[1]), False)
+    count = kept[few].sum((1, 2))
     which, position = kept[few].flatten(1).nonzero(as_tuple=True)
-    slot = torch.arange(len(which), device=weight.device) - (count[few].cumsum(0) - count[few])[which]
+    slot = torch.arange(len(which), device=weight.device) - (count.cumsum(0) - count)[which]
     positions = which.new_zeros(len(few), k).index_put((which, slot), position)
-    stored = torch.arange(k, device=weight.device) < count[few].unsqueeze(1)
+    stored = torch.arange(k, device=weight.device) < count.unsqueeze(1)
     return TieredWeight(
-        tiers := form.to(torch.uint8).view(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])),
+        tiers,
         blocks[dense],
         values.view(len(sparse24), block[0], block[1] // 2),
         bitmask.view(len(sparse24), block[0], block[1] // 8),

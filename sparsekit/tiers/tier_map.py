@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..masks import get_mask, get_mask_info, smallest_tiers, tier_sizes
+from ..masks import get_mask, get_mask_info, tier_sizes
+from ..ops.tiered import smallest_tiers
 from ..ops.tiers import SPARSE24, TOPK
 
 COLORS = ((24, 45, 92), (70, 150, 190), (252, 214, 112))  # dense, 2:4, top-k: told apart in gray as well
