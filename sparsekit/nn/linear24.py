@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from ..masks import get_mask
 from ..ops import linear24, nm_mask, pack24, unpack24, unpack_bits
-from .shared import autocast_dtype, carry_mask, dense_linear, oriented
+from .compressed import Compressed
+from .shared import autocast_dtype, carry_mask, oriented
 
 Layer = TypeVar("Layer", bound="Linear24")
 
 
-class Linear24(nn.Module):
+class Linear24(Compressed):
     """A linear layer whose weight is stored and multiplied in the packed 2:4 format.
 
     Holds the neutral form and nothing else: ``values``, a Parameter ``[out_features, 2 * (in_features // 4) +
@@ -33,7 +34,6 @@ class Linear24(nn.Module):
 
     values: nn.Parameter
     bitmask: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -87,31 +87,15 @@ class Linear24(nn.Module):
             layer.weight_mask = bitmask  # one buffer for both
         return layer.train(linear.training)
 
-    def to_linear(self) -> nn.Linear:
-        """The dense ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
-        linear = dense_linear(self, self._dense(), self.trainable)
-        if not self.transposed:
-            carry_mask(self, linear)
-        return linear
-
     @property
     def trainable(self) -> bool:
-        """Whether the weight of the layer that this one stands for is trained."""
         return self.values.requires_grad
 
     def _dense(self) -> Tensor:
         return unpack24(self.values.detach(), self.bitmask, self.in_features)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, unpacked anew at every access; writing to it changes nothing."""
-        return oriented(self._dense(), self.transposed)
 
     def forward(self, x: Tensor) -> Tensor:
         values, bias = self.values, self.bias
         if (dtype := autocast_dtype(x)) is not None:
             return linear24(x.to(dtype), values.to(dtype), self.bitmask, None if bias is None else bias.to(dtype))
         return linear24(x, values, self.bitmask, bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

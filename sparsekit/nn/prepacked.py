@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.prepacked import prepack, prepacked_dense, prepacked_linear
-from .shared import autocast_dtype, carry_mask, dense_linear, oriented
+from .compressed import Compressed, weight_shape
+from .shared import autocast_dtype, carry_mask, oriented
 
 
-class PrepackedLinear(nn.Module):
+class PrepackedLinear(Compressed):
     """A dense linear layer for inference on a CPU, whose weight oneDNN has reordered once instead of at every call.
 
     Holds the reordered weight and the bias; the state dict holds the plain dense ``weight``, and loading one reorders
@@ -27,7 +28,6 @@ class PrepackedLinear(nn.Module):
     """
 
     packed: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None = None, *, tokens: int = 128, transposed: bool = False
@@ -35,7 +35,7 @@ class PrepackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.tokens, self.transposed = tokens, transposed
-        self.trainable = weight.requires_grad
+        self._trainable = weight.requires_grad
         self.register_parameter("bias", bias)
         self._keep(weight)
 
@@ -46,24 +46,16 @@ class PrepackedLinear(nn.Module):
         carry_mask(linear, layer)
         return layer.train(linear.training)
 
-    def to_linear(self) -> nn.Linear:
-        """The plain ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
-        linear = dense_linear(self, self._dense().clone(), self.trainable)
-        if not self.transposed:
-            carry_mask(self, linear)
-        return linear
+    @property
+    def trainable(self) -> bool:
+        return self._trainable
 
     def _keep(self, dense: Tensor) -> None:
         self.packed = prepack(dense, self.tokens)
         self.reordered = self.packed.is_mkldnn  # tracing forgets it
 
     def _dense(self) -> Tensor:
-        return prepacked_dense(self.packed) if self.reordered else self.packed
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, restored anew at every access; writing to it changes nothing."""
-        return oriented(self._dense().clone(), self.transposed)
+        return prepacked_dense(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.trainable and torch.is_grad_enabled():
@@ -72,7 +64,7 @@ class PrepackedLinear(nn.Module):
                 "or turn it back with sparsekit.decompress_"
             )
         if not self.reordered or autocast_dtype(x) is not None:
-            return F.linear(x, self._dense(), self.bias)
+            return F.linear(x, self._dense() if self.reordered else self.packed, self.bias)
         return prepacked_linear(x, self.packed, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrepackedLinear":
@@ -96,10 +88,9 @@ class PrepackedLinear(nn.Module):
     ) -> None:
         key = prefix + "weight"
         weight = state_dict.get(key)
-        shape = (self.out_features, self.in_features)[:: -1 if self.transposed else 1]
         if weight is None:
             missing_keys.append(key)
-        elif weight.shape != shape:
+        elif weight.shape != (shape := weight_shape(self)):
             error_msgs.append(f"{key} must have shape {shape}, got {tuple(weight.shape)}")
         else:
             self._keep(oriented(weight, self.transposed).to(self.packed.device, self.packed.dtype, copy=True))
@@ -116,7 +107,4 @@ class PrepackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         form = "reordered" if self.reordered else "plain"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, weight={form}"
-        )
+        return f"{super().extra_repr()}, weight={form}"

@@ -1,6 +1,4 @@
-"""What the compressed layers share: orientation, autocast, stored masks, and the way back to ``nn.Linear``."""
-
-from typing import Any
+"""What the compressed layers share: autocast, orientation and stored masks."""
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +16,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def oriented(weight: Tensor, transposed: bool) -> Tensor:
     """The weight as ``[outputs, inputs]``, or back as the layer keeps it."""
     return weight.t() if transposed else weight
-
-
-def dense_linear(layer: Any, weight: Tensor, requires_grad: bool) -> nn.Linear:
-    """An ``nn.Linear`` with this weight and what else ``layer`` has: its bias Parameter and its mode."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
-    linear.register_parameter("bias", layer.bias)
-    return linear.train(layer.training)
 
 
 def carry_mask(source: nn.Module, target: nn.Module) -> None:

@@ -9,13 +9,14 @@ from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered, unpack_tiered
 from ..ops._define import DTYPES, call_op
 from ..ops.tiered import block_starts, check_packed, check_size
-from .shared import autocast_dtype, carry_mask, dense_linear, oriented
+from .compressed import Compressed
+from .shared import autocast_dtype, carry_mask, oriented
 
 LINEAR_TIERED = torch.ops.sparsekit.linear_tiered.default
 TRAINED, FIXED = ("dense", "values", "topk"), ("tiers", "bitmask", "positions")
 
 
-class TieredLinear(nn.Module):
+class TieredLinear(Compressed):
     """A linear layer whose weight is stored and multiplied in blocks that are dense, 2:4 or top-k.
 
     Holds what ``pack_tiered`` returns: the Parameters ``dense``, ``values`` and ``topk``, which gradients reach; the
@@ -42,7 +43,6 @@ class TieredLinear(nn.Module):
     bitmask: Tensor
     positions: Tensor
     starts: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -110,13 +110,6 @@ class TieredLinear(nn.Module):
         carry_mask(linear, layer)
         return layer.train(linear.training)
 
-    def to_linear(self) -> nn.Linear:
-        """The dense ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
-        linear = dense_linear(self, self._dense(), self.trainable)
-        if not self.transposed:
-            carry_mask(self, linear)
-        return linear
-
     @property
     def packed(self) -> TieredWeight:
         """The weight as ``pack_tiered`` returns it: the layer's own tensors."""
@@ -142,17 +135,11 @@ class TieredLinear(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        """Whether the weight of the layer that this one stands for is trained."""
         return self.dense.requires_grad
 
     @torch.no_grad()
     def _dense(self) -> Tensor:
         return unpack_tiered(self.packed, self.out_features, self.in_features)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, unpacked anew at every access; writing to it changes nothing."""
-        return oriented(self._dense(), self.transposed)
 
     # A small call waits for Python: linear_tiered would check in 16 us what was checked when the layer was made.
     def forward(self, x: Tensor) -> Tensor:
@@ -230,6 +217,6 @@ class TieredLinear(nn.Module):
         forms = zip(("dense", "2:4", "top-k"), (packed.dense, packed.values, packed.topk), strict=True)
         counts = " + ".join(f"{len(part)} {form}" for form, part in forms)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block={packed.block[0]}x{packed.block[1]}, k={self.k}, blocks={counts}, bytes={packed.nbytes}"
+            f"{super().extra_repr()}, block={packed.block[0]}x{packed.block[1]}, k={self.k}, blocks={counts}, "
+            f"bytes={packed.nbytes}"
         )
