@@ -1,6 +1,7 @@
 """Hostile inputs, and comparisons that forgive nothing."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparsekit as sk
@@ -88,6 +89,15 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     assert actual.is_contiguous()
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
     assert torch.equal(actual.view(bits), expected.contiguous().view(bits))
+
+
+def assert_product(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Compares ``x @ weight.T + bias`` with float64, allowing fp32 sums in any order and one rounding to the dtype."""
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = F.linear(x.abs().double(), weight.abs().double(), None if bias is None else bias.abs().double())
+    bound = size * (weight.shape[1] + 2) * 2**-24 + exact.abs() * torch.finfo(x.dtype).eps + 1e-7
+    assert actual.dtype == x.dtype and actual.shape == exact.shape and actual.is_contiguous()
+    assert ((actual.double() - exact).abs() <= bound).all()
 
 
 def magnitude_order(values: list[float]) -> list[int]:

@@ -1,7 +1,6 @@
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, opcheck, poison, sparse24
+from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, opcheck, poison, sparse24
 
 import sparsekit as sk
 from sparsekit.ops.sparse24 import linear24_reference, pack24_reference
@@ -20,13 +19,7 @@ def test_linear_literal(simd, dtype):
 
 
 def assert_linear(x, weight, bias, packed):
-    """Compares with float64, allowing fp32 sums in any order and one rounding to the dtype."""
-    actual = sk.linear24(x, *packed, bias)
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    size = F.linear(x.abs().double(), weight.abs().double(), None if bias is None else bias.abs().double())
-    bound = size * (weight.shape[1] + 2) * 2**-24 + exact.abs() * torch.finfo(x.dtype).eps + 1e-7
-    assert actual.dtype == x.dtype and actual.shape == exact.shape and actual.is_contiguous()
-    assert ((actual.double() - exact).abs() <= bound).all()
+    assert_product(sk.linear24(x, *packed, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

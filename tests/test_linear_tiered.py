@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, opcheck, poison
+from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, opcheck, poison
 from tiered import BLOCKS, tiered
 
 import sparsekit as sk
@@ -25,13 +25,7 @@ def test_literal(simd, dtype, tokens):
 
 
 def assert_linear(x, weight, bias, packed):
-    """Compares with float64, allowing fp32 sums in any order and one rounding to the dtype."""
-    actual = sk.linear_tiered(x, packed, bias, out_features=len(weight))
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    size = F.linear(x.abs().double(), weight.abs().double(), None if bias is None else bias.abs().double())
-    bound = size * (weight.shape[1] + 2) * 2**-24 + exact.abs() * torch.finfo(x.dtype).eps + 1e-7
-    assert actual.dtype == x.dtype and actual.shape == exact.shape and actual.is_contiguous()
-    assert ((actual.double() - exact).abs() <= bound).all()
+    assert_product(sk.linear_tiered(x, packed, bias, out_features=len(weight)), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
