@@ -1,7 +1,9 @@
 """The command line: ``sparsekit prune``, ``inspect``, ``compress`` and ``bench``."""
 
+import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 
 PACKAGES = {"tyro": "tyro", "rich": "rich", "transformers": "transformers", "PIL": "pillow"}  # the extra ``cli``
@@ -13,10 +15,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; None takes it from the command line.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        sys.stdout.write(f"sparsekit {version('sparsekit')}\n")
+        return 0
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
         sys.stderr.write(f"sparsekit: the command line needs {', '.join(missing)}: pip install 'sparsekit[cli]'\n")
         return 1
-    from .app import run
+    try:
+        from .app import run
 
-    return run(arguments)
+        return run(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("sparsekit: interrupted\n")
+        return 130
+    except BrokenPipeError:  # who reads stdout has seen enough, as head has; what is left in it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,12 +1,12 @@
 """From arguments to an exit code: which command runs, and how its errors are told."""
 
+import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 
-import tyro
-
 from . import terminal
+from .arguments import parse
 from .bench import Bench
 from .compress import Compress
 from .errors import UsageError
@@ -16,32 +16,25 @@ from .prune import Prune
 COMMANDS = {"prune": Prune, "inspect": Inspect, "compress": Compress, "bench": Bench}
 DESCRIPTION = """Make transformers models sparse, check what they hold, and run them faster than dense.
 
-Exit codes: 0 done, 1 the run or a check failed, 2 bad arguments. Nothing is ever half-written."""
+Exit codes: 0 done, 1 the run or a check failed, 2 bad arguments, 130 interrupted. Nothing is ever half-written."""
 
 
-def run(arguments: Sequence[str] | None) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command that they name."""
-    try:
-        command: Prune | Inspect | Compress | Bench = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,  # type: ignore[arg-type]
-            prog="sparsekit",
-            description=DESCRIPTION,
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone),
-        )
-    except SystemExit as stop:  # after --help, or what tyro has said about an argument
-        return stop.code if isinstance(stop.code, int) else 2
+    debug = "--debug" in arguments
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: terminal.say(
             f"warning: {terminal.printable(' '.join(str(message).split()))}"
         )
         try:
-            return command.run()
-        except KeyboardInterrupt:
-            terminal.fail("interrupted")
-            return 130
+            command: Prune | Inspect | Compress | Bench = parse(COMMANDS, DESCRIPTION, arguments)
+            code = command.run()
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            raise  # stdout was closed by who reads it, as head does
         except Exception as error:
-            if command.debug:
+            if debug:
                 terminal.say(traceback.format_exc())
             terminal.fail(_line(error))
             return 2 if isinstance(error, UsageError) else 1
