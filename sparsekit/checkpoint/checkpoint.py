@@ -18,9 +18,10 @@ from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, TieredLi
 from ..ops import TieredWeight
 from .archive import read, seal, unique, write
 from .bitmask24 import from_bitmask24, to_bitmask24
+from .mask_file import assign_masks, masks_of, only_masks
 from .structure import Layer, dump, join, parse
 
-Format = Literal["sparsekit", "sparse-24-bitmask"]
+Format = Literal["sparsekit", "sparse-24-bitmask", "masks"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sparsekit") -> None:
@@ -34,16 +35,23 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
         model: any module; its tensors may be on any device, of any dtype that safetensors has.
         path: the file; an existing one is replaced.
         format: ``"sparse-24-bitmask"`` writes the weights as llm-compressor did, for tools that read those: every
-            ``Linear24`` packed, all else dense, neither other masks nor a digest.
+            ``Linear24`` packed, all else dense, neither other masks nor a digest. ``"masks"`` writes the masks alone,
+            beside a folder of ``save_pretrained`` for one, which keeps the weights with their zeros.
 
     Raises:
         TypeError: ``model`` is not a module, or its state dict holds something that is not a tensor.
         OSError: the file cannot be written.
-        ValueError: a tensor has no data (the meta device), ``format`` is another, or has no place for a layer.
+        ValueError: a tensor has no data (the meta device), ``format`` is another, or has no place for a layer, or there
+            are no masks to be written alone.
     """
     check_model(model)
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
+    if format == "masks":
+        layers, masks = masks_of(model)
+        tensors, shared = unique(masks)
+        write(Path(path), tensors, seal(dump(layers, shared), tensors))
+        return
     state = dict(model.state_dict())
     if format == "sparse-24-bitmask":
         tensors, _ = unique(to_bitmask24(model, state))
@@ -68,7 +76,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
 
     A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces; a tiered
     one becomes a ``TieredLinear``. A file does not say what is fastest on another machine: on a GPU load with
-    ``dense=True``, and let ``compress_`` measure.
+    ``dense=True``, and let ``compress_`` measure. A file of masks alone leaves the weights as they are: the model has
+    them already, with zeros wherever a mask drops one.
 
     Args:
         model: the same architecture, freshly made, pruned or compressed; also on the meta device.
@@ -89,6 +98,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
             if name in tensors or source not in tensors:
                 raise ValueError(f"{name!r} cannot share the tensor {source!r}")
             tensors[name] = tensors[source]
+        if only_masks(layers, tensors):
+            assign_masks(model, layers, tensors)
+            return
         _check_shapes(model, layers)
         for name, layer in layers.items():
             layer.check(name, tensors)

@@ -107,7 +107,11 @@ class Layer:
             if not weight.is_floating_point():
                 raise ValueError(f"{join(name, 'weight')} is {weight.dtype}, not floating point")
         if self.mask:
-            _bits(tensors, join(name, "weight_mask"), (self.shape[0], math.prod(self.shape[1:])))
+            self.check_mask(name, tensors)
+
+    def check_mask(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The bool mask ``[rows, columns]`` of the layer, verified to be there and well-formed."""
+        return _bits(tensors, join(name, "weight_mask"), (self.shape[0], math.prod(self.shape[1:])))
 
     def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
         """The packed weight of a tiered layer."""

@@ -1,0 +1,60 @@
+"""Files of masks alone, to lie beside weights that another library keeps: a thirty-second of those in fp32."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .._layers import input_dim
+from ..masks import get_mask_info, remove_mask
+from ..nn import weight_shape
+from .structure import Layer, join
+
+
+def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """The pruned layers of a model, and their masks.
+
+    Raises:
+        ValueError: it has none.
+    """
+    layers, tensors = dict[str, Layer](), dict[str, Tensor]()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if info := get_mask_info(module):
+            layers[name] = Layer("dense", weight_shape(module), mask=info)
+            tensors[join(name, "weight_mask")] = module.weight_mask  # type: ignore[assignment]
+    if not layers:
+        raise ValueError("the model has no masks to be saved")
+    return layers, tensors
+
+
+def only_masks(layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds nothing but the masks of its layers."""
+    masked = {join(name, "weight_mask") for name, layer in layers.items() if layer.mask}
+    return len(masked) == len(layers) > 0 and tensors.keys() == masked
+
+
+def assign_masks(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+    """Gives the layers of a dense model these masks, and takes away all others.
+
+    Raises:
+        ValueError: a layer is not there, is compressed or of another shape, or keeps a weight that its mask drops.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in layers.items():
+        kept = layer.check_mask(name, tensors)
+        module = modules.get(name)
+        if module is None or input_dim(module) is None:
+            raise ValueError(f"the model has no dense layer {name!r} for its mask")
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if layer.shape != weight.shape:
+            raise ValueError(f"layer {name!r} has shape {layer.shape}, the model's has {tuple(weight.shape)}")
+        if weight.is_meta:
+            raise ValueError(f"layer {name!r} is on the meta device: masks alone need a model that has its weights")
+        if weight.detach()[~kept.view(weight.shape).to(weight.device)].any():
+            raise ValueError(f"layer {name!r} has weights that its mask drops: these are not the weights it belongs to")
+    for module in modules.values():
+        remove_mask(module)
+    for name, layer in layers.items():
+        module = modules[name]
+        bits = tensors[join(name, "weight_mask")].to(module.weight.device)  # type: ignore[arg-type]
+        module.register_buffer("weight_mask", bits, persistent=False)
+        module.weight_mask_info = layer.mask  # type: ignore[assignment]
