@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, opcheck, poison
-from tiered import BLOCKS, tiered
+from tiering import BLOCKS, tiered
 
 import sparsekit as sk
 

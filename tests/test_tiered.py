@@ -5,7 +5,7 @@ import torch
 from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile
 from hypothesis import given
 from hypothesis import strategies as st
-from tiered import BLOCKS, tiered
+from tiering import BLOCKS, tiered
 
 import sparsekit as sk
 from sparsekit.ops.tiered import block_starts, to_blocks

@@ -1,4 +1,4 @@
-"""Layers in tiers."""
+"""Weights and layers in tiers."""
 
 import torch
 from torch import nn
@@ -6,7 +6,15 @@ from torch import nn
 import sparsekit as sk
 from sparsekit.masks import MaskInfo, Pattern, set_mask
 
-SHARES = (0.35, 0.45)
+BLOCKS = [(16, 16), (32, 32), (64, 64), (128, 128), (16, 32), (9, 24)]
+SHARES = (0.35, 0.45)  # of dense and 2:4 blocks, as the three-tier pruner ends
+
+
+def tiered(rows, cols, block=(16, 16), dtype=torch.float32, k=10):
+    """A normal weight, every block of which was pruned to a tier drawn at these shares, and its mask."""
+    share = torch.rand(-(-rows // block[0]), -(-cols // block[1]))
+    tiers = (share > SHARES[0]).to(torch.uint8) + (share > sum(SHARES))
+    return sk.tier_prune(torch.randn(rows, cols).to(dtype), tiers, k, block)[:2]
 
 
 def tiers_of(rows, cols, block=(16, 16), shares=SHARES):
