@@ -157,6 +157,7 @@ P = sk.pack_tiered(sk.tier_prune(W, torch.tensor([[0, 1], [2, 1]], dtype=torch.u
     [
         (lambda: sk.pack_tiered(W.int()), TypeError, r"weight must be float32, .* got torch\.int32"),
         (lambda: sk.pack_tiered(W[0]), ValueError, r"weight must have 2 dimensions, got shape \(32,\)"),
+        (lambda: sk.pack_tiered(W.to("meta")), ValueError, "weight is on the meta device and has no data to pack"),
         (lambda: sk.pack_tiered(W, W), TypeError, r"mask must be torch\.bool, got torch\.float32"),
         (lambda: sk.pack_tiered(W, W.t() > 0), ValueError, r"mask must have shape \(24, 32\), got \(32, 24\)"),
         (lambda: sk.pack_tiered(W, k=257), ValueError, r"k must be between 0 and 256 .* got 257"),

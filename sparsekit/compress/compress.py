@@ -43,7 +43,7 @@ def compress_(
     pruning by blocks leave them, or ``nn.PrepackedLinear`` in eval mode. It is one module for all token counts, taken
     only if its median ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count
     seen; of several the one that needs the least time over all calls of the sample. Everything is measured twice, all
-    shapes and then all again, and has to win both times: a moment in which another program had a core decides nothing.
+    shapes and then all again, and has to win both times: a moment in which another program had a core seldom decides.
     Measure on a quiet machine all the same: whatever uses several threads looks slow on a busy one.
 
     *On a GPU* a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest kernel

@@ -136,10 +136,12 @@ def pack_tiered(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: ``weight`` is not a matrix, ``mask`` has the wrong shape or device, or ``k`` or ``block`` is out of
-            range.
+        ValueError: ``weight`` is not a matrix or on the meta device, ``mask`` has the wrong shape or device, or ``k`` or
+            ``block`` is out of range.
     """
     check_weight("weight", weight, 2)
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and has no data to pack")
     if mask is not None:
         check_like("mask", mask, torch.bool, weight.shape, weight)
     _check_block(block)
