@@ -136,7 +136,7 @@ def pack_tiered(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: ``weight`` is not a matrix or on the meta device, ``mask`` has the wrong shape or device, or ``k`` or
+        ValueError: ``weight`` is no matrix or on the meta device, ``mask`` has the wrong shape or device, or ``k`` or
             ``block`` is out of range.
     """
     check_weight("weight", weight, 2)
