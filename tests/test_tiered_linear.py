@@ -9,6 +9,7 @@ import torch
 from helpers import DTYPES, dtype_id, outputs_and_gradients
 from tiering import prune_tiers, tiered_linear
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
@@ -231,6 +232,16 @@ def test_gradients():
     torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
     gradients = layer.packed._replace(dense=layer.dense.grad, values=layer.values.grad, topk=layer.topk.grad)
     torch.testing.assert_close(sk.unpack_tiered(gradients, 21, 37), linear.weight.grad * get_mask(linear))
+
+
+def test_gradients_under_activation_checkpointing():
+    layer, x = TieredLinear.from_linear(tiered_linear()), torch.randn(3, 80)
+    layer(x).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    for parameter, grad in zip(layer.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, grad)
 
 
 def test_trains():

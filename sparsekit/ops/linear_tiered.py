@@ -46,7 +46,8 @@ def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    x, packed = ctx.saved_tensors[0], TieredWeight(*ctx.saved_tensors[1:])
+    x, *parts = ctx.saved_tensors  # to be read once: activation checkpointing frees them
+    packed = TieredWeight(*parts)
     tokens = torch.atleast_2d(grad).flatten(0, -2)  # [tokens, rows]
     grad_x = grad_dense = grad_values = grad_topk = grad_bias = None
     if ctx.needs_input_grad[0]:
