@@ -61,14 +61,15 @@ def fade(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Fa
     changes nothing, so the model learns to do without while the learning rate still lets it. Entries that the next
     iteration, scoring anew, keeps after all grow back. Without marked entries it does nothing::
 
-        with sk.keep_masks(model, optimizer), fade(model, optimizer, updates_before_the_last_demotion):
+        with sk.keep_masks(model, optimizer), fade(model, optimizer, max(0, updates_of_all_steps // 10 - done)):
             for batch in batches:
                 ...
 
     Args:
         model: as ``tier_iteration`` left it.
         optimizer: holds its weights.
-        updates: steps of the optimizer after which they are zero; it may be left, and begun anew, before that.
+        updates: steps of the optimizer after which they are zero; it may be left, and begun anew, before that. A tenth
+            of all did better than a half or none: what stays needs its updates in the final shape, and not at one blow.
 
     Returns:
         A handle with ``remove()``, which is a context manager too.
