@@ -51,6 +51,12 @@ class Layer:
         rows, cols = self.shape
         return (cols, rows) if self.transposed else (rows, cols)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of blocks of a tiered layer."""
+        (rows, cols), (block_rows, block_cols) = self.matrix, self.block
+        return -(-rows // block_rows), -(-cols // block_cols)
+
     def to_json(self) -> dict[str, Any]:
         mask = self.mask and {"pattern": str(self.mask.pattern), "axis": self.mask.axis}
         tiers = {"block": list(self.block), "k": self.k} if self.kind == "tiered" else {}
@@ -98,6 +104,7 @@ class Layer:
         elif self.kind == "tiered":
             for part in PARTS:
                 _present(tensors, join(name, part))
+            _tensor(tensors, join(name, "tiers"), self.grid)
             try:
                 check_tiered(self.tiered(name, tensors), *self.matrix, self.block, self.k)
             except (TypeError, ValueError) as error:
@@ -167,8 +174,8 @@ def _parse_mask(where: str, data: Any, dims: int) -> MaskInfo:
 
 def _parse_tiers(where: str, data: Any) -> tuple[tuple[int, int], int]:
     block = _field(where, data, "block", list)
-    if len(block) != 2 or not all(type(side) is int for side in block):
-        raise ValueError(f"{where} has blocks of {block}, not of two sides")
+    if len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
+        raise ValueError(f"{where} has blocks of {block}, not of two positive sides")
     return (block[0], block[1]), _field(where, data, "k", int)
 
 

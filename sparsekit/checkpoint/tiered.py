@@ -17,9 +17,6 @@ def check_tiered(packed: TieredWeight, rows: int, cols: int, block: tuple[int, i
     found = packed.topk.shape[1]
     if packed.block != block or found != k or k > block[0] * block[1]:
         raise ValueError(f"blocks of {packed.block} and k={found} in a layer of {block} and k={k}")
-    grid = -(-rows // block[0]), -(-cols // block[1])
-    if packed.tiers.shape != grid:
-        raise ValueError(f"tiers has shape {tuple(packed.tiers.shape)}, the layer needs {grid}")
     groups = unpack_bits(packed.bitmask.flatten(0, 1), block[1]).unflatten(1, (block[1] // 4, 4))
     if not (groups.sum(-1) == 2).all():
         raise ValueError("bitmask does not keep exactly two of every four columns")
