@@ -20,7 +20,7 @@ def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if info := get_mask_info(module):
             layers[name] = Layer("dense", weight_shape(module), mask=info)
-            tensors[join(name, "weight_mask")] = module.weight_mask  # type: ignore[assignment]
+            tensors[join(name, "weight_mask")] = module.weight_mask
     if not layers:
         raise ValueError("the model has no masks to be saved")
     return layers, tensors
@@ -44,7 +44,7 @@ def assign_masks(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping
         module = modules.get(name)
         if module is None or input_dim(module) is None:
             raise ValueError(f"the model has no dense layer {name!r} for its mask")
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight: Tensor = module.weight
         if layer.shape != weight.shape:
             raise ValueError(f"layer {name!r} has shape {layer.shape}, the model's has {tuple(weight.shape)}")
         if weight.is_meta:
@@ -55,6 +55,6 @@ def assign_masks(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping
         remove_mask(module)
     for name, layer in layers.items():
         module = modules[name]
-        bits = tensors[join(name, "weight_mask")].to(module.weight.device)  # type: ignore[arg-type]
+        bits = tensors[join(name, "weight_mask")].to(module.weight.device)
         module.register_buffer("weight_mask", bits, persistent=False)
-        module.weight_mask_info = layer.mask  # type: ignore[assignment]
+        module.weight_mask_info = layer.mask
