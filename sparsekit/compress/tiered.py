@@ -40,20 +40,20 @@ class Tiers:
         """Those of a layer, of the sizes that its mask's pattern says."""
         block, k = tier_sizes(layer)
         tiers = smallest_tiers(kept_matrix(layer), block, k)
-        dense, middle = (int((tiers == tier).sum()) / max(tiers.numel(), 1) for tier in (DENSE, SPARSE24))
-        return Tiers(block, k, (dense, middle))
+        dense, sparse24 = (int((tiers == tier).sum()) / max(tiers.numel(), 1) for tier in (DENSE, SPARSE24))
+        return Tiers(block, k, (dense, sparse24))
 
     def bytes_of_dense(self, itemsize: int) -> float:
         """The packed blocks' bytes over those of the same blocks in full, by bytes of an entry."""
         size = self.block[0] * self.block[1]
-        dense, middle = self.shares
+        dense, sparse24 = self.shares
         few = self.k * (itemsize + (1 if size <= 256 else 2)) / (size * itemsize)
-        return dense + middle * (1 / 2 + 1 / 8 / itemsize) + (1 - dense - middle) * few
+        return dense + sparse24 * (1 / 2 + 1 / 8 / itemsize) + (1 - dense - sparse24) * few
 
     def rounded(self) -> "Tiers":
         """The same with shares in steps of 5 %: what measurements are remembered by."""
-        dense, middle = (round(100 / STEP * share) * STEP / 100 for share in self.shares)
-        return Tiers(self.block, self.k, (dense, middle))
+        dense, sparse24 = (round(100 / STEP * share) * STEP / 100 for share in self.shares)
+        return Tiers(self.block, self.k, (dense, sparse24))
 
     def info(self, axis: int) -> MaskInfo:
         """What a mask of these sizes says of itself."""
@@ -63,6 +63,6 @@ class Tiers:
         """A weight with as many blocks of each form, in places drawn at random."""
         grid = [-(-size // side) for size, side in zip(weight.shape, self.block, strict=True)]
         drawn = torch.rand(grid, generator=generator, device=weight.device).flatten().argsort().view(grid)
-        dense, middle = (round(share * drawn.numel()) for share in self.shares)
-        tiers = torch.where(drawn < dense, DENSE, torch.where(drawn < dense + middle, SPARSE24, TOPK))
+        dense, sparse24 = (round(share * drawn.numel()) for share in self.shares)
+        tiers = torch.where(drawn < dense, DENSE, torch.where(drawn < dense + sparse24, SPARSE24, TOPK))
         return tier_prune(weight, tiers.to(torch.uint8), self.k, self.block)[0]
