@@ -31,7 +31,7 @@ SIGNATURES = {
     "SparseGPT": "pattern, damp=0.01, block=128",
     "ADMM": "pattern, iterations=20, ramp=15, damp=0.1",
     "Swaps": "method, *, passes=20",
-    "LeastSquares": "method, *, iterations=100, damp=0.01",
+    "LeastSquares": "method, *, iterations=100, damp=0.01, tolerance=0.0003",
     "keep_masks": "model, optimizer",
     "compress_": "model, sample=None, *, where=None, forward=None, budget=0.5, graphs=False, keep_dense=False, "
     "progress=None",
