@@ -1,15 +1,9 @@
 """Every kernel compiles for every target, and the hot ones to the machine code they are meant to be."""
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from aot.case import TARGETS
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "aot"
@@ -22,24 +16,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """What one worker process per target found, by target and case."""
-    folder = tmp_path_factory.mktemp("compiled")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-
-    def work(target):
-        out = folder / f"{target}.json"
-        done = subprocess.run(
-            [sys.executable, FOLDER / "worker.py", target, out],
-            env=environment | {"TRITON_CACHE_DIR": str(folder / target)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(out.read_text())
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(TARGETS, pool.map(work, TARGETS), strict=True))
+def compiled(compilers):
+    """What the compilers found, by target and case."""
+    return compilers.found()
 
 
 def test_every_kernel_is_compiled_for_every_target(compiled):
