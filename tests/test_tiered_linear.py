@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import sparsekit as sk
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
 from sparsekit.nn import TieredLinear
+from sparsekit.nn.tiered import TRAINED
 
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 TENSORS = {"dense", "values", "topk", "tiers", "bitmask", "positions", "bias"}
@@ -108,6 +109,11 @@ def test_rejects_what_no_kernel_computes():
         copy.deepcopy(layer).to("meta")(x)
     with pytest.raises(ValueError, match=r"packed\.dense must be on meta, got cpu"):
         layer(x.to("meta"))
+    half_loaded = copy.deepcopy(layer).to("meta")
+    half_loaded.load_state_dict({name: layer.state_dict()[name] for name in TRAINED}, strict=False, assign=True)
+    half_loaded.bias = layer.bias
+    with pytest.raises(ValueError, match="bitmask must be on cpu, got meta"):
+        half_loaded(x)
     layer.bias = nn.Parameter(layer.bias.to("meta"))
     with pytest.raises(ValueError, match="bias must be on cpu, got meta"):
         layer(x)

@@ -164,13 +164,15 @@ class TieredLinear(Compressed):
             self.out_features,
         )
 
-    def _fits(self, x: Tensor, *trained: Tensor | None) -> bool:
-        kind, bias = (x.dtype, x.device), trained[-1]
+    def _fits(self, x: Tensor, dense: Tensor, values: Tensor, topk: Tensor, bias: Tensor | None) -> bool:
+        dtype, device, starts = x.dtype, x.device, self._buffers["starts"]
         return (
             x.shape[-1:] == (self.in_features,)
-            and x.dtype in DTYPES
-            and all(tensor is None or (tensor.dtype, tensor.device) == kind for tensor in trained)
-            and (bias is None or bias.shape == (self.out_features,))
+            and dtype in DTYPES
+            and dtype == dense.dtype == values.dtype == topk.dtype
+            and starts is not None
+            and device == dense.device == starts.device
+            and (bias is None or (bias.dtype == dtype and bias.device == device and bias.shape == (self.out_features,)))
         )
 
     def _load_from_state_dict(
@@ -193,6 +195,8 @@ class TieredLinear(Compressed):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         starts, assigned = block_starts(self.tiers), local_metadata.get("assign_to_params_buffers", False)
+        if any(getattr(self, name).is_meta for name in (*TRAINED, *FIXED)):
+            starts = starts.to("meta")  # by which forward knows a layer that is half loaded
         if assigned or starts.device != self.starts.device:
             self.starts = starts
         else:
