@@ -68,7 +68,7 @@ def test_a_whole_model_with_tied_weights(path, dense):
         ({"0.bitmask": None}, "the tensor '0.bitmask' is missing"),
         ({"0.shape": None}, "the tensor '0.shape' is missing"),
         ({"0.bias": None}, "missing 0.bias"),
-        ({"0.shape": torch.tensor([[2], [8]])}, r"0.values has shape \(2, 2\), its layer needs \(2, 4\)"),
+        ({"0.shape": torch.tensor([[2], [8]])}, r"layer '0' has shape \(2, 8\), the model's has \(2, 4\)"),
         ({"0.shape": torch.tensor([2.0, 4.0])}, "layer '0' has the shape"),
         ({"0.bitmask": torch.tensor([[0b1001], [0b0111]], dtype=torch.uint8)}, "exactly two of every four columns"),
         ({"1.weight": torch.zeros(1)}, "unexpected 1.weight"),
@@ -90,4 +90,6 @@ def test_refuses_to_write_what_has_no_place(path):
         sk.save(nn.Sequential(Linear24(6, 2)), path, format="sparse-24-bitmask")
     with pytest.raises(ValueError, match="layer '0' is transposed; sparse-24-bitmask needs"):
         sk.save(nn.Sequential(Linear24(8, 2, transposed=True)), path, format="sparse-24-bitmask")
+    with pytest.raises(ValueError, match="the model has no Linear24, which is what sparse-24-bitmask packs"):
+        sk.save(nn.Sequential(nn.Linear(8, 2)), path, format="sparse-24-bitmask")
     assert not path.exists()

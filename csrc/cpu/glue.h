@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -23,8 +24,10 @@ inline DType dtype_of(const Tensor& tensor) {
       return DType::F16;
     case ScalarType::BFloat16:
       return DType::BF16;
-    default:
+    case ScalarType::Float:
       return DType::F32;
+    default:
+      STD_TORCH_CHECK(false, "sparsekit's kernels take float32, float16 and bfloat16");
   }
 }
 

@@ -16,8 +16,10 @@ def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
     """Renames the packed tensors of a state dict, and unpacks those that the format does not know.
 
     Raises:
-        ValueError: a packed layer that the format has no place for.
+        ValueError: a packed layer that the format has no place for, or none that it packs.
     """
+    if not any(isinstance(layer, Linear24) for layer in model.modules()):
+        raise ValueError("the model has no Linear24, which is what sparse-24-bitmask packs; compress it first")
     state, unpacked = dict(state), dict[nn.Module, Tensor]()
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, Linear24):
