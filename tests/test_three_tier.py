@@ -99,14 +99,15 @@ def test_the_log_has_every_iteration_beside_one_shot(out):
 
 
 def test_every_iteration_leaves_a_model_and_its_maps(out):
+    last = load_tier_maps(out / "progressive" / "iteration-5" / "tier_maps.safetensors")
     for step in SCHEDULE:
         folder = out / "progressive" / f"iteration-{step.iteration}"
         maps = load_tier_maps(folder / "tier_maps.safetensors")
         weights = load_file(folder / "hf" / "model.safetensors")
         for name, tier_map in maps.items():
             zeros = (weights[f"{name}.weight"] == 0).float().mean().item()
-            assert zeros > tier_map.sparsity - 1e-6  # and what has faded
-            assert step is not SCHEDULE[-1] or zeros == pytest.approx(tier_map.sparsity, abs=2e-3)
+            assert (tier_map.tiers <= last[name].tiers).all()
+            assert zeros == pytest.approx(last[name].sparsity, abs=2e-3)  # all fades in the first iteration
     assert (out / "compressed.safetensors").exists()
 
 
@@ -222,12 +223,11 @@ def test_the_learning_rate_is_that_of_one_shot_at_every_update(modules):
 
 
 @pytest.mark.slow
-def test_on_a_real_model_steps_beat_one_shot_and_come_near_one_shot_with_all_fine_tuning(data, tmp_path):
-    arguments = ("--model", data / "ckpt_stories260K" / "hf", "--data", data / "tinystories" / "tinystories_sample.txt")
-    sizes = ("--batch", 8, "--epoch-windows", 120, "--seconds", 0)
-    done = example(*arguments, *sizes, "--out", tmp_path, short=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split("\t") for line in (tmp_path / "log.tsv").read_text().splitlines()[1:]]
-    ppl = {(row[0], row[1]): float(row[-1]) for row in rows}
-    assert ppl["dense", "0"] < ppl["progressive", "5"] < 0.3 * ppl["one-shot", "5"]
-    assert ppl["progressive", "5"] < 1.1 * ppl["one-shot, all fine-tuning", "5"]  # 1.05; 1.02 after README's updates
+def test_on_a_real_model_steps_beat_one_shot_and_one_shot_with_all_fine_tuning(modules, data, tmp_path):
+    model, text = data / "ckpt_stories260K" / "hf", data / "tinystories" / "tinystories_sample.txt"
+    sizes = {"batch": 8, "epoch_windows": 120, "seconds": 0}
+    modules.run.main(modules.run.Config(model=str(model), data=str(text), out=tmp_path, **sizes))
+    report = json.loads((tmp_path / "report.json").read_text())
+    ppl = {run: rows[-1]["metric"] for run, rows in report["runs"].items()}
+    assert report["dense"] < ppl["progressive"] < 0.3 * ppl["one-shot"]
+    assert ppl["progressive"] < ppl["one-shot, all fine-tuning"]
