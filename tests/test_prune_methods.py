@@ -151,6 +151,16 @@ def test_swaps_end_where_no_swap_helps(pattern, group, dtype):
                 assert (change >= -1e-5 * loss)[rows].all()
 
 
+@pytest.mark.parametrize("pattern", ["1:1", "4:4", "2:8"])
+def test_swaps_leave_what_cannot_swap(pattern):
+    """Groups of one, groups kept whole, and inputs that do not matter."""
+    weight, x = torch.randn(3, 16), torch.zeros(5, 16)
+    layer, before = linear(weight), linear(weight)
+    sk.prune_(layer, sk.Swaps(sk.Magnitude(pattern)), [x])
+    sk.prune_(before, sk.Magnitude(pattern), [x])
+    assert torch.equal(layer.weight, before.weight)
+
+
 def test_every_pass_of_swaps_lowers_the_error():
     weight, x = torch.randn(16, 256), correlated(100, 256)  # fewer tokens than inputs
     gram, errors, masks = x.t() @ x, [], []

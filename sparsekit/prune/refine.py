@@ -85,7 +85,7 @@ class Swaps(Refinement):
 def _spans(inputs: int, cols: int, group: int) -> list[slice]:
     """About ``SPAN`` columns of full groups at a time; groups start anew with every ``cols`` columns."""
     cols = cols if cols % group else inputs
-    full, size = cols // group * group, max(SPAN // group, 1) * group
+    full, size = cols // group * group if group > 1 else 0, max(SPAN // group, 1) * group
     return [
         slice(first + start, first + min(start + size, full))
         for first in range(0, inputs, cols)
@@ -97,12 +97,13 @@ def _swap_span(dense: Tensor, kept: Tensor, pull: Tensor, gram: Tensor, span: sl
     """Swaps within the groups of a span until none helps: updates ``kept`` and ``pull`` (what is dropped, times
     ``gram``), all of them ``[outputs, inputs]``, and returns which outputs changed.
     """
-    before, weight = kept[:, span], dense[:, span]
-    after = _settle(*(part[:, span].t().contiguous() for part in (dense, kept, pull)), gram[span, span], group).t()
-    rows = (before != after).any(1).nonzero().squeeze(1)
-    dropped = torch.where(after, 0, weight).index_select(0, rows) - torch.where(before, 0, weight).index_select(0, rows)
-    pull.index_add_(0, rows, dropped @ gram[span])
-    kept[:, span] = after
+    weight, keep, near = (part[:, span].t().contiguous() for part in (dense, kept, pull))
+    after = _settle(weight, keep, near, gram[span, span], group).t()
+    changed = kept[:, span] ^ after
+    rows = changed.any(1).nonzero().squeeze(1)
+    weight, changed, after = (part.index_select(0, rows) for part in (dense[:, span], changed, after))
+    kept[rows, span] = after
+    pull.index_add_(0, rows, torch.where(after, -weight, weight).mul_(changed) @ gram[span])
     return rows
 
 
