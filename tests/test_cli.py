@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -241,9 +242,28 @@ def test_text_needs_a_tokenizer(tmp_path, capsys):
     assert code == 2 and line.endswith("has no tokenizer that can be loaded, and text needs one")
 
 
-def test_bad_usage_and_help(capsys):
-    for arguments in ([], ["prune"], ["prune", "--method", "guess"], ["melt"]):
-        assert call(arguments, capsys)[0] == 2
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "expected one of {prune, inspect, compress, bench}. (sparsekit --help)"),
+        ("prune", "missing from sparsekit prune: --model STR, --out PATH (sparsekit prune --help)"),
+        (
+            "prune --modle x --out y",
+            "missing from sparsekit prune: --model STR; unrecognized options: --modle, x (sparsekit prune --help)",
+        ),
+        (
+            "melt",
+            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench (sparsekit --help)",
+        ),
+        ("inspect x y", "unrecognized options: y (sparsekit inspect --help)"),
+    ],
+)
+def test_arguments_that_cannot_be_parsed_are_one_line(arguments, said, capsys):
+    assert refusal(arguments.split(), capsys) == (2, f"sparsekit: {said}")
+
+
+def test_help_and_version(capsys):
+    assert call(["--version"], capsys) == (0, f"sparsekit {version('sparsekit')}\n", [])
     for name in ("prune", "inspect", "compress", "bench"):
         code, out, _ = call([name, "--help"], capsys)
         assert code == 0 and f"sparsekit {name}" in out and "--json" in out
