@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from commands import TEXT, call, prune, refusal, results, write_model
 from safetensors.torch import load_file
 
 import sparsekit as sk
-from sparsekit import cli
 from sparsekit.masks import get_mask, get_mask_info
 
 for package in ("tyro", "rich", "PIL", "transformers"):
@@ -33,7 +31,17 @@ def test_the_folder_that_prune_writes(model, tmp_path, capsys):
     out = tmp_path / "sparse"
     found = results(prune(model, out), capsys)
     names = {path.name for path in out.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "pruned.safetensors", "report.json"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "masks.safetensors",
+        "report.json",
+        "README.md",
+    } <= names
+    assert names.isdisjoint({"pruned.safetensors", "report.html"})
+    assert (out / "masks.safetensors").stat().st_size < (out / "model.safetensors").stat().st_size / 3
+    assert "LlamaForCausalLM.from_pretrained(FOLDER)" in (out / "README.md").read_text("utf-8")
     assert found == json.loads((out / "report.json").read_text())
     assert len(found["layers"]) == 14 and found["sparsity"] == 0.5 and found["method"] == "Wanda(pattern='2:4')"
     assert found["skipped"] == [{"name": "lm_head", "reason": "the output head stays dense without --head"}]
@@ -45,7 +53,7 @@ def test_the_folder_that_prune_writes(model, tmp_path, capsys):
 
     dense, masked = load(out), load(out)
     assert dense.config.use_cache
-    sk.load(masked, out / "pruned.safetensors")
+    sk.load(masked, out / "masks.safetensors")
     for name, module in masked.named_modules():
         if name.endswith("proj"):
             mask = get_mask(module)
@@ -242,49 +250,16 @@ def test_text_needs_a_tokenizer(tmp_path, capsys):
     assert code == 2 and line.endswith("has no tokenizer that can be loaded, and text needs one")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("", "expected one of {prune, inspect, compress, bench}. (sparsekit --help)"),
-        ("prune", "missing from sparsekit prune: --model STR, --out PATH (sparsekit prune --help)"),
-        (
-            "prune --modle x --out y",
-            "missing from sparsekit prune: --model STR; unrecognized options: --modle, x (sparsekit prune --help)",
-        ),
-        (
-            "melt",
-            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench (sparsekit --help)",
-        ),
-        ("inspect x y", "unrecognized options: y (sparsekit inspect --help)"),
-    ],
-)
-def test_arguments_that_cannot_be_parsed_are_one_line(arguments, said, capsys):
-    assert refusal(arguments.split(), capsys) == (2, f"sparsekit: {said}")
-
-
-def test_help_and_version(capsys):
-    assert call(["--version"], capsys) == (0, f"sparsekit {version('sparsekit')}\n", [])
-    for name in ("prune", "inspect", "compress", "bench"):
-        code, out, _ = call([name, "--help"], capsys)
-        assert code == 0 and f"sparsekit {name}" in out and "--json" in out
+def test_a_reader_that_has_seen_enough(model):
+    command = [sys.executable, "-m", "sparsekit", "inspect", model]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert (running.stderr.read(), running.wait()) == ("", 1)
 
 
 def test_debug_shows_where(model, tmp_path, capsys):
     code, _, err = call(prune(model, tmp_path / "out", "--pattern", "x", "--debug"), capsys)
     assert code == 2 and err[0].startswith("Traceback") and err[-1].startswith("sparsekit: a pattern is")
-
-
-def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("rich", "PIL") else object())
-    line = "sparsekit: the command line needs rich, pillow: pip install 'sparsekit[cli]'"
-    assert refusal(["inspect", "x"], capsys) == (1, line)
-
-
-@pytest.mark.slow
-def test_python_m_sparsekit(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "sparsekit", "inspect", tmp_path], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"sparsekit: {tmp_path} has no safetensors file\n"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """``sparsekit inspect``: patterns that hold, the first place where one breaks, and files of every kind."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_the_first_break_is_named(broken, capsys):
         code, out, err = call(["inspect", broken, *options], capsys)
         assert code == 1 and len(err) == 1 and "2:4 BROKEN" in out
         assert err[0].startswith(f"sparsekit: {LAYER} breaks 2:4: row 3, input ")
-    (broken / "pruned.safetensors").unlink()
+    (broken / "masks.safetensors").unlink()
     assert call(["inspect", broken], capsys)[0] == 0  # nothing is asked of it
     code, _, err = call(["inspect", broken, "--expect", "2:4"], capsys)
     assert code == 1 and err == [f"sparsekit: {LAYER} breaks 2:4: row 3, inputs 8 to 11: 3 of 4 kept"]
@@ -174,8 +175,13 @@ def test_files_alone(pruned, tmp_path, capsys):
     found = results(["inspect", pruned / "model.safetensors", "--only", "proj", "--expect", "2:4"], capsys)
     assert len(found["layers"]) == 14
     assert call(["inspect", pruned / "model.safetensors", "--expect", "2:4"], capsys)[0] == 1  # the embedding
-    found = results(["inspect", pruned / "pruned.safetensors", "--expect", "2:4"], capsys)
-    assert {layer["asked"] for layer in found["layers"]} == {"2:4"} and len(found["layers"]) == 14
+    code, line = refusal(["inspect", pruned / "masks.safetensors"], capsys)
+    assert code == 1 and line.endswith("it holds masks alone, their weights are in the other files of its folder")
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    sk.prune_(model[1:], sk.Magnitude("2:4"))
+    sk.save(model, tmp_path / "own.safetensors")
+    found = results(["inspect", tmp_path / "own.safetensors", "--expect", "2:4"], capsys)
+    assert [(layer["name"], layer["asked"]) for layer in found["layers"]] == [("1", "2:4")]
 
 
 def test_a_compressed_file(tmp_path, capsys):
@@ -229,11 +235,14 @@ def test_broken_files(content, code, said, tmp_path, capsys):
 
 
 def test_an_altered_file_and_what_is_none(pruned, tmp_path, capsys):
-    data = bytearray((pruned / "pruned.safetensors").read_bytes())
+    altered = tmp_path / "altered"
+    shutil.copytree(pruned, altered)
+    data = bytearray((altered / "masks.safetensors").read_bytes())
     data[-1] ^= 1
-    (tmp_path / "altered.safetensors").write_bytes(data)
-    code, line = refusal(["inspect", tmp_path / "altered.safetensors"], capsys)
-    assert code == 1 and "it was altered" in line
+    (altered / "masks.safetensors").write_bytes(data)
+    for path in (altered, altered / "masks.safetensors"):
+        code, line = refusal(["inspect", path], capsys)
+        assert code == 1 and f"cannot read {altered / 'masks.safetensors'}: it was altered" in line
     assert refusal(["inspect", tmp_path / "nothing"], capsys) == (
         2,
         f"sparsekit: there is no folder {tmp_path}/nothing",

@@ -58,3 +58,27 @@ def test_a_hostile_warning_is_one_line_of_text(model, tmp_path, capsys, monkeypa
     code, out, err = call(prune(model, tmp_path / "out"), capsys)
     assert (code, out) == (1, "")
     assert err == ["warning: \N{REPLACEMENT CHARACTER}[31mred and long", "sparsekit: over"]
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub(tmp_path, capsys, monkeypatch):
+    import transformers
+
+    def offline(*_, **__):
+        raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    command = [
+        "prune",
+        "--model",
+        "spares",
+        "--out",
+        tmp_path / "out",
+        "--method",
+        "magnitude",
+        "--calibration",
+        "none",
+    ]
+    line = (
+        "sparsekit: there is no folder spares, and the hub gives no model of that name: We couldn't connect to the hub."
+    )
+    assert refusal(command, capsys) == (1, line)

@@ -126,7 +126,7 @@ def test_pictures_of_masks(tmp_path):
     kept[:, 17:] = False
     kept[1:, 16] = False
     set_mask(layer, kept, MaskInfo(Pattern.parse("tiers 16x16 k=10"), 1))
-    sk.save(nn.Sequential(layer), tmp_path / "pruned.safetensors")
+    sk.save(nn.Sequential(layer), tmp_path / "masks.safetensors", format="masks")
     tiers, what = thumbnail(kept, layer.weight_mask_info)
     assert tiers.tolist() == [[[24, 45, 92], [252, 214, 112]]]
     assert what == "every 16x16 block: 50% dense, 0% 2:4, 50% top-10"

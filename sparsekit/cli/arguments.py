@@ -37,14 +37,14 @@ def parse(commands: Mapping[str, Any], description: str, arguments: Sequence[str
 def unframed(box: str) -> str:
     """What a box of tyro's says in one line, without the help that it repeats."""
     parts: list[list[str]] = [[]]
-    for line in box.splitlines():
+    for line in box.strip("\n").splitlines():
         text = line.strip("│")
-        if not text.strip(" ─"):
-            parts.append([])  # after a rule, or an empty line
-        elif text[0] not in "╭╰" and len(text) - len(text.lstrip()) <= HELP:
+        if not text.strip(" ─-") or text[0] in "╭╰":
+            parts.append([])  # after a rule, or an empty line; the lines are of ASCII where the terminal is
+        elif len(text) - len(text.lstrip()) <= HELP:
             parts[-1].append(text.strip())
     said = []
-    for first, *others in filter(None, parts):
+    for first, *others in filter(None, parts[1:]):  # after the title
         if not first.startswith(REPEATED):
             joined = (", " if first.endswith(":") else " ").join(others)
             said.append(f"{first[0].lower()}{first[1:]} {joined}".strip())

@@ -10,9 +10,9 @@ from pathlib import Path
 from .errors import UsageError
 from .stored import is_ours
 
-PRUNED, COMPRESSED = "pruned.safetensors", "compressed.safetensors"  # as sparsekit.save writes them
+MASKS, COMPRESSED = "masks.safetensors", "compressed.safetensors"  # as sparsekit.save writes them
 REPORT, COMPRESS_REPORT, BENCH_REPORT, PAGE = "report.json", "compress.json", "bench.json", "report.html"
-OWN = {PRUNED, COMPRESSED}
+OWN = {MASKS, COMPRESSED}
 # What stands beside them: configurations, reports, weights, and what a tokenizer of transformers writes.
 SUFFIXES, NAMES = {".json", ".safetensors", ".jinja", ".model"}, {"vocab.txt", "merges.txt", "README.md", PAGE}
 
@@ -54,7 +54,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{out} is not empty: name another folder, or --overwrite")
-    pruned = (out / PRUNED).exists() and is_ours(out / PRUNED)
+    pruned = (out / MASKS).exists() and is_ours(out / MASKS)
     # compress adds its file to any folder: beside dense weights it does not show whose those are
     packed = (out / COMPRESSED).exists() and is_ours(out / COMPRESSED) and not model_files(out)
     strange = [path for path in out.iterdir() if path.is_dir() or not (path.suffix in SUFFIXES or path.name in NAMES)]

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..masks import Pattern, grouped
 from . import terminal
 from .errors import UsageError, regex, usage
-from .folders import COMPRESSED, PRUNED, check_folder, model_files
+from .folders import COMPRESSED, MASKS, check_folder, model_files
+from .models import load_dense
 from .patterns import first_break, found_pattern, packed_bytes, tier_shares
 from .roles import names_in, roles_of
-from .stored import Matrix, is_ours, matrices, own_matrices, read_masks
+from .stored import Matrix, is_ours, matrices, model_matrices, own_matrices, read_masks
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ def stored_layers(path: Path) -> Iterator[Matrix]:
     ours = [file for file in files if is_ours(file)] if files else [path / COMPRESSED]
     if ours:
         return own_matrices(ours[0], roles_of(path, set()))
-    masks = read_masks(path / PRUNED) if (path / PRUNED).exists() else {}
+    masks = read_masks(path / MASKS) if (path / MASKS).exists() else {}
     names = names_in(files)
     if masks.keys() - names:  # transformers 5 writes some models, ViT for one, under other names than their modules'
-        return own_matrices(path / PRUNED, roles_of(path, set()))
+        return model_matrices(load_dense(str(path), "cpu", masks=False), roles_of(path, set()), masks)
     return matrices(files, roles_of(path, names), masks)
 
 

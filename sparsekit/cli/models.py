@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import load
-from ..masks import set_mask
 from .errors import UsageError
-from .folders import COMPRESSED, PRUNED, check_folder, model_files
-from .stored import read_masks
+from .folders import COMPRESSED, MASKS, check_folder, model_files
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -50,7 +48,13 @@ def read_config(source: str) -> Any:
         check_folder(Path(source))
     elif Path(source).is_absolute() or source.startswith(".") or source.count("/") > 1:
         raise UsageError(f"there is no folder {source}")
-    return transformers().AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        return transformers().AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        if os.path.isdir(source):
+            raise
+        why = next(iter(str(error).splitlines()), "")
+        raise OSError(f"there is no folder {source}, and the hub gives no model of that name: {why}") from error
 
 
 def model_class(config: Any) -> Any:
@@ -62,13 +66,13 @@ def model_class(config: Any) -> Any:
     return package.AutoModelForCausalLM
 
 
-def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto") -> nn.Module:
-    """A model with dense weights, in eval mode, with the masks that ``prune`` stored; nothing is unpickled.
+def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto", *, masks: bool = True) -> nn.Module:
+    """A model with dense weights, in eval mode, with the masks that ``prune`` stored, if wanted; nothing is unpickled.
 
     Raises:
         UsageError: there is no such folder.
         OSError: the hub has no such model.
-        ValueError: weights are missing.
+        ValueError: weights are missing, or are not those of the masks.
     """
     config, folder = read_config(source), Path(source)
     target, kind = device_of(device), model_class(config)
@@ -80,11 +84,8 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto") -> nn.M
         model, told = kind.from_pretrained(source, **options)
         if missing := told["missing_keys"]:
             raise ValueError(f"the checkpoint lacks {len(missing)} weights, {min(missing)} for one")
-        if (folder / PRUNED).exists():
-            modules = dict(model.named_modules())
-            for name, (mask, info) in read_masks(folder / PRUNED).items():
-                if name in modules:
-                    set_mask(modules[name], mask, info)
+        if masks and (folder / MASKS).exists():
+            load(model, folder / MASKS)
     model = model if dtype == "auto" else model.to(getattr(torch, dtype))
     return model.to(target).eval()
 

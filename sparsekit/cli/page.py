@@ -8,7 +8,7 @@ from typing import Any
 
 from .._files import replacing
 from .charts import bars, legend, speeds
-from .folders import BENCH_REPORT, COMPRESS_REPORT, PAGE, PRUNED, REPORT
+from .folders import BENCH_REPORT, COMPRESS_REPORT, MASKS, PAGE, REPORT
 from .pictures import mask_pictures
 from .style import CSS
 from .terminal import size
@@ -19,7 +19,7 @@ def write_page(folder: Path) -> None:
     pruned, packed, timed = (_read(folder / name) for name in (REPORT, COMPRESS_REPORT, BENCH_REPORT))
     sections = [_heading(pruned, folder), _tiles(pruned, packed, timed)]
     if pruned:
-        sections += [_layer_charts(pruned), mask_pictures(folder / PRUNED), _layer_table(pruned)]
+        sections += [_layer_charts(pruned), mask_pictures(folder / MASKS), _layer_table(pruned)]
     if timed:
         sections.append(_speed(timed))
     if packed:

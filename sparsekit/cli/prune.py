@@ -13,11 +13,19 @@ from ..masks import get_mask, get_mask_info, grouped
 from ..prune import Method
 from . import terminal, text
 from .errors import UsageError, regex, usage
-from .folders import PRUNED, REPORT, check_out, new_folder
+from .folders import MASKS, REPORT, check_out, new_folder
 from .models import Dtype, batch_of, copy_tokenizer, head_of, load_dense, load_tokenizer, longest, without_cache
 from .page import write_page
 from .patterns import packed_bytes
 
+README = """A model that sparsekit has pruned by {method}: {sparsity:.2%} of the weights in {layers} layers are zero.
+
+    import sparsekit, transformers
+    model = transformers.{architecture}.from_pretrained(FOLDER)
+    sparsekit.load(model, FOLDER + "/{masks}")  # for sparsekit.keep_masks; the zeros are there without it
+
+`sparsekit inspect FOLDER` says what is in it, `sparsekit compress FOLDER --out OTHER` packs it for one machine.
+"""
 METHODS: dict[str, type[Method]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
@@ -31,8 +39,8 @@ METHODS: dict[str, type[Method]] = {
 class Prune:
     """Make a transformers model sparse, and write it with its masks and a report.
 
-    The folder has the model as transformers writes it, dense with zeros; pruned.safetensors, the same weights with
-    their masks, for sparsekit.load; and report.json.
+    The folder has the model as transformers writes it, dense with zeros; masks.safetensors, which sparsekit.load gives
+    back to that model, for fine-tuning with the masks kept; and report.json.
 
     Args:
         model: a folder, or an id of the Hugging Face hub; safetensors only.
@@ -101,8 +109,11 @@ class Prune:
         with new_folder(self.out) as folder:
             model.save_pretrained(folder)
             copy_tokenizer(self.model, folder)
-            save(model, folder / PRUNED)
+            save(model, folder / MASKS, format="masks")
             write_json(folder / REPORT, found)
+            (folder / "README.md").write_text(
+                README.format_map({**found, "layers": len(found["layers"]), "masks": MASKS}), encoding="utf-8"
+            )
             if self.report:
                 write_page(folder)
         if self.json:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint.archive import read
+from ..checkpoint.mask_file import only_masks
 from ..checkpoint.structure import join, parse
 from ..masks import Axis, MaskInfo
 from ..ops import unpack_bits
@@ -50,20 +51,24 @@ def is_ours(path: Path) -> bool:
 
 
 def read_masks(path: Path) -> dict[str, tuple[Tensor, MaskInfo]]:
-    """The masks of a file that ``sparsekit.save`` wrote, by layer; no weight is read.
+    """The masks of a file that ``sparsekit.save`` wrote, by layer.
 
     Raises:
-        ValueError: it is another file.
+        ValueError: it is another file, or was altered.
     """
-    if not is_ours(path):
-        raise ValueError(f"{path} was not written by sparsekit.save")
-    with safe_open(path, "pt") as file:
-        layers, _ = parse(file.metadata()["sparsekit"])
+    try:
+        structure, tensors = read(path)
+        if structure is None:
+            raise ValueError("it was not written by sparsekit.save")
+        layers, shared = parse(structure)
+        tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
         return {
-            name: (_mask(file.get_tensor(join(name, "weight_mask")), layer.shape), layer.mask)
+            name: (layer.check_mask(name, tensors).view(layer.shape), layer.mask)
             for name, layer in layers.items()
             if layer.mask is not None
         }
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matrix]:
@@ -80,6 +85,8 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
         structure, tensors = read(path)
         layers, shared = parse(structure or "")
         tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
+        if only_masks(layers, tensors):
+            raise ValueError("it holds masks alone, their weights are in the other files of its folder")
         for name, layer in layers.items():
             layer.check(name, tensors)
             bits = tensors.pop(join(name, "weight_mask"), None)
@@ -125,6 +132,20 @@ def matrices(files: Iterable[Path], roles: Mapping[str, Role | None], masks: Mas
                     yield Matrix(name, weight, role, weight.nbytes, *masks.get(name, (None, None)))
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
+
+
+def model_matrices(model: nn.Module, roles: Mapping[str, Role | None], masks: Masks) -> Iterator[Matrix]:
+    """The weights of the layers of a model in memory.
+
+    Args:
+        model: it has a weight of its own wherever ``roles`` has a layer.
+        roles: what its modules are, None for one that is no layer.
+        masks: stored masks, by layer.
+    """
+    for name, module in model.named_modules():
+        if role := roles.get(name):
+            weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
+            yield Matrix(name, weight, role, weight.nbytes, *masks.get(name, (None, None)))
 
 
 def _mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,60 @@
+"""The command line itself: arguments that cannot be parsed, help, the version, and what it needs installed."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from commands import call, refusal
+
+from sparsekit import cli
+
+for package in ("tyro", "rich", "PIL", "transformers"):
+    pytest.importorskip(package)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "expected one of {prune, inspect, compress, bench}. (sparsekit --help)"),
+        ("prune", "missing from sparsekit prune: --model STR, --out PATH (sparsekit prune --help)"),
+        (
+            "prune --modle x --out y",
+            "missing from sparsekit prune: --model STR; unrecognized options: --modle, x (sparsekit prune --help)",
+        ),
+        (
+            "melt",
+            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench (sparsekit --help)",
+        ),
+        ("inspect x y", "unrecognized options: y (sparsekit inspect --help)"),
+        ("bench x --tokens a", "error parsing --tokens: Could not find valid parse for arguments: ['a']"),
+        ("prune --model --out x", "missing value for argument '--model'. Expected 1 values. (sparsekit prune --help)"),
+        (
+            "prune --method guess",
+            "invalid choice 'guess' for argument '--method'. Expected one of ('magnitude', 'wanda'",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_parsed_are_one_line(arguments, said, capsys):
+    code, line = refusal(arguments.split(), capsys)
+    assert code == 2 and line.startswith(f"sparsekit: {said}")
+
+
+def test_help_and_version(capsys):
+    for name in ("prune", "inspect", "compress", "bench"):
+        code, out, _ = call([name, "--help"], capsys)
+        assert code == 0 and f"sparsekit {name}" in out and "--json" in out
+    assert call(["--version"], capsys) == (0, f"sparsekit {version('sparsekit')}\n", [])
+
+
+def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("rich", "PIL") else object())
+    line = "sparsekit: the command line needs rich, pillow: pip install 'sparsekit[cli]'"
+    assert refusal(["inspect", "x"], capsys) == (1, line)
+
+
+@pytest.mark.slow
+def test_python_m_sparsekit(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "sparsekit", "inspect", tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"sparsekit: {tmp_path} has no safetensors file\n"
