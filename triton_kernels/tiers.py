@@ -16,7 +16,7 @@ TIERS = Table("tier_prune", {f"{warps}-warps": {"num_warps": warps} for warps in
 
 
 @triton.jit
-def _magnitudes(entries, factors):
+def magnitudes(entries, factors):
     """fp32 magnitudes ``[16, BLOCKS, WIDTH]``, times the factors of their columns, which repeat from row to row."""
     x = tl.abs(widen(entries))
     if factors is not None:
@@ -27,14 +27,14 @@ def _magnitudes(entries, factors):
 
 
 @triton.jit
-def _only(x, keep):
+def only(x, keep):
     """The floats that are kept, and zeros."""
     bits: tl.constexpr = tl.int32 if x.dtype == tl.float32 else tl.int16
     return (x.to(bits, bitcast=True) & keep.to(bits)).to(x.dtype, bitcast=True)
 
 
 @triton.jit
-def _sum_blocks(x, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+def sum_blocks(x, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
     """``block_scores`` of magnitudes: rows one after the other, then columns by halves; ``[1, BLOCKS, 1]``."""
     blocks: tl.constexpr = x.shape[1]
     rows = tl.permute(tl.reshape(x, [16 // SEGMENTS, SEGMENTS, blocks, x.shape[2]]), 0, 2, 1, 3)
@@ -80,7 +80,7 @@ def _tier_prune_kernel(
     if scale is None:
         keys = key_planes(entries)
     else:
-        keys = key_planes(_magnitudes(entries, tl.load(scale + factor, counts, 0)))
+        keys = key_planes(magnitudes(entries, tl.load(scale + factor, counts, 0)))
     valid = words_of(inside)
     kept = keep24(keys)
     if not WHOLE:  # a tail shorter than four is kept
@@ -90,13 +90,13 @@ def _tier_prune_kernel(
     store_mask(kept, mask, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
     keep = spread(kept)
     entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
-    tl.store(pruned + row * cols + col, _only(entries, keep), inside)
+    tl.store(pruned + row * cols + col, only(entries, keep), inside)
     if WIDTH <= COLS:
         if score_scale is None:
-            x = _magnitudes(entries, None)
+            x = magnitudes(entries, None)
         else:
-            x = _magnitudes(entries, tl.load(score_scale + factor, counts, 0))
-        total = _sum_blocks(_only(x, keep), BLOCK_ROWS, segments)
+            x = magnitudes(entries, tl.load(score_scale + factor, counts, 0))
+        total = sum_blocks(only(x, keep), BLOCK_ROWS, segments)
         tl.store(scores + block_row * count + block, total, block < count)
 
 
