@@ -15,7 +15,7 @@ SIGNATURES = {
     "transposable_mask": "score",
     "block_scores": "weight, block=(16, 16), *, scale=None, mask=None",
     "block_topk_mask": "score, k, block=(16, 16)",
-    "tier_prune": "weight, tiers, k, block=(16, 16), *, scale=None, score_scale=None",
+    "tier_prune": "weight, tiers, k, block=(16, 16), *, scale=None, score_scale=None, nested=False",
     "tier_scores": "weight, k, block=(16, 16), *, scale=None, score_scale=None, squared=False",
     "pack24": "weight, mask=None, *, check=None",
     "prune_pack24": "weight, *, scale=None",

@@ -21,11 +21,12 @@ def some_tiers(shape, block, highest=3):
     return torch.randint(0, highest + 1, (-(-shape[0] // block[0]), -(-shape[1] // block[1])), dtype=torch.uint8)
 
 
-def check(gpu, weight, tier, k, block, scale=None, score_scale=None):
-    expected = tier_prune_reference(weight, tier, k, *block, scale, score_scale)
+def check(gpu, weight, tier, k, block, scale=None, score_scale=None, nested=False):
+    expected = tier_prune_reference(weight, tier, k, *block, scale, score_scale, nested)
     poison(*expected)
     on_gpu = [tensor if tensor is None else tensor.to(gpu) for tensor in (scale, score_scale)]
-    pruned, mask, scores = (each.cpu() for each in tiers.tier_prune(weight.to(gpu), tier.to(gpu), k, *block, *on_gpu))
+    outputs = tiers.tier_prune(weight.to(gpu), tier.to(gpu), k, *block, *on_gpu, nested)
+    pruned, mask, scores = (each.cpu() for each in outputs)
     assert_same(mask, expected[1])
     assert_same(pruned, expected[0])
     torch.testing.assert_close(scores, expected[2], rtol=0, atol=0, equal_nan=True)
@@ -52,6 +53,13 @@ def test_equals_reference(gpu, dtype, shape, block):
     weight, tier = hostile(*shape, dtype=dtype), some_tiers(shape, block)
     scale = None if dtype == torch.bfloat16 else torch.rand(shape[1])
     check(gpu, weight, tier, 10, block, scale, torch.randn(shape[1]))
+
+
+@pytest.mark.parametrize("k", [3, 60])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_nested(gpu, dtype, k):
+    tier = some_tiers((17, 22), (8, 8))
+    check(gpu, ties(17, 22, dtype=dtype), tier, k, (8, 8), None if k == 3 else torch.rand(22), nested=True)
 
 
 @pytest.mark.parametrize("scale", [hostile(20), -torch.rand(20)], ids=["hostile", "negative"])
@@ -81,6 +89,7 @@ def test_any_strides(gpu, layout, dtype):
 def test_blocks_larger_than_the_registers(gpu, monkeypatch):
     monkeypatch.setattr(tiers, "program", lambda *args: None)
     check(gpu, hostile(9, 21), some_tiers((9, 21), (4, 8)), 3, (4, 8), torch.rand(21), torch.rand(21))
+    check(gpu, ties(9, 21), some_tiers((9, 21), (4, 8)), 3, (4, 8), nested=True)
 
 
 @pytest.mark.parametrize("config", tiers.TIERS.configs)

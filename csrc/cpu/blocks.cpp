@@ -52,7 +52,7 @@ Tensor block_topk_mask(Tensor score, int64_t k, int64_t block_rows, int64_t bloc
 
 std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64_t k, int64_t block_rows,
                                               int64_t block_cols, std::optional<Tensor> scale,
-                                              std::optional<Tensor> score_scale) {
+                                              std::optional<Tensor> score_scale, bool nested) {
   Tensor pruned = empty(weight, shape_of(weight), weight.scalar_type());
   Tensor mask = empty(weight, shape_of(weight), ScalarType::Bool);
   Tensor scores = empty(weight, shape_of(tiers), ScalarType::Float);
@@ -72,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64
                            .block_rows = block_rows,
                            .block_cols = block_cols,
                            .k = k,
+                           .nested = nested,
                            .dtype = dtype_of(weight),
                            .stream = exceeds_caches(weight.numel() * (1 + weight.element_size()))};
   const Kernels& table = kernels();

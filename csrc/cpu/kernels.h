@@ -57,6 +57,7 @@ struct TierPruneArgs {
   bool* mask;                // [rows, cols], contiguous
   float* scores;             // of the shape of tiers, contiguous
   int64_t rows, cols, block_rows, block_cols, k;  // block_cols is a multiple of 4
+  bool nested;                                    // top-k blocks keep of what 2:4 keeps
   DType dtype;
   bool stream;
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block_topk_kernel.h"
+#include "nm_kernel.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
@@ -25,6 +26,24 @@ void load_keys(const T* weight, const float* scale, int32_t* keys, int64_t cols)
   for (; i < cols; ++i) keys[i] = scale ? magnitude_key(to_float(weight[i]) * scale[i]) : magnitude_key(weight[i]);
 }
 
+// Zeroes the keys of a row that 2:4 drops. What is left over of groups stays.
+inline void keep24(int32_t* keys, int64_t cols) {
+  int64_t i = 0;
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+  for (; i + Keys32::kLanes <= cols; i += Keys32::kLanes)
+    store_kept(keys + i, keys + i, nm_keep<4>(Keys32{load(keys + i)}, 2), false);
+#endif
+  for (; i + 4 <= cols; i += 4) {
+    std::array<int32_t, 4> key;
+    std::copy_n(keys + i, 4, key.begin());
+    for (int j = 0; j < 4; ++j) {
+      int before = 0;
+      for (int other = 0; other < 4; ++other) before += key[other] > key[j] || (key[other] == key[j] && other < j);
+      if (before >= 2) keys[i + j] = 0;
+    }
+  }
+}
+
 // Args: of a kernel that ranks the entries of `weight` by magnitude times `scale`, and keeps `k`.
 template <class Args>
 class StripTopk {
@@ -46,8 +65,9 @@ class StripTopk {
   void add(int64_t block) { block_[found_++] = block; }
 
   // Finds what the named blocks keep. kCols: the columns of a block where they are known when compiling, else 0.
+  // `nested`: of what 2:4 keeps, and nothing that is 0.
   template <class T, int64_t kCols>
-  void choose(const BlockStrip& strip) {
+  void choose(const BlockStrip& strip, bool nested) {
     const auto keys_of = [&](int64_t i) {
       return BlockKeys{keys_.get() + i * pitch_, strip.rows * cols_of(strip, i)};
     };
@@ -62,11 +82,13 @@ class StripTopk {
           load_keys<kCols>(weight, keys, cols);
         else
           load_keys<0>(weight, keys, cols);
+        if (nested) keep24(keys, cols);
       }
       std::fill(keys, keys_.get() + i * pitch_ + keys_of(i).end(), -1);
     }
     kth_of_blocks(keys_of, found_, a_.k, kth_.get());
-    for (int64_t i = 0; i < found_; ++i) keep_largest(keys_of(i), a_.k, kth_[i], kept_.get() + i * pitch_ / 32);
+    for (int64_t i = 0; i < found_; ++i)
+      keep_largest(keys_of(i), a_.k, nested ? std::max(kth_[i], 1) : kth_[i], kept_.get() + i * pitch_ / 32);
   }
 
   // Adds what they keep of one row to the bits of the columns of the strip.

@@ -63,7 +63,7 @@ void tier_strip(const TierPruneArgs& a, const BlockStrip& strip, TierScratch& s)
     if (tiers[block] == kSparse24) set_bits(s.two.get(), left, cols);
     if (tiers[block] > kSparse24) s.topk.add(block);
   }
-  s.topk.choose<T, kCols>(strip);
+  s.topk.choose<T, kCols>(strip, a.nested);
   s.totals.clear(strip.cols, blocks * a.block_cols);
   for (int64_t row = 0; row < strip.rows; ++row) {
     keep_row<T, kCols>(a, strip, row, s);

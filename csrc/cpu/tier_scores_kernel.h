@@ -75,7 +75,7 @@ void score_strip(const TierScoresArgs& a, const BlockStrip& strip, TierScoresScr
   const int64_t wide = (a.cols + a.block_cols - 1) / a.block_cols, blocks = strip.blocks(a.block_cols);
   s.topk.clear();
   for (int64_t block = 0; a.k > 0 && block < blocks; ++block) s.topk.add(block);
-  s.topk.template choose<T, kCols>(strip);
+  s.topk.template choose<T, kCols>(strip, false);
   for (StripTotals& totals : s.totals) totals.clear(strip.cols, blocks * a.block_cols);
   for (int64_t row = 0; row < strip.rows; ++row) {
     std::fill_n(s.kept.get(), (strip.cols + 63) / 64, 0);

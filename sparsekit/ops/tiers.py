@@ -18,12 +18,17 @@ def tier_prune_reference(
     block_cols: int,
     scale: Tensor | None,
     score_scale: Tensor | None,
+    nested: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = weight.shape
     score = weight if scale is None else weight.abs().float() * scale
     tier = tiers.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_cols, 1)[:, :cols]
     sparse24 = nm_mask_reference(score, 2, 4)
-    topk = block_topk_mask_reference(score, k, block_rows, block_cols)
+    if nested:
+        left = torch.where(sparse24, score, 0)
+        topk = block_topk_mask_reference(left, k, block_rows, block_cols) & (left != 0)
+    else:
+        topk = block_topk_mask_reference(score, k, block_rows, block_cols)
     mask = torch.where(tier == SPARSE24, sparse24, topk) | (tier == DENSE)
     scores = block_scores_reference(weight, block_rows, block_cols, score_scale, mask)
     return torch.where(mask, weight, 0).contiguous(), mask.contiguous(), scores
@@ -37,6 +42,7 @@ def _tier_prune_fake(
     block_cols: int,
     scale: Tensor | None,
     score_scale: Tensor | None,
+    nested: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pruned, mask = weight.new_empty(weight.shape), weight.new_empty(weight.shape, dtype=torch.bool)
     return pruned, mask, weight.new_empty(tiers.shape, dtype=torch.float32)
@@ -44,7 +50,7 @@ def _tier_prune_fake(
 
 _tier_prune = define(
     "tier_prune(Tensor weight, Tensor tiers, int k, int block_rows, int block_cols, Tensor? scale, "
-    "Tensor? score_scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor? score_scale, bool nested=False) -> (Tensor, Tensor, Tensor)",
     tier_prune_reference,
     _tier_prune_fake,
 )
@@ -58,7 +64,7 @@ def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _prune_backward(ctx, grad, _mask, _scores):  # type: ignore[no-untyped-def]
     (mask,) = ctx.saved_tensors
-    return torch.where(mask, grad, 0), None, None, None, None, None, None
+    return torch.where(mask, grad, 0), None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("sparsekit::tier_prune", _prune_backward, setup_context=_save_mask, lib=LIBRARY)
@@ -72,6 +78,7 @@ def tier_prune(
     *,
     scale: Tensor | None = None,
     score_scale: Tensor | None = None,
+    nested: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prunes every block of a matrix by its tier, and scores what is left of it, in one pass.
 
@@ -93,6 +100,8 @@ def tier_prune(
         scale: float32 ``[cols]``, one factor per input column, for the choice inside a block; None ranks by magnitude.
         score_scale: float32 ``[cols]``, the factors of the scores; None means 1. With ``scale`` None and Wanda's input
             norms here, blocks are chosen by Wanda's score and entries by magnitude, as the three-tier pruner does.
+        nested: blocks of top-k keep the best of what 2:4 keeps of them, and nothing that is 0, as in the three-tier
+            pruner, whose blocks are 2:4 before they are top-k.
 
     Returns:
         ``(pruned, mask, scores)``: a copy of ``weight`` with zeros where dropped, and the bool mask, both contiguous;
@@ -107,7 +116,7 @@ def tier_prune(
     rows, cols = block
     shape = -(-weight.shape[0] // rows), -(-weight.shape[1] // cols)
     check_like("tiers", tiers, torch.uint8, shape, weight)
-    return _tier_prune(weight, tiers, k, rows, cols, scale, score_scale)
+    return _tier_prune(weight, tiers, k, rows, cols, scale, score_scale, nested)
 
 
 def tier_scores_reference(

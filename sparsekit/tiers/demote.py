@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import block_scores, nm_mask, tier_prune, tier_scores
-from ..ops.tiers import DENSE, SPARSE24, TOPK
+from ..ops.tiers import DENSE, SPARSE24
 from .tier_map import Ratios, TierMap
 
 Criterion = Literal["loss", "published"]
@@ -43,10 +43,7 @@ def prune_tiers(
     """
     tiers, k, block = tier_map.tiers, tier_map.k, tier_map.block
     if criterion == "published":
-        pruned, mask, _ = tier_prune(weight, tiers.clamp(max=SPARSE24), k, block)
-        if (tiers == TOPK).any():
-            pruned, mask, _ = tier_prune(pruned, tiers, k, block)
-        return pruned, mask
+        return tier_prune(weight, tiers, k, block, nested=True)[:2]
     ranked, scale = _ranked(weight, score)
     pruned, mask, _ = tier_prune(ranked, tiers, k, block, scale=scale)
     return pruned if ranked is weight else torch.where(mask, weight, 0), mask
