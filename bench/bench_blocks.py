@@ -3,7 +3,7 @@ import torch
 
 import sparsekit as sk
 from sparsekit.ops.blocks import block_scores_reference, block_topk_mask_reference
-from sparsekit.ops.tiers import DENSE, SPARSE24, tier_prune_reference
+from sparsekit.ops.tiers import DENSE, SPARSE24, tier_prune_reference, tier_scores_reference
 
 from .baselines import copy_call
 from .shapes import SQUARE, name
@@ -59,3 +59,26 @@ def bench_tier_prune(record, dtype):
     record(
         row, lambda: sk.tier_prune(weight, tiers, 10, score_scale=scale), baselines, bytes_moved=moved, copied=copied
     )
+
+
+def usual_scores(weight, scale):
+    """What every block keeps of its squared score in each tier as it is usually written."""
+    score = weight * scale
+    squares, one = score.square(), torch.ones_like(scale)
+    kept = squares, squares * topk_scatter(score, 2, 4), squares * block_topk(score, 10)
+    return torch.stack([block_sums(part, one) for part in kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_tier_scores(record, dtype):
+    weight, scale = torch.randn(SQUARE).to(DTYPES[dtype]), torch.rand(SQUARE[1])
+
+    def own():
+        return sk.tier_scores(weight, 10, scale=scale, score_scale=scale, squared=True)
+
+    expected = tier_scores_reference(weight[SAMPLE], 10, 16, 16, scale, scale, True)
+    assert torch.equal(own()[:, : SAMPLE.stop // 16], expected)
+    baselines, copied = copy_call(weight)
+    baselines["topk"] = lambda: usual_scores(weight, scale)
+    row = {"op": "tier_scores 16x16", "shape": name(SQUARE), "dtype": dtype, "goal": {}}
+    record(row, own, baselines, bytes_moved=weight.nbytes + own().nbytes, copied=copied)

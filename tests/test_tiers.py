@@ -52,11 +52,28 @@ def test_every_level_equals_reference(simd, dtype, block, shape):
     for weight in (ties(*shape, dtype=dtype), hostile(*shape, dtype=dtype)):
         tiers = tiers_of(weight, block)
         for k in (0, size // 25 + 1, size):
-            for scales in ((None, None), (torch.rand(shape[1]), None), (None, hostile(shape[1]))):
-                expected = tier_prune_reference(weight, tiers, k, *block, *scales)
+            scaled = (None, None, False), (torch.rand(shape[1]), None, True), (None, hostile(shape[1]), True)
+            for scale, score_scale, nested in scaled:
+                expected = tier_prune_reference(weight, tiers, k, *block, scale, score_scale, nested)
                 poison(*expected, *expected)
-                actual = sk.tier_prune(weight, tiers, k, block, scale=scales[0], score_scale=scales[1])
+                actual = sk.tier_prune(weight, tiers, k, block, scale=scale, score_scale=score_scale, nested=nested)
                 assert_all_same(actual, expected)
+
+
+def test_nested_literal(simd):
+    weight = torch.tensor([[9.0, -8, 7, 6, 1, 0, 0, 0], [1, 1, 1, 1, 5, 5, 5, 5]])
+    tiers = torch.tensor([[2, 2]], dtype=torch.uint8)
+    assert sk.tier_prune(weight, tiers, 3, (2, 4))[0].tolist() == [[9, -8, 7, 0, 0, 0, 0, 0], [0, 0, 0, 0, 5, 5, 5, 0]]
+    pruned, mask, scores = sk.tier_prune(weight, tiers, 3, (2, 4), nested=True)
+    assert pruned.tolist() == [[9, -8, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 5, 5, 0, 0]]
+    assert torch.equal(mask, pruned != 0) and scores.tolist() == [[18, 11]]
+
+
+@pytest.mark.parametrize("k", [3, 200])
+def test_nested_prunes_as_two_steps_do(simd, k):
+    weight, tiers = ties(70, 90), torch.randint(0, 3, (5, 6), dtype=torch.uint8)
+    twice = sk.tier_prune(sk.tier_prune(weight, tiers.clamp(max=1), k)[0], tiers, k)[0]
+    assert torch.equal(sk.tier_prune(weight, tiers, k, nested=True)[0], twice)
 
 
 @pytest.mark.parametrize("tier", [0, 1, 2, 3, 255])

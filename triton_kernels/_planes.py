@@ -84,6 +84,16 @@ def key_planes(entries):
 
 
 @triton.jit
+def nonzero(keys):
+    """Which keys are not 0: words as of a plane."""
+    bits = slices(keys)
+    some = bits[0]
+    for bit in tl.static_range(1, keys.shape[0] - 1):
+        some = some | bits[bit]
+    return some
+
+
+@triton.jit
 def _popcount(x):
     """The form that LLVM knows as one instruction."""
     x = x - (x >> 1 & 0x55555555)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Table, on
-from ._planes import keep24, keep_topk, key_planes, slices, spread, words_of
+from ._planes import keep24, keep_topk, key_planes, nonzero, slices, spread, words_of
 from ._select import widen
 from ._strips import blocks_of, place, program, store_mask
 from .blocks import block_scores, block_topk_mask, sum_columns
@@ -16,7 +16,7 @@ TIERS = Table("tier_prune", {f"{warps}-warps": {"num_warps": warps} for warps in
 
 
 @triton.jit
-def _magnitudes(entries, factors):
+def magnitudes(entries, factors):
     """fp32 magnitudes ``[16, BLOCKS, WIDTH]``, times the factors of their columns, which repeat from row to row."""
     x = tl.abs(widen(entries))
     if factors is not None:
@@ -27,14 +27,14 @@ def _magnitudes(entries, factors):
 
 
 @triton.jit
-def _only(x, keep):
+def only(x, keep):
     """The floats that are kept, and zeros."""
     bits: tl.constexpr = tl.int32 if x.dtype == tl.float32 else tl.int16
     return (x.to(bits, bitcast=True) & keep.to(bits)).to(x.dtype, bitcast=True)
 
 
 @triton.jit
-def _sum_blocks(x, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+def sum_blocks(x, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
     """``block_scores`` of magnitudes: rows one after the other, then columns by halves; ``[1, BLOCKS, 1]``."""
     blocks: tl.constexpr = x.shape[1]
     rows = tl.permute(tl.reshape(x, [16 // SEGMENTS, SEGMENTS, blocks, x.shape[2]]), 0, 2, 1, 3)
@@ -61,6 +61,7 @@ def _tier_prune_kernel(
     weight_col,
     tiers_row,
     tiers_col,
+    NESTED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     COLS: tl.constexpr,
@@ -80,23 +81,27 @@ def _tier_prune_kernel(
     if scale is None:
         keys = key_planes(entries)
     else:
-        keys = key_planes(_magnitudes(entries, tl.load(scale + factor, counts, 0)))
+        keys = key_planes(magnitudes(entries, tl.load(scale + factor, counts, 0)))
     valid = words_of(inside)
     kept = keep24(keys)
     if not WHOLE:  # a tail shorter than four is kept
         kept |= words_of(col >= cols // 4 * 4)
-    kept = tl.where(tier > 1, keep_topk(keys, valid, k), kept)
-    kept = tl.where(tier == 0, valid, kept & valid)
+    kept &= valid
+    if NESTED:
+        topk = keep_topk(keys, kept & nonzero(keys), k)
+    else:
+        topk = keep_topk(keys, valid, k)
+    kept = tl.where(tier == 0, valid, tl.where(tier > 1, topk, kept))
     store_mask(kept, mask, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
     keep = spread(kept)
     entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
-    tl.store(pruned + row * cols + col, _only(entries, keep), inside)
+    tl.store(pruned + row * cols + col, only(entries, keep), inside)
     if WIDTH <= COLS:
         if score_scale is None:
-            x = _magnitudes(entries, None)
+            x = magnitudes(entries, None)
         else:
-            x = _magnitudes(entries, tl.load(score_scale + factor, counts, 0))
-        total = _sum_blocks(_only(x, keep), BLOCK_ROWS, segments)
+            x = magnitudes(entries, tl.load(score_scale + factor, counts, 0))
+        total = sum_blocks(only(x, keep), BLOCK_ROWS, segments)
         tl.store(scores + block_row * count + block, total, block < count)
 
 
@@ -108,6 +113,7 @@ def tier_prune(
     block_cols: int,
     scale: Tensor | None,
     score_scale: Tensor | None,
+    nested: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = weight.shape
     pruned, mask = weight.new_empty((rows, cols)), weight.new_empty((rows, cols), dtype=torch.bool)
@@ -117,7 +123,7 @@ def tier_prune(
     key_bytes = weight.element_size() if scale is None else 4
     launch = program(weight, block_rows, block_cols, 4, key_bytes, TIERS.config(weight, "any"))
     if launch is None:
-        return _prune_in_passes(weight, tiers, k, block_rows, block_cols, scale, score_scale)
+        return _prune_in_passes(weight, tiers, k, block_rows, block_cols, scale, score_scale, nested)
     grid, constants = launch
     with on(weight):
         _tier_prune_kernel[(grid,)](
@@ -133,6 +139,7 @@ def tier_prune(
             cols,
             *weight.stride(),
             *tiers.stride(),
+            NESTED=nested,
             enable_fp_fusion=False,
             **constants,
         )
@@ -149,11 +156,15 @@ def _prune_in_passes(
     block_cols: int,
     scale: Tensor | None,
     score_scale: Tensor | None,
+    nested: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks that are larger than the registers."""
     rows, cols = weight.shape
     score = weight if scale is None else weight.abs().float() * scale
     tier = tiers.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_cols, 1)[:, :cols]
-    mask = torch.where(tier == 1, nm_mask(score, 2, 4), block_topk_mask(score, k, block_rows, block_cols))
-    mask |= tier == 0
+    sparse24 = nm_mask(score, 2, 4)
+    score = torch.where(sparse24, score, 0) if nested else score
+    topk = block_topk_mask(score, k, block_rows, block_cols)
+    topk = topk & (score != 0) if nested else topk
+    mask = torch.where(tier == 1, sparse24, topk) | (tier == 0)
     return torch.where(mask, weight, 0), mask, block_scores(weight, block_rows, block_cols, score_scale, mask)

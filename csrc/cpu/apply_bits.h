@@ -25,8 +25,8 @@ void apply64(const T* weight, uint64_t kept, const float* scale, const Applied<T
                 to.stream), ...);
   }(std::make_integer_sequence<int, 64 / kNarrow>());
   [&]<int... i>(std::integer_sequence<int, i...>) {
-    (add_kept<kScaled>(weight + column + i * kWide, keep_bits<float, i * kWide>(kept),
-                       kScaled ? scale + column + i * kWide : nullptr, to.total + column + i * kWide), ...);
+    (add_kept(magnitudes<kScaled>(weight + column + i * kWide, kScaled ? scale + column + i * kWide : nullptr),
+              keep_bits<float, i * kWide>(kept), to.total + column + i * kWide), ...);
   }(std::make_integer_sequence<int, 64 / kWide>());
   store_mask64(to.mask + column, kept, to.stream);
 }

@@ -1,4 +1,5 @@
-// Block scores, top-k per block and tiers: block_scores, block_topk_mask, tier_prune.
+// Block scores, top-k per block and tiers: block_scores, block_topk_mask, tier_prune,
+// tier_scores.
 #include <tuple>
 
 #include "glue.h"
@@ -51,7 +52,7 @@ Tensor block_topk_mask(Tensor score, int64_t k, int64_t block_rows, int64_t bloc
 
 std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64_t k, int64_t block_rows,
                                               int64_t block_cols, std::optional<Tensor> scale,
-                                              std::optional<Tensor> score_scale) {
+                                              std::optional<Tensor> score_scale, bool nested) {
   Tensor pruned = empty(weight, shape_of(weight), weight.scalar_type());
   Tensor mask = empty(weight, shape_of(weight), ScalarType::Bool);
   Tensor scores = empty(weight, shape_of(tiers), ScalarType::Float);
@@ -71,12 +72,37 @@ std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64
                            .block_rows = block_rows,
                            .block_cols = block_cols,
                            .k = k,
+                           .nested = nested,
                            .dtype = dtype_of(weight),
                            .stream = exceeds_caches(weight.numel() * (1 + weight.element_size()))};
   const Kernels& table = kernels();
   torch::stable::parallel_for(0, ceil_div(rows.rows, block_rows), row_grain(rows.cols * block_rows),
                               [&](int64_t begin, int64_t end) { table.tier_prune(args, begin, end); });
   return {pruned, mask, scores};
+}
+
+Tensor tier_scores(Tensor weight, int64_t k, int64_t block_rows, int64_t block_cols, std::optional<Tensor> scale,
+                   std::optional<Tensor> score_scale, bool squared) {
+  const int64_t tall = ceil_div(weight.size(0), block_rows), wide = ceil_div(weight.size(1), block_cols);
+  Tensor scores = empty(weight, {3, tall, wide}, ScalarType::Float);
+  if (tall * wide == 0) return scores;
+  const Rows rows = rows_of(weight);
+  const TierScoresArgs args{.weight = weight.const_data_ptr(),
+                            .weight_stride = rows.stride,
+                            .scale = contiguous_data<float>(scale),
+                            .score_scale = contiguous_data<float>(score_scale),
+                            .scores = static_cast<float*>(scores.mutable_data_ptr()),
+                            .rows = rows.rows,
+                            .cols = rows.cols,
+                            .block_rows = block_rows,
+                            .block_cols = block_cols,
+                            .k = k,
+                            .squared = squared,
+                            .dtype = dtype_of(weight)};
+  const Kernels& table = kernels();
+  torch::stable::parallel_for(0, tall, row_grain(rows.cols * block_rows),
+                              [&](int64_t begin, int64_t end) { table.tier_scores(args, begin, end); });
+  return scores;
 }
 
 }  // namespace
@@ -86,4 +112,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("block_scores", TORCH_BOX(&sparsekit::block_scores));
   m.impl("block_topk_mask", TORCH_BOX(&sparsekit::block_topk_mask));
   m.impl("tier_prune", TORCH_BOX(&sparsekit::tier_prune));
+  m.impl("tier_scores", TORCH_BOX(&sparsekit::tier_scores));
 }

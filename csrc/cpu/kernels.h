@@ -57,8 +57,20 @@ struct TierPruneArgs {
   bool* mask;                // [rows, cols], contiguous
   float* scores;             // of the shape of tiers, contiguous
   int64_t rows, cols, block_rows, block_cols, k;  // block_cols is a multiple of 4
+  bool nested;                                    // top-k blocks keep of what 2:4 keeps
   DType dtype;
   bool stream;
+};
+
+struct TierScoresArgs {
+  const void* weight;  // [rows, cols]
+  int64_t weight_stride;
+  const float* scale;        // [cols] or null: what entries are ranked by
+  const float* score_scale;  // [cols] or null
+  float* scores;             // [3, ceil(rows / block_rows), ceil(cols / block_cols)], contiguous
+  int64_t rows, cols, block_rows, block_cols, k;  // block_cols is a multiple of 4
+  bool squared;
+  DType dtype;
 };
 
 struct TransposableArgs {
@@ -149,6 +161,7 @@ struct Kernels {
   void (*block_scores)(const BlockScoresArgs&, int64_t begin, int64_t end);
   void (*block_topk)(const BlockTopkArgs&, int64_t begin, int64_t end);
   void (*tier_prune)(const TierPruneArgs&, int64_t begin, int64_t end);
+  void (*tier_scores)(const TierScoresArgs&, int64_t begin, int64_t end);
   // Rows [4 * begin, 4 * end), the last of which may be fewer.
   void (*transposable)(const TransposableArgs&, int64_t begin, int64_t end);
   // Returns the first group that breaks 2:4, as row * (cols / 4) + group, or -1.

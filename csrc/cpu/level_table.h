@@ -8,6 +8,7 @@
 #include "prune_pack24_kernel.h"
 #include "sparsegpt_kernel.h"
 #include "tier_prune_kernel.h"
+#include "tier_scores_kernel.h"
 #include "transposable_kernel.h"
 
 #define SPARSEKIT_JOIN_(a, b) a##b
@@ -23,6 +24,7 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .block_scores = SPARSEKIT_LEVEL::block_scores,
     .block_topk = SPARSEKIT_LEVEL::block_topk,
     .tier_prune = SPARSEKIT_LEVEL::tier_prune,
+    .tier_scores = SPARSEKIT_LEVEL::tier_scores,
     .transposable = SPARSEKIT_LEVEL::transposable,
     .pack24 = SPARSEKIT_LEVEL::pack24,
     .prune_pack24 = SPARSEKIT_LEVEL::prune_pack24,

@@ -137,11 +137,16 @@ inline void store_mask64(bool* to, uint64_t bits, bool stream) {
   }
 }
 
-// total += the magnitudes, times the scale, of the lanes to keep.
+// The magnitudes, times the scale.
 template <bool kScaled, class T>
-void add_kept(const T* weight, Keep32 keep, const float* scale, float* total) {
-  __m256 score = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), load_floats(weight));
-  if constexpr (kScaled) score = _mm256_mul_ps(score, _mm256_loadu_ps(scale));
+__m256 magnitudes(const T* weight, const float* scale) {
+  const __m256 score = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), load_floats(weight));
+  if constexpr (kScaled) return _mm256_mul_ps(score, _mm256_loadu_ps(scale));
+  return score;
+}
+
+// total += the lanes to keep.
+inline void add_kept(__m256 score, Keep32 keep, float* total) {
   score = _mm256_and_ps(score, _mm256_castsi256_ps(keep.lanes));
   _mm256_storeu_ps(total, _mm256_add_ps(_mm256_loadu_ps(total), score));
 }

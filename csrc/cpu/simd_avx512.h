@@ -124,12 +124,17 @@ auto keep_bits(uint64_t bits) {
 // 64 bits as bytes.
 inline void store_mask64(bool* to, uint64_t bits, bool stream) { store_mask(to, Keep8{bits}, stream); }
 
-// total += the magnitudes, times the scale, of the lanes to keep.
+// The magnitudes, times the scale.
 template <bool kScaled, class T>
-void add_kept(const T* weight, Keep32 keep, const float* scale, float* total) {
+__m512 magnitudes(const T* weight, const float* scale) {
   const __m512i bits = _mm512_and_si512(_mm512_castps_si512(load_floats(weight)), _mm512_set1_epi32(0x7fffffff));
-  __m512 score = _mm512_castsi512_ps(bits);
-  if constexpr (kScaled) score = _mm512_mul_ps(score, _mm512_loadu_ps(scale));
+  const __m512 score = _mm512_castsi512_ps(bits);
+  if constexpr (kScaled) return _mm512_mul_ps(score, _mm512_loadu_ps(scale));
+  return score;
+}
+
+// total += the lanes to keep.
+inline void add_kept(__m512 score, Keep32 keep, float* total) {
   score = _mm512_castsi512_ps(_mm512_maskz_mov_epi32(keep.bits, _mm512_castps_si512(score)));
   _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), score));
 }

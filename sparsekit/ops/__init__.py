@@ -32,6 +32,7 @@ from .tiered import TieredWeight as TieredWeight
 from .tiered import pack_tiered as pack_tiered
 from .tiered import unpack_tiered as unpack_tiered
 from .tiers import tier_prune as tier_prune
+from .tiers import tier_scores as tier_scores
 from .transposable import transposable_mask as transposable_mask
 
 _register_triton()

@@ -18,12 +18,16 @@ def split_blocks(matrix: Tensor, block_rows: int, block_cols: int, fill: float =
 def block_scores_reference(
     weight: Tensor, block_rows: int, block_cols: int, scale: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    rows, cols = -(-weight.shape[0] // block_rows), -(-weight.shape[1] // block_cols)
-    if rows * cols == 0:
-        return weight.new_zeros((rows, cols), dtype=torch.float32)
     score = weight.abs().float()
     score = score if scale is None else score * scale
-    score = score if mask is None else torch.where(mask, score, 0)
+    return sum_blocks(score if mask is None else torch.where(mask, score, 0), block_rows, block_cols)
+
+
+def sum_blocks(score: Tensor, block_rows: int, block_cols: int) -> Tensor:
+    """The sum of every block of an fp32 matrix, in the order that ``block_scores`` documents."""
+    rows, cols = -(-score.shape[0] // block_rows), -(-score.shape[1] // block_cols)
+    if rows * cols == 0:
+        return score.new_zeros((rows, cols))
     blocks = split_blocks(score, block_rows, block_cols)
     total = blocks[:, 0]
     for row in range(1, block_rows):  # rows one after the other

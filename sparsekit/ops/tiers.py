@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._define import LIBRARY, check_like, check_weight, define
-from .blocks import block_scores_reference, block_topk_mask_reference, check_block, check_kept
+from .blocks import block_scores_reference, block_topk_mask_reference, check_block, check_kept, sum_blocks
 from .nm import nm_mask_reference
 
 DENSE, SPARSE24, TOPK = 0, 1, 2
@@ -18,12 +18,17 @@ def tier_prune_reference(
     block_cols: int,
     scale: Tensor | None,
     score_scale: Tensor | None,
+    nested: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = weight.shape
     score = weight if scale is None else weight.abs().float() * scale
     tier = tiers.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_cols, 1)[:, :cols]
     sparse24 = nm_mask_reference(score, 2, 4)
-    topk = block_topk_mask_reference(score, k, block_rows, block_cols)
+    if nested:
+        left = torch.where(sparse24, score, 0)
+        topk = block_topk_mask_reference(left, k, block_rows, block_cols) & (left != 0)
+    else:
+        topk = block_topk_mask_reference(score, k, block_rows, block_cols)
     mask = torch.where(tier == SPARSE24, sparse24, topk) | (tier == DENSE)
     scores = block_scores_reference(weight, block_rows, block_cols, score_scale, mask)
     return torch.where(mask, weight, 0).contiguous(), mask.contiguous(), scores
@@ -37,6 +42,7 @@ def _tier_prune_fake(
     block_cols: int,
     scale: Tensor | None,
     score_scale: Tensor | None,
+    nested: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pruned, mask = weight.new_empty(weight.shape), weight.new_empty(weight.shape, dtype=torch.bool)
     return pruned, mask, weight.new_empty(tiers.shape, dtype=torch.float32)
@@ -44,7 +50,7 @@ def _tier_prune_fake(
 
 _tier_prune = define(
     "tier_prune(Tensor weight, Tensor tiers, int k, int block_rows, int block_cols, Tensor? scale, "
-    "Tensor? score_scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor? score_scale, bool nested=False) -> (Tensor, Tensor, Tensor)",
     tier_prune_reference,
     _tier_prune_fake,
 )
@@ -58,7 +64,7 @@ def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _prune_backward(ctx, grad, _mask, _scores):  # type: ignore[no-untyped-def]
     (mask,) = ctx.saved_tensors
-    return torch.where(mask, grad, 0), None, None, None, None, None, None
+    return torch.where(mask, grad, 0), None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("sparsekit::tier_prune", _prune_backward, setup_context=_save_mask, lib=LIBRARY)
@@ -72,6 +78,7 @@ def tier_prune(
     *,
     scale: Tensor | None = None,
     score_scale: Tensor | None = None,
+    nested: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prunes every block of a matrix by its tier, and scores what is left of it, in one pass.
 
@@ -93,6 +100,8 @@ def tier_prune(
         scale: float32 ``[cols]``, one factor per input column, for the choice inside a block; None ranks by magnitude.
         score_scale: float32 ``[cols]``, the factors of the scores; None means 1. With ``scale`` None and Wanda's input
             norms here, blocks are chosen by Wanda's score and entries by magnitude, as the three-tier pruner does.
+        nested: blocks of top-k keep the best of what 2:4 keeps of them, and nothing that is 0, as in the three-tier
+            pruner, whose blocks are 2:4 before they are top-k.
 
     Returns:
         ``(pruned, mask, scores)``: a copy of ``weight`` with zeros where dropped, and the bool mask, both contiguous;
@@ -103,15 +112,95 @@ def tier_prune(
         ValueError: ``weight`` is not a matrix, a block side is not positive or its columns no multiple of 4, ``k`` is
             out of range, or ``tiers``, ``scale`` or ``score_scale`` has the wrong shape or device.
     """
-    check_weight("weight", weight, 2)
-    check_block(block)
+    _check(weight, k, block, scale=scale, score_scale=score_scale)
     rows, cols = block
-    if cols % 4:
-        raise ValueError(f"the columns of block must be a multiple of 4, got {tuple(block)}")
-    check_kept(k, block)
     shape = -(-weight.shape[0] // rows), -(-weight.shape[1] // cols)
     check_like("tiers", tiers, torch.uint8, shape, weight)
-    for name, factors in (("scale", scale), ("score_scale", score_scale)):
+    return _tier_prune(weight, tiers, k, rows, cols, scale, score_scale, nested)
+
+
+def tier_scores_reference(
+    weight: Tensor,
+    k: int,
+    block_rows: int,
+    block_cols: int,
+    scale: Tensor | None,
+    score_scale: Tensor | None,
+    squared: bool,
+) -> Tensor:
+    ranked = weight if scale is None else weight.abs().float() * scale
+    score = weight.abs().float()
+    score = score if score_scale is None else score * score_scale
+    score = score * score if squared else score
+    sparse24 = nm_mask_reference(ranked, 2, 4)
+    topk = block_topk_mask_reference(ranked, k, block_rows, block_cols)
+    kept = score, torch.where(sparse24, score, 0), torch.where(topk, score, 0)
+    return torch.stack([sum_blocks(part, block_rows, block_cols) for part in kept])
+
+
+def _tier_scores_fake(
+    weight: Tensor,
+    k: int,
+    block_rows: int,
+    block_cols: int,
+    scale: Tensor | None,
+    score_scale: Tensor | None,
+    squared: bool,
+) -> Tensor:
+    shape = 3, -(-weight.shape[0] // block_rows), -(-weight.shape[1] // block_cols)
+    return weight.new_empty(shape, dtype=torch.float32)
+
+
+_tier_scores = define(
+    "tier_scores(Tensor weight, int k, int block_rows, int block_cols, Tensor? scale, Tensor? score_scale, "
+    "bool squared) -> Tensor",
+    tier_scores_reference,
+    _tier_scores_fake,
+)
+
+
+@torch.no_grad()
+def tier_scores(
+    weight: Tensor,
+    k: int,
+    block: tuple[int, int] = (16, 16),
+    *,
+    scale: Tensor | None = None,
+    score_scale: Tensor | None = None,
+    squared: bool = False,
+) -> Tensor:
+    """Sums the score that every block of a matrix would keep in each tier, in one pass and without a mask.
+
+    What a block loses by a demotion is the difference of two of these sums. Each is the ``scores`` that ``tier_prune``
+    gives with all blocks in that tier: the same entries stay, and the additions have ``block_scores``'s order.
+
+    Args:
+        weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides.
+        k: entries kept of a block of top-k, ``0 <= k <= block[0] * block[1]``; 0 saves the search for them.
+        block: rows and columns of a block; the columns are a multiple of 4.
+        scale: float32 ``[cols]``, one factor per input column, for the choice inside a block; None ranks by magnitude.
+        score_scale: float32 ``[cols]``, the factors of the scores ``abs(weight) * score_scale``; None means 1.
+        squared: sums the squares of the scores, fp32 products. With Wanda's input norms that is what the output's
+            squared error grows by when an entry is dropped, if inputs are uncorrelated.
+
+    Returns:
+        float32 ``[3, ceil(rows / block[0]), ceil(cols / block[1])]``: what stays of a dense, a 2:4 and a top-k block.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: ``weight`` is not a matrix, a block side is not positive or its columns no multiple of 4, ``k`` is
+            out of range, or ``scale`` or ``score_scale`` has the wrong shape or device.
+    """
+    _check(weight, k, block, scale=scale, score_scale=score_scale)
+    return _tier_scores(weight, k, *block, scale, score_scale, squared)
+
+
+def _check(weight: Tensor, k: int, block: tuple[int, int], **scales: Tensor | None) -> None:
+    check_weight("weight", weight, 2)
+    check_block(block)
+    if block[1] % 4:
+        raise ValueError(f"the columns of block must be a multiple of 4, got {tuple(block)}")
+    check_kept(k, block)
+    for name, factors in scales.items():
         if factors is not None:
             check_like(name, factors, torch.float32, weight.shape[-1:], weight)
-    return _tier_prune(weight, tiers, k, rows, cols, scale, score_scale)

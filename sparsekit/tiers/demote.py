@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..ops import block_scores, nm_mask, nm_prune, tier_prune
-from ..ops.tiers import DENSE, SPARSE24, TOPK
+from ..ops import block_scores, nm_mask, tier_prune, tier_scores
+from ..ops.tiers import DENSE, SPARSE24
 from .tier_map import Ratios, TierMap
 
 Criterion = Literal["loss", "published"]
@@ -43,10 +43,7 @@ def prune_tiers(
     """
     tiers, k, block = tier_map.tiers, tier_map.k, tier_map.block
     if criterion == "published":
-        pruned, mask, _ = tier_prune(weight, tiers.clamp(max=SPARSE24), k, block)
-        if (tiers == TOPK).any():
-            pruned, mask, _ = tier_prune(pruned, tiers, k, block)
-        return pruned, mask
+        return tier_prune(weight, tiers, k, block, nested=True)[:2]
     ranked, scale = _ranked(weight, score)
     pruned, mask, _ = tier_prune(ranked, tiers, k, block, scale=scale)
     return pruned if ranked is weight else torch.where(mask, weight, 0), mask
@@ -106,16 +103,14 @@ def demotion_costs(weight: Tensor, score: Tensor, tier_map: TierMap, criterion: 
             f"{tuple(score.shape)}; or score is one norm for each column"
         )
     k, block = tier_map.k, tier_map.block
-    if criterion == "published":
-        scored, scale = (weight, score) if score.dim() == 1 else (score, None)
-        kept24 = nm_mask(weight, 2, 4)
-        return block_scores(scored, block, scale=scale), block_scores(scored, block, scale=scale, mask=kept24)
-    ranked, scale = _ranked(weight, score)
-    squares, scale = ranked.float().square(), None if scale is None else scale.square()
-    kept24 = nm_prune(squares, 2, 4, scale=scale)[0]
-    topk = torch.full_like(tier_map.tiers, TOPK)
-    whole, middle = (block_scores(part, block, scale=scale) for part in (squares, kept24))
-    return whole - middle, middle - tier_prune(squares, topk, k, block, scale=scale, score_scale=scale)[2]
+    if criterion == "loss":
+        ranked, scale = _ranked(weight, score)
+        dense, sparse24, topk = tier_scores(ranked, k, block, scale=scale, score_scale=scale, squared=True)
+        return dense - sparse24, sparse24 - topk
+    if score.dim() == 1:
+        dense, sparse24, _ = tier_scores(weight, 0, block, score_scale=score)
+        return dense, sparse24
+    return block_scores(score, block), block_scores(score, block, mask=nm_mask(weight, 2, 4))
 
 
 def demote_together(

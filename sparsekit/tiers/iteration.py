@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._batches import Forward, Progress, evaluating
 from .._layers import Where, check_model
 from ..masks import Pattern
+from ..ops import tier_scores
 from ..ops.tiers import SPARSE24
 from ..prune.calibrate import Inputs
 from ..prune.calibration import calibrated
@@ -225,10 +226,10 @@ class _Planner:
 
         Blocks that have faded cost nothing to demote: those that top-k costs least, and so end there, go first.
         """
-        weight, norm = layer.matrix(layer.weight.detach()), _norm(inputs).norm
-        power = 1 if self.criterion == "published" else 2
-        whole = (weight.float().abs().pow(power).sum(0) * norm.pow(power)).sum().clamp(min=1e-30)
-        first, second = demotion_costs(weight, norm, self.before[layer.name], self.criterion)
+        weight, norm, before = layer.matrix(layer.weight.detach()), _norm(inputs).norm, self.before[layer.name]
+        scores = tier_scores(weight, 0, before.block, score_scale=norm, squared=self.criterion == "loss")
+        whole = scores[0].sum().clamp(min=1e-30)
+        first, second = demotion_costs(weight, norm, before, self.criterion)
         tie = 0.0 if self.criterion == "published" else TIE
         return (first + tie * second) / whole, second / whole
 

@@ -1,5 +1,6 @@
 import torch
 
+from sparsekit.triton_kernels.tier_scores import tier_scores
 from sparsekit.triton_kernels.tiers import tier_prune
 
 from .case import Case, meta
@@ -10,4 +11,5 @@ NORMS = meta(4096, dtype=torch.float32)
 CASES = [
     Case("magnitude", lambda: tier_prune(meta(*SQUARE), TIERS, 10, 16, 16, None, NORMS), loads=16, stores=8),
     Case("scaled", lambda: tier_prune(meta(*SQUARE), TIERS, 10, 16, 16, NORMS, NORMS), loads=8, stores=4),
+    Case("scores", lambda: tier_scores(meta(*SQUARE, dtype=torch.float32), 10, 16, 16, NORMS, NORMS, True), loads=16),
 ]

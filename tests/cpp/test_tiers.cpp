@@ -10,7 +10,7 @@ namespace {
 struct Case {
   DType dtype;
   int64_t rows, cols, padding, block_rows, block_cols, k;
-  bool scaled, scores_scaled, stream;
+  bool scaled, scores_scaled, squared, nested, stream;
   Flush flush;
   Values values;
 };
@@ -19,8 +19,42 @@ std::string describe(const Kernels& level, const Case& c) {
   return std::string("tier_prune ") + level.level + " " + name(c.dtype) + " [" + std::to_string(c.rows) + ", " +
          std::to_string(c.cols) + "+" + std::to_string(c.padding) + "] block " + std::to_string(c.block_rows) + "x" +
          std::to_string(c.block_cols) + " k " + std::to_string(c.k) + (c.scaled ? " scaled" : "") +
-         (c.scores_scaled ? " scores scaled" : "") + (c.stream ? " stream" : "") +
+         (c.scores_scaled ? " scores scaled" : "") + (c.squared ? " squared" : "") + (c.nested ? " nested" : "") +
+         (c.stream ? " stream" : "") +
          (c.flush == Flush::End ? " end" : " begin") + " values " + std::to_string(static_cast<int>(c.values));
+}
+
+// tier_scores against the block scores of the masks.
+void run_scores(const Kernels& level, const Case& c, void* weight, const float* scale, const float* score_scale,
+                const bool* sparse24, const bool* topk) {
+  const int64_t stride = c.cols + c.padding, count = c.rows * c.cols;
+  const int64_t tall = (c.rows + c.block_rows - 1) / c.block_rows, wide = (c.cols + c.block_cols - 1) / c.block_cols;
+  Buffer scores(3 * tall * wide * 4, c.flush), squares(count * 4, Flush::End), total(tall * wide * 4, Flush::End);
+  for (auto [begin, end] : {std::pair{tall / 2, tall}, std::pair{int64_t{0}, tall / 2}})
+    level.tier_scores({.weight = weight, .weight_stride = stride, .scale = c.scaled ? scale : nullptr,
+                       .score_scale = c.scores_scaled ? score_scale : nullptr, .scores = scores.as<float>(),
+                       .rows = c.rows, .cols = c.cols, .block_rows = c.block_rows, .block_cols = c.block_cols, .k = c.k,
+                       .squared = c.squared, .dtype = c.dtype},
+                      begin, end);
+  for (int64_t i = 0; i < count; ++i) {
+    const float magnitude = std::fabs(get(weight, i / c.cols * stride + i % c.cols, c.dtype));
+    const float score = c.scores_scaled ? magnitude * score_scale[i % c.cols] : magnitude;
+    squares.as<float>()[i] = score * score;
+  }
+  const bool* masks[] = {nullptr, sparse24, topk};
+  for (int tier = 0; tier < 3; ++tier) {
+    sparsekit::kernels_plain.block_scores(
+        {.weight = c.squared ? squares.data() : weight, .weight_stride = c.squared ? c.cols : stride,
+         .scale = c.scores_scaled && !c.squared ? score_scale : nullptr, .mask = masks[tier],
+         .scores = total.as<float>(), .rows = c.rows, .cols = c.cols, .block_rows = c.block_rows,
+         .block_cols = c.block_cols, .dtype = c.squared ? DType::F32 : c.dtype},
+        0, tall);
+    for (int64_t i = 0; i < tall * wide; ++i) {
+      const float got = scores.as<float>()[tier * tall * wide + i], expected = total.as<float>()[i];
+      expect(std::memcmp(&got, &expected, 4) == 0 || (std::isnan(got) && std::isnan(expected)),
+             describe(level, c) + ": scores of tier " + std::to_string(tier));
+    }
+  }
 }
 
 void run(const Kernels& level, const Case& c, uint64_t seed) {
@@ -43,8 +77,8 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
                       .scale = c.scaled ? scale.as<float>() : nullptr,
                       .score_scale = c.scores_scaled ? score_scale.as<float>() : nullptr, .pruned = pruned.data(),
                       .mask = mask.as<bool>(), .scores = scores.as<float>(), .rows = c.rows, .cols = c.cols,
-                      .block_rows = c.block_rows, .block_cols = c.block_cols, .k = c.k, .dtype = c.dtype,
-                      .stream = c.stream},
+                      .block_rows = c.block_rows, .block_cols = c.block_cols, .k = c.k, .nested = c.nested,
+                      .dtype = c.dtype, .stream = c.stream},
                      begin, end);
 
   Buffer sparse24(count, Flush::End), topk(count, Flush::End), ranked(count * 4, Flush::End),
@@ -61,6 +95,16 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
                     .cols = c.cols, .block_rows = c.block_rows, .block_cols = c.block_cols, .k = c.k,
                     .dtype = DType::F32},
                    0, tall);
+  run_scores(level, c, weight.data(), scale.as<float>(), score_scale.as<float>(), sparse24.as<bool>(), topk.as<bool>());
+  if (c.nested) {
+    for (int64_t i = 0; i < count; ++i)
+      if (!sparse24.as<bool>()[i]) ranked.as<float>()[i] = 0;
+    plain.block_topk({.score = ranked.data(), .score_stride = c.cols, .mask = topk.as<bool>(), .rows = c.rows,
+                      .cols = c.cols, .block_rows = c.block_rows, .block_cols = c.block_cols, .k = c.k,
+                      .dtype = DType::F32},
+                     0, tall);
+    for (int64_t i = 0; i < count; ++i) topk.as<bool>()[i] = topk.as<bool>()[i] && ranked.as<float>()[i] != 0;
+  }
   std::vector<char> want(static_cast<size_t>(count)), kept(static_cast<size_t>(count) * size, 0);
   for (int64_t row = 0; row < c.rows; ++row)
     for (int64_t col = 0; col < c.cols; ++col) {
@@ -93,7 +137,7 @@ void literal(const Kernels& level) {
   bool mask[12];
   level.tier_prune({.weight = weight, .weight_stride = 12, .tiers = tiers, .scale = scale, .score_scale = nullptr,
                     .pruned = pruned, .mask = mask, .scores = scores, .rows = 1, .cols = 12, .block_rows = 1,
-                    .block_cols = 4, .k = 1, .dtype = DType::F32, .stream = false},
+                    .block_cols = 4, .k = 1, .nested = false, .dtype = DType::F32, .stream = false},
                    0, 1);
   expect(std::equal(pruned, pruned + 12, want) && std::equal(scores, scores + 3, sums),
          std::string(level.level) + ": literal tier_prune");
@@ -118,6 +162,7 @@ void test_tiers() {
             run(*level,
                 {dtype, 1 + random.below(40), cols, random.below(2) * random.below(40), block_rows, block_cols,
                  k[random.below(4)], random.below(2) == 1, random.below(2) == 1, random.below(2) == 1,
+                 random.below(2) == 1, random.below(2) == 1,
                  random.below(2) ? Flush::End : Flush::Begin, values},
                 seed);
           }

@@ -1,0 +1,120 @@
+// What top-k keeps of blocks of a strip: as bits, row by row.
+#pragma once
+
+#include "block_topk_kernel.h"
+#include "nm_kernel.h"
+
+namespace sparsekit::SPARSEKIT_LEVEL {
+namespace {
+
+// Adds bits [first, first + count) of words to others at `at`.
+inline void copy_bits(const uint32_t* from, int64_t first, uint64_t* words, int64_t at, int64_t count) {
+  for (int64_t done = 0, some; done < count; done += some) {
+    const int64_t source = first + done, target = at + done;
+    some = std::min({count - done, 32 - source % 32, 64 - target % 64});
+    words[target / 64] |= (uint64_t{from[source / 32]} >> source % 32 & low_bits(some)) << target % 64;
+  }
+}
+
+template <class T>
+void load_keys(const T* weight, const float* scale, int32_t* keys, int64_t cols) {
+  int64_t i = 0;
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+  for (; scale && i + Keys32::kLanes <= cols; i += Keys32::kLanes)
+    store(keys + i, magnitude_keys(weight + i, scale + i).lanes, false);
+#endif
+  for (; i < cols; ++i) keys[i] = scale ? magnitude_key(to_float(weight[i]) * scale[i]) : magnitude_key(weight[i]);
+}
+
+// Zeroes the keys of a row that 2:4 drops. What is left over of groups stays.
+inline void keep24(int32_t* keys, int64_t cols) {
+  int64_t i = 0;
+#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+  for (; i + Keys32::kLanes <= cols; i += Keys32::kLanes)
+    store_kept(keys + i, keys + i, nm_keep<4>(Keys32{load(keys + i)}, 2), false);
+#endif
+  for (; i + 4 <= cols; i += 4) {
+    std::array<int32_t, 4> key;
+    std::copy_n(keys + i, 4, key.begin());
+    for (int j = 0; j < 4; ++j) {
+      int before = 0;
+      for (int other = 0; other < 4; ++other) before += key[other] > key[j] || (key[other] == key[j] && other < j);
+      if (before >= 2) keys[i + j] = 0;
+    }
+  }
+}
+
+// Args: of a kernel that ranks the entries of `weight` by magnitude times `scale`, and keeps `k`.
+template <class Args>
+class StripTopk {
+ public:
+  explicit StripTopk(const Args& a)
+      : a_(a),
+        pitch_(BlockKeys::padded(std::min(a.block_rows, a.rows) * std::min(a.block_cols, a.cols))),
+        blocks_(std::max<int64_t>(1, kStripEntries / pitch_)),
+        keys_(new int32_t[blocks_ * pitch_]),
+        kth_(new int32_t[blocks_]),
+        kept_(new uint32_t[blocks_ * pitch_ / 32]),
+        block_(new int64_t[blocks_]) {}
+
+  // The most blocks of a strip.
+  int64_t blocks() const { return blocks_; }
+
+  // Begins a strip without top-k blocks, and names one of its blocks as such.
+  void clear() { found_ = 0; }
+  void add(int64_t block) { block_[found_++] = block; }
+
+  // Finds what the named blocks keep. kCols: the columns of a block where they are known when compiling, else 0.
+  // `nested`: of what 2:4 keeps, and nothing that is 0.
+  template <class T, int64_t kCols>
+  void choose(const BlockStrip& strip, bool nested) {
+    const auto keys_of = [&](int64_t i) {
+      return BlockKeys{keys_.get() + i * pitch_, strip.rows * cols_of(strip, i)};
+    };
+    for (int64_t i = 0; i < found_; ++i) {
+      const int64_t left = strip.left + block_[i] * a_.block_cols, cols = cols_of(strip, i);
+      int32_t* keys = keys_.get() + i * pitch_;
+      for (int64_t row = 0; row < strip.rows; ++row, keys += cols) {
+        const T* weight = static_cast<const T*>(a_.weight) + (strip.top + row) * a_.weight_stride + left;
+        if (a_.scale)
+          load_keys(weight, a_.scale + left, keys, cols);
+        else if (cols == kCols)
+          load_keys<kCols>(weight, keys, cols);
+        else
+          load_keys<0>(weight, keys, cols);
+        if (nested) keep24(keys, cols);
+      }
+      std::fill(keys, keys_.get() + i * pitch_ + keys_of(i).end(), -1);
+    }
+    kth_of_blocks(keys_of, found_, a_.k, kth_.get());
+    for (int64_t i = 0; i < found_; ++i)
+      keep_largest(keys_of(i), a_.k, nested ? std::max(kth_[i], 1) : kth_[i], kept_.get() + i * pitch_ / 32);
+  }
+
+  // Adds what they keep of one row to the bits of the columns of the strip.
+  template <int64_t kCols>
+  void add_row(const BlockStrip& strip, int64_t row, uint64_t* kept) const {
+    for (int64_t i = 0; i < found_; ++i) {
+      const uint32_t* bits = kept_.get() + i * pitch_ / 32;
+      const int64_t left = block_[i] * a_.block_cols, cols = cols_of(strip, i);
+      if (kCols == 16 && cols == 16)
+        kept[left / 64] |= uint64_t{bits[row / 2] >> row % 2 * 16 & 0xffff} << left % 64;
+      else
+        copy_bits(bits, row * cols, kept, left, cols);
+    }
+  }
+
+ private:
+  int64_t cols_of(const BlockStrip& strip, int64_t i) const {
+    return std::min(a_.block_cols, strip.cols - block_[i] * a_.block_cols);
+  }
+
+  const Args& a_;
+  int64_t pitch_, blocks_, found_ = 0;    // room for the keys of a block, and blocks side by side
+  std::unique_ptr<int32_t[]> keys_, kth_;  // of the top-k blocks, one after the other
+  std::unique_ptr<uint32_t[]> kept_;       // which of the keys
+  std::unique_ptr<int64_t[]> block_;       // which block each of those is
+};
+
+}  // namespace
+}  // namespace sparsekit::SPARSEKIT_LEVEL

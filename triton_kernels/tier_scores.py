@@ -1,0 +1,119 @@
+"""Scores what every block would keep in each tier, in one pass over the weight (see ``_planes``)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Table, on
+from ._planes import keep24, keep_topk, key_planes, spread, words_of
+from ._strips import blocks_of, place, program
+from .blocks import block_scores, block_topk_mask
+from .nm import nm_mask
+from .tiers import magnitudes, only, sum_blocks
+
+SCORES = Table("tier_scores", {f"{warps}-warps": {"num_warps": warps} for warps in (1, 2, 4)}, {"any": "1-warps"})
+
+
+@triton.jit
+def _tier_scores_kernel(
+    weight,
+    scale,
+    score_scale,
+    scores,
+    k,
+    rows,
+    cols,
+    weight_row,
+    weight_col,
+    TOPK: tl.constexpr,
+    SQUARED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    row, col, inside = place(rows, cols, 16, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    at = weight + row * weight_row + col.to(tl.int64) * weight_col
+    entries = tl.load(at, inside, 0)
+    segments: tl.constexpr = COLS // WIDTH  # slices of one row
+    _, factor, counts = place(rows, cols, segments, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    if scale is None:
+        keys = key_planes(entries)
+    else:
+        keys = key_planes(magnitudes(entries, tl.load(scale + factor, counts, 0)))
+    valid = words_of(inside)
+    sparse24 = keep24(keys)
+    if not WHOLE:  # a tail shorter than four is kept
+        sparse24 |= words_of(col >= cols // 4 * 4)
+    topk = keep_topk(keys, valid, k) if TOPK else tl.zeros_like(valid)
+    entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
+    if score_scale is None:
+        x = magnitudes(entries, None)
+    else:
+        x = magnitudes(entries, tl.load(score_scale + factor, counts, 0))
+    if SQUARED:
+        x = x * x
+    block_row, block = blocks_of(cols, BLOCK_COLS, BLOCKS)
+    count = tl.cdiv(cols, BLOCK_COLS)
+    for tier in tl.static_range(3):
+        kept = (valid, sparse24 & valid, topk)[tier]
+        total = sum_blocks(only(x, spread(kept)), BLOCK_ROWS, segments)
+        tl.store(scores + (tl.cdiv(rows, BLOCK_ROWS) * tier + block_row) * count + block, total, block < count)
+
+
+def tier_scores(
+    weight: Tensor,
+    k: int,
+    block_rows: int,
+    block_cols: int,
+    scale: Tensor | None,
+    score_scale: Tensor | None,
+    squared: bool,
+) -> Tensor:
+    rows, cols = weight.shape
+    count = triton.cdiv(rows, block_rows), triton.cdiv(cols, block_cols)
+    scores = weight.new_empty((3, *count), dtype=torch.float32)
+    if weight.numel() == 0:
+        return scores
+    key_bytes = weight.element_size() if scale is None else 4
+    launch = program(weight, block_rows, block_cols, 4, key_bytes, SCORES.config(weight, "any"))
+    if launch is None or launch[1]["WIDTH"] > launch[1]["COLS"]:  # with rows of a column in several threads
+        return _score_in_passes(weight, k, block_rows, block_cols, scale, score_scale, squared)
+    grid, constants = launch
+    with on(weight):
+        _tier_scores_kernel[(grid,)](
+            weight,
+            scale,
+            score_scale,
+            scores,
+            k,
+            rows,
+            cols,
+            *weight.stride(),
+            TOPK=k > 0,
+            SQUARED=squared,
+            enable_fp_fusion=False,
+            **constants,
+        )
+    return scores
+
+
+def _score_in_passes(
+    weight: Tensor,
+    k: int,
+    block_rows: int,
+    block_cols: int,
+    scale: Tensor | None,
+    score_scale: Tensor | None,
+    squared: bool,
+) -> Tensor:
+    ranked = weight if scale is None else weight.abs().float() * scale
+    if squared:
+        score = weight.abs().float() if score_scale is None else weight.abs().float() * score_scale
+        weight, score_scale = score.square(), None
+    masks = None, nm_mask(ranked, 2, 4), block_topk_mask(ranked, k, block_rows, block_cols)
+    return torch.stack([block_scores(weight, block_rows, block_cols, score_scale, mask) for mask in masks])
