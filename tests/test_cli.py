@@ -124,7 +124,7 @@ def test_encoders_and_others(kind, task, changes, tmp_path, capsys):
 def test_a_killed_run_goes_on(model, tmp_path, capsys, monkeypatch):
     from sparsekit.cli import prune as command
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     arguments = prune(model, tmp_path / "out", "--resume", tmp_path / "kept")
@@ -139,7 +139,7 @@ def test_a_killed_run_goes_on(model, tmp_path, capsys, monkeypatch):
 def test_a_failed_run_leaves_what_was_there(model, tmp_path, capsys, monkeypatch):
     from sparsekit.cli import prune as command
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("no space left on device")
 
     out = tmp_path / "out"

@@ -31,6 +31,8 @@ def run(arguments: Sequence[str]) -> int:
             code = command.run()
             sys.stdout.flush()
             return code
+        except SystemExit:
+            return 0  # after --help
         except BrokenPipeError:
             raise  # stdout was closed by who reads it, as head does
         except Exception as error:

@@ -144,7 +144,7 @@ def model_matrices(model: nn.Module, roles: Mapping[str, Role | None], masks: Ma
     """
     for name, module in model.named_modules():
         if role := roles.get(name):
-            weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
+            weight = module.get_parameter("weight").detach()
             yield Matrix(name, weight, role, weight.nbytes, *masks.get(name, (None, None)))
 
 
