@@ -8,6 +8,7 @@ import pytest
 from commands import call, refusal
 
 from sparsekit import cli
+from sparsekit.cli.arguments import unframed
 
 for package in ("tyro", "rich", "PIL", "transformers"):
     pytest.importorskip(package)
@@ -38,6 +39,11 @@ for package in ("tyro", "rich", "PIL", "transformers"):
 def test_arguments_that_cannot_be_parsed_are_one_line(arguments, said, capsys):
     code, line = refusal(arguments.split(), capsys)
     assert code == 2 and line.startswith(f"sparsekit: {said}")
+
+
+def test_a_box_of_ascii_is_one_line_too():
+    box = " Unrecognized options \n ------- \n  Unrecognized options: melt \n  ------- \n  For full helptext, run it \n"
+    assert unframed(box) == "unrecognized options: melt"
 
 
 def test_help_and_version(capsys):

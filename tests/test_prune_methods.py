@@ -161,15 +161,16 @@ def test_swaps_leave_what_cannot_swap(pattern):
     assert torch.equal(layer.weight, before.weight)
 
 
-def test_every_pass_of_swaps_lowers_the_error():
-    weight, x = torch.randn(16, 256), correlated(100, 256)  # fewer tokens than inputs
+@pytest.mark.parametrize("rows", [1, 16])
+def test_every_pass_of_swaps_lowers_the_error(rows):
+    weight, x = torch.randn(rows, 256), correlated(100, 256)  # fewer tokens than inputs
     gram, errors, masks = x.t() @ x, [], []
     for method in (WANDA, *(sk.Swaps(WANDA, passes=passes) for passes in (1, 2, 3, 20))):
         layer = linear(weight)
         sk.prune_(layer, method, [x])
         errors.append(layer_error(weight, layer.weight, gram))
         masks.append(get_mask(layer))
-    assert errors == sorted(errors, reverse=True) and errors[1] < 0.6 * errors[0] and errors[-1] < errors[1]
+    assert errors == sorted(errors, reverse=True) and errors[1] < 0.7 * errors[0] and errors[-1] < errors[1]
     again = linear(weight)
     sk.prune_(again, method, [x])
     assert torch.equal(get_mask(again), masks[-1])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, dtype_id, hostile, ties
+from helpers import DTYPES, LAYOUTS, dtype_id, hostile, opcheck, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,8 +75,8 @@ def test_any_strides(layout):
 @pytest.mark.parametrize("shape", [(0, 4), (17, 33)], ids=str)
 def test_opcheck(shape):
     weight, scale = torch.randn(shape), torch.rand(shape[1])
-    torch.library.opcheck(OPS.tier_scores.default, (weight, 10, 16, 16, None, None, False))
-    torch.library.opcheck(OPS.tier_scores.default, (weight.t(), 3, 5, 12, scale[:1].expand(shape[0]), None, True))
+    opcheck(OPS.tier_scores.default, (weight, 10, 16, 16, None, None, False))
+    opcheck(OPS.tier_scores.default, (weight.t(), 3, 5, 12, scale[:1].expand(shape[0]), None, True))
 
 
 def test_compile_fullgraph_without_a_gradient():

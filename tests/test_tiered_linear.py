@@ -82,8 +82,9 @@ def test_rejects_blocks_that_cannot_be_packed():
 
 def test_rejects_inputs_that_do_not_fit():
     layer = TieredLinear.from_linear(tiered_linear())
-    with pytest.raises(ValueError, match="96 x 97 in blocks of"):
-        layer(torch.randn(3, 97))
+    for cols in (65, 79, 97):  # within the padding of the last blocks, and beyond
+        with pytest.raises(ValueError, match=rf"x must have 80 columns, got shape \(3, {cols}\)"):
+            layer(torch.randn(3, cols))
     with pytest.raises(TypeError, match="float64"):
         layer(torch.randn(3, 80, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"packed\.dense must be torch\.bfloat16, got torch\.float32"):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -138,9 +138,9 @@ def test_gradient(dtype):
 def test_opcheck(dtype, shape):
     weight = torch.randn(shape).to(dtype)
     tiers = tiers_of(weight, (16, 16), 3)
-    torch.library.opcheck(OPS.tier_prune.default, (weight.clone().requires_grad_(), tiers, 10, 16, 16, None, None))
+    opcheck(OPS.tier_prune.default, (weight.clone().requires_grad_(), tiers, 10, 16, 16, None, None))
     scale = torch.rand(shape[1])
-    torch.library.opcheck(OPS.tier_prune.default, (weight, tiers, 10, 16, 16, scale, scale))
+    opcheck(OPS.tier_prune.default, (weight, tiers, 10, 16, 16, scale, scale, True))
 
 
 def test_compile_fullgraph():

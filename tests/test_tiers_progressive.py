@@ -10,6 +10,7 @@ from torch import nn
 import sparsekit as sk
 from sparsekit.compress.providers import unfit
 from sparsekit.masks import get_mask, get_mask_info
+from sparsekit.ops.tiers import TOPK
 from sparsekit.tiers import (
     Ratios,
     Step,
@@ -21,6 +22,7 @@ from sparsekit.tiers import (
     tier_iteration,
     tier_mask,
 )
+from sparsekit.tiers.fade import fading_of
 
 STEPS = (
     Step(1, Ratios(0.75, 0.25, 0.0), 0.25, 0.0, 1),
@@ -213,6 +215,18 @@ def test_what_faded_for_the_last_step_is_what_every_step_on_the_way_drops(alloca
         assert report.error == 0 and report.ratios == step.ratios
     for layer, weight in zip(model[::2], faded, strict=True):
         assert torch.equal(layer.weight, weight) and torch.equal(get_mask(layer), weight != 0)
+
+
+def test_blocks_that_have_arrived_do_not_fade():
+    """A block that a step takes to top-k at once keeps the best of all its entries, not those of what 2:4 leaves."""
+    model, x, goal = stack(64, 256, 64), torch.randn(256, 64), Ratios(0.25, 0.5, 0.25)
+    before, _ = tier_iteration(model, Step(1, Ratios(0.5, 0.25, 0.25), 0.5, 0.25, 1), [x], goal=goal, k=40)
+    fading = [fading_of(layer) for layer in model[::2]]
+    maps, _ = tier_iteration(model, Step(2, goal, 0.25, 0.0, 1), [x], before, goal=goal)
+    for found, old, new in zip(fading, before.values(), maps.values(), strict=True):
+        arrived = (old.tiers == TOPK) & (new.tiers == TOPK)
+        blocks = found.unflatten(1, (-1, 16)).unflatten(0, (-1, 16)).any(3).any(1)
+        assert arrived.any() and blocks.any() and not blocks[arrived].any()
 
 
 def test_fading_is_forgotten_where_the_schedule_ends(task):

@@ -81,7 +81,8 @@ def tier_scores(
         return scores
     key_bytes = weight.element_size() if scale is None else 4
     launch = program(weight, block_rows, block_cols, 4, key_bytes, SCORES.config(weight, "any"))
-    if launch is None or launch[1]["WIDTH"] > launch[1]["COLS"]:  # with rows of a column in several threads
+    # A slice wider than a block holds several of its rows, and is added up as one.
+    if launch is None or launch[1]["WIDTH"] > launch[1]["COLS"]:
         return _score_in_passes(weight, k, block_rows, block_cols, scale, score_scale, squared)
     grid, constants = launch
     with on(weight):
@@ -111,6 +112,7 @@ def _score_in_passes(
     score_scale: Tensor | None,
     squared: bool,
 ) -> Tensor:
+    """Blocks that are larger than the registers, or whose slices hold several rows."""
     ranked = weight if scale is None else weight.abs().float() * scale
     if squared:
         score = weight.abs().float() if score_scale is None else weight.abs().float() * score_scale

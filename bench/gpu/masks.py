@@ -103,6 +103,7 @@ WORKS = (
     ),
     Work("transposable_mask", "transposable_mask", lambda lab, w, s: (w,), {}),
     Work("tier_prune", "tier_prune", lambda lab, w, s: (w, _tiers(lab, w), 10, 16, 16, s, None), {}),
+    Work("tier_scores", "tier_scores", lambda lab, w, s: (w, 10, 16, 16, s, s, True), {}),
     Work("pack24", "pack24", lambda lab, w, s: (w, nm_mask_reference(w, 2, 4), False), {}),
     Work("unpack24", "unpack24", lambda lab, w, s: (*_packed(w), w.shape[1]), {}),
     Work("to_hardware24", "to_hardware24", lambda lab, w, s: (*_packed(w), w.shape[1], lab.layout), {}, hardware=True),

@@ -55,14 +55,14 @@ class StripTopk {
         keys_(new int32_t[blocks_ * pitch_]),
         kth_(new int32_t[blocks_]),
         kept_(new uint32_t[blocks_ * pitch_ / 32]),
-        block_(new int64_t[blocks_]) {}
+        named_(new int64_t[blocks_]) {}
 
   // The most blocks of a strip.
   int64_t blocks() const { return blocks_; }
 
   // Begins a strip without top-k blocks, and names one of its blocks as such.
   void clear() { found_ = 0; }
-  void add(int64_t block) { block_[found_++] = block; }
+  void add(int64_t block) { named_[found_++] = block; }
 
   // Finds what the named blocks keep. kCols: the columns of a block where they are known when compiling, else 0.
   // `nested`: of what 2:4 keeps, and nothing that is 0.
@@ -72,7 +72,7 @@ class StripTopk {
       return BlockKeys{keys_.get() + i * pitch_, strip.rows * cols_of(strip, i)};
     };
     for (int64_t i = 0; i < found_; ++i) {
-      const int64_t left = strip.left + block_[i] * a_.block_cols, cols = cols_of(strip, i);
+      const int64_t left = strip.left + named_[i] * a_.block_cols, cols = cols_of(strip, i);
       int32_t* keys = keys_.get() + i * pitch_;
       for (int64_t row = 0; row < strip.rows; ++row, keys += cols) {
         const T* weight = static_cast<const T*>(a_.weight) + (strip.top + row) * a_.weight_stride + left;
@@ -93,10 +93,10 @@ class StripTopk {
 
   // Adds what they keep of one row to the bits of the columns of the strip.
   template <int64_t kCols>
-  void add_row(const BlockStrip& strip, int64_t row, uint64_t* kept) const {
+  void add_kept_bits(const BlockStrip& strip, int64_t row, uint64_t* kept) const {
     for (int64_t i = 0; i < found_; ++i) {
       const uint32_t* bits = kept_.get() + i * pitch_ / 32;
-      const int64_t left = block_[i] * a_.block_cols, cols = cols_of(strip, i);
+      const int64_t left = named_[i] * a_.block_cols, cols = cols_of(strip, i);
       if (kCols == 16 && cols == 16)
         kept[left / 64] |= uint64_t{bits[row / 2] >> row % 2 * 16 & 0xffff} << left % 64;
       else
@@ -106,14 +106,14 @@ class StripTopk {
 
  private:
   int64_t cols_of(const BlockStrip& strip, int64_t i) const {
-    return std::min(a_.block_cols, strip.cols - block_[i] * a_.block_cols);
+    return std::min(a_.block_cols, strip.cols - named_[i] * a_.block_cols);
   }
 
   const Args& a_;
   int64_t pitch_, blocks_, found_ = 0;    // room for the keys of a block, and blocks side by side
   std::unique_ptr<int32_t[]> keys_, kth_;  // of the top-k blocks, one after the other
   std::unique_ptr<uint32_t[]> kept_;       // which of the keys
-  std::unique_ptr<int64_t[]> block_;       // which block each of those is
+  std::unique_ptr<int64_t[]> named_;       // which block each of those is
 };
 
 }  // namespace

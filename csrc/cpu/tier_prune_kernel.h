@@ -45,7 +45,7 @@ void keep_row(const TierPruneArgs& a, const BlockStrip& strip, int64_t row, cons
     };
     s.kept[word] |= s.two[word] & (scale ? kept(std::true_type{}) : kept(std::false_type{}));
   }
-  s.topk.add_row<kCols>(strip, row, s.kept.get());
+  s.topk.add_kept_bits<kCols>(strip, row, s.kept.get());
 }
 
 template <class T, int64_t kCols>

@@ -77,13 +77,13 @@ void score_strip(const TierScoresArgs& a, const BlockStrip& strip, TierScoresScr
   for (int64_t block = 0; a.k > 0 && block < blocks; ++block) s.topk.add(block);
   s.topk.template choose<T, kCols>(strip, false);
   for (StripTotals& totals : s.totals) totals.clear(strip.cols, blocks * a.block_cols);
+  const auto add_to = a.squared ? add_tiers<true, T> : add_tiers<false, T>;
   for (int64_t row = 0; row < strip.rows; ++row) {
     std::fill_n(s.kept.get(), (strip.cols + 63) / 64, 0);
-    s.topk.template add_row<kCols>(strip, row, s.kept.get());
+    s.topk.template add_kept_bits<kCols>(strip, row, s.kept.get());
     const TierRow<T> from{static_cast<const T*>(a.weight) + (strip.top + row) * a.weight_stride + strip.left,
                           a.scale ? a.scale + strip.left : s.ones.get(),
                           a.score_scale ? a.score_scale + strip.left : s.ones.get(), s.kept.get(), strip.cols};
-    const auto add_to = a.squared ? add_tiers<true, T> : add_tiers<false, T>;
     add_to(from, s.totals[kDense].sums(), s.totals[kSparse24].sums(), s.totals[kTopk].sums());
   }
   float* scores = a.scores + strip.top / a.block_rows * wide + strip.left / a.block_cols;

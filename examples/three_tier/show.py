@@ -55,7 +55,7 @@ def draw(path: Path, dense: float, runs: list[Run], tier_maps: dict[str, TierMap
     for run, style in zip(runs, ("o-", "s--", "D"), strict=False):
         sparsity = [100 * report.sparsity for report in run.reports]
         axes.plot(sparsity, [report.metric for report in run.reports], style, label=run.name)
-    axes.set(xlabel="zeros in the linear layers, %", ylabel="perplexity, held out", yscale="log")
+    axes.set(xlabel="masked in the linear layers, %", ylabel="perplexity, held out", yscale="log")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.legend(frameon=False)

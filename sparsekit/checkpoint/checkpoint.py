@@ -81,7 +81,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
 
     Args:
         model: the same architecture, freshly made, pruned or compressed; also on the meta device.
-        path: a file that ``save`` wrote, in either format, or another ``sparse-24-bitmask`` file of a whole model.
+        path: a file that ``save`` wrote, in any of its formats, or another ``sparse-24-bitmask`` file of a whole model.
         dense: whether compressed layers come back as dense ones, to be fine-tuned or exported.
 
     Raises:
@@ -99,7 +99,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
                 raise ValueError(f"{name!r} cannot share the tensor {source!r}")
             tensors[name] = tensors[source]
         if only_masks(layers, tensors):
-            assign_masks(model, layers, tensors)
+            with _undone_on_failure(model):
+                assign_masks(model, layers, tensors)
             return
         _check_shapes(model, layers)
         for name, layer in layers.items():

@@ -27,12 +27,13 @@ def run(arguments: Sequence[str]) -> int:
             f"warning: {terminal.printable(' '.join(str(message).split()))}"
         )
         try:
-            command: Prune | Inspect | Compress | Bench = parse(COMMANDS, DESCRIPTION, arguments)
+            try:
+                command: Prune | Inspect | Compress | Bench = parse(COMMANDS, DESCRIPTION, arguments)
+            except SystemExit:
+                return 0  # after --help
             code = command.run()
             sys.stdout.flush()
             return code
-        except SystemExit:
-            return 0  # after --help
         except BrokenPipeError:
             raise  # stdout was closed by who reads it, as head does
         except Exception as error:

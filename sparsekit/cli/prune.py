@@ -40,7 +40,7 @@ class Prune:
     """Make a transformers model sparse, and write it with its masks and a report.
 
     The folder has the model as transformers writes it, dense with zeros; masks.safetensors, which sparsekit.load gives
-    back to that model, for fine-tuning with the masks kept; and report.json.
+    back to that model, for fine-tuning with the masks kept; report.json; and a README.md.
 
     Args:
         model: a folder, or an id of the Hugging Face hub; safetensors only.

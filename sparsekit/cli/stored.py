@@ -1,4 +1,4 @@
-"""The weights and masks in safetensors files, one after the other; nothing is unpickled and no model is built."""
+"""The weights and masks in safetensors files, one after the other; nothing is unpickled."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping

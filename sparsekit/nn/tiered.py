@@ -148,6 +148,8 @@ class TieredLinear(Compressed):
         if (dtype := autocast_dtype(x)) is not None:
             tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         if not self._fits(*tensors):
+            if x.shape[-1:] != (self.in_features,):  # linear_tiered knows the columns up to the padding of a block
+                raise ValueError(f"x must have {self.in_features} columns, got shape {tuple(x.shape)}")
             return linear_tiered(x, self.packed, self.bias, out_features=self.out_features)  # which rejects it
         x, dense, values, topk, bias = tensors
         return call_op(

@@ -171,8 +171,9 @@ def tier_scores(
 ) -> Tensor:
     """Sums the score that every block of a matrix would keep in each tier, in one pass and without a mask.
 
-    What a block loses by a demotion is the difference of two of these sums. Each is the ``scores`` that ``tier_prune``
-    gives with all blocks in that tier: the same entries stay, and the additions have ``block_scores``'s order.
+    What a block loses by a demotion is the difference of two of these sums. The same entries stay as in ``tier_prune``
+    with all blocks in that tier, and the additions have ``block_scores``'s order: without ``squared`` each sum is one
+    of its ``scores``.
 
     Args:
         weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides.

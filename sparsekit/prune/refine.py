@@ -97,7 +97,9 @@ def _swap_span(dense: Tensor, kept: Tensor, pull: Tensor, gram: Tensor, span: sl
     """Swaps within the groups of a span until none helps: updates ``kept`` and ``pull`` (what is dropped, times
     ``gram``), all of them ``[outputs, inputs]``, and returns which outputs changed.
     """
-    weight, keep, near = (part[:, span].t().contiguous() for part in (dense, kept, pull))
+    weight = dense[:, span].t().contiguous()
+    # Copies, since these two are written to: of a single output the transpose is contiguous already.
+    keep, near = (part[:, span].t().clone(memory_format=torch.contiguous_format) for part in (kept, pull))
     after = _settle(weight, keep, near, gram[span, span], group).t()
     changed = kept[:, span] ^ after
     rows = changed.any(1).nonzero().squeeze(1)
@@ -150,7 +152,7 @@ class LeastSquares(Refinement):
 
     Args:
         method: gives the mask, say ``Wanda("2:4")`` or ``Swaps(Wanda("2:4"))``.
-        iterations: at most.
+        iterations: the most that are made.
         tolerance: it ends when an iteration lowers the squared layer error by less than this share of what is left;
             3e-4 leaves the error itself about a thousandth above the least, 0 goes on to what fp32 allows.
         damp: what is added to the diagonal of the second moments, as a share of its mean: keeps weights that the

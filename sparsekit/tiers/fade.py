@@ -69,7 +69,8 @@ def fade(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Fa
         model: as ``tier_iteration`` left it.
         optimizer: holds its weights.
         updates: steps of the optimizer after which they are zero; it may be left, and begun anew, before that. A tenth
-            of all did better than a half or none: what stays needs its updates in the final shape, and not at one blow.
+            of the updates of all steps did better than a half, which leaves too few of them for the final shape, and
+            than no fading, which drops everything at one blow.
 
     Returns:
         A handle with ``remove()``, which is a context manager too.

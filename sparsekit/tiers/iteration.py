@@ -13,7 +13,7 @@ from .._batches import Forward, Progress, evaluating
 from .._layers import Where, check_model
 from ..masks import Pattern
 from ..ops import tier_scores
-from ..ops.tiers import SPARSE24
+from ..ops.tiers import SPARSE24, TOPK
 from ..prune.calibrate import Inputs
 from ..prune.calibration import calibrated
 from ..prune.layers import Layer, check_weights, find_layers
@@ -27,7 +27,7 @@ from .schedule import Step
 from .tier_map import Ratios, TierMap
 
 Allocation = Literal["layer", "model"]
-TIE = 1e-6  # of what the second demotion costs, in the first one's order: decides between equals alone
+TIE = 1e-6  # the share of the second demotion's cost in the order of the first: it orders what costs the same there
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class IterationReport:
     Args:
         step: what the schedule asked for.
         ratios: dense, 2:4 and top-k shares of all blocks now.
-        sparsity: the share of zeros in the pruned weights, counted.
+        sparsity: the share of the weights that the masks drop, counted; what has faded is zero before that.
         expected_sparsity: what the tier maps promise.
         demoted: blocks that went from dense to 2:4 and from 2:4 to top-k, by layer.
         error: the mean relative output error of the layers, before fine-tuning.
@@ -227,11 +227,12 @@ class _Planner:
         Blocks that have faded cost nothing to demote: those that top-k costs least, and so end there, go first.
         """
         weight, norm, before = layer.matrix(layer.weight.detach()), _norm(inputs).norm, self.before[layer.name]
-        scores = tier_scores(weight, 0, before.block, score_scale=norm, squared=self.criterion == "loss")
-        whole = scores[0].sum().clamp(min=1e-30)
         first, second = demotion_costs(weight, norm, before, self.criterion)
-        tie = 0.0 if self.criterion == "published" else TIE
-        return (first + tie * second) / whole, second / whole
+        if self.criterion == "published":  # where the first costs are all that the blocks hold
+            whole = first.sum().clamp(min=1e-30)
+            return first / whole, second / whole
+        whole = tier_scores(weight, 0, before.block, score_scale=norm, squared=True)[0].sum().clamp(min=1e-30)
+        return (first + TIE * second) / whole, second / whole
 
     def prune(self, layer: Layer, inputs: Inputs, plan: _Plan) -> tuple[Tensor, Tensor, Tensor | None]:
         """The pruned weight, its mask, and what fades; all in the weight's own layout."""
@@ -245,9 +246,10 @@ class _Planner:
         own = (lambda matrix: matrix.t().contiguous()) if layer.axis == 0 else (lambda matrix: matrix)
         if plan.last is None or plan.last.counts == plan.tier_map.counts:
             return own(pruned), own(mask), None
-        middle = replace(plan.last, tiers=plan.last.tiers.clamp(max=SPARSE24))  # every block is 2:4 on its way to top-k
-        for lasting in (middle, plan.last):
-            weight, left = _Tiers("tiers", lasting, self.criterion).prune(weight, statistic)
+        now, last = plan.tier_map.tiers, plan.last.tiers
+        on_the_way = torch.where(now == TOPK, now, last.clamp(max=SPARSE24))  # a dense block is 2:4 before it is top-k
+        for tier_map in (replace(plan.last, tiers=on_the_way), plan.last):
+            weight, left = _Tiers("tiers", tier_map, self.criterion).prune(weight, statistic)
         return own(pruned), own(mask), own(mask & ~left)
 
 

@@ -26,8 +26,8 @@ def _from(layout: str) -> object:
 SM90 = "cusparselt_sm90"
 CASES = [
     Case("prune", lambda: _prune("32x256", SM90), loads=16, stores=8),
-    Case("prune-narrow", lambda: _prune("32x128", "cutlass_sm80"), loads=16, stores=8, variant=True),
-    Case("prune-tall", lambda: _prune("64x128", "cusparselt_sm80"), loads=16, stores=8, variant=True),
+    Case("prune-narrow", lambda: _prune("32x128", "cutlass_sm80"), loads=16, stores=8),
+    Case("prune-tall", lambda: _prune("64x128", "cusparselt_sm80"), loads=16, stores=8),
     Case(
         "prune-scaled",
         lambda: hardware24.prune_to_hardware24(meta(4096, 4096), meta(4096, dtype=torch.float32), SM90),
@@ -40,5 +40,5 @@ CASES = [
     # Four rows at a time: a wavefront of 64 lanes has half as much to load.
     Case("both", lambda: _both("64x128", SM90), loads=8, stores=4),
     Case("both-square", lambda: _both("64x64", SM90), loads=8, stores=4, variant=True),
-    Case("both-wide", lambda: _both("32x256", "cusparselt_sm80"), loads=8, stores=4, variant=True),
+    Case("both-wide", lambda: _both("32x256", "cusparselt_sm80"), loads=8, stores=4),
 ]

@@ -12,10 +12,10 @@ def _linear(tokens: int, rows: int, cols: int, dtype: torch.dtype = torch.bfloat
 
 
 CASES = [
-    Case("token1", lambda: _linear(1, 4096, 4096), loads=16, variant=True),
+    Case("token1", lambda: _linear(1, 4096, 4096), loads=16),
     Case("tokens8-bias-half", lambda: _linear(8, 14336, 4096, torch.float16, bias=True), loads=16),
     Case("tokens16", lambda: _linear(16, 4096, 4096), loads=16),
-    Case("tokens16-split", lambda: _linear(16, 4096, 14336), loads=4, variant=True),
+    Case("tokens16-split", lambda: _linear(16, 4096, 14336), loads=4),
     Case("tokens64-split", lambda: _linear(64, 4096, 14336), loads=4),
     Case("any-shape", lambda: _linear(20, 33, 70), hot=False, variant=True),
     Case("token1-fp32", lambda: _linear(1, 4096, 4096, torch.float32), loads=8),
