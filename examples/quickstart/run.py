@@ -92,7 +92,7 @@ def given_model_and_text(config: Config) -> tuple[nn.Module, Documents, Document
     texts = config.text.read_text("utf-8").split("<|endoftext|>")
     documents = [
         torch.tensor(start + tokenizer(text.strip(), add_special_tokens=False, verbose=False).input_ids)
-        for text in tqdm(texts, "tokenize", leave=False)
+        for text in tqdm(texts, "tokenize", leave=False, disable=None)
     ]
     if len(documents) <= config.held_out:  # one long text: its windows stand for documents
         documents = windows_of(torch.cat(documents), config, config.held_out + config.calibration)
@@ -123,7 +123,7 @@ def perplexity(model: nn.Module, documents: Documents) -> tuple[float, int]:
     Each document is scored by itself, every token but its first.
     """
     total, count = 0.0, 0
-    with tqdm(total=len(documents), desc="perplexity", leave=False) as bar:
+    with tqdm(total=len(documents), desc="perplexity", leave=False, disable=None) as bar:
         for _, group in itertools.groupby(sorted(documents, key=len), key=len):
             same_length = list(group)
             for first in range(0, len(same_length), 16):
@@ -142,7 +142,7 @@ def train(model: nn.Module, windows: Documents, seconds: float, rate: float, con
     model.train()
     begin, steps, done = time.perf_counter(), 0, 0.0
     bar_format = "{desc}: {percentage:3.0f}% |{bar:30}| {postfix}"
-    with tqdm(total=1.0, desc=what, leave=False, bar_format=bar_format) as bar:
+    with tqdm(total=1.0, desc=what, leave=False, disable=None, bar_format=bar_format) as bar:
         while done < 1:
             warm = min(1.0, (steps + 1) / 20)
             for group in optimizer.param_groups:
@@ -242,7 +242,7 @@ def main(config: Config) -> None:
 
 
 def bar(what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    return lambda items: tqdm(items, what, leave=False)
+    return lambda items: tqdm(items, what, leave=False, disable=None)
 
 
 if __name__ == "__main__":

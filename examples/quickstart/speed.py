@@ -23,8 +23,8 @@ def tokens_per_second(models: dict[str, nn.Module], count: int, vocabulary: int,
     for model in models.values():
         logits(model, x)  # warms up
     end = time.perf_counter() + seconds
-    with tqdm(desc=f"time {count} tokens", leave=False, bar_format="{desc}: {n} rounds") as bar:
-        while bar.n < 7 or time.perf_counter() < end:
+    with tqdm(desc=f"time {count} tokens", leave=False, disable=None, bar_format="{desc}: {n} rounds") as bar:
+        while min(map(len, times.values())) < 7 or time.perf_counter() < end:
             for name in random.sample(list(models), len(models)):  # nobody always runs after the same one
                 begin = time.perf_counter()
                 logits(models[name], x)
@@ -57,7 +57,7 @@ def compress_and_time(
             models["sparsekit"],
             torch.randint(vocabulary, (1, count)),
             budget=budget,
-            progress=lambda kinds: tqdm(kinds, "measure layers", leave=False),
+            progress=lambda kinds: tqdm(kinds, "measure layers", leave=False, disable=None),
         )
         speeds[count] = tokens_per_second(models, count, vocabulary, seconds)
         show_decisions(reports[count])

@@ -70,7 +70,7 @@ class FineTune:
             f"fine-tune {step.iteration}",
             last - first,
             leave=False,
-            disable=not self._accelerator.is_main_process,
+            disable=None if self._accelerator.is_main_process else True,  # None: where there is no terminal
         )
         with sk.keep_masks(model, optimizer), fade(model, optimizer, max(0, self._fading - first)):
             for update, batch in enumerate(batches, first):

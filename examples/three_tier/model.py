@@ -74,7 +74,7 @@ def train_builtin(text: Text, updates: int, seed: int) -> nn.Module:
     lm, rate = LlamaForCausalLM(shape).train(), 4e-3
     optimizer = torch.optim.AdamW(lm.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.1)
     falling = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=updates, pct_start=0.05)
-    for _ in tqdm(range(updates), "train the built-in model", leave=False):
+    for _ in tqdm(range(updates), "train the built-in model", leave=False, disable=None):
         batch = text.train[torch.randint(len(text.train), (16,))]
         lm(input_ids=batch, labels=batch).loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)

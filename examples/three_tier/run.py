@@ -144,7 +144,7 @@ class Pruner:
 
 
 def bar(items):
-    return tqdm(items, "prune", leave=False)
+    return tqdm(items, "prune", leave=False, disable=None)
 
 
 def main(config: Config) -> None:

@@ -25,7 +25,10 @@ def compress_and_time(model: nn.Module, vocabulary: int, seconds: float) -> tupl
         tokens = torch.randint(vocabulary, (1, count), device=next(model.parameters()).device)
         compressed = copy.deepcopy(model)
         report = sk.compress_(
-            compressed, tokens, budget=seconds, progress=lambda kinds: tqdm(kinds, "measure layers", leave=False)
+            compressed,
+            tokens,
+            budget=seconds,
+            progress=lambda kinds: tqdm(kinds, "measure layers", leave=False, disable=None),
         )
         taken = _medians({"dense": model, "compressed": compressed}, tokens, seconds)
         ratios[f"{count} tokens"] = taken["dense"] / taken["compressed"]
