@@ -91,7 +91,7 @@ def test_what_is_refused_and_why(ratios, monkeypatch):
     assert "tiered: hardly sparse" in reason(nn.Linear(64, 64))
     assert "tiered: hardly sparse" in reason(tiered_linear(160, 160, shares=(0.95, 0.05)))
     assert "tiered: its blocks take 91% of the dense bytes" in reason(tiered_linear(160, 160, shares=(0.8, 0.2)))
-    assert "tiered: 2:4 holds it" in reason(tiered_linear(64, 64, shares=(0.0, 1.0)))
+    assert "tiered: its whole weight is 2:4" in reason(tiered_linear(64, 64, shares=(0.0, 1.0)))
     assert "tiered: block must have sides of 8 to 128" in reason(tiered_linear(64, 64, block=(4, 4), k=2))
     lying = tiered_linear(64, 64)
     lying.weight.data.fill_(1)

@@ -93,7 +93,7 @@ def refuses_tiered(layer: nn.Linear) -> str | None:
     if int(kept.count_nonzero()) > MOST_BYTES * kept.numel():
         return "hardly sparse"
     if _is_24(kept):
-        return "2:4 holds it"
+        return "its whole weight is 2:4"
     if backends()["linear_tiered"].get(layer.weight.device.type, "reference") == "reference":
         return f"no compiled tiered kernel for {layer.weight.device.type}"
     block, k = tier_sizes(layer)
