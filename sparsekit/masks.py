@@ -112,8 +112,8 @@ def _unit(text: str | None) -> Literal["row", "layer"] | tuple[int, int]:
 class MaskInfo:
     """How a stored mask came to be: its pattern, and the weight dimension (or ``"flatten"``) its groups run along.
 
-    The dimension of the inputs: 1 for Linear and Conv2d, 0 for transformers' Conv1D; ``"flatten"`` is Conv2d's
-    ``(in, height, width)`` read as one dimension.
+    The dimension of the inputs: 1 for Linear and Conv2d, 0 for transformers' Conv1D, 1 or 2 for the matrices of
+    experts in one parameter; ``"flatten"`` is Conv2d's ``(in, height, width)`` read as one dimension.
     """
 
     pattern: Pattern
@@ -133,33 +133,63 @@ def ungrouped(groups: Tensor, axis: Axis, shape: torch.Size) -> Tensor:
     return groups.view(shape) if axis == "flatten" else groups.movedim(-1, axis)
 
 
-def set_mask(module: nn.Module, mask: Tensor, info: MaskInfo) -> None:
-    """Stores the mask of ``module.weight`` as a bit-packed buffer ``weight_mask`` that no state dict contains.
+def set_mask(module: nn.Module, mask: Tensor, info: MaskInfo, parameter: str = "weight") -> None:
+    """Stores the mask of a parameter as a bit-packed buffer, ``weight_mask``, that no state dict contains.
 
     The buffer is uint8 ``[rows, ceil(weight.numel() / rows / 8)]``: the bits of ``mask.flatten(1)``.
+
+    Args:
+        module: holds the parameter.
+        mask: bool, of the parameter's shape.
+        info: how the mask came to be.
+        parameter: the parameter's name; its mask is the buffer ``f"{parameter}_mask"``.
 
     Raises:
         ValueError: ``mask`` is not bool, or not of the weight's shape.
     """
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight: Tensor = getattr(module, parameter)
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(f"mask must be bool {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-    module.register_buffer("weight_mask", pack_bits(mask.flatten(1)), persistent=False)
-    module.weight_mask_info = info  # type: ignore[assignment]
+    set_mask_bits(module, pack_bits(mask.flatten(1)), info, parameter)
 
 
-def get_mask(module: nn.Module) -> Tensor | None:
-    """The stored bool mask of ``module.weight``, in its shape; None where there is none."""
-    bits = module._buffers.get("weight_mask")
+def set_mask_bits(module: nn.Module, bits: Tensor, info: MaskInfo, parameter: str = "weight") -> None:
+    """Like ``set_mask``, given the bit-packed buffer itself: what ``module`` and others may share."""
+    # A mask is there once both are: an interrupt between the two lines leaves none.
+    setattr(module, f"{parameter}_mask_info", info)
+    module.register_buffer(f"{parameter}_mask", bits, persistent=False)
+
+
+def get_mask_bits(module: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """The bit-packed mask as it is stored; None where there is none."""
+    return module._buffers.get(f"{parameter}_mask") if f"{parameter}_mask_info" in module.__dict__ else None
+
+
+def get_mask(module: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """The stored bool mask of a parameter of ``module``, in its shape; None where there is none."""
+    bits = get_mask_bits(module, parameter)
     if bits is None:
         return None
-    shape: torch.Size = module.weight.shape  # type: ignore[assignment]
+    shape: torch.Size = getattr(module, parameter).shape
     return unpack_bits(bits, shape[1:].numel()).view(shape)
 
 
-def get_mask_info(module: nn.Module) -> MaskInfo | None:
+def get_mask_info(module: nn.Module, parameter: str = "weight") -> MaskInfo | None:
     """How the stored mask came to be; None where there is none."""
-    return getattr(module, "weight_mask_info", None)
+    return None if get_mask_bits(module, parameter) is None else module.__dict__[f"{parameter}_mask_info"]
+
+
+def masked_parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of the module's own parameters that have a stored mask, such as ``("weight",)``."""
+    names = (name.removesuffix("_mask") for name in module._buffers if name.endswith("_mask"))
+    return tuple(name for name in names if get_mask_bits(module, name) is not None)
+
+
+def remove_mask(module: nn.Module, parameter: str = "weight") -> None:
+    """Forgets the stored mask; the weight stays as it is."""
+    module.__dict__.pop(f"{parameter}_mask_info", None)
+    module._buffers.pop(f"{parameter}_mask", None)
+    module._non_persistent_buffers_set.discard(f"{parameter}_mask")
 
 
 def tier_sizes(module: nn.Module) -> tuple[tuple[int, int], int]:
@@ -168,9 +198,3 @@ def tier_sizes(module: nn.Module) -> tuple[tuple[int, int], int]:
     if info is None or not info.pattern.tiers or isinstance(info.pattern.unit, str):
         return BLOCK, K
     return info.pattern.unit, info.pattern.n
-
-
-def remove_mask(module: nn.Module) -> None:
-    """Forgets the stored mask; the weight stays as it is."""
-    if "weight_mask" in module._buffers:
-        del module._buffers["weight_mask"], module.weight_mask_info

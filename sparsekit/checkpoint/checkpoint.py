@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._layers import check_model
 from ..compress.swap import check_known, empty, get_original, guard_saving, refill, set_original
-from ..masks import remove_mask
+from ..masks import remove_mask, set_mask_bits
 from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, TieredLinear, weight_shape
 from ..ops import TieredWeight
 from .archive import read, seal, unique, write
@@ -223,9 +223,8 @@ def _assign(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str,
     for module in modules.values():
         remove_mask(module)
     for name, bits in masks.items():
-        mask = placed(bits, _device(_stored(modules[name])), False)
-        modules[name].register_buffer("weight_mask", mask, persistent=False)
-        modules[name].weight_mask_info = layers[name].mask
+        if (info := layers[name].mask) is not None:
+            set_mask_bits(modules[name], placed(bits, _device(_stored(modules[name])), False), info)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .._layers import input_dim
-from ..masks import get_mask_info, remove_mask
+from ..masks import get_mask_info, remove_mask, set_mask_bits
 from ..nn import weight_shape
 from .structure import Layer, join
 
@@ -56,5 +56,5 @@ def assign_masks(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping
     for name, layer in layers.items():
         module = modules[name]
         bits = tensors[join(name, "weight_mask")].to(module.weight.device)
-        module.register_buffer("weight_mask", bits, persistent=False)
-        module.weight_mask_info = layer.mask
+        assert layer.mask is not None
+        set_mask_bits(module, bits, layer.mask)

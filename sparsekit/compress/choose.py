@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._batches import Progress
 from .._layers import is_transposed
-from ..masks import set_mask
+from ..masks import remove_mask, set_mask
 from ..nn import Compressed, RoutedLinear24
 from ..ops import nm_prune
 from ..ops.layouts import device_name
@@ -161,8 +161,8 @@ def _stand_in(kind: Kind, layer: nn.Linear, randn: Callable[..., Tensor], genera
     plain._parameters = {
         name: None if tensor is None else nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
     }
-    plain._buffers = {}
-    plain.__dict__.pop("weight_mask_info", None)
+    plain._buffers, plain._non_persistent_buffers_set = {}, set()
+    remove_mask(plain)
     plain.training = False
     if kind.tiers is not None:
         set_mask(plain, plain.weight != 0, kind.tiers.info(0 if kind.transposed else 1))

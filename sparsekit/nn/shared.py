@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..masks import get_mask_info
+from ..masks import get_mask_bits, get_mask_info, set_mask_bits
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -20,6 +20,6 @@ def oriented(weight: Tensor, transposed: bool) -> Tensor:
 
 def carry_mask(source: nn.Module, target: nn.Module) -> None:
     """Gives ``target`` the stored mask of ``source``: the same buffer, not a copy."""
-    if get_mask_info(source) is not None:
-        target.register_buffer("weight_mask", source._buffers["weight_mask"], persistent=False)
-        target.weight_mask_info = source.weight_mask_info
+    bits, info = get_mask_bits(source), get_mask_info(source)
+    if bits is not None and info is not None:
+        set_mask_bits(target, bits, info)
