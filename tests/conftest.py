@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():  # Triton reads it when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from sparsekit.compress import Timing, providers, tune
+from sparsekit.compress import Timing, candidates, tune
 from sparsekit.ops import force_simd, simd_levels
 
 COMPILED = "test_triton_compiled"
@@ -80,11 +80,11 @@ def data():
 
 @pytest.fixture
 def ratios(monkeypatch):
-    """Replaces the measurement: provider -> ratio, or a function of the token count; records what was asked."""
+    """Replaces the measurement: candidate -> ratio, or a function of the token count; records what was asked."""
     table = {"2:4": 3.0, "tiered": 3.0, "prepacked": 2.0}
 
     def measure(calls, plain, x, *, dense, clock, budget):
-        measured.append((tuple(calls), tuple(x.shape), clock.cold))
+        measured.append((tuple(calls), tuple(x.shape), clock.evict_cache))
         timings = {}
         for name in ("plain", *calls):
             ratio = 1.0 if name == "plain" else table[name]
@@ -95,5 +95,5 @@ def ratios(monkeypatch):
     measured = table["measured"] = []
     monkeypatch.setattr(tune, "measure", measure)
     compiled = {"cpu": "avx2"}
-    monkeypatch.setattr(providers, "backends", lambda: {"linear24": compiled, "linear_tiered": compiled})
+    monkeypatch.setattr(candidates, "backends", lambda: {"linear24": compiled, "linear_tiered": compiled})
     return table

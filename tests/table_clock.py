@@ -12,7 +12,7 @@ class TableClock:
     tokens."""
 
     def __init__(self, table):
-        self.table, self.cold = table, False
+        self.table, self.evict_cache = table, False
         self.asked = []
 
     def start(self, call, x):
@@ -32,9 +32,9 @@ def install_clock(monkeypatch):
     """A table that ``compress_`` measures by; a library's algorithm is ``(alg_id, split_k, split_k_mode)``."""
     table = {"plain": 1.0, "dense": 1.0, "linear24": 9.0, "clocks": []}
 
-    def make(device, *, cold, graphs):
+    def make(device, *, evict_cache, graphs):
         made = TableClock(table)
-        made.cold, made.graphs = cold, graphs
+        made.evict_cache, made.graphs = evict_cache, graphs
         table["clocks"].append(made)
         return made
 

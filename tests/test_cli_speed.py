@@ -116,7 +116,7 @@ def test_tiered_layers_of_other_shares_are_timed_on_their_own(ratios):
 
     ratios["compressed"] = 1.5
     model = torch.nn.Sequential(layer(1), layer(3), layer(1))
-    found = layer_speeds(model, [4], cold=False, budget=0.01, progress=lambda kinds: kinds)
+    found = layer_speeds(model, [4], evict_cache=False, budget=0.01, progress=lambda kinds: kinds)
     assert [(each["kind"], each["layers"]) for each in found] == [("TieredLinear", ["0", "2"]), ("TieredLinear", ["1"])]
 
 

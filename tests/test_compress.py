@@ -52,10 +52,10 @@ def test_what_wins_only_once_stays(monkeypatch):
     turns = []
 
     def remembered(key, measure, device):
-        turns.append((key["turn"], key["shape"]))
-        ratio = 3.0 if key["turn"] == 0 or key["shape"] == (16, 32) else 0.9
+        turns.append((key["repeat"], key["shape"]))
+        ratio = 3.0 if key["repeat"] == 0 or key["shape"] == (16, 32) else 0.9
         timing = Timing(1.0, ratio, float(ratio > 1), ratio, 0.0)
-        return {name: timing for name in ("plain", *key["providers"])}
+        return {name: timing for name in ("plain", *key["candidates"])}
 
     monkeypatch.setattr(cache, "remembered", remembered)
     report = sk.compress_(blocks(1), torch.randn(4, 16))
@@ -138,11 +138,11 @@ def test_a_fast_median_that_loses_a_quarter_stays(ratios, monkeypatch):
 
 
 def test_cold_where_the_model_exceeds_the_cache(ratios, monkeypatch):
-    for size, cold in ((2**20, False), (100, True)):
+    for size, evict_cache in ((2**20, False), (100, True)):
         monkeypatch.setattr(clock, "cache_bytes", lambda device, size=size: size)
         ratios["measured"].clear()
         sk.compress_(blocks(1))
-        assert {asked[2] for asked in ratios["measured"]} == {cold}
+        assert {asked[2] for asked in ratios["measured"]} == {evict_cache}
 
 
 def test_rejects():
@@ -200,5 +200,5 @@ def test_measured_for_real_on_small_layers():
     offered = {"plain", "prepacked"} | ({"2:4"} if backends()["linear24"]["cpu"] != "reference" else set())
     for layer in report.layers:
         assert layer.timings[4].keys() == offered
-        assert None not in layer.timings[4].values()  # every provider gave the right result
+        assert None not in layer.timings[4].values()  # every candidate gave the right result
     torch.testing.assert_close(model(x), expected)

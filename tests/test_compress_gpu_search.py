@@ -144,8 +144,8 @@ def test_without_libraries_and_for_dense_layers(table, monkeypatch):
 
 
 def test_graphs_and_a_cold_cache_reach_the_clock(table, monkeypatch):
-    for size, cold, graphs in ((2**20, False, True), (100, True, False)):
+    for size, evict_cache, graphs in ((2**20, False, True), (100, True, False)):
         monkeypatch.setattr(clock, "cache_bytes", lambda device, size=size: size)
         table["clocks"].clear()
         sk.compress_(model_of(), samples(4), graphs=graphs)
-        assert {(made.cold, made.graphs) for made in table["clocks"]} == {(cold, graphs)}
+        assert {(made.evict_cache, made.graphs) for made in table["clocks"]} == {(evict_cache, graphs)}

@@ -5,7 +5,7 @@ from compressing import blocks, decisions, reasons
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import providers, swap
+from sparsekit.compress import candidates, swap
 
 
 class Hostile(nn.Module):
@@ -90,7 +90,7 @@ def test_not_24_and_masks_that_lie(ratios):
 
 def test_without_a_compiled_kernel_24_is_not_offered(ratios, monkeypatch):
     none = {"cpu": "reference"}
-    monkeypatch.setattr(providers, "backends", lambda: {"linear24": none, "linear_tiered": none})
+    monkeypatch.setattr(candidates, "backends", lambda: {"linear24": none, "linear_tiered": none})
     report = sk.compress_(blocks(1))
     assert set(decisions(report).values()) == {"prepacked"}
     assert "no compiled 2:4 kernel" in report.layers[0].reason

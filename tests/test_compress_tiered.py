@@ -9,7 +9,7 @@ from torch import nn
 from vendor import Vendor, install
 
 import sparsekit as sk
-from sparsekit.compress import choose, providers
+from sparsekit.compress import candidates, choose
 from sparsekit.compress.tiered import Tiers
 from sparsekit.masks import get_mask_info, remove_mask
 from sparsekit.nn import TieredLinear
@@ -101,7 +101,7 @@ def test_what_is_refused_and_why(ratios, monkeypatch):
     assert "tiered: its blocks take 100% of the dense bytes" in reason(half)
     assert "tiered: 0.50x, 0% won at 1 tokens" in reason(tiered_linear(64, 64))
     none = {"cpu": "reference"}
-    monkeypatch.setattr(providers, "backends", lambda: {"linear24": none, "linear_tiered": none})
+    monkeypatch.setattr(candidates, "backends", lambda: {"linear24": none, "linear_tiered": none})
     assert "tiered: no compiled tiered kernel for cpu" in reason(tiered_linear(64, 64))
 
 
@@ -139,7 +139,7 @@ def test_layers_with_like_shares_are_measured_together(kinds):
     layers = [tiered_linear(320, 320, shares=each) for each in shares]
     layers += [tiered_linear(320, 320, block=(32, 32)), tiered_linear(320, 320, k=12)]
     sk.compress_(nn.Sequential(*layers).eval(), torch.randn(1, 320))
-    assert [key["tiers"] for key in kinds["keys"] if key["turn"] == 0] == [
+    assert [key["tiers"] for key in kinds["keys"] if key["repeat"] == 0] == [
         {"block": (16, 16), "k": 10, "shares": (0.35, 0.45)},
         {"block": (16, 16), "k": 10, "shares": (0.5, 0.3)},
         {"block": (32, 32), "k": 10, "shares": (0.35, 0.45)},
@@ -208,7 +208,7 @@ def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, 
     monkeypatch.undo()  # of the measurement
     install(monkeypatch, Vendor())
     compiled = {"linear_tiered": {"cpu": "acted"}, "linear24": {"cpu": "acted"}}
-    monkeypatch.setattr(providers, "backends", lambda: compiled)
+    monkeypatch.setattr(candidates, "backends", lambda: compiled)
     table = install_clock(monkeypatch)
     table |= {"tiered": seconds, "linear24": 0.5, "other": 0.5}
     model = nn.Sequential(tiered_linear(64, 64), nn.Linear(64, 64)).half().eval()
@@ -230,5 +230,5 @@ def test_measured_for_real_on_small_layers():
     compiled = backends()["linear_tiered"]["cpu"] != "reference"
     for layer in report.layers:
         assert layer.timings[4].keys() == {"plain", "prepacked"} | ({"tiered"} if compiled else set())
-        assert None not in layer.timings[4].values()  # every provider gave the right result
+        assert None not in layer.timings[4].values()  # every candidate gave the right result
     torch.testing.assert_close(model(x), expected)

@@ -43,12 +43,12 @@ class Gpu:
         )
 
 
-@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+@pytest.mark.parametrize("evict_cache", [False, True], ids=["warm", "cold"])
 @pytest.mark.parametrize(
     ("host", "device", "graphs", "expected"),
     [(0.001, 0.003, False, 0.003), (0.004, 0.003, False, 0.004), (0.004, 0.003, True, 0.003)],
 )
-def test_a_gpu_is_as_slow_as_its_device_or_its_host(monkeypatch, cold, host, device, graphs, expected):
+def test_a_gpu_is_as_slow_as_its_device_or_its_host(monkeypatch, evict_cache, host, device, graphs, expected):
     gpu, now = Gpu(), 0.0
     monkeypatch.setattr(torch, "cuda", gpu)
     monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now))
@@ -59,17 +59,17 @@ def test_a_gpu_is_as_slow_as_its_device_or_its_host(monkeypatch, cold, host, dev
         now += host
         gpu.now += device
 
-    timer = clock.GpuClock(torch.device("cpu"), cold, graphs)
-    assert timer.evicted.nbytes == (2048 if cold else 0)
+    timer = clock.GpuClock(torch.device("cpu"), evict_cache, graphs)
+    assert timer.evicted.nbytes == (2048 if evict_cache else 0)
     timer.start(call, torch.randn(2, 3))
     assert timer.seconds(call, torch.randn(2, 3)) == pytest.approx(expected)
 
 
 def test_a_clock_for_every_device(monkeypatch):
-    assert type(clock.clock(torch.device("cpu"), cold=True, graphs=True)) is clock.CpuClock
+    assert type(clock.clock(torch.device("cpu"), evict_cache=True, graphs=True)) is clock.CpuClock
     monkeypatch.setattr(clock, "GpuClock", lambda *args: args)
     device = torch.device("cuda", 0)
-    assert clock.clock(device, cold=False, graphs=True) == (device, False, True)
+    assert clock.clock(device, evict_cache=False, graphs=True) == (device, False, True)
 
 
 def test_the_key_of_a_gpu(tmp_path, monkeypatch):

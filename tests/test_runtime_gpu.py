@@ -150,7 +150,7 @@ def test_never_slower_than_dense(device, shape, graphs, keep_dense):
     report = sk.compress_(model, batches, budget=0.1, graphs=graphs, keep_dense=keep_dense)
     if not report.swapped:
         pytest.skip(f"nothing was faster than dense: {report.layers[0].reason}")
-    timer = clock.clock(device, cold=report.bytes_before > clock.cache_bytes(device), graphs=graphs)
+    timer = clock.clock(device, evict_cache=report.bytes_before > clock.cache_bytes(device), graphs=graphs)
     for x in batches:
         with torch.no_grad():
             assert_right(model(x), dense[0], x)

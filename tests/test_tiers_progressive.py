@@ -8,7 +8,7 @@ from pruning import assert_same, snapshot, stack
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress.providers import unfit
+from sparsekit.compress.candidates import unfit
 from sparsekit.masks import get_mask, get_mask_info
 from sparsekit.ops.tiers import TOPK
 from sparsekit.tiers import (

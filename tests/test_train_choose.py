@@ -41,7 +41,7 @@ def timed(monkeypatch):
     def use(seconds):
         clock = Clock(seconds)
         clock.products = products
-        monkeypatch.setattr(choose, "clock", lambda device, cold: clock)
+        monkeypatch.setattr(choose, "clock", lambda device, evict_cache: clock)
         return clock
 
     return use

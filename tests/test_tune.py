@@ -13,7 +13,7 @@ from sparsekit.compress.cache import remembered
 from sparsekit.compress.clock import CpuClock
 from sparsekit.compress.tune import Timing, measure
 
-KEY = {"shape": (4, 8), "providers": ("prepacked",), "tokens": 1, "cold": False}
+KEY = {"shape": (4, 8), "candidates": ("prepacked",), "tokens": 1, "evict_cache": False}
 ANSWER = {"plain": Timing(1.0, 1.0, 0.0, 1.0, 0.1), "prepacked": Timing(0.5, 2.0, 1.0, 1.0, 0.1), "2:4": None}
 
 
@@ -56,19 +56,21 @@ def never():
     raise AssertionError("measured again")
 
 
-def race(plain, x, budget=0.01, cold=False, dense=(), **calls):
-    return measure(calls, plain, x, dense=dense, clock=CpuClock(cold), budget=budget)
+def race(plain, x, budget=0.01, evict_cache=False, dense=(), **calls):
+    return measure(calls, plain, x, dense=dense, clock=CpuClock(evict_cache), budget=budget)
 
 
-@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
-def test_measures_ratio_wins_and_best_dense(cold):
+@pytest.mark.parametrize("evict_cache", [False, True], ids=["warm", "cold"])
+def test_measures_ratio_wins_and_best_dense(evict_cache):
     linear = nn.Linear(8, 4)
     calls = {
         "fast": Slowed(linear, 0.001),
         "middle": Slowed(linear, 0.002),
         "wrong": Slowed(linear, 0.0, 1.01),
     }
-    timings = race(Slowed(linear, 0.004), torch.randn(3, 8), cold=cold, dense=("middle", "wrong"), **calls)
+    timings = race(
+        Slowed(linear, 0.004), torch.randn(3, 8), evict_cache=evict_cache, dense=("middle", "wrong"), **calls
+    )
     assert list(timings) == ["plain", "fast", "middle", "wrong"]
     assert timings["wrong"] is None
     for name, seconds, ratio, wins, best_dense in (
@@ -126,9 +128,9 @@ def test_the_worse_of_two_measurements():
         "c": None,
     }
     assert (
-        tune.worse(first, second)
+        tune.pessimistic(first, second)
         == worse
-        == tune.worse(second | {"plain": first["plain"]}, first | {"plain": second["plain"]})
+        == tune.pessimistic(second | {"plain": first["plain"]}, first | {"plain": second["plain"]})
     )
 
 
@@ -181,10 +183,20 @@ def test_remembers(folder):
     assert remembered(KEY, never) == ANSWER
     (file,) = folder.iterdir()
     key = json.loads(file.read_text())["key"]
-    assert {"device", "threads", "simd", "torch", "sparsekit", "extension", "shape", "tokens", "cold"} <= key.keys()
+    assert {
+        "device",
+        "threads",
+        "simd",
+        "torch",
+        "sparsekit",
+        "extension",
+        "shape",
+        "tokens",
+        "evict_cache",
+    } <= key.keys()
 
 
-@pytest.mark.parametrize("other", [{"tokens": 2}, {"cold": True}, {"shape": (8, 4)}], ids=str)
+@pytest.mark.parametrize("other", [{"tokens": 2}, {"evict_cache": True}, {"shape": (8, 4)}], ids=str)
 def test_another_key_is_measured(folder, other):
     remembered(KEY, lambda: ANSWER)
     changed = {"plain": ANSWER["plain"]}

@@ -61,9 +61,11 @@ class Bench:
             for count in terminal.progress("time models")(self.tokens):
                 whole[count] = model_speeds(models, random_tokens(models["plain"], count), self.seconds)
             size = sum(weight.nbytes for weight in models["plain"].parameters())
-            cold = size > cache_bytes(next(models["plain"].parameters()).device)
+            evict_cache = size > cache_bytes(next(models["plain"].parameters()).device)
             progress = terminal.progress("time layers")
-            layers = layer_speeds(models["compressed"], self.tokens, cold=cold, budget=self.budget, progress=progress)
+            layers = layer_speeds(
+                models["compressed"], self.tokens, evict_cache=evict_cache, budget=self.budget, progress=progress
+            )
         found = {
             "machine": machine(device_of(self.device)),
             "models": {count: _with_rates(timings, count) for count, timings in whole.items()},

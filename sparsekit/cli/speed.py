@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .._batches import Progress
 from .._layers import borrowed, input_dim, is_transposed
 from ..compress import tune
+from ..compress.candidates import CANDIDATES, unfit
 from ..compress.clock import clock
-from ..compress.providers import PROVIDERS, unfit
 from ..compress.tune import Timing
 from ..nn import Compressed, PrepackedLinear, TieredLinear
 from .errors import UsageError
@@ -58,7 +58,7 @@ def check_same(model: nn.Module, expected: Tensor, tokens: Tensor, what: str) ->
 
 def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
     """A copy with oneDNN's prepacked layers, which is often the best dense on a CPU; None where no layer can be."""
-    dense = next(provider for provider in PROVIDERS if provider.dense)
+    dense = next(candidate for candidate in CANDIDATES if candidate.dense)
     lent = borrowed(model)
     layers = [
         name
@@ -92,14 +92,14 @@ def model_speeds(models: Mapping[str, nn.Module], tokens: Tensor, budget: float)
     def run(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: output_of(model, x)
 
-    timer = clock(tokens.device, cold=False)  # a model finds in the cache what its own size leaves there
-    times = tune.race({name: run(model) for name, model in models.items()}, tokens, timer, budget)
+    timer = clock(tokens.device, evict_cache=False)  # a model finds in the cache what its own size leaves there
+    times = tune.time_interleaved({name: run(model) for name, model in models.items()}, tokens, timer, budget)
     dense = min(times.keys() - {"compressed"}, key=lambda name: statistics.median(times[name]))
     return {name: tune.compare(taken, times["plain"], times[dense]) for name, taken in times.items()}
 
 
 def layer_speeds(
-    model: nn.Module, counts: Sequence[int], *, cold: bool, budget: float, progress: Progress
+    model: nn.Module, counts: Sequence[int], *, evict_cache: bool, budget: float, progress: Progress
 ) -> list[dict[str, Any]]:
     """Every kind of compressed layer against the dense layer that it stands for."""
     kinds: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
@@ -116,7 +116,7 @@ def layer_speeds(
         weight, timings = plain.weight, {}
         for count in counts:
             x = torch.randn(count, cols, device=weight.device).to(weight.dtype)
-            timer = clock(weight.device, cold=cold)
+            timer = clock(weight.device, evict_cache=evict_cache)
             measured = tune.measure(calls, plain, x, dense=("prepacked",), clock=timer, budget=budget)["compressed"]
             if measured is None:
                 raise RuntimeError(f"{members[0][0]} computes something else than its dense layer at {count} tokens")

@@ -1,4 +1,4 @@
-"""Which provider a layer gets: measured once per kind of layer, decided by one rule."""
+"""Which candidate a layer gets: measured once per kind of layer, decided by one rule."""
 
 import copy
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from ..nn import Compressed, RoutedLinear24
 from ..ops import nm_prune
 from ..ops.layouts import device_name
 from . import cache, clock, gpu, tune
-from .providers import PROVIDERS, refuses_routed, refuses_tiered
-from .sites import Site
+from .candidates import CANDIDATES, refuses_routed, refuses_tiered
+from .sites import LinearSite
 from .tiered import Tiers
 
-TURNS = 2  # of measuring every kind on a CPU, which other programs disturb for seconds at a time
+REPEATS = 2  # of measuring every kind on a CPU, which other programs disturb for seconds at a time
 
 
 @dataclass(frozen=True)
 class Settings:
     """How the caller of ``compress_`` wants layers measured."""
 
-    cold: Callable[[torch.device], bool]
+    evict_cache: Callable[[torch.device], bool]
     budget: float
     graphs: bool
     keep_dense: bool
@@ -38,7 +38,7 @@ class Choice:
     """What a layer becomes and why.
 
     Args:
-        decision: the name of the provider, or ``"plain"``.
+        decision: the name of the candidate, or ``"plain"``.
         build: makes the module of a site; None where the layer stays.
         reason: why.
         timings: what was measured, by token bucket and name.
@@ -46,7 +46,7 @@ class Choice:
     """
 
     decision: str
-    build: Callable[[Site], Compressed] | None
+    build: Callable[[LinearSite], Compressed] | None
     reason: str
     timings: dict[int, tune.Timings]
     names: dict[int, str] = field(default_factory=dict)
@@ -61,49 +61,49 @@ class Kind:
     dtype: str
     bias: bool
     transposed: bool
-    providers: tuple[str, ...]
+    candidates: tuple[str, ...]
     layout_tokens: int
     tokens: int
-    cold: bool
+    evict_cache: bool
     graphs: bool
     keep_dense: bool
     tiers: Tiers | None
 
 
-def choose(sites: list[Site], settings: Settings) -> dict[str, Choice]:
+def choose(sites: list[LinearSite], settings: Settings) -> dict[str, Choice]:
     """One choice per layer, by name."""
     refusals = {site.name: _refusals(site, settings.keep_dense) for site in sites}
-    alike: dict[Kind, list[Site]] = {}
+    alike: dict[Kind, list[LinearSite]] = {}
     for site in sites:
         offers = tuple(name for name, refusal in refusals[site.name].items() if refusal is None)
         tiers = Tiers.of(site.layer).rounded() if "tiered" in offers else None
         for tokens in sorted(site.calls) if offers else ():
             alike.setdefault(_kind(site, offers, tiers, tokens, settings), []).append(site)
     timings: dict[str, dict[int, tune.Timings]] = {site.name: {} for site in sites}
-    turns = {kind: 1 if clock.is_gpu(members[0].layer.weight.device) else TURNS for kind, members in alike.items()}
-    for turn, kind in settings.progress(
-        [(turn, kind) for turn in range(TURNS) for kind in alike if turn < turns[kind]]
+    repeats = {kind: 1 if clock.is_gpu(members[0].layer.weight.device) else REPEATS for kind, members in alike.items()}
+    for repeat, kind in settings.progress(
+        [(repeat, kind) for repeat in range(REPEATS) for kind in alike if repeat < repeats[kind]]
     ):
         members = alike[kind]
-        measured = _timings(kind, turn, members[0].layer, settings.budget / turns[kind])
+        measured = _timings(kind, repeat, members[0].layer, settings.budget / repeats[kind])
         for site in members:
             before = timings[site.name].get(kind.tokens)
-            timings[site.name][kind.tokens] = tune.worse(before, measured) if before else measured
+            timings[site.name][kind.tokens] = tune.pessimistic(before, measured) if before else measured
     return {site.name: _decide(site, refusals[site.name], timings[site.name]) for site in sites}
 
 
-def _refusals(site: Site, keep_dense: bool) -> dict[str, str | None]:
+def _refusals(site: LinearSite, keep_dense: bool) -> dict[str, str | None]:
     if clock.is_gpu(site.layer.weight.device):
         return {"2:4": refuses_routed(site.layer, keep_dense), "tiered": refuses_tiered(site.layer)}
-    return {provider.name: provider.refuses(site.layer) for provider in PROVIDERS}
+    return {candidate.name: candidate.refuses(site.layer) for candidate in CANDIDATES}
 
 
-def layout_tokens(site: Site) -> int:
+def layout_tokens(site: LinearSite) -> int:
     """The count that a layout is chosen for: measured, the one for most tokens is as fast as any for fewer."""
     return max(site.calls)
 
 
-def _kind(site: Site, offers: tuple[str, ...], tiers: Tiers | None, tokens: int, settings: Settings) -> Kind:
+def _kind(site: LinearSite, offers: tuple[str, ...], tiers: Tiers | None, tokens: int, settings: Settings) -> Kind:
     layer, device = site.layer, site.layer.weight.device
     return Kind(
         device_name=device_name(device),
@@ -111,38 +111,38 @@ def _kind(site: Site, offers: tuple[str, ...], tiers: Tiers | None, tokens: int,
         dtype=str(layer.weight.dtype),
         bias=layer.bias is not None,
         transposed=is_transposed(layer),
-        providers=offers,
+        candidates=offers,
         layout_tokens=layout_tokens(site),
         tokens=tokens,
-        cold=settings.cold(device),
+        evict_cache=settings.evict_cache(device),
         graphs=settings.graphs and clock.is_gpu(device),
         keep_dense=settings.keep_dense and clock.is_gpu(device),
         tiers=tiers,
     )
 
 
-def _timings(kind: Kind, turn: int, layer: nn.Linear, budget: float) -> tune.Timings:
+def _timings(kind: Kind, repeat: int, layer: nn.Linear, budget: float) -> tune.Timings:
     device, dtype = layer.weight.device, layer.weight.dtype
 
     def measure() -> tune.Timings:
-        offers = [provider for provider in PROVIDERS if provider.name in kind.providers]
+        offers = [candidate for candidate in CANDIDATES if candidate.name in kind.candidates]
         generator = torch.Generator(device).manual_seed(0)  # the caller's random state is not ours to move
         randn = partial(torch.randn, generator=generator, device=device)
         plain = _stand_in(kind, layer, randn, generator)
         x = randn(kind.tokens, kind.shape[1]).to(dtype)
-        timer = clock.clock(device, cold=kind.cold, graphs=kind.graphs)
+        timer = clock.clock(device, evict_cache=kind.evict_cache, graphs=kind.graphs)
         calls: dict[str, clock.Call]
-        if clock.is_gpu(device) and "2:4" in kind.providers:
+        if clock.is_gpu(device) and "2:4" in kind.candidates:
             names, _ = gpu.layouts(dtype, kind.shape[1], device)
             calls, wrong = gpu.offers(plain, x, names, timer, transposed=kind.transposed, keep_dense=kind.keep_dense)
         else:
             calls = {offer.name: offer.build(plain, kind.layout_tokens, kind.transposed) for offer in offers}
             wrong = []
-        dense = tuple(provider.name for provider in offers if provider.dense)
+        dense = tuple(candidate.name for candidate in offers if candidate.dense)
         timings = tune.measure(calls, plain, x, dense=dense, clock=timer, budget=budget)
         return timings | dict.fromkeys(wrong)
 
-    return cache.remembered({**asdict(kind), "turn": turn}, measure, device)
+    return cache.remembered({**asdict(kind), "repeat": repeat}, measure, device)
 
 
 def _stand_in(kind: Kind, layer: nn.Linear, randn: Callable[..., Tensor], generator: torch.Generator) -> nn.Linear:
@@ -151,7 +151,7 @@ def _stand_in(kind: Kind, layer: nn.Linear, randn: Callable[..., Tensor], genera
     weight = randn(rows, cols).div_(cols**0.5).to(dtype)
     if kind.tiers is not None:
         weight = kind.tiers.prune(weight, generator)
-    elif "2:4" in kind.providers:
+    elif "2:4" in kind.candidates:
         weight = nm_prune(weight, 2, 4)[0]
     plain = copy.copy(layer)
     tensors = {
@@ -169,13 +169,13 @@ def _stand_in(kind: Kind, layer: nn.Linear, randn: Callable[..., Tensor], genera
     return plain
 
 
-def _decide(site: Site, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
+def _decide(site: LinearSite, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
     if clock.is_gpu(site.layer.weight.device) and refusals["2:4"] is None:
         return _decide_routed(site, timings)
-    return _decide_provider(site, refusals, timings)
+    return _decide_candidate(site, refusals, timings)
 
 
-def _decide_provider(site: Site, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
+def _decide_candidate(site: LinearSite, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
     """Takes the fastest over all calls of the sample among those that win at every token count."""
     remarks = [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
     seconds: dict[str, float] = {}
@@ -194,15 +194,15 @@ def _decide_provider(site: Site, refusals: dict[str, str | None], timings: dict[
         return Choice("plain", None, "; ".join(remarks), timings)
     fastest = min(seconds, key=lambda name: seconds[name])
     remarks += [f"{name}: faster than plain, but slower" for name in seconds if name != fastest]
-    provider = next(provider for provider in PROVIDERS if provider.name == fastest)
+    candidate = next(candidate for candidate in CANDIDATES if candidate.name == fastest)
 
-    def build(site: Site) -> Compressed:
-        return provider.build(site.layer, layout_tokens(site), is_transposed(site.layer))
+    def build(site: LinearSite) -> Compressed:
+        return candidate.build(site.layer, layout_tokens(site), is_transposed(site.layer))
 
     return Choice(fastest, build, "; ".join(["fastest", *remarks]), timings, dict.fromkeys(timings, fastest))
 
 
-def _decide_routed(site: Site, timings: dict[int, tune.Timings]) -> Choice:
+def _decide_routed(site: LinearSite, timings: dict[int, tune.Timings]) -> Choice:
     weight = site.layer.weight
     names, remark = gpu.layouts(weight.dtype, site.shape[1], weight.device)
     decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, names)
@@ -210,7 +210,7 @@ def _decide_routed(site: Site, timings: dict[int, tune.Timings]) -> Choice:
     if (plan := decision.plan) is None:
         return Choice("plain", None, reason, timings)
 
-    def build(site: Site) -> Compressed:
+    def build(site: LinearSite) -> Compressed:
         return RoutedLinear24.from_linear(site.layer, transposed=is_transposed(site.layer)).follow(plan)
 
     return Choice("2:4", build, reason, timings, decision.names)

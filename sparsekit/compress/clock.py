@@ -25,34 +25,34 @@ class Clock(Protocol):
     def seconds(self, call: Call, x: Tensor) -> float: ...
 
 
-def clock(device: torch.device, *, cold: bool, graphs: bool = False) -> Clock:
+def clock(device: torch.device, *, evict_cache: bool, graphs: bool = False) -> Clock:
     """The clock of a device.
 
     Args:
         device: where the calls compute.
-        cold: whether the last-level cache is emptied of weights before every call, as the other layers of a model that
-            is larger than that cache would. Going over a buffer of twice its size does that at any size of weight and
-            with a bounded memory, where rotating over copies of the weight would need dozens.
+        evict_cache: whether the last-level cache is emptied of weights before every call, as the other layers of a
+            model that is larger than that cache would do. Reading a buffer of twice its size does that for a weight of
+            any size and in bounded memory, where rotating over copies of the weight would need dozens.
         graphs: whether the calls will be replayed from CUDA graphs, so that what the host does costs nothing.
     """
-    return GpuClock(device, cold, graphs) if device.type == "cuda" else CpuClock(cold)
+    return GpuClock(device, evict_cache, graphs) if device.type == "cuda" else CpuClock(evict_cache)
 
 
 class CpuClock:
     """Wall time."""
 
-    def __init__(self, cold: bool):
-        self.cold = cold
-        self.evicted = torch.ones(min(2 * last_level_cache(), MAX_EVICTION) // 4 if cold else 0, device="cpu")
+    def __init__(self, evict_cache: bool):
+        self.evict_cache = evict_cache
+        self.evicted = torch.ones(min(2 * last_level_cache(), MAX_EVICTION) // 4 if evict_cache else 0, device="cpu")
         self.calls = 1
 
     def start(self, call: Call, x: Tensor) -> None:
         begin = time.perf_counter()
         call(x)
-        self.calls = 1 if self.cold else math.ceil(SHORTEST / max(time.perf_counter() - begin, 1e-9))
+        self.calls = 1 if self.evict_cache else math.ceil(SHORTEST / max(time.perf_counter() - begin, 1e-9))
 
     def seconds(self, call: Call, x: Tensor) -> float:
-        if self.cold:
+        if self.evict_cache:
             self.evicted.sum()
             x.sum()  # an input has just been computed
         begin = time.perf_counter()
@@ -64,9 +64,9 @@ class CpuClock:
 class GpuClock:
     """The longer of the device's time and the host's: a model that runs eagerly waits for either."""
 
-    def __init__(self, device: torch.device, cold: bool, graphs: bool):
-        self.cold, self.graphs = cold, graphs
-        size = 2 * cache_bytes(device) if cold else 0
+    def __init__(self, device: torch.device, evict_cache: bool, graphs: bool):
+        self.evict_cache, self.graphs = evict_cache, graphs
+        size = 2 * cache_bytes(device) if evict_cache else 0
         self.evicted = torch.empty(size, dtype=torch.uint8, device=device)
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 

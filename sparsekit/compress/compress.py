@@ -12,7 +12,7 @@ from ..nn import PrepackedLinear, RoutedLinear24
 from . import clock
 from .choose import Choice, Settings, choose
 from .report import CompressReport, LayerReport
-from .sites import Site, find_sites, watch
+from .sites import LinearSite, find_sites, watch
 from .swap import restore_all, swap_all
 
 TOKENS = (1, 16, 128)  # what is measured without a sample: a decoding step, a small batch, a prompt
@@ -92,10 +92,10 @@ def compress_(
         for site in free:
             site.calls.update(GPU_TOKENS if clock.is_gpu(site.layer.weight.device) else TOKENS)
 
-    def cold(device: torch.device) -> bool:
+    def evict_cache(device: torch.device) -> bool:
         return before > clock.cache_bytes(device)
 
-    choices = choose(free, Settings(cold, budget, graphs, keep_dense, progress or iter))
+    choices = choose(free, Settings(evict_cache, budget, graphs, keep_dense, progress or iter))
     tuned = time.perf_counter()
     chosen = [(site, choices[site.name].build) for site in free]
     swap_all(model, [(site, build) for site, build in chosen if build is not None])
@@ -122,7 +122,7 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     return restore_all(model)
 
 
-def _layer_report(site: Site, choice: Choice | None) -> LayerReport:
+def _layer_report(site: LinearSite, choice: Choice | None) -> LayerReport:
     calls = dict(sorted(site.calls.items()))
     if choice is None:
         return LayerReport(site.name, site.shape, "plain", site.reason or "", calls)

@@ -17,7 +17,7 @@ from .tune import Timings, expected, is_right
 # The names of the decode kernel and of a dense copy; others are a layout and how its library computes:
 # "cusparselt_sm90:5:2:1" is algorithm 5 with split-K 2 of mode 1.
 LINEAR24, DENSE = "linear24", "dense"
-EVEN = 0.97  # the ratio from which a dense copy counts as no slower
+PARITY_RATIO = 0.97  # the ratio from which a dense copy counts as no slower
 ALGORITHMS = 64  # more than any cuSPARSELt to 0.9 has; it refuses an id that it has not
 SPLITS = tuple((split_k, mode) for split_k in (2, 4, 8) for mode in (ONE_KERNEL, TWO_KERNELS))
 SCREENED, KEPT = 3, 2  # calls to screen an algorithm by, and how many of each library race in earnest
@@ -185,7 +185,7 @@ def decide(
 def _fastest(measured: Timings, layout: str | None) -> str | None:
     fits = [name for name, timing in measured.items() if timing and timing.faster and _layout(name) in (None, layout)]
     dense = measured.get(DENSE)
-    even = DENSE if dense is not None and dense.ratio >= EVEN else None
+    even = DENSE if dense is not None and dense.ratio >= PARITY_RATIO else None
     return min(fits, key=lambda name: _seconds(measured, name), default=even)
 
 

@@ -11,29 +11,29 @@ from .._batches import Forward, as_batches, evaluating, layer_input, run_batch
 from .._layers import Where, borrowed, input_dim, is_transposed
 from ..nn import autocast_dtype
 from . import clock
-from .providers import unfit
+from .candidates import unfit
 
 # More are as good as this many for a ratio, and take longer to measure.
 MAX_TOKENS, MAX_GPU_TOKENS = 512, 8192
 
-Places = list[tuple[nn.Module, str]]
+Slots = list[tuple[nn.Module, str]]
 
 
 @dataclass
-class Site:
-    """A layer, everywhere it hangs, the calls it gets by token bucket, and why it must stay, if it must."""
+class LinearSite:
+    """A linear layer: where it hangs, the calls it gets by token bucket, and why it must stay, if it must."""
 
     name: str
     layer: nn.Linear
-    places: Places
+    slots: Slots
     reason: str | None
     shape: tuple[int, int]  # (out_features, in_features)
     calls: Counter[int] = field(default_factory=Counter)
 
 
-def find_sites(model: nn.Module, where: Where | None) -> list[Site]:
+def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
     """Every linear layer that ``where`` selects, in the order of ``named_modules``."""
-    hangs, lent = places(model), borrowed(model)
+    slots, lent = parent_slots(model), borrowed(model)
     sites = []
     for name, layer in model.named_modules():
         if input_dim(layer) is None or isinstance(layer, nn.Conv2d) or (where is not None and not where(name, layer)):
@@ -43,13 +43,13 @@ def find_sites(model: nn.Module, where: Where | None) -> list[Site]:
             reason = "it is the model itself: use from_linear of Linear24, TieredLinear or PrepackedLinear"
         rows, cols = layer.weight.shape
         shape = (cols, rows) if is_transposed(layer) else (rows, cols)
-        sites.append(Site(name, layer, hangs.get(layer, []), reason, shape))
+        sites.append(LinearSite(name, layer, slots.get(layer, []), reason, shape))
     return sites
 
 
-def places(model: nn.Module) -> dict[nn.Module, Places]:
-    """Every place where a module hangs: one that two parents share hangs in two."""
-    found: dict[nn.Module, Places] = {}
+def parent_slots(model: nn.Module) -> dict[nn.Module, Slots]:
+    """The slots of every module: one that two parents share has two."""
+    found: dict[nn.Module, Slots] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
             if child is not None:
@@ -57,7 +57,7 @@ def places(model: nn.Module) -> dict[nn.Module, Places]:
     return found
 
 
-def watch(model: nn.Module, sites: list[Site], sample: Any, forward: Forward | None) -> None:
+def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forward | None) -> None:
     """Runs the sample once and counts the calls of each layer; rules out those that it does not suit.
 
     Raises:
@@ -66,7 +66,7 @@ def watch(model: nn.Module, sites: list[Site], sample: Any, forward: Forward | N
     dtypes: dict[str, set[torch.dtype]] = {site.name: set() for site in sites}
     batches = as_batches(sample)
 
-    def count(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(site: LinearSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = layer_input(args, kwargs)
         dtypes[site.name].add(autocast_dtype(x) or x.dtype)
         if tokens := x.shape[:-1].numel():
@@ -93,7 +93,7 @@ def watch(model: nn.Module, sites: list[Site], sample: Any, forward: Forward | N
             site.reason = _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
 
 
-def _ruled_out(site: Site, other_dtypes: set[torch.dtype]) -> str | None:
+def _ruled_out(site: LinearSite, other_dtypes: set[torch.dtype]) -> str | None:
     if other_dtypes:
         return f"it runs in {', '.join(sorted(map(str, other_dtypes)))}, its weight is {site.layer.weight.dtype}"
     return None if site.calls else "the sample does not run it"

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..masks import remove_mask
 from ..nn import Compressed, carry_mask
-from .sites import Places, Site, places
+from .sites import LinearSite, Slots, parent_slots
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ def get_original(module: nn.Module) -> nn.Linear | None:
     return None if original is None else original.layer  # type: ignore[return-value]
 
 
-def swap_all(model: nn.Module, chosen: Iterable[tuple[Site, Callable[[Site], Compressed]]]) -> None:
+def swap_all(model: nn.Module, chosen: Iterable[tuple[LinearSite, Callable[[LinearSite], Compressed]]]) -> None:
     """Builds and hangs a module for every site, all of them or none."""
-    done: list[tuple[Compressed, Site, Any]] = []
+    done: list[tuple[Compressed, LinearSite, Any]] = []
     try:
         for site, build in chosen:
             module = build(site)
             set_original(module, site.layer)
             done.append((module, site, site.layer.weight.grad))
-            _hang(module, site.places)
+            replace_module(module, site.slots)
             empty(site.layer)
         guard_saving(model)
     except BaseException:
         for module, site, grad in done:
-            _hang(refill(module), site.places)
+            replace_module(refill(module), site.slots)
             site.layer.weight.grad = grad
         guard_saving(model)
         raise
@@ -57,15 +57,15 @@ def restore_all(model: nn.Module) -> tuple[str, ...]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, Compressed) and name}
     for name, module in found.items():
         check_known(name, module)
-    hangs = places(model)
+    slots = parent_slots(model)
     done: list[Compressed] = []
     try:
         for module in found.values():
             done.append(module)
-            _hang(refill(module), hangs[module])
+            replace_module(refill(module), slots[module])
     except BaseException:
         for module in done:
-            _hang(module, hangs[module])
+            replace_module(module, slots[module])
             if (layer := get_original(module)) is not None:
                 empty(layer)
         raise
@@ -121,6 +121,6 @@ def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _hang(module: nn.Module, hangs: Places) -> None:
-    for parent, attribute in hangs:
+def replace_module(module: nn.Module, slots: Slots) -> None:
+    for parent, attribute in slots:
         parent._modules[attribute] = module

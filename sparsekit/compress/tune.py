@@ -66,7 +66,7 @@ def measure(
     with torch.no_grad():
         exact = expected(plain, x)
         right = {name: call for name, call in calls.items() if is_right(call, x, exact)}
-        times = race({"plain": plain, **right}, x, clock, budget)
+        times = time_interleaved({"plain": plain, **right}, x, clock, budget)
         for name, call in right.items():
             if not is_right(call, x, exact):
                 del times[name]
@@ -77,7 +77,7 @@ def measure(
     }
 
 
-def worse(first: Timings, second: Timings) -> Timings:
+def pessimistic(first: Timings, second: Timings) -> Timings:
     """Of two measurements of the same calls the one that says less for each; its seconds are the mean of both."""
 
     def of(one: Timing | None, other: Timing | None) -> Timing | None:
@@ -90,7 +90,7 @@ def worse(first: Timings, second: Timings) -> Timings:
 
 
 def compare(own: list[float], plain: list[float], best: list[float]) -> Timing:
-    """The timing of one call from what ``race`` measured of it, of the plain one and of the best dense one."""
+    """The timing of one call, from the seconds of its rounds and of the plain and the best dense call's."""
     ratios = [other / mine for other, mine in zip(plain, own, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4)
     return Timing(
@@ -102,7 +102,7 @@ def compare(own: list[float], plain: list[float], best: list[float]) -> Timing:
     )
 
 
-def race(calls: Mapping[str, Call], x: Tensor, clock: Clock, budget: float) -> dict[str, list[float]]:
+def time_interleaved(calls: Mapping[str, Call], x: Tensor, clock: Clock, budget: float) -> dict[str, list[float]]:
     """The seconds of every call in every round, the calls in turns; one of them is called ``"plain"``."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()

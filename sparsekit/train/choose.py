@@ -66,7 +66,7 @@ def _measure(kind: Kind, tokens: int) -> float:
         calls = [lambda x: step(x, None)[0], lambda x: step(x, kind.layout)[0]]
         if not all(_agree(one, other) for one, other in zip(step(x, None), step(x, kind.layout), strict=True)):
             return 0.0
-        timer = clock(kind.device, cold=False)
+        timer = clock(kind.device, evict_cache=False)
         timer.start(calls[0], x)
         rounds = [[timer.seconds(call, x) for call in calls] for _ in range(ROUNDS)]
     except RuntimeError:  # the library refuses the shape, or there is no memory for both

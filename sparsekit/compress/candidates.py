@@ -19,7 +19,7 @@ MOST_BYTES = 0.9  # of the dense ones, to be worth measuring in tiers
 
 
 @dataclass(frozen=True)
-class Provider:
+class Candidate:
     """A way to compute a linear layer.
 
     Args:
@@ -119,17 +119,17 @@ def _can_prepack(dtype: torch.dtype) -> bool:
     return prepack(torch.zeros(16, 16, dtype=dtype, device="cpu"), 1).is_mkldnn
 
 
-PROVIDERS = (
-    Provider(
+CANDIDATES = (
+    Candidate(
         "2:4", False, _refuses_24, lambda layer, tokens, transposed: Linear24.from_linear(layer, transposed=transposed)
     ),
-    Provider(
+    Candidate(
         "tiered",
         False,
         refuses_tiered,
         lambda layer, tokens, transposed: TieredLinear.from_linear(layer, transposed=transposed),
     ),
-    Provider(
+    Candidate(
         "prepacked",
         True,
         _refuses_prepacked,
