@@ -1,11 +1,12 @@
 """Patterns, and the masks that layers carry: stored with the layer, never guessed from its zeros."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .ops import block_scores, block_topk_mask, nm_mask, nm_prune, pack_bits, unpack_bits
 from .ops.nm import MAX_M
@@ -113,11 +114,13 @@ class MaskInfo:
     """How a stored mask came to be: its pattern, and the weight dimension (or ``"flatten"``) its groups run along.
 
     The dimension of the inputs: 1 for Linear and Conv2d, 0 for transformers' Conv1D, 1 or 2 for the matrices of
-    experts in one parameter; ``"flatten"`` is Conv2d's ``(in, height, width)`` read as one dimension.
+    experts in one parameter; ``"flatten"`` is Conv2d's ``(in, height, width)`` read as one dimension. ``shape`` is that
+    of the mask, noted when it is stored.
     """
 
     pattern: Pattern
     axis: Axis
+    shape: tuple[int, ...] | None = field(default=None, compare=False)
 
 
 def grouped(weight: Tensor, axis: Axis) -> Tensor:
@@ -150,11 +153,16 @@ def set_mask(module: nn.Module, mask: Tensor, info: MaskInfo, parameter: str = "
     weight: Tensor = getattr(module, parameter)
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(f"mask must be bool {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-    set_mask_bits(module, pack_bits(mask.flatten(1)), info, parameter)
+    set_mask_bits(module, pack_bits(mask.flatten(1)), replace(info, shape=tuple(mask.shape)), parameter)
 
 
 def set_mask_bits(module: nn.Module, bits: Tensor, info: MaskInfo, parameter: str = "weight") -> None:
-    """Like ``set_mask``, given the bit-packed buffer itself: what ``module`` and others may share."""
+    """Like ``set_mask``, given the bit-packed buffer itself: what ``module`` and others may share.
+
+    Without ``info.shape`` the mask takes the shape that the parameter has now.
+    """
+    if info.shape is None:
+        info = replace(info, shape=tuple(getattr(module, parameter).shape))
     # A mask is there once both are: an interrupt between the two lines leaves none.
     setattr(module, f"{parameter}_mask_info", info)
     module.register_buffer(f"{parameter}_mask", bits, persistent=False)
@@ -166,12 +174,45 @@ def get_mask_bits(module: nn.Module, parameter: str = "weight") -> Tensor | None
 
 
 def get_mask(module: nn.Module, parameter: str = "weight") -> Tensor | None:
-    """The stored bool mask of a parameter of ``module``, in its shape; None where there is none."""
-    bits = get_mask_bits(module, parameter)
-    if bits is None:
+    """The stored bool mask of a parameter of ``module``, in its shape; None where there is none.
+
+    Raises:
+        ValueError: the parameter has another shape than it had when the mask was stored, or is computed since then.
+    """
+    bits, info = get_mask_bits(module, parameter), get_mask_info(module, parameter)
+    if bits is None or info is None:
         return None
-    shape: torch.Size = getattr(module, parameter).shape
-    return unpack_bits(bits, shape[1:].numel()).view(shape)
+    if reason := outdated_mask(module, parameter):
+        raise ValueError(reason)
+    assert info.shape is not None
+    return unpack_bits(bits, torch.Size(info.shape[1:]).numel()).view(info.shape)
+
+
+def outdated_mask(module: nn.Module, parameter: str = "weight") -> str | None:
+    """Why the stored mask does not belong to the parameter as it is now; None where it does, or where there is none."""
+    info = get_mask_info(module, parameter)
+    if info is None:
+        return None
+    way = "call prune_ again, or forget the mask with sparsekit.masks.remove_mask"
+    own = module._parameters.get(parameter)
+    # A computed weight is never read: spectral_norm changes its buffers then, and a compressed layer unpacks.
+    if own is None and (parameter in module.__dict__ or is_parametrized(module, parameter)):
+        return f"its {parameter} has a stored mask and is computed from other parameters since: {way}"
+    if own is not None and tuple(own.shape) != info.shape:
+        return f"its {parameter} has the shape {tuple(own.shape)}, and the stored mask has {info.shape}: {way}"
+    return None
+
+
+def check_masks(model: nn.Module) -> None:
+    """Rejects stored masks that do not belong to their weights any more.
+
+    Raises:
+        ValueError: names the first layer whose parameter has changed its shape, or is computed, since it was masked.
+    """
+    for name, module in model.named_modules():
+        for parameter in masked_parameters(module):
+            if reason := outdated_mask(module, parameter):
+                raise ValueError(f"layer {name!r}: {reason}")
 
 
 def get_mask_info(module: nn.Module, parameter: str = "weight") -> MaskInfo | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._layers import check_model
 from ..compress.swap import check_known, empty, get_original, guard_saving, refill, set_original
-from ..masks import remove_mask, set_mask_bits
+from ..masks import check_masks, remove_mask, set_mask_bits
 from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, TieredLinear, weight_shape
 from ..ops import TieredWeight
 from .archive import read, seal, unique, write
@@ -41,8 +41,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
     Raises:
         TypeError: ``model`` is not a module, or its state dict holds something that is not a tensor.
         OSError: the file cannot be written.
-        ValueError: a tensor has no data (the meta device), ``format`` is another, or has no place for a layer, or there
-            are no masks to be written alone.
+        ValueError: a tensor has no data (the meta device), ``format`` is another, or has no place for a layer, a mask
+            does not belong to its weight any more, or there are no masks to be written alone.
     """
     check_model(model)
     if format not in get_args(Format):
@@ -52,6 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
         tensors, shared = unique(masks)
         write(Path(path), tensors, seal(dump(layers, shared), tensors))
         return
+    check_masks(model)
     state = dict(model.state_dict())
     if format == "sparse-24-bitmask":
         tensors, _ = unique(to_bitmask24(model, state))

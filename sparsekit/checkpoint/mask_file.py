@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .._layers import input_dim
-from ..masks import get_mask_info, remove_mask, set_mask_bits
+from ..masks import check_masks, get_mask_info, remove_mask, set_mask_bits
 from ..nn import weight_shape
 from .structure import Layer, join
 
@@ -14,8 +14,9 @@ def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     """The pruned layers of a model, and their masks.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or one that does not belong to its weight any more.
     """
+    check_masks(model)
     layers, tensors = dict[str, Layer](), dict[str, Tensor]()
     for name, module in model.named_modules(remove_duplicate=False):
         if info := get_mask_info(module):

@@ -86,7 +86,7 @@ class Layer:
         if not 0 < tokens <= _MAX_TOKENS:
             raise ValueError(f"{where} has {tokens} tokens, 1 to {_MAX_TOKENS} are allowed")
         mask = data.get("mask")
-        info = None if mask is None else _parse_mask(f"the mask of {where}", mask, len(shape))
+        info = None if mask is None else _parse_mask(f"the mask of {where}", mask, shape)
         block, k = _parse_tiers(where, data) if kind == "tiered" else ((0, 0), 0)
         return Layer(kind, shape, _field(where, data, "transposed", bool), tokens, info, block, k)
 
@@ -165,11 +165,12 @@ def parse(structure: str) -> tuple[dict[str, Layer], dict[str, str]]:
     return {name: Layer.parse(name, data) for name, data in layers.items()}, shared
 
 
-def _parse_mask(where: str, data: Any, dims: int) -> MaskInfo:
+def _parse_mask(where: str, data: Any, shape: tuple[int, ...]) -> MaskInfo:
+    dims = len(shape)
     axis: Axis | None = data.get("axis") if isinstance(data, dict) else None
     if axis != "flatten" and not (type(axis) is int and -dims <= axis < dims):
         raise ValueError(f"{where} has the axis {axis!r}, for a weight of {dims} dimensions")
-    return MaskInfo(Pattern.parse(_field(where, data, "pattern", str)), axis)
+    return MaskInfo(Pattern.parse(_field(where, data, "pattern", str)), axis, shape)
 
 
 def _parse_tiers(where: str, data: Any) -> tuple[tuple[int, int], int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..masks import get_mask, get_mask_info
+from ..masks import check_masks, get_mask, get_mask_info
 from ..nn import Compressed
 
 
@@ -76,11 +76,13 @@ def keep_masks(model: nn.Module, optimizer: torch.optim.Optimizer) -> MaskKeeper
         A handle with ``remove()``, which is a context manager too.
 
     Raises:
-        ValueError: no layer has a mask, one that has is compressed, or the optimizer holds none of the masked weights.
+        ValueError: no layer has a mask, one that has is compressed or has changed its shape since, or the optimizer
+            holds none of the masked weights.
     """
     for name, module in model.named_modules():
         if isinstance(module, Compressed) and get_mask_info(module) is not None:
             raise ValueError(f"layer {name!r} is compressed: call decompress_ first, then make the optimizer")
+    check_masks(model)
     dropped = {
         weight: ~mask
         for module in model.modules()

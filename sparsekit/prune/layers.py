@@ -17,15 +17,18 @@ from .report import Skipped
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be pruned: its name in the model, the module, and the axis its groups run along."""
+    """A layer that can be pruned: its name in the model, the module, the axis its groups run along, and which of the
+    module's parameters is its weight.
+    """
 
     name: str
     module: nn.Module
     axis: Axis
+    parameter: str = "weight"
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.module.weight  # type: ignore[return-value]
+        return self.module.get_parameter(self.parameter)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """``weight`` as ``[outputs, inputs]``, its columns in the order of ``windows``."""
