@@ -5,11 +5,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .._batches import Forward, layer_input, run_batch
+from .inputs import Gather, Inputs
 from .layers import Layer
-from .statistics import InputSample, Statistic
 
 
 class _BlockDone(BaseException):
@@ -26,19 +26,6 @@ class Block:
     module: nn.Module
     layers: tuple[Layer, ...]
     ends_pass: bool = False
-
-
-class Inputs:
-    """What one layer's calibration inputs amounted to."""
-
-    def __init__(self, layer: Layer, statistic: type[Statistic] | None) -> None:
-        self.sample = InputSample(layer)
-        self.statistic = None if statistic is None else statistic(layer)
-
-    def update(self, x: Tensor) -> None:
-        self.sample.update(x)
-        if self.statistic is not None:
-            self.statistic.update(x)
 
 
 def split_blocks(model: nn.Module, layers: Iterable[Layer]) -> list[Block]:
@@ -96,20 +83,21 @@ def execution_order(
 
 
 def collect(
-    model: nn.Module, block: Block, statistic: type[Statistic] | None, batches: Iterable[Any], forward: Forward | None
+    model: nn.Module, block: Block, gather: Gather, batches: Iterable[Any], forward: Forward | None
 ) -> list[Inputs]:
     """Runs every batch as far as the block needs, and returns what its layers were shown, in their order.
 
     Raises:
         ValueError: there is no batch.
     """
-    inputs = [Inputs(layer, statistic) for layer in block.layers]
+    inputs = [gather(layer) for layer in block.layers]
+    running: Any = None
 
     def stop(*_: Any) -> None:
         raise _BlockDone
 
     def record(seen: Inputs) -> Callable[..., None]:
-        return lambda _, args, kwargs, __: seen.update(layer_input(args, kwargs))
+        return lambda _, args, kwargs, __: seen.update(layer_input(args, kwargs), running)
 
     count = 0
     with ExitStack() as hooks:
@@ -117,9 +105,9 @@ def collect(
             hooks.enter_context(layer.module.register_forward_hook(record(seen), with_kwargs=True))
         if block.ends_pass:
             hooks.enter_context(block.module.register_forward_hook(stop))
-        for count, batch in enumerate(batches, start=1):  # noqa: B007
+        for count, running in enumerate(batches, start=1):  # noqa: B007
             with suppress(_BlockDone):
-                run_batch(model, batch, forward)
+                run_batch(model, running, forward)
     check_count(count)
     return inputs
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -11,8 +12,8 @@ from torch import nn
 from .._batches import Forward, Progress, evaluating
 from .._layers import Where, check_model
 from ..masks import Pattern, grouped, ungrouped
-from .calibrate import Inputs
 from .calibration import calibrated
+from .inputs import Inputs
 from .layers import Layer, check_weights, find_layers
 from .methods import Method
 from .put import put
@@ -125,7 +126,7 @@ def _shown(
     return calibrated(
         model,
         layers,
-        method.statistic,
+        partial(Inputs, statistic=method.statistic),
         batches,
         sequential=sequential,
         forward=forward,

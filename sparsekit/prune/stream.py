@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .._batches import Forward, layer_input, run_batch
-from .calibrate import Block, Inputs, check_count
-from .statistics import Statistic
+from .calibrate import Block, check_count
+from .inputs import Gather, Inputs
 
 
 class _Cancelled(BaseException):
@@ -26,7 +26,8 @@ class _Pass:
     connections of a UNet, an encoder's output) stays in its frames.
     """
 
-    def __init__(self, run: Callable[[], object]) -> None:
+    def __init__(self, batch: Any, run: Callable[[], object]) -> None:
+        self.batch = batch
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._at: Block | None = None
         self._error: BaseException | None = None
@@ -94,7 +95,7 @@ def _modes() -> Callable[[ExitStack], None]:
 def stream(
     model: nn.Module,
     blocks: list[Block],
-    statistic: type[Statistic] | None,
+    gather: Gather,
     batches: Iterable[Any],
     forward: Forward | None,
 ) -> Iterator[tuple[Block, list[Inputs]]]:
@@ -107,7 +108,7 @@ def stream(
     Raises:
         ValueError: there is no batch.
     """
-    seen = {block.module: [Inputs(layer, statistic) for layer in block.layers] for block in blocks}
+    seen = {block.module: [gather(layer) for layer in block.layers] for block in blocks}
     done: set[nn.Module] = set()
     with _hooks(blocks, seen, done), ExitStack() as cleanup:
         waiting: dict[nn.Module, tuple[Block, list[_Pass]]] = {}
@@ -118,7 +119,7 @@ def stream(
 
         count = 0
         for count, batch in enumerate(batches, start=1):  # noqa: B007
-            each = _Pass(partial(run_batch, model, batch, forward))
+            each = _Pass(batch, partial(run_batch, model, batch, forward))
             cleanup.callback(each.cancel)
             go_on(each)
         check_count(count)
@@ -153,7 +154,7 @@ def _hooks(blocks: list[Block], seen: dict[nn.Module, list[Inputs]], done: set[n
         def ran(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
             own: _Pass | None = getattr(_current, "running", None)
             if own is not None and own.measuring:
-                inputs.update(layer_input(args, kwargs))
+                inputs.update(layer_input(args, kwargs), own.batch)
 
         return ran
 

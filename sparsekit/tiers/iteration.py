@@ -14,8 +14,8 @@ from .._layers import Where, check_model
 from ..masks import Pattern
 from ..ops import tier_scores
 from ..ops.tiers import SPARSE24, TOPK
-from ..prune.calibrate import Inputs
 from ..prune.calibration import calibrated
+from ..prune.inputs import Inputs
 from ..prune.layers import Layer, check_weights, find_layers
 from ..prune.methods import Method
 from ..prune.put import put
@@ -195,16 +195,16 @@ class _Planner:
     def plans(self, show: Any, allocation: Allocation) -> Iterator[tuple[Layer, Inputs, _Plan]]:
         """Yields layers to prune; each must be pruned before the next is asked for."""
         if allocation == "layer":
-            for layer, inputs in _reached(show(statistic=self.statistic, sequential=True)):
+            for layer, inputs in _reached(show(gather=partial(Inputs, statistic=self.statistic), sequential=True)):
                 yield layer, inputs, self._plan([(layer, inputs)])[0]
             return
-        together = list(_reached(show(statistic=InputNorm, sequential=False)))
+        together = list(_reached(show(gather=partial(Inputs, statistic=InputNorm), sequential=False)))
         plans = self._plan(together)
         if self.statistic is InputNorm:
             yield from ((*each, plan) for each, plan in zip(together, plans, strict=True))
             return
         by_name = {layer.name: plan for (layer, _), plan in zip(together, plans, strict=True)}
-        for layer, inputs in _reached(show(statistic=self.statistic, sequential=True)):
+        for layer, inputs in _reached(show(gather=partial(Inputs, statistic=self.statistic), sequential=True)):
             if layer.name in by_name:  # a router may choose other experts once the blocks before it are pruned
                 yield layer, inputs, by_name[layer.name]
 
