@@ -81,7 +81,7 @@ class Compress:
                 model.config.save_pretrained(folder)
                 if model.can_generate():
                     model.generation_config.save_pretrained(folder)
-                copy_tokenizer(str(self.folder), folder)
+                copy_tokenizer(str(self.folder), model.config, folder)
                 (folder / "README.md").write_text(readme(model, report), encoding="utf-8")
         if self.json:
             terminal.write_json(found)

@@ -98,22 +98,31 @@ def empty_model(config: Any) -> Any:
     return kind.from_config(config, trust_remote_code=False).eval()
 
 
-def load_tokenizer(source: str) -> Any:
-    """The model's own tokenizer.
+def load_tokenizer(source: str, config: Any) -> Any:
+    """Loads the model's own tokenizer.
 
     Raises:
-        UsageError: it has none that can be loaded.
+        UsageError: it has none that can be loaded, or one that is not the model's: without the files of a tokenizer,
+            transformers makes one up that knows a handful of tokens.
     """
     try:
-        return transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:  # sentencepiece is missing, a file has no such key
         raise UsageError(f"{source} has no tokenizer that can be loaded, and text needs one") from error
+    known, needed = len(tokenizer), getattr(config.get_text_config(), "vocab_size", None)
+    # Embeddings are padded to round numbers, by some tenths at most.
+    if needed is not None and not needed / 2 <= known <= needed:
+        raise UsageError(
+            f"the tokenizer that {source} gives has {known} tokens and the model {needed}: it is not the model's own, "
+            "put the files of that one into the folder"
+        )
+    return tokenizer
 
 
-def copy_tokenizer(source: str, folder: Path) -> None:
+def copy_tokenizer(source: str, config: Any, folder: Path) -> None:
     """Writes the model's tokenizer to a folder, where it has one."""
     with suppress(UsageError):
-        load_tokenizer(source).save_pretrained(folder)
+        load_tokenizer(source, config).save_pretrained(folder)
 
 
 def head_of(model: Any) -> nn.Module | None:
@@ -122,13 +131,33 @@ def head_of(model: Any) -> nn.Module | None:
     return get() if callable(get) else None
 
 
-def longest(config: Any) -> int | None:
-    """The most tokens that the model reads at once; None where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def longest(model: Any, tokenizer: Any = None) -> int | None:
+    """Finds the most tokens that a model reads at once; None where nothing says so.
+
+    The least of what the configuration, the tokenizer and the tables of positions allow. A table with a padding index,
+    as RoBERTa's, begins to count after it.
+    """
+    said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [said, getattr(tokenizer, "model_max_length", None)]
+    for name, module in model.named_modules():
+        positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+        if positions and module.num_embeddings == said and module.padding_idx is not None:
+            limits.append(said - module.padding_idx - 1)
+    return min((limit for limit in limits if limit), default=None)
 
 
 def batch_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """What the model is called with to read ``tokens`` ``[batch, length]``."""
+    """Makes what the model is called with to read ``tokens`` ``[batch, length]``.
+
+    Raises:
+        UsageError: the model reads something else than text.
+    """
+    reads = getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise UsageError(
+            f"{type(model).__name__} reads {reads}, not text: prune it by --method magnitude --calibration none, "
+            "or give sparsekit.prune_ and sparsekit.compress_ its own inputs in Python"
+        )
     batch = {"input_ids": tokens.to(model.device)}
     return {**batch, "decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else batch
 

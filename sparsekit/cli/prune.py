@@ -90,8 +90,7 @@ class Prune:
     def run(self) -> int:
         method = self.checked()
         model: Any = load_dense(self.model, self.device, self.dtype)
-        window = min(self.window, longest(model.config) or self.window)
-        calibration, held_out = self.texts(model, window)
+        window, calibration, held_out = self.texts(model)
         where, head = self.where(model)
         with without_cache(model):
             before = quality(model, held_out, "perplexity, dense")
@@ -108,7 +107,7 @@ class Prune:
         found["skipped"] = [*found["skipped"], *head]
         with new_folder(self.out) as folder:
             model.save_pretrained(folder)
-            copy_tokenizer(self.model, folder)
+            copy_tokenizer(self.model, model.config, folder)
             save(model, folder / MASKS, format="masks")
             write_json(folder / REPORT, found)
             (folder / "README.md").write_text(
@@ -122,9 +121,10 @@ class Prune:
             show(found, self.out)
         return 0
 
-    def texts(self, model: Any, window: int) -> tuple[list[dict[str, Tensor]] | None, Tensor | None]:
-        """The calibration batches and the held-out windows, where they are wanted."""
-        tokenizer = load_tokenizer(self.model) if self.calibration != "none" or self.eval else None
+    def texts(self, model: Any) -> tuple[int, list[dict[str, Tensor]] | None, Tensor | None]:
+        """The tokens in a window; and the calibration batches and the held-out windows, where they are wanted."""
+        tokenizer = load_tokenizer(self.model, model.config) if self.calibration != "none" or self.eval else None
+        window = min(self.window, longest(model, tokenizer) or self.window)
         calibration = held_out = None
         if self.calibration != "none":
             tokens = text.windows(tokenizer, self.calibration, window, self.nsamples)
@@ -132,7 +132,7 @@ class Prune:
         if self.eval is not None:
             text.check_causal(model)
             held_out = text.windows(tokenizer, str(self.eval), window, 1)[: self.nsamples]
-        return calibration, held_out
+        return window, calibration, held_out
 
     def where(self, model: nn.Module) -> tuple[Where, list[dict[str, str]]]:
         """Which layers are pruned, and what is to be said of the output head."""

@@ -31,7 +31,7 @@ def check_tokens(model: Any, counts: Sequence[int]) -> None:
     """
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise UsageError(f"a model that reads tokens is needed, {type(model).__name__} does not")
-    most = longest(model.config)
+    most = longest(model)
     if not counts or min(counts) < 1 or (most is not None and max(counts) > most):
         limit = "at least 1" if most is None else f"from 1 to {most}"
         raise UsageError(f"--tokens must be {limit}, got {' '.join(map(str, counts)) or 'none'}")

@@ -38,11 +38,17 @@ def windows(tokenizer: Any, source: str, length: int, at_least: int) -> Tensor:
     """The text as token ids ``[windows, length]``; documents end at ``<|endoftext|>``, the rest at the end is dropped.
 
     Raises:
-        UsageError: there are fewer than ``at_least``.
+        UsageError: there are fewer than ``at_least``, or the tokenizer does not know most of the text.
     """
     documents = [document.strip() for document in read_text(source).split(SEPARATOR)]
     rows = tokenizer([document for document in documents if document] or [""], verbose=False)["input_ids"]
     tokens = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    unknown = 0 if tokenizer.unk_token_id is None else int((tokens == tokenizer.unk_token_id).sum())
+    if 2 * unknown > len(tokens):
+        raise UsageError(
+            f"the tokenizer does not know {unknown / len(tokens):.0%} of the text {source}: "
+            "it is not the model's own, or the text is of another language"
+        )
     count = len(tokens) // length
     if count < at_least:
         raise UsageError(
