@@ -1,45 +1,156 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON that holds what it says."""
 
+import errno
 import json
 import os
 import secrets
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY = ".sk-*.tmp"
+ABANDONED = 3600.0  # seconds after which a file that cannot be asked for its writer is one of a dead process
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``: what the block writes there is flushed to the disk, then takes its place.
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a hidden file beside ``path`` for writing, which takes the place of ``path`` once the block has ended.
 
-    If the block fails, or is interrupted, ``path`` is what it was and nothing else is left.
+    If the block fails, or is interrupted, ``path`` is what it was and nothing else is left. Where ``path`` is a link,
+    what it leads to is replaced. A new file has the permissions that the umask leaves, another those that it had. What
+    a killed process left in the folder is removed; the files of living ones are locked, and stay.
 
     Raises:
-        FileNotFoundError: there is no folder to write to.
+        OSError: the file cannot be written; ``filename`` is ``path``. FileNotFoundError where it has no folder.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _flush(path.parent)
+        target, mode = _target(Path(path))
+        _remove_abandoned(target.parent)
+        with _temporary(target.parent) as (file, temporary):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if mode is not None:
+                with suppress(OSError):  # a share that knows no permissions
+                    os.chmod(temporary, mode)
+            if fcntl is None:  # Windows renames no open file
+                file.close()
+            os.replace(temporary, target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        if error.errno is None or error.filename == os.fspath(path):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Writes ``data`` as indented JSON, whole or not at all."""
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(data, indent=2) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def parse_json(text: str) -> Any:
+    """Parses JSON as its standard has it: without NaN and infinities, and every name of an object once.
+
+    Raises:
+        ValueError: it is something else.
+    """
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("an object has one name twice")
+        return found
+
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return json.loads(text, parse_constant=no_constant, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _target(path: Path) -> tuple[Path, int | None]:
+    """The file that is written when ``path`` is, and its permissions if it is there."""
+    try:
+        target = Path(os.path.realpath(path, strict=True))
+    except FileNotFoundError:  # a new file, or a link to one
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {target.parent}", os.fspath(path)) from None
+        return target, None
+    mode = target.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a directory", os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a device, which no file can replace", os.fspath(path))
+    return target, stat.S_IMODE(mode) & 0o777
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file, locked while it is open, and removed unless it was renamed."""
+    while True:
+        # Known before it is made, so that an interrupt at any point finds it; short, whatever the target is called.
+        path = folder / TEMPORARY.replace("*", secrets.token_hex(8))
+        try:
+            with open(path, "xb") as file:
+                if _lock(file.fileno()) is False or os.fstat(file.fileno()).st_nlink == 0:
+                    continue  # it was taken for an abandoned one before it was locked
+                yield file, path
+                return
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what processes that were killed have left in a folder."""
+    for path in folder.glob(TEMPORARY):
+        with suppress(OSError):  # somebody else's, or gone in the meantime
+            with open(path, "r+b", opener=_open_itself) as file:
+                free = _lock(file.fileno())
+                if free:
+                    path.unlink()
+            if free is None and time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+
+
+def _open_itself(path: str, flags: int) -> int:
+    """Opens a file, and neither what a link leads to nor, waiting, a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Locks a file until it is closed; False where another has, None where the file system knows no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    """Brings the name of a file to the disk, where folders can be asked for that: Windows cannot, nor many a share."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise

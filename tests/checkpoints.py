@@ -10,7 +10,7 @@ from tiering import prune_tiers
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.checkpoint import archive
+from sparsekit import _archive as archive
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
 from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
 

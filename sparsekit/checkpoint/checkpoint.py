@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .._archive import read, seal, unique, write
 from .._layers import check_model
 from ..compress.swap import check_known, empty, get_original, guard_saving, refill, set_original
 from ..masks import check_masks, remove_mask, set_mask_bits
 from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, TieredLinear, weight_shape
 from ..ops import TieredWeight
-from .archive import read, seal, unique, write
 from .bitmask24 import from_bitmask24, to_bitmask24
 from .mask_file import assign_masks, masks_of, only_masks
 from .structure import Layer, dump, join, parse

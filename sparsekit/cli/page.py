@@ -36,8 +36,8 @@ def write_page(folder: Path) -> None:
         + "\n".join(section for section in sections if section)
         + "\n</main></body></html>\n"
     )
-    with replacing(folder / PAGE) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    with replacing(folder / PAGE) as file:
+        file.write(page.encode())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

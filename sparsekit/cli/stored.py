@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checkpoint.archive import read
+from .._archive import read
 from ..checkpoint.mask_file import only_masks
 from ..checkpoint.structure import join, parse
 from ..masks import Axis, MaskInfo

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .._files import replacing, write_json
+from .._archive import read, seal, write
+from .._files import write_json
 from ..ops import unpack_bits
 from .layers import Layer
 from .put import BITS
@@ -65,7 +65,7 @@ class Finished:
 
     def read(self, index: int) -> list[tuple[LayerReport, Tensor, Tensor]]:
         """The report, weight and mask of every layer of a finished block."""
-        tensors = load_file(self._folder / f"block-{index:04d}.safetensors")
+        _, tensors = read(self._folder / f"block-{index:04d}.safetensors")
         return [
             (row, tensors[f"{row.name}.weight"], _mask(tensors[f"{row.name}.mask"], row.shape))
             for row in self._blocks[index]
@@ -77,8 +77,7 @@ class Finished:
         for layer, row in block:
             tensors[f"{row.name}.weight"] = layer.weight.detach().contiguous()
             tensors[f"{row.name}.mask"] = layer.module.get_buffer("weight_mask")
-        with replacing(self._folder / f"block-{len(self):04d}.safetensors") as path:
-            save_file(tensors, path)
+        write(self._folder / f"block-{len(self):04d}.safetensors", tensors, seal("", tensors))
         self._blocks.append([row for _, row in block])
         blocks = [[asdict(row) for row in each] for each in self._blocks]
         write_json(self._folder / "run.json", {"call": self._call, "blocks": blocks})

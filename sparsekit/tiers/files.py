@@ -2,37 +2,32 @@
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .._files import replacing
+from .._archive import read, seal, write
+from .._files import parse_json
 from .tier_map import TierMap
 
-KEY, VERSION = "sparsekit.tier_maps", 1
+KEY, VERSION = "sparsekit.tier_maps", 2
 
 
 def save_tier_maps(tier_maps: Mapping[str, TierMap], path: str | os.PathLike[str]) -> None:
-    """Writes the tier maps of a model by layer name, whole or not at all.
+    """Writes the tier maps of a model by layer name, whole or not at all, with a SHA-256 digest.
 
     Raises:
         OSError: the file cannot be written.
     """
-    structure = {
-        "version": VERSION,
-        "layers": {
-            name: {"shape": tier_map.shape, "block": tier_map.block, "k": tier_map.k}
-            for name, tier_map in tier_maps.items()
-        },
+    layers = {
+        name: {"shape": tier_map.shape, "block": tier_map.block, "k": tier_map.k}
+        for name, tier_map in tier_maps.items()
     }
     tensors = {name: tier_map.tiers.cpu().contiguous() for name, tier_map in tier_maps.items()}
-    with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={KEY: json.dumps(structure)})
+    write(path, tensors, seal(json.dumps({"version": VERSION, "layers": layers}), tensors, KEY))
 
 
 def load_tier_maps(
@@ -48,41 +43,57 @@ def load_tier_maps(
         block: rows and columns of a block, for ``.pt`` files.
         k: weights that a top-k block keeps, for ``.pt`` files.
 
+    Returns:
+        The maps by layer name, on the CPU.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or of another version.
+        ValueError: it holds something else, was altered, or is of another version; the message names the file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         return _read_pt(path, block, k) if path.suffix in (".pt", ".pth") else _read(path)
-    except (SafetensorError, pickle.UnpicklingError, KeyError, TypeError, ValueError, RuntimeError, EOFError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # what torch.load raises on a file that is not its own is not to be listed
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} holds no tier maps: {reason}") from error
 
 
 def _read(path: Path) -> dict[str, TierMap]:
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(KEY)
-        if text is None:
-            raise ValueError(f"its header has no {KEY}")
-        structure = json.loads(text)
-        if structure["version"] != VERSION:
-            raise ValueError(f"it is of version {structure['version']}, this release reads {VERSION}")
-        return {
-            name: TierMap(file.get_tensor(name), tuple(layer["shape"]), tuple(layer["block"]), layer["k"])
-            for name, layer in structure["layers"].items()
-        }
+    text, tensors = read(path, KEY)
+    if text is None:
+        raise ValueError(f"its header has no {KEY}")
+    structure = parse_json(text)
+    version, layers = (structure.get(key) if isinstance(structure, dict) else None for key in ("version", "layers"))
+    if version != VERSION:
+        raise ValueError(f"it is of version {version}, this release reads {VERSION}")
+    if not isinstance(layers, dict) or layers.keys() != tensors.keys():
+        raise ValueError("its layers are not those of its tensors")
+    return {name: _tier_map(name, layers[name], tiers) for name, tiers in tensors.items()}
+
+
+def _tier_map(name: str, layer: Any, tiers: Tensor) -> TierMap:
+    if not isinstance(layer, dict) or layer.keys() != {"shape", "block", "k"}:
+        raise ValueError(f"layer {name!r} needs shape, block and k, got {layer!r}")
+    shape, block = (tuple(side) if isinstance(side, list) else side for side in (layer["shape"], layer["block"]))
+    try:
+        return TierMap(tiers, shape, block, layer["k"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def _read_pt(path: Path, block: tuple[int, int], k: int) -> dict[str, TierMap]:
     stored = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(stored, dict) or not all(
-        isinstance(tiers, Tensor) and tiers.dim() == 2 for tiers in stored.values()
+        isinstance(name, str) and isinstance(tiers, Tensor) and tiers.dim() == 2 for name, tiers in stored.items()
     ):
         raise ValueError("it is not a dict of matrices")
     for name, tiers in stored.items():
+        if tiers.is_meta or tiers.numel() * tiers.element_size() > tiers.untyped_storage().nbytes():
+            raise ValueError(f"{name} has no data, or not all of it")  # a few bytes could ask for any memory
         if tiers.is_floating_point() or not bool(((tiers >= 0) & (tiers <= 2)).all()):
             raise ValueError(f"a tier is 0, 1 or 2, and {name} has others")
     return {

@@ -32,8 +32,8 @@ class TierMap:
         k: weights that a top-k block keeps.
 
     Raises:
-        TypeError, ValueError: ``tiers`` is no such tensor, the block's columns are not a multiple of 4, or ``k`` is not
-            between 0 and the block's size.
+        TypeError, ValueError: ``tiers`` is no such tensor, ``shape`` and ``block`` are not two integers or ``k`` not
+            one, the block's columns are not a multiple of 4, or ``k`` is not between 0 and the block's size.
     """
 
     tiers: Tensor
@@ -42,13 +42,21 @@ class TierMap:
     k: int = 10
 
     def __post_init__(self) -> None:
+        for name, sides in (("shape", self.shape), ("block", self.block)):
+            if not isinstance(sides, tuple) or len(sides) != 2 or any(type(side) is not int for side in sides):
+                raise TypeError(f"{name} must be a tuple of two integers, rows and columns, got {sides!r}")
+        if type(self.k) is not int:
+            raise TypeError(f"k must be an integer, got {self.k!r}")
         (rows, cols), (high, wide) = self.shape, self.block
+        if rows < 0 or cols < 0:
+            raise ValueError(f"shape must not be negative, got {self.shape}")
         if high < 1 or wide < 4 or wide % 4:
             raise ValueError(f"block must have rows, and columns in a multiple of 4, got {self.block}")
         if not 0 <= self.k <= high * wide:
             raise ValueError(f"k must be from 0 to {high * wide}, the size of a block, got {self.k}")
-        if self.tiers.dtype != torch.uint8:
-            raise TypeError(f"tiers must be uint8, got {self.tiers.dtype}")
+        if not isinstance(self.tiers, Tensor) or self.tiers.dtype != torch.uint8:
+            found = self.tiers.dtype if isinstance(self.tiers, Tensor) else type(self.tiers).__name__
+            raise TypeError(f"tiers must be uint8, got {found}")
         grid = (-(-rows // high), -(-cols // wide))
         if self.tiers.shape != grid:
             raise ValueError(

@@ -1,0 +1,155 @@
+"""A safetensors file that is written whole or not at all, and proves on reading that it is what was written."""
+
+import ctypes
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ._files import replacing
+
+KEY = "sparsekit"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to write, on the CPU and contiguous, and which other names share them.
+
+    Raises:
+        TypeError: something is not a tensor.
+        ValueError: a tensor cannot be written: it has no data here, or no dtype that safetensors has a name for.
+    """
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    storages = set()
+    for name, tensor in state.items():
+        _check(name, tensor)
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
+        if tensor.numel() and key in first:
+            shared[name] = first[key]
+            continue
+        first[key] = name
+        storage = tensor.untyped_storage().data_ptr()
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        # A view into a storage that another tensor is written from: who loads it must get memory of its own.
+        tensors[name] = plain.clone() if storage in storages else plain
+        storages.add(storage)
+    return tensors, shared
+
+
+def _check(name: str, tensor: Any) -> None:
+    """Rejects what has no bytes to write."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor to be saved, got {type(tensor).__name__}")
+    if hasattr(tensor, "device_mesh"):
+        raise ValueError(
+            f"{name} is sharded over processes (a DTensor): gather the model first, as get_model_state_dict of "
+            "torch.distributed.checkpoint.state_dict does with full_state_dict=True, and save a model that loaded it"
+        )
+    if is_traceable_wrapper_subclass(tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}, which holds other tensors: only plain ones are saved")
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{name} is not initialized and has no data to save: run the model once")
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no data to save")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} is {tensor.layout}, only strided tensors are saved")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}, which safetensors has no name for")
+
+
+def seal(structure: str, tensors: Mapping[str, Tensor], key: str = KEY) -> dict[str, str]:
+    """The metadata of a file with these tensors: their structure, and the digest that ``read`` checks."""
+    return {key: structure, "sha256": _digest(structure, tensors)}
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes tensors, on the CPU and contiguous, and metadata, whole or not at all.
+
+    The format is that of https://github.com/huggingface/safetensors. Its own writer makes a second temporary file,
+    which only its owner may read and which a kill leaves behind, and tells no errno.
+
+    Raises:
+        OSError: the file cannot be written; ``filename`` is ``path``.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    # The widest first, so that each tensor is aligned to its items: the header ends at a multiple of 8.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        if name in header:
+            raise ValueError(f"{name!r} cannot be the name of a tensor in a safetensors file")
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(bytes_of(tensors[name]))
+
+
+def read(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tensor]]:
+    """The structure and the tensors of a file; the structure is None where ``seal`` made no metadata under ``key``.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is truncated, altered, or something else; the message says which, and not the path.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is a directory" if path.is_dir() else "it is a device")
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            # Copies: the file is mapped into memory, and who changes it later must not change the model.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"it is truncated, or no safetensors file ({error})") from error
+    structure = metadata.get(key)
+    if structure is not None and _digest(structure, tensors) != metadata.get("sha256"):
+        raise ValueError("it was altered: its digest is not the one that was saved")
+    return structure, tensors
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256(structure.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(bytes_of(tensor))
+    return sha.hexdigest()
