@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._undo import restoring
+
 Forward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]  # wraps a loop and iterates it, as tqdm does
 
@@ -56,12 +58,34 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own training flag is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    """Evaluation mode without gradients; every module's own training flag is restored, whatever fails.
+
+    A module with a ``train`` of its own, which may merge weights or keep a part frozen, is switched back by it.
+    """
+    flags = {module: module.training for module in model.modules()}
+    grad = torch.is_grad_enabled()
+
+    def restore() -> None:
+        torch.set_grad_enabled(grad)
+        _restore(flags)
+
+    with restoring(restore):
+        torch.set_grad_enabled(False)
+        if any(flags.values()):
+            model.eval()
+        yield
+
+
+def _restore(flags: Mapping[nn.Module, bool]) -> None:
+    failed: BaseException | None = None
+    for module, flag in flags.items():  # parents first: their train() switches all that is below them
+        if module.training != flag and getattr(module.train, "__func__", module.train) is not nn.Module.train:
+            try:
+                module.train(flag)
+            except BaseException as error:
+                failed = failed or error
+    for module, flag in flags.items():
+        if module.training != flag:
+            module.training = flag
+    if failed is not None:
+        raise failed

@@ -25,7 +25,14 @@ ENTRIES = {"sparsekit.cli", "sparsekit.__main__"}
 LAYERS = [
     ["sparsekit.triton_kernels", "sparsekit._native"],
     ["sparsekit.ops"],
-    ["sparsekit.masks", "sparsekit._batches", "sparsekit._archive", "sparsekit._files", "sparsekit._layers"],
+    [
+        "sparsekit.masks",
+        "sparsekit._undo",
+        "sparsekit._batches",
+        "sparsekit._archive",
+        "sparsekit._files",
+        "sparsekit._layers",
+    ],
     ["sparsekit.nn"],
     ["sparsekit.prune", "sparsekit.compress"],
     ["sparsekit.checkpoint", "sparsekit.train"],

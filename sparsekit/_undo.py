@@ -1,0 +1,59 @@
+"""What brings things back to how they were, also where an interrupt comes into the middle of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+@contextmanager
+def restoring(restore: Callable[[], None]) -> Iterator[None]:
+    """Calls ``restore`` at the end, twice: an interrupt may come into the first call, or just before it.
+
+    Args:
+        restore: sets things to how they were, however often it is called and however far the change had come.
+    """
+    try:
+        try:
+            yield
+        finally:
+            restore()
+    finally:
+        restore()
+
+
+class Undo:
+    """The steps that take back what has been done so far, the last one first."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def callback(self, step: Callable[..., object], *args: Any) -> None:
+        """Adds a step: to be called before the change that it takes back, and harmless without it or when repeated."""
+        self._steps.append(lambda: step(*args))
+
+    def commit(self) -> None:
+        """Forgets all steps: what was done stays."""
+        self._steps = []
+
+    def run(self) -> None:
+        """Takes all steps, twice those that fail; raises what failed first when all are taken."""
+        failed: BaseException | None = None
+        while self._steps:
+            step = self._steps[-1]
+            try:
+                step()
+            except BaseException as error:
+                failed = failed or error
+                with suppress(Exception):
+                    step()  # an interrupt may have come into it
+            self._steps.pop()
+        if failed is not None:
+            raise failed
+
+
+@contextmanager
+def undoing() -> Iterator[Undo]:
+    """Gives an ``Undo`` whose steps are taken at the end, unless ``commit`` was called before."""
+    undo = Undo()
+    with restoring(undo.run):
+        yield undo
