@@ -1,13 +1,9 @@
-"""The ``sparse-24-bitmask`` files that llm-compressor wrote: the packed form of ``pack24``, under other names.
+"""Models from and to the files that llm-compressor wrote, whose packed 2:4 form is that of ``pack24``."""
 
-Of every 2:4 weight they hold ``NAME.compressed``, ``NAME.bitmask`` and ``NAME.shape``, an int64 column
-(https://github.com/vllm-project/compressed-tensors).
-"""
-
-import torch
 from torch import Tensor, nn
 
 from ..nn import Linear24, TieredLinear
+from .bitmask import find_packed, shape_column, shape_of, unpack_bitmask
 from .structure import Layer, join
 from .tiered import PARTS
 
@@ -27,12 +23,12 @@ def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
                 form = "transposed" if layer.transposed else f"of {layer.in_features} inputs"
                 raise ValueError(f"layer {name!r} is {form}; sparse-24-bitmask needs plain ones of a multiple of 4")
             state[join(name, "compressed")] = state.pop(join(name, "values"))
-            state[join(name, "shape")] = torch.tensor([[layer.out_features], [layer.in_features]])
+            state[join(name, "shape")] = shape_column(layer.out_features, layer.in_features)
         elif isinstance(layer, TieredLinear):
             for part in PARTS:
                 del state[join(name, part)]
             if layer not in unpacked:
-                unpacked[layer] = layer.weight
+                unpacked[layer] = layer.weight.detach()
             state[join(name, "weight")] = unpacked[layer]
     return state
 
@@ -40,24 +36,26 @@ def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 def from_bitmask24(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, Layer], dict[str, str]]:
     """Renames the tensors back, in place; returns the layers with their masks, and which tensor every shared one is.
 
-    Such files leave out all but one name of a shared tensor, so the model says what is shared.
+    Weights packed for any zeros (``sparse-bitmask``) are unpacked. Such files leave out all but one name of a shared
+    tensor, so the model says what is shared.
 
     Raises:
         ValueError: no tensor is packed like that, or the parts of one do not belong together.
     """
-    layers = {}
-    for key in [key for key in tensors if key.split(".")[-1] == "compressed"]:
-        name = key.removesuffix("compressed").removesuffix(".")
-        missing = [part for part in ("bitmask", "shape") if join(name, part) not in tensors]
-        if missing:
-            raise ValueError(f"the tensor {join(name, missing[0])!r} is missing")
-        shape = tensors.pop(join(name, "shape")).flatten().tolist()
-        entry = {"kind": "linear24", "shape": shape, "transposed": False, "tokens": 1}
-        layers[name] = Layer.parse(name, {**entry, "mask": {"pattern": "2:4", "axis": 1}})
-        tensors[join(name, "values")] = tensors.pop(key)
-        tensors[join(name, "weight_mask")] = tensors[join(name, "bitmask")]
-    if not layers:
+    packed = find_packed(tensors)
+    if not packed:
         raise ValueError("it is a safetensors file, but not one that sparsekit.save wrote")
+    layers = {}
+    for weight, names in packed.items():
+        parts = {part: tensors.pop(name) for part, name in names.items()}
+        name = weight.removesuffix("weight").removesuffix(".")
+        if parts["compressed"].dim() != 2:
+            tensors[weight] = unpack_bitmask(weight, parts)
+            continue
+        entry = {"kind": "linear24", "shape": list(shape_of(weight, parts)), "transposed": False, "tokens": 1}
+        layers[name] = Layer.parse(name, {**entry, "mask": {"pattern": "2:4", "axis": 1}})
+        tensors[join(name, "values")] = parts["compressed"]
+        tensors[join(name, "bitmask")] = tensors[join(name, "weight_mask")] = parts["bitmask"]
     state = model.state_dict(keep_vars=True)
     stored = {id(state[name]): name for name in tensors if name in state}
     missing_names = [name for name in state if name not in tensors]

@@ -19,6 +19,7 @@ from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, TieredLi
 from ..ops import TieredWeight
 from .bitmask24 import from_bitmask24, to_bitmask24
 from .mask_file import assign_masks, masks_of, only_masks
+from .shards import Shards
 from .structure import Layer, dump, join, parse
 
 Format = Literal["sparsekit", "sparse-24-bitmask", "masks"]
@@ -82,7 +83,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
 
     Args:
         model: the same architecture, freshly made, pruned or compressed; also on the meta device.
-        path: a file that ``save`` wrote, in any of its formats, or another ``sparse-24-bitmask`` file of a whole model.
+        path: a file that ``save`` wrote, in any of its formats; or another file, or folder of files, of a whole model
+            in ``sparse-24-bitmask`` or ``sparse-bitmask``.
         dense: whether compressed layers come back as dense ones, to be fine-tuned or exported.
 
     Raises:
@@ -93,7 +95,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     """
     check_model(model)
     try:
-        structure, tensors = read(Path(path))
+        structure, tensors = _read(Path(path))
         layers, shared = from_bitmask24(model, tensors) if structure is None else parse(structure)
         for name, source in shared.items():
             if name in tensors or source not in tensors:
@@ -114,6 +116,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
             guard_saving(model)
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
+
+
+def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """The structure, None in a foreign file, and the tensors of a file or of a folder of foreign ones."""
+    return (None, dict(Shards(path))) if path.is_dir() else read(path)
 
 
 def _check_shapes(model: nn.Module, layers: Mapping[str, Layer]) -> None:

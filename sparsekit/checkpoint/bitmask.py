@@ -1,0 +1,192 @@
+"""Weights packed by bitmask, as llm-compressor wrote them: from tensors by name to tensors by name.
+
+``sparse-24-bitmask`` holds of every 2:4 weight ``NAME.compressed`` ``[rows, cols / 2]``, ``NAME.bitmask`` uint8
+``[rows, ceil(cols / 8)]`` and ``NAME.shape``, an int64 column. ``sparse-bitmask`` holds any zeros: ``compressed`` has
+one dimension, and ``row_offsets`` say where rows begin. NAME is that of the layer, or in older files that of the
+weight, with ``.weight`` at its end (https://github.com/vllm-project/compressed-tensors).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..ops import pack24, pack_bits, unpack_bits
+from ..ops._define import DTYPES
+
+PARTS = ("compressed", "bitmask", "shape")
+OPTIONAL = ("row_offsets",)
+QUANTIZED = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "output_scale")
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def find_packed(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Finds the packed weights among tensors.
+
+    Args:
+        names: of all tensors.
+
+    Returns:
+        By the name of the dense weight, as ``"layers.0.up.weight"``, the tensors of its parts, as ``"compressed"``.
+
+    Raises:
+        ValueError: a part is missing, or two weights have one name.
+    """
+    names = set(names)
+    found: dict[str, dict[str, str]] = {}
+    for key in sorted(names):
+        base, _, part = key.rpartition(".")
+        if part != "compressed":
+            continue
+        dense = base if base.rpartition(".")[2] in ("weight", "bias") else f"{base}.weight".lstrip(".")
+        parts = {part: f"{base}.{part}".lstrip(".") for part in (*PARTS, *OPTIONAL)}
+        if missing := [parts[part] for part in PARTS if parts[part] not in names]:
+            raise ValueError(f"the tensor {missing[0]!r} is missing")
+        if dense in found or dense in names:
+            raise ValueError(f"the weight {dense!r} is there twice")
+        found[dense] = {part: name for part, name in parts.items() if name in names}
+    return found
+
+
+def unpack_bitmask(name: str, parts: Mapping[str, Tensor]) -> Tensor:
+    """Unpacks one weight, of any dtype.
+
+    Args:
+        name: of the weight, for the messages.
+        parts: its tensors ``"compressed"``, ``"bitmask"`` and ``"shape"``.
+
+    Raises:
+        ValueError: they do not belong together, or a group of four has not exactly two where each row has half of its
+            weights.
+    """
+    values, shape = parts["compressed"], check_bitmask(name, parts)
+    mask = unpack_bits(parts["bitmask"].reshape(*shape[:-1], -(-shape[-1] // 8)), shape[-1])
+    if values.dtype in DTYPES:
+        return values.new_zeros(shape).masked_scatter(mask, values)
+    bits = BITS[values.element_size()]  # float8 can be moved, and no more
+    dense = torch.zeros(shape, dtype=bits).masked_scatter(mask, values.contiguous().view(bits))
+    return dense.view(values.dtype)
+
+
+def shape_of(name: str, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape that the parts of a weight say. The arguments and errors are those of ``unpack_bitmask``."""
+    sizes = parts["shape"].flatten()
+    shape = tuple(sizes[:8].tolist())
+    if not 0 < len(sizes) <= 8 or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{_layer(name)} has the shape {list(shape)}, which must be of integers")
+    return shape
+
+
+def check_bitmask(name: str, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Checks that the parts of a weight belong together; returns its shape. The arguments are ``unpack_bitmask``'s."""
+    values, bits, shape = parts["compressed"], parts["bitmask"], shape_of(name, parts)
+    if bits.dtype != torch.uint8 or bits.numel() != math.prod(shape[:-1]) * -(-shape[-1] // 8):
+        raise ValueError(
+            f"{_layer(name)} is {list(shape)}, and its bitmask {_dtype(bits)} {list(bits.shape)}: that must be uint8, "
+            "a bit for each weight and every row begun with a new byte"
+        )
+    bits = bits.reshape(*shape[:-1], -(-shape[-1] // 8))
+    mask = unpack_bits(bits, shape[-1])
+    if not torch.equal(pack_bits(mask), bits):
+        raise ValueError(f"{_layer(name)} has bits set past its last column")
+    if values.dim() == 2:
+        full = len(shape) == 2 and shape[1] % 4 == 0 and list(values.shape) == [shape[0], shape[1] // 2]
+        if not full or not bool((mask.unflatten(1, (shape[1] // 4, 4)).sum(-1) == 2).all()):
+            raise ValueError(
+                f"{_layer(name)} does not keep exactly two of every four columns, as sparse-24-bitmask does"
+            )
+    elif values.dim() != 1 or values.numel() != int(mask.sum()):
+        raise ValueError(f"{_layer(name)} has {int(mask.sum())} bits set, and values of shape {list(values.shape)}")
+    return shape
+
+
+def _layer(name: str) -> str:
+    return f"layer {name.removesuffix('weight').removesuffix('.')!r}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def unpack_all(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors with every packed weight dense, and every quantized one in the dtype of its scale.
+
+    Args:
+        tensors: a dict, or ``Shards``, which are read one after the other.
+
+    Raises:
+        ValueError: a weight is malformed, or quantized in another way than by float8 or int8 with a scale.
+    """
+    packed = find_packed(tensors)
+    used = {name for parts in packed.values() for name in parts.values()}
+    plain = [name for name in tensors if name not in used]
+    weights = [name for name in (*plain, *packed) if name.rpartition(".")[2] == "weight"]
+    scales = {name: [part for part in QUANTIZED if name.removesuffix("weight") + part in tensors] for name in weights}
+    used |= {name.removesuffix("weight") + part for name, parts in scales.items() for part in parts}
+    for name in (*plain, *packed):
+        if name in used:
+            continue
+        parts = packed.get(name, {})
+        found = {part: tensors[key] for part, key in parts.items()}
+        weight = unpack_bitmask(name, found) if found else tensors[name]
+        given = {part: tensors[name.removesuffix("weight") + part] for part in scales.get(name, ())}
+        yield name, _dequantized(name, weight, given) if given else weight
+
+
+def _dequantized(name: str, weight: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    scale, zero = given.get("weight_scale"), given.get("weight_zero_point")
+    rows = weight.shape[:1]
+    if (
+        weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+        or scale is None
+        or scale.dtype not in DTYPES
+        or (scale.numel() != 1 and tuple(scale.shape) not in (rows, (*rows, 1)))
+        or (zero is not None and bool((zero.float() != 0).any()))
+    ):
+        raise ValueError(
+            f"{_layer(name)} is quantized ({_dtype(weight)} with {', '.join(sorted(given))}), and read are "
+            "only float8 and int8 with one weight_scale, or one for each row, and zero at 0"
+        )
+    sizes = () if scale.numel() == 1 else (*rows, *(1 for _ in weight.shape[1:]))
+    return (weight.float() * scale.float().reshape(sizes)).to(scale.dtype)
+
+
+def pack_all(
+    tensors: Mapping[str, Tensor], where: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors with every 2:4 weight packed as ``sparse-24-bitmask``.
+
+    Args:
+        tensors: a dict, or ``Shards``, which are read one after the other.
+        where: whether the layer of a name, as ``"layers.0.up"``, may be packed.
+
+    Packed are float32, float16 and bfloat16 matrices whose name ends in ``weight``, of a multiple of 4 columns, with at
+    most two non-zeros in every four.
+    """
+    for name in tensors:
+        tensor = tensors[name]
+        layer, _, part = name.rpartition(".")
+        if part != "weight" or not where(layer) or not is_24(tensor):
+            yield name, tensor
+            continue
+        for part, packed in zip(PARTS, pack_bitmask24(tensor), strict=True):
+            yield f"{layer}.{part}".lstrip("."), packed
+
+
+def is_24(weight: Tensor) -> bool:
+    """Whether a weight is one that ``sparse-24-bitmask`` packs."""
+    if weight.dim() != 2 or weight.dtype not in DTYPES or weight.shape[1] % 4 or not weight.numel():
+        return False
+    return bool(((weight != 0).unflatten(1, (weight.shape[1] // 4, 4)).sum(-1) <= 2).all())
+
+
+def pack_bitmask24(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``PARTS`` of a 2:4 weight: values, bitmask, and the shape as an int64 column."""
+    values, bitmask = pack24(weight)
+    return values, bitmask, shape_column(*weight.shape)
+
+
+def shape_column(rows: int, cols: int) -> Tensor:
+    """A shape as these files hold it."""
+    return torch.tensor([[rows], [cols]], device="cpu")

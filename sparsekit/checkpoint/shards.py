@@ -1,0 +1,138 @@
+"""The tensors of a model in one safetensors file, or in a folder of them, read and written one after the other."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from .._archive import unique, write
+from .._files import parse_json, write_json
+
+INDEX = "model.safetensors.index.json"
+
+
+class Shards(Mapping[str, Tensor]):
+    """Tensors by name, each read from its file when it is asked for.
+
+    Args:
+        path: a safetensors file; or a folder with one, or with several and the index of transformers.
+
+    Raises:
+        OSError: a file cannot be opened.
+        ValueError: a file is broken, or not one of those that the index names; the message names it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        self._files: dict[str, Path] = {}
+        for file in _files_in(path) if path.is_dir() else [path]:
+            for name in _names(file):
+                if name in self._files:
+                    raise ValueError(f"{file}: the tensor {name!r} is in {self._files[name].name} too")
+                self._files[name] = file
+        if (path / INDEX).is_file() and (lost := _index(path / INDEX).keys() - self._files.keys()):
+            raise ValueError(f"{path / INDEX} names the tensor {min(lost)!r}, which is in none of its files")
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._files[name]
+        try:
+            with safe_open(path, "pt", device="cpu") as file:
+                return file.get_tensor(name).clone()  # who changes the file later must not change the tensor
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+
+def write_shards(
+    tensors: Iterable[tuple[str, Tensor]], folder: str | os.PathLike[str], *, max_bytes: int = 5 << 30
+) -> list[Path]:
+    """Writes tensors to a folder as transformers does: one file, or several of ``max_bytes`` at most and an index.
+
+    In memory at a time are the tensors of one file.
+
+    Args:
+        tensors: names and tensors, once each.
+        folder: it is there.
+        max_bytes: a larger tensor has a file of its own.
+
+    Returns:
+        The files, without the index.
+
+    Raises:
+        OSError: a file cannot be written.
+        ValueError: a name comes twice, or a tensor cannot be written.
+    """
+    folder = Path(folder)
+    files: list[Path] = []
+    places: dict[str, int] = {}
+    shard: dict[str, Tensor] = {}
+    total = 0
+
+    def end() -> None:
+        plain, shared = unique(shard)
+        # Every name is written: what reads these files knows no sharing.
+        whole = {name: plain[shared[name]] if name in shared else plain[name] for name in shard}
+        files.append(folder / f"model-{len(files) + 1:05d}.safetensors")
+        write(files[-1], whole, {"format": "pt"})
+        shard.clear()
+
+    for name, tensor in tensors:
+        if name in places:
+            raise ValueError(f"the tensor {name!r} comes twice")
+        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > max_bytes:
+            end()
+        places[name] = len(files)
+        shard[name] = tensor
+        total += tensor.nbytes
+    end()
+    if len(files) == 1:
+        return [files[0].rename(folder / "model.safetensors")]
+    files = [file.rename(folder / f"{file.stem}-of-{len(files):05d}.safetensors") for file in files]
+    index = {"metadata": {"total_size": total}, "weight_map": {name: files[at].name for name, at in places.items()}}
+    write_json(folder / INDEX, index)
+    return files
+
+
+def _files_in(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        return [folder / name for name in sorted(set(_index(folder / INDEX).values()))]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{folder}: it is a directory of {len(files)} safetensors files, and has no {INDEX}")
+    return files
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Which file has which tensor."""
+    try:
+        data = parse_json(path.read_text(encoding="utf-8"))
+        found = data["weight_map"]
+        # A name with a folder in it could lead anywhere.
+        good = all(isinstance(name, str) and Path(name).name == name != ".." for name in found.values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of safetensors files: {error}") from error
+    if not found or not good:
+        raise ValueError(f"{path} is no index of safetensors files: it must map tensors to files beside it")
+    return dict(found)
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            return list(file.keys())
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
