@@ -28,6 +28,7 @@ LAYERS = [
     [
         "sparsekit.masks",
         "sparsekit._undo",
+        "sparsekit._changing",
         "sparsekit._batches",
         "sparsekit._archive",
         "sparsekit._files",

@@ -51,7 +51,8 @@ class ADMM(Method):
         gram.diagonal().add_(self.damp * gram.diagonal().mean())
         target = weight.flatten(1).float() * norm
         pull = target @ gram  # what least squares wants
-        factor = cholesky(gram + torch.eye(len(gram), device=gram.device), 0.0)
+        gram.diagonal().add_(1)
+        factor = cholesky(gram, 0.0)
         current, dual = target.clone(), torch.zeros_like(target)
         mask = torch.ones_like(target, dtype=torch.bool)
         for step in range(1, self.iterations + 1):

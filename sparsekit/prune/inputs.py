@@ -1,29 +1,42 @@
 """What one layer is shown in calibration: the statistic that a method needs, and a sample to measure its error on."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .full_precision import full_precision
 from .layers import Layer
-from .statistics import Statistic
+from .statistics import Reduce, Statistic
 
 Gather = Callable[[Layer], "Inputs"]  # makes what gathers the inputs of one layer
+Exchange = Callable[[Any], list[Any]]  # what all processes gave, in the order of their ranks
+CHUNK = 2**22  # weights whose products are compared at a time
 
 
 class Inputs:
     """What one layer's calibration inputs amounted to."""
 
     def __init__(self, layer: Layer, statistic: type[Statistic] | None) -> None:
-        self.sample = InputSample(layer)
-        self.statistic = None if statistic is None else statistic(layer)
+        with full_precision():
+            self.sample = InputSample(layer)
+            self.statistic = None if statistic is None else statistic(layer)
 
     def update(self, x: Tensor, batch: Any) -> None:
         """Takes in one input ``x`` of the layer, as the layer was called with it while ``batch`` ran."""
-        self.sample.update(x)
-        if self.statistic is not None:
-            self.statistic.update(x)
+        with full_precision():
+            self.sample.update(x)
+            if self.statistic is not None:
+                self.statistic.update(x)
+
+    def reduce(self, exchange: Exchange, reduce: Reduce) -> None:
+        """Adds up with what other processes were shown of the same layer: all then hold the same."""
+        with full_precision():
+            self.sample.merge(exchange)
+            if self.statistic is not None:
+                self.statistic.reduce(reduce)
 
 
 class InputSample:
@@ -32,15 +45,16 @@ class InputSample:
     def __init__(self, layer: Layer, size: int = 256) -> None:
         self._layer = layer
         self._size = size
-        self._generator = torch.Generator().manual_seed(0)
-        self._keys = torch.empty(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        self._keys = torch.empty(0, dtype=torch.float32, device="cpu")
         self._rows: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
         """Keeps the rows with the largest of one random key per position: an even draw from a stream."""
         windows = self._layer.windows(x)
         positions = windows.shape[: windows.dim() - self._layer.weight.dim() + 1]
-        keys = torch.cat([self._keys, torch.rand(positions.numel(), generator=self._generator)])
+        new_keys = torch.rand(positions.numel(), generator=self._generator, dtype=torch.float32, device="cpu")
+        keys = torch.cat([self._keys, new_keys])
         chosen = keys.topk(min(self._size, len(keys))).indices
         is_new = chosen >= len(self._keys)
         new = torch.unravel_index((chosen[is_new] - len(self._keys)).to(x.device), positions)
@@ -49,14 +63,39 @@ class InputSample:
             rows = torch.cat([self._rows[chosen[~is_new].to(x.device)], rows])
         self._rows, self._keys = rows, torch.cat([keys[chosen[~is_new]], keys[chosen[is_new]]])
 
+    def merge(self, exchange: Exchange) -> None:
+        """Draws anew from the samples of all processes."""
+        rows = None if self._rows is None else self._rows.cpu()
+        given = [(keys, rows) for keys, rows in exchange((self._keys, rows)) if rows is not None]
+        if given:
+            keys = torch.cat([keys for keys, _ in given])
+            chosen = keys.topk(min(self._size, len(keys))).indices
+            device = self._layer.weight.device
+            self._keys, self._rows = keys[chosen], torch.cat([rows for _, rows in given])[chosen].to(device)
+
     def __len__(self) -> int:
         return len(self._keys)
 
     def relative_error(self, before: Tensor, after: Tensor) -> float | None:
-        """``||X (before - after)^T|| / ||X before^T||`` over the sampled rows; None without rows."""
+        """``||X (before - after)^T|| / ||X before^T||`` over the sampled rows; None without rows.
+
+        NaN where it cannot be known, because a sampled input is NaN or infinite or a product is.
+        """
         if self._rows is None or len(self) == 0:
             return None
         x = self._rows.float()
-        before, after = self._layer.matrix(before).float(), self._layer.matrix(after).float()
-        error = torch.linalg.matrix_norm(x @ (before - after).t())
-        return float(error / torch.linalg.matrix_norm(x @ before.t())) if error > 0 else 0.0  # 0 / 0 with dead inputs
+        x = x / x.abs().max().clamp(min=1e-30)  # the size of the inputs does not matter, and cannot overflow then
+        before, after = self._layer.matrix(before), self._layer.matrix(after)
+        outputs = max(CHUNK // max(before.shape[1], 1), 1)
+        lost, whole = 0.0, 0.0
+        for dense, pruned in zip(before.split(outputs), after.split(outputs), strict=True):
+            dense = dense.float()
+            lost += _square_sum(x @ (dense - pruned.float()).t())
+            whole += _square_sum(x @ dense.t())
+        if lost == 0:
+            return 0.0  # also where all is 0
+        return math.sqrt(lost / whole) if whole > 0 else math.inf if whole == 0 else math.nan
+
+
+def _square_sum(matrix: Tensor) -> float:
+    return float(matrix.double().square().sum())

@@ -14,6 +14,8 @@ from ..nn import Compressed
 from ..ops._define import DTYPES
 from .report import Skipped
 
+WINDOW_BYTES = 2**26
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -34,6 +36,12 @@ class Layer:
         """``weight`` as ``[outputs, inputs]``, its columns in the order of ``windows``."""
         return weight.t() if self.axis == 0 else weight.flatten(1)
 
+    @property
+    def input_shape(self) -> torch.Size:
+        """What one output's weights meet: ``[inputs]``, or ``[channels, kernel height, kernel width]``."""
+        weight = self.weight
+        return weight.shape[1:] if isinstance(self.module, nn.Conv2d) else self.matrix(weight).shape[1:]
+
     def windows(self, x: Tensor) -> Tensor:
         """Everything that the weight meets in an input ``x``: ``[tokens, inputs]``, or for a Conv2d the view
         ``[images, height, width, channels, kernel height, kernel width]``.
@@ -48,12 +56,19 @@ class Layer:
         return view[..., ::row, ::col].permute(0, 2, 3, 1, 4, 5)
 
     def rows(self, x: Tensor) -> Iterator[Tensor]:
-        """What the weight meets in ``x``, image by image: float32 ``[tokens, inputs]``, in the order of ``grouped``."""
-        conv = isinstance(self.module, nn.Conv2d)
-        for part in x.reshape(-1, *x.shape[-3:]).split(1) if conv else (x,):
-            windows = self.windows(part)
-            windows = windows.permute(0, 1, 2, 4, 5, 3) if conv and self.axis != "flatten" else windows
-            yield windows.flatten(3).flatten(0, 2).float() if conv else windows.float()
+        """What the weight meets in ``x``: float32 ``[tokens, inputs]``, in the order of ``grouped``.
+
+        Windows of images overlap, so they come in parts of at most ``WINDOW_BYTES``, or of one line of the output.
+        """
+        windows = self.windows(x)
+        if not isinstance(self.module, nn.Conv2d):
+            yield windows.float()
+            return
+        windows = windows if self.axis == "flatten" else windows.permute(0, 1, 2, 4, 5, 3)
+        lines = max(WINDOW_BYTES // max(4 * windows[0, 0].numel(), 1), 1) if windows.numel() else 1
+        for images in windows.split(max(lines // max(windows.shape[1], 1), 1)):
+            for part in images.split(lines, 1):
+                yield part.flatten(3).flatten(0, 2).float()
 
     def square_sums(self, x: Tensor) -> tuple[Tensor, int]:
         """Sums the squares of an input over all positions: ``([inputs] or [channels, kernel...], positions)``."""
@@ -105,11 +120,24 @@ def _unfit(layer: Layer, pattern: Pattern) -> str | None:
 
 
 def check_weights(layers: list[Layer]) -> None:
-    """Rejects NaN weights: they would rank above everything.
+    """Rejects weights that are NaN, which would rank above everything, or infinite, which no method can work with.
 
     Raises:
         ValueError: names the first layer that has one.
     """
     for layer in layers:
-        if torch.isnan(layer.weight).any():
-            raise ValueError(f"the weight of {layer.name or 'the model'} contains NaN; prune_ needs numbers")
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"the weight of {layer.name or 'the model'} contains NaN or Inf; prune_ needs numbers")
+
+
+def check_result(layer: Layer, pruned: Tensor, method: object) -> None:
+    """Rejects a new weight that its dtype cannot hold.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    if not torch.isfinite(pruned).all():
+        raise ValueError(
+            f"{method} gives {layer.name or 'the model'} a weight that is NaN or infinite in {pruned.dtype}: prune the "
+            "model in bfloat16 or float32, or by a method that keeps the values of the weights"
+        )

@@ -2,21 +2,25 @@
 
 import os
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
 from .._batches import Forward, Progress, evaluating
+from .._changing import change
 from .._layers import Where, check_model
+from .._undo import Undo
 from ..masks import Pattern, grouped, ungrouped
+from .apply import apply_mask
 from .calibration import calibrated
+from .full_precision import full_precision
 from .inputs import Inputs
-from .layers import Layer, check_weights, find_layers
+from .layers import Layer, check_result, check_weights, find_layers
 from .methods import Method
-from .put import put
+from .ranks import Group, Ranks
 from .report import LayerReport, PruneReport, Skipped
 from .resume import Finished
 
@@ -30,6 +34,7 @@ def prune_(
     sequential: bool = True,
     forward: Forward | None = None,
     axis: Literal["input", "flatten"] = "input",
+    group: Group = "world",
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> PruneReport:
@@ -57,6 +62,9 @@ def prune_(
         forward: ``forward(model, batch)`` runs a batch in place of the calls above.
         axis: what the groups of a Conv2d run along: ``"input"`` channels, which hardware needs, or ``"flatten"`` for
             (channels, height, width) read as one, as some published systems do. The masks remember it.
+        group: the processes that prune the model together where ``torch.distributed`` is initialized, each with batches
+            of its own: all of them call ``prune_``, their statistics are added up, and all get the same masks and
+            weights. ``"world"`` is all processes, ``"alone"`` this one without the others; or a process group.
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
         resume: a folder where every finished block is kept. The same call on the same dense model and batches goes on
             after the last block that it finds there. Only with ``sequential`` batches.
@@ -65,40 +73,48 @@ def prune_(
         What was done to each layer, what was left out and why, and the time it took.
 
     Raises:
-        TypeError: ``model`` or ``method`` is something else, or ``batches`` can be read only once while several
-            passes are needed.
-        ValueError: the method needs batches and there are none, nothing can be pruned, or a weight or a calibration
-            input is not a number.
+        TypeError: ``model``, ``method`` or ``group`` is something else, or ``batches`` can be read only once while
+            several passes are needed.
+        ValueError: the method needs batches and there are none, nothing can be pruned, a weight or a calibration input
+            is NaN or infinite, or a new weight would be; or the processes of the group hold different models.
+        RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
     """
     started = time.perf_counter()
     _check(model, method, batches, axis)
     if resume is not None and (batches is None or not sequential):
         raise ValueError("resume goes on block by block: it needs batches and sequential=True")
-    pattern = Pattern.parse(method.pattern)
-    layers, skipped = find_layers(model, pattern, axis, where)
-    if not layers:
-        reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
-        raise ValueError(f"nothing to prune: where selects no layer that can be pruned{reasons}")
-    check_weights(layers)
-    finished = None if resume is None else Finished(resume, {"method": repr(method), "axis": axis}, layers)
-    reports: list[LayerReport] = []
-    with ExitStack() as undo, evaluating(model):
-        if finished is not None:
-            reports += _restore(finished, layers, undo)
-        for members, shown in _shown(model, method, layers, batches, sequential, forward, progress or iter, finished):
-            block = []
-            for layer, inputs in zip(members, shown, strict=True):
-                if inputs is None or len(inputs.sample) or method.statistic is None:
-                    block.append((layer, _prune_layer(layer, method, pattern, inputs, undo)))
-                else:
-                    skipped.append(Skipped(layer.name, "no calibration batch reached it"))
-            reports += [report for _, report in block]
-            if finished is not None and block:
-                finished.add(block)
-        if not reports:
-            raise ValueError("no calibration batch reached any of the selected layers")
-        undo.pop_all()
-    return PruneReport(repr(method), tuple(reports), tuple(skipped), time.perf_counter() - started)
+    ranks = Ranks("alone" if batches is None else group, method.statistic)
+
+    def work(undo: Undo) -> PruneReport:
+        pattern = Pattern.parse(method.pattern)
+        layers, skipped = find_layers(model, pattern, axis, where)
+        if not layers:
+            reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
+            raise ValueError(f"nothing to prune: where selects no layer that can be pruned{reasons}")
+        check_weights(layers)
+        call = {"method": repr(method), "axis": axis}
+        finished = None if resume is None else Finished(resume, call, layers)
+        ranks.agree({**call, "finished": finished and sorted(finished.names)}, layers)
+        reports: list[LayerReport] = []
+        shown = _shown(model, method, layers, batches, sequential, forward, progress or iter, finished)
+        with evaluating(model), closing(shown):
+            if finished is not None:
+                reports += _restore(finished, layers, undo)
+            for members, gathered in shown:
+                block = []
+                for layer, inputs in zip(members, ranks.share(gathered), strict=True):
+                    if inputs is None or len(inputs.sample) or method.statistic is None:
+                        block.append((layer, _prune_layer(layer, method, pattern, inputs, ranks, undo)))
+                    else:
+                        skipped.append(Skipped(layer.name, "no calibration batch reached it"))
+                reports += [report for _, report in block]
+                if finished is not None and block and ranks.rank == 0:
+                    finished.add(block)
+            if not reports:
+                raise ValueError("no calibration batch reached any of the selected layers")
+        return PruneReport(repr(method), tuple(reports), tuple(skipped), time.perf_counter() - started)
+
+    return change(model, "pruned", ranks.together(work))
 
 
 def _check(model: nn.Module, method: Method, batches: Any, axis: str) -> None:
@@ -120,10 +136,11 @@ def _shown(
     forward: Forward | None,
     progress: Progress,
     finished: Finished | None,
-) -> Iterable[tuple[Sequence[Layer], Sequence[Inputs | None]]]:
+) -> Generator[tuple[Sequence[Layer], Sequence[Inputs | None]]]:
     if batches is None:
-        return (([layer], [None]) for layer in progress(layers))
-    return calibrated(
+        yield from (([layer], [None]) for layer in progress(layers))
+        return
+    yield from calibrated(
         model,
         layers,
         partial(Inputs, statistic=method.statistic),
@@ -135,24 +152,34 @@ def _shown(
     )
 
 
-def _restore(finished: Finished, layers: list[Layer], undo: ExitStack) -> Iterable[LayerReport]:
+def _restore(finished: Finished, layers: list[Layer], undo: Undo) -> Iterable[LayerReport]:
     """Gives the layers of finished blocks what an earlier run found."""
     by_name = {layer.name: layer for layer in layers}
     for index in range(len(finished)):
         for report, weight, mask in finished.read(index):
             layer = by_name[report.name]
-            put(
-                layer, weight.to(layer.weight.device), mask.to(layer.weight.device), Pattern.parse(report.pattern), undo
-            )
+            device = layer.weight.device
+            with full_precision():
+                apply_mask(layer, weight.to(device), mask.to(device), Pattern.parse(report.pattern), undo)
             yield report
 
 
-def _prune_layer(layer: Layer, method: Method, pattern: Pattern, inputs: Inputs | None, undo: ExitStack) -> LayerReport:
+def _prune_layer(
+    layer: Layer, method: Method, pattern: Pattern, inputs: Inputs | None, ranks: Ranks, undo: Undo
+) -> LayerReport:
     weight, started = layer.weight.detach(), time.perf_counter()
-    pruned, mask = method.prune(grouped(weight, layer.axis), None if inputs is None else inputs.statistic)
-    pruned, mask = ungrouped(pruned, layer.axis, weight.shape), ungrouped(mask, layer.axis, weight.shape)
-    error = None if inputs is None else inputs.sample.relative_error(weight, pruned)
-    put(layer, pruned, mask, pattern, undo)
-    dropped = mask.numel() - int(mask.sum())
+    with full_precision():
+        dense = grouped(weight, layer.axis)
+        pruned, mask = method.prune(dense, None if inputs is None else inputs.statistic)
+        if pruned.shape != dense.shape or mask.shape != dense.shape:
+            shapes = f"a weight {tuple(pruned.shape)} and a mask {tuple(mask.shape)}"
+            raise ValueError(f"{method!r} must return both of the shape {tuple(dense.shape)} that it got, got {shapes}")
+        ranks.exchange()  # one that could not prune the layer says so here
+        pruned = ranks.broadcast(ungrouped(pruned, layer.axis, weight.shape).to(weight.dtype))
+        mask = ranks.broadcast(ungrouped(mask, layer.axis, weight.shape))
+        check_result(layer, pruned, method)
+        error = None if inputs is None else inputs.sample.relative_error(weight, pruned)
+        apply_mask(layer, pruned, mask, pattern, undo)
+        dropped = mask.numel() - int(mask.sum())
     seconds = time.perf_counter() - started
     return LayerReport(layer.name, tuple(weight.shape), str(pattern), dropped, weight.numel(), error, seconds)

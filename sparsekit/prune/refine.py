@@ -209,5 +209,5 @@ class LeastSquares(Refinement):
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """``above / below``, 0 where a row is solved already."""
-    return torch.where(below > 0, above / below, 0)
+    """``above / below``, 0 where a row is solved already; NaN stays NaN."""
+    return torch.where(below <= 0, 0, above / below)

@@ -12,8 +12,8 @@ from torch import Tensor
 from .._archive import read, seal, write
 from .._files import write_json
 from ..ops import unpack_bits
+from .apply import BITS
 from .layers import Layer
-from .put import BITS
 from .report import LayerReport
 
 VERSION = 1

@@ -10,9 +10,10 @@ MAX_DAMP = 1.0
 
 def damped(gram: Tensor, damp: float) -> Tensor:
     """``gram`` with ``damp`` times its mean diagonal added to the diagonal; an input that is always 0 counts as 1."""
+    gram = gram.clone()
     diagonal = gram.diagonal()
-    extra = torch.where(diagonal == 0, 1.0, 0.0) + damp * diagonal.mean()
-    return gram + extra.diag()
+    diagonal.add_((diagonal == 0) + damp * diagonal.mean())
+    return gram
 
 
 def cholesky(gram: Tensor, damp: float) -> Tensor:

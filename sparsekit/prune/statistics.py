@@ -1,11 +1,14 @@
 """What calibration gathers about the inputs of a layer, in memory that does not grow with the number of batches."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .layers import Layer
+
+Reduce = Callable[[Tensor], None]
 
 
 class Statistic(Protocol):
@@ -14,7 +17,14 @@ class Statistic(Protocol):
     def __init__(self, layer: Layer) -> None: ...
 
     def update(self, x: Tensor) -> None:
-        """Takes in one input of the layer, as the layer was called with it."""
+        """Takes in one input of the layer, as the layer was called with it; padding is left out already."""
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Adds up with the same statistic of other processes.
+
+        Calls ``reduce``, which sums in place, on every tensor of sums: the same ones in the same order in each process,
+        whether or not any input came.
+        """
 
 
 class InputNorm:
@@ -22,13 +32,19 @@ class InputNorm:
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
-        self._sums = torch.zeros(())
+        self._sums = torch.zeros(layer.input_shape, dtype=torch.float32, device=layer.weight.device)
         self._count = 0
 
     def update(self, x: Tensor) -> None:
         sums, count = self._layer.square_sums(x)
-        self._sums = self._sums + sums
+        self._sums.add_(sums)
         self._count += count
+
+    def reduce(self, reduce: Reduce) -> None:
+        count = torch.tensor(self._count, dtype=torch.int64, device=self._sums.device)
+        reduce(self._sums)
+        reduce(count)
+        self._count = int(count)
 
     @property
     def norm(self) -> Tensor:
@@ -56,12 +72,23 @@ class Gram(InputNorm):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
-        self._products = torch.zeros(())
+        self._products: Tensor | None = None  # made when the first input comes: of most layers that is much later
 
     def update(self, x: Tensor) -> None:
         super().update(x)
+        products = self._sum()
         for rows in self._layer.rows(x):
-            self._products = self._products + rows.t() @ rows
+            products.addmm_(rows.t(), rows)
+
+    def reduce(self, reduce: Reduce) -> None:
+        super().reduce(reduce)
+        reduce(self._sum())
+
+    def _sum(self) -> Tensor:
+        if self._products is None:
+            cols = self._sums.numel()
+            self._products = torch.zeros(cols, cols, dtype=torch.float32, device=self._sums.device)
+        return self._products
 
     @property
     def matrix(self) -> Tensor:
@@ -71,7 +98,7 @@ class Gram(InputNorm):
         Raises:
             ValueError: an input was NaN or infinite, or so large that a product is.
         """
-        matrix = self._products / self._count
+        matrix = self._sum() / self._count
         if not torch.isfinite(matrix).all():
             raise ValueError(f"a calibration input of {self._layer.name or 'the model'} is NaN or infinite")
         return matrix

@@ -16,7 +16,8 @@ from .._layers import Where, check_model
 from ..checkpoint import load, save
 from .demote import Criterion
 from .files import load_tier_maps, save_tier_maps
-from .iteration import Allocation, IterationReport, tier_iteration
+from .iteration import IterationReport, tier_iteration
+from .planner import Allocation
 from .schedule import Step
 from .tier_map import Ratios, TierMap
 

@@ -110,16 +110,16 @@ class TierMap:
         (rows, cols), (high, wide) = self.shape, self.block
         if rows * cols == 0:
             return 0.0
-        heights = torch.full((self.tiers.shape[0],), high).clamp(max=rows - torch.arange(self.tiers.shape[0]) * high)
-        widths = torch.full((self.tiers.shape[1],), wide).clamp(max=cols - torch.arange(self.tiers.shape[1]) * wide)
-        area = (heights[:, None] * widths).double()
         tiers = self.tiers.cpu()
+        heights = (rows - high * torch.arange(tiers.shape[0], device="cpu")).clamp(max=high)
+        widths = (cols - wide * torch.arange(tiers.shape[1], device="cpu")).clamp(max=wide)
+        area = (heights[:, None] * widths).double()
         zeros = torch.where(tiers == SPARSE24, area / 2, torch.where(tiers == TOPK, (area - self.k).clamp(min=0), 0))
         return float(zeros.sum() / area.sum())
 
     def picture(self) -> Tensor:
         """uint8 ``[R, C, 3]``, one RGB pixel a block: dense dark, 2:4 blue, top-k light."""
-        return torch.tensor(COLORS, dtype=torch.uint8)[self.tiers.cpu().long()]
+        return torch.tensor(COLORS, dtype=torch.uint8, device="cpu")[self.tiers.cpu().long()]
 
     def __str__(self) -> str:
         dense, mid, topk = self.ratios

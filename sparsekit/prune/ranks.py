@@ -1,0 +1,127 @@
+"""Several processes that calibrate one model together, each with its own batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._undo import Undo
+from .apply import BITS
+from .inputs import Inputs
+from .layers import Layer
+from .statistics import Statistic
+
+T = TypeVar("T")
+S = TypeVar("S", bound=Inputs | None)
+Group: TypeAlias = 'Literal["world", "alone"] | dist.ProcessGroup'  # a string: some builds of torch have no groups
+
+
+class RankFailed(RuntimeError):
+    """Another process of the group has failed, and so this one goes back too."""
+
+
+class Ranks:
+    """The processes of a group; this one alone where torch.distributed is not running.
+
+    Every process makes the same calls in the same order. One that fails says so in place of its next ``exchange``, so
+    that the others do not wait for it.
+
+    Args:
+        group: ``"world"``: all processes, where torch.distributed is initialized; ``"alone"``: only this one; or a
+            process group that this one belongs to.
+        statistic: what will be added up.
+
+    Raises:
+        TypeError, ValueError: ``group`` is something else or a group of other processes, or ``statistic`` cannot be
+            added up.
+    """
+
+    def __init__(self, group: Group, statistic: type[Statistic] | None) -> None:
+        known = isinstance(group, str) and group in ("world", "alone")
+        if not known and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(f'group must be "world", "alone" or a process group, got {group!r}')
+        self._group = None if isinstance(group, str) else group
+        running = group != "alone" and dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(self._group), dist.get_world_size(self._group)) if running else (0, 1)
+        if self.rank < 0:
+            raise ValueError("group must be a process group that this process belongs to")
+        if self.size > 1 and statistic is not None and not hasattr(statistic, "reduce"):
+            raise TypeError(f'{statistic.__name__} has no method "reduce" to add up processes: pass group="alone"')
+
+    def exchange(self, value: Any = None) -> list[Any]:
+        """The values of all processes, in the order of their ranks.
+
+        Raises:
+            RankFailed: one of them has failed.
+        """
+        return [value] if self.size == 1 else self._exchange(None, value)
+
+    def agree(self, call: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+        """Makes sure that all processes do the same to the same model.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        if self.size == 1:
+            return
+        own = {**call, **{f"layer {layer.name!r}": _fingerprint(layer.weight.detach()) for layer in layers}}
+        for rank, other in enumerate(given := self.exchange(own)):
+            for key in {**given[0], **other}:
+                if given[0].get(key) != other.get(key):
+                    raise ValueError(
+                        f"rank {rank} and rank 0 differ in {key}: all must prune the same model in the same way, "
+                        'or each by itself with group="alone"'
+                    )
+
+    def share(self, gathered: Sequence[S]) -> Sequence[S]:
+        """Adds up what the processes have gathered for each of the same layers, in place."""
+        if self.size > 1:
+            self.exchange()
+            for inputs in gathered:
+                if inputs is not None:
+                    inputs.reduce(self.exchange, self._all_reduce)
+        return gathered
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, for all: of the same shape and dtype everywhere."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor.view(-1).view(torch.uint8), group_src=0, group=self._group)
+        return tensor
+
+    def together(self, work: Callable[[Undo], T]) -> Callable[[Undo], T]:
+        """``work`` that ends in all processes or in none: whatever it raises in one of them, it raises in all."""
+        return partial(self._together, work)
+
+    def _together(self, work: Callable[[Undo], T], undo: Undo) -> T:
+        try:
+            result = work(undo)
+            self.exchange()
+            return result
+        except RankFailed:
+            raise
+        except BaseException as error:
+            if self.size > 1:
+                self._exchange(f"{type(error).__name__}: {error}", None)
+            raise
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self._group)
+
+    def _exchange(self, failure: str | None, value: Any) -> list[Any]:
+        given: list[Any] = [None] * self.size
+        dist.all_gather_object(given, (failure, value), group=self._group)
+        if failure is None:
+            for rank, (message, _) in enumerate(given):
+                if message is not None:
+                    raise RankFailed(f"the model is as it was: rank {rank} failed with {message}")
+        return [value for _, value in given]
+
+
+def _fingerprint(weight: Tensor) -> tuple[Any, ...]:
+    bits = BITS[weight.element_size()]
+    return tuple(weight.shape), str(weight.dtype), int(weight.view(bits).sum(dtype=torch.int64))

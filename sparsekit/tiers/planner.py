@@ -1,0 +1,148 @@
+"""Which blocks of which layers one iteration demotes."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..ops import tier_scores
+from ..ops.tiers import SPARSE24, TOPK
+from ..prune.full_precision import full_precision
+from ..prune.inputs import Inputs
+from ..prune.layers import Layer
+from ..prune.methods import Method
+from ..prune.ranks import Ranks
+from ..prune.refine import LeastSquares
+from ..prune.statistics import Gram, InputNorm
+from .demote import Costs, Criterion, Demotion, demote_together, demotion_costs, prune_tiers
+from .schedule import Step
+from .tier_map import Ratios, TierMap
+
+Allocation = Literal["layer", "model"]
+TIE = 1e-6  # the share of the second demotion's cost in the order of the first: it orders what costs the same there
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one layer now, and where the schedule ends for it."""
+
+    tier_map: TierMap
+    demotion: Demotion
+    last: TierMap | None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Decides which blocks of which layers are demoted.
+
+    Args:
+        before: the tier maps now, by layer name.
+        step: the shares to reach.
+        goal: the shares after the last step; None marks nothing to fade.
+        criterion: see ``demote``.
+        statistic: ``Gram`` gives the kept weights new values.
+    """
+
+    before: Mapping[str, TierMap]
+    step: Step
+    goal: Ratios | None
+    criterion: Criterion
+    statistic: type[InputNorm]
+
+    def plans(self, show: Any, ranks: Ranks, allocation: Allocation) -> Generator[tuple[Layer, Inputs, Plan]]:
+        """Yields layers to prune; each must be pruned before the next is asked for."""
+        if allocation == "layer":
+            for layer, inputs in _reached(show, ranks, self.statistic, sequential=True):
+                yield layer, inputs, self._plan([(layer, inputs)])[0]
+            return
+        together = list(_reached(show, ranks, InputNorm, sequential=False))
+        plans = self._plan(together)
+        if self.statistic is InputNorm:
+            yield from ((*each, plan) for each, plan in zip(together, plans, strict=True))
+            return
+        by_name = {layer.name: plan for (layer, _), plan in zip(together, plans, strict=True)}
+        for layer, inputs in _reached(show, ranks, self.statistic, sequential=True):
+            if layer.name in by_name:  # a router may choose other experts once the blocks before it are pruned
+                yield layer, inputs, by_name[layer.name]
+
+    def _plan(self, group: list[tuple[Layer, Inputs]]) -> list[Plan]:
+        """Demotes layers that share their numbers of blocks."""
+        if not group:
+            return []
+        with full_precision():
+            return self._demoted(group)
+
+    def _demoted(self, group: list[tuple[Layer, Inputs]]) -> list[Plan]:
+        costs = [self._costs(layer, inputs) for layer, inputs in group]
+        maps, demotions = demote_together(
+            [self.before[layer.name] for layer, _ in group], costs, self.step.ratios, criterion=self.criterion
+        )
+        last: Sequence[TierMap | None] = [None] * len(maps)
+        if self.goal is not None:
+            last, _ = demote_together(maps, costs, self.goal, criterion=self.criterion)
+        return [Plan(*each) for each in zip(maps, demotions, last, strict=True)]
+
+    def _costs(self, layer: Layer, inputs: Inputs) -> Costs:
+        """``demotion_costs`` as shares of the layer's whole: so they compare between layers.
+
+        Blocks that have faded cost nothing to demote: those that top-k costs least, and so end there, go first.
+        """
+        weight, norm, before = layer.matrix(layer.weight.detach()), _norm(inputs).norm, self.before[layer.name]
+        first, second = demotion_costs(weight, norm, before, self.criterion)
+        if self.criterion == "published":  # where the first costs are all that the blocks hold
+            whole = first.sum().clamp(min=1e-30)
+            return first / whole, second / whole
+        whole = tier_scores(weight, 0, before.block, score_scale=norm, squared=True)[0].sum().clamp(min=1e-30)
+        return (first + TIE * second) / whole, second / whole
+
+    def prune(self, layer: Layer, inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The pruned weight, its mask, and what fades; all in the weight's own layout."""
+        weight, statistic = layer.matrix(layer.weight.detach()), _norm(inputs)
+        tiers = _Tiers("tiers", plan.tier_map, self.criterion)
+        pruned, mask = (
+            LeastSquares(tiers).prune(weight, statistic)
+            if isinstance(statistic, Gram)
+            else tiers.prune(weight, statistic)
+        )
+        own = (lambda matrix: matrix.t().contiguous()) if layer.axis == 0 else (lambda matrix: matrix)
+        if plan.last is None or plan.last.counts == plan.tier_map.counts:
+            return own(pruned), own(mask), None
+        now, last = plan.tier_map.tiers, plan.last.tiers
+        on_the_way = torch.where(now == TOPK, now, last.clamp(max=SPARSE24))  # a dense block is 2:4 before it is top-k
+        for tier_map in (replace(plan.last, tiers=on_the_way), plan.last):
+            weight, left = _Tiers("tiers", tier_map, self.criterion).prune(weight, statistic)
+        return own(pruned), own(mask), own(mask & ~left)
+
+
+@dataclass(frozen=True)
+class _Tiers(Method):
+    """The mask of a tier map, as a method: what least squares can be put on top of."""
+
+    tier_map: TierMap
+    criterion: Criterion
+
+    statistic = InputNorm
+
+    def __post_init__(self) -> None:
+        """Every tier map is one to prune by."""
+
+    def prune(self, weight: Tensor, statistic: InputNorm) -> tuple[Tensor, Tensor]:
+        return prune_tiers(weight, statistic.norm, self.tier_map, self.criterion)
+
+
+def _norm(inputs: Inputs) -> InputNorm:
+    assert isinstance(inputs.statistic, InputNorm)
+    return inputs.statistic
+
+
+def _reached(
+    show: Any, ranks: Ranks, statistic: type[InputNorm], *, sequential: bool
+) -> Generator[tuple[Layer, Inputs]]:
+    """The layers that any calibration batch reached."""
+    with closing(show(gather=partial(Inputs, statistic=statistic), sequential=sequential)) as shown:
+        for members, gathered in shown:
+            yield from (each for each in zip(members, ranks.share(gathered), strict=True) if len(each[1].sample))
