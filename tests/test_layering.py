@@ -33,6 +33,7 @@ LAYERS = [
         "sparsekit._archive",
         "sparsekit._files",
         "sparsekit._layers",
+        "sparsekit._optimizers",
     ],
     ["sparsekit.nn"],
     ["sparsekit.prune", "sparsekit.compress"],

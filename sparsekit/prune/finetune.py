@@ -1,46 +1,69 @@
 """Fine-tuning with the masks kept as they are."""
 
+import logging
+import weakref
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..masks import check_masks, get_mask, get_mask_info
-from ..nn import Compressed
+from .._layers import check_model
+from .._optimizers import local_part, stepping_optimizers, trained_parameters
+from .._undo import Undo, undoing
+from ..masks import get_mask_bits
+from .masked_weight import MaskedWeight, masked_weights
+
+logger = logging.getLogger("sparsekit")
 
 
 class MaskKeeper:
     """Keeps dropped weights at zero while an optimizer trains a model, until ``remove()`` or the end of a ``with``.
 
-    Made by ``keep_masks``.
+    Made by ``keep_masks``. It lives as long as the optimizer does.
     """
 
-    def __init__(self, dropped: dict[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        self._dropped = dropped
-        self._optimizer = optimizer
-        self._handles: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(self._mask_grad)
-            for parameter in dropped
-            if parameter.requires_grad
-        ]
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.apply()))
-        self.apply()
+    def __init__(self, weights: list[MaskedWeight], optimizer: Any) -> None:
+        self._weights = weights
+        self._optimizers = stepping_optimizers(optimizer)
+        self._handles: list[RemovableHandle] = []
+        self._stepping = False
+        with undoing() as undo:
+            undo.callback(_remove, self._handles)
+            for weight in weights:
+                weight.update()
+                self._hook_grad(weight)
+            for each in self._optimizers:
+                self._handles.append(each.register_step_pre_hook(lambda *_: self._before_step()))
+                self._handles.append(each.register_step_post_hook(lambda *_: self._after_step()))
+            restored = self._restore(undo)
+            undo.commit()
+        if restored:
+            logger.warning(
+                "keep_masks zeroed %d weights that the stored masks drop: they were trained or merged without it",
+                restored,
+            )
 
-    @torch.no_grad()
     def apply(self) -> None:
-        """Zeroes what the masks drop in the weights, and in every optimizer state of a weight's shape."""
-        for parameter, dropped in self._dropped.items():
-            parameter.masked_fill_(dropped, 0)
-            for state in self._optimizer.state.get(parameter, {}).values():
-                if isinstance(state, Tensor) and state.shape == dropped.shape:
-                    state.masked_fill_(dropped, 0)
+        """Zeroes what the masks drop in the weights, and in every plain optimizer state of a weight's shape.
+
+        Call it after whatever else than the optimizer has written the weights: a checkpoint or an average of weights
+        that was copied in, a wrapper of the optimizer that moves them itself.
+        """
+        with undoing() as undo:
+            self._restore(undo)
+            undo.commit()
 
     def remove(self) -> None:
-        """Stops keeping the masks; the weights, and the masks stored in the model, stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Stops keeping the masks; the weights, and the masks stored in the model, stay.
+
+        Raises:
+            ValueError: a dropped weight is not zero, because something else than the optimizer wrote it.
+        """
+        if self._handles:
+            _remove(self._handles)
+            self._check([weight for weight in self._weights if weight.bits is get_mask_bits(weight.module, weight.key)])
 
     def __enter__(self) -> "MaskKeeper":
         return self
@@ -48,50 +71,157 @@ class MaskKeeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.remove()
+        if error is None:
+            self.remove()
+        else:
+            _remove(self._handles)
 
-    def _mask_grad(self, parameter: Tensor) -> None:
-        # Filled, not multiplied: an overflow that a gradient scaler is about to skip would leave NaN in place of 0.
-        if parameter.grad is not None:
-            parameter.grad.masked_fill_(self._dropped[parameter], 0)  # type: ignore[index]
+    def _hook_grad(self, weight: MaskedWeight) -> None:
+        """Masks the parameter's gradient as soon as it is there; a frozen one takes no such hook."""
+        if not weight.parameter.requires_grad or weight.hooked is weight.parameter:
+            return
+        # Weak, so that the hook does not keep alive what an optimizer that is gone has left behind.
+        keeper = weakref.ref(self)
+
+        @torch.no_grad()
+        def mask_grad(parameter: Tensor) -> None:
+            if keeper() is not None and weight.bits is get_mask_bits(weight.module, weight.key):
+                weight.drop_grad()
+
+        self._handles.append(handle := weight.parameter.register_post_accumulate_grad_hook(mask_grad))
+        weakref.finalize(self, handle.remove).atexit = False
+        weight.hooked = weight.parameter
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        # A step that calls the step of its base class, or of the optimizer that it wraps, may write before it does so.
+        if self._stepping or torch.compiler.is_compiling():
+            return
+        held = None
+        for weight in self._weights:
+            if (found := weight.current) is not weight.parameter:
+                held = held or trained_parameters(self._optimizers)
+                if found is None or found not in held:
+                    raise ValueError(
+                        f"{weight.name} has another parameter than when keep_masks was called, and the optimizer does "
+                        "not hold it: make a new optimizer and call keep_masks again"
+                    )
+                weight.parameter, weight.bits = found, None
+            is_new = weight.update()
+            if is_new:
+                self._restore_weight(weight, Undo())
+            if is_new or (weight.parameter.requires_grad and weight.hooked is not weight.parameter):
+                self._hook_grad(weight)  # of one that was unfrozen in the meantime
+                weight.drop_grad()
+        self._check(self._weights)
+        self._stepping = True
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        self._stepping = False
+        for weight in self._weights:
+            weight.drop(weight.parameter)
+
+    @torch.no_grad()
+    def _check(self, weights: list[MaskedWeight]) -> None:
+        """Raises if a dropped weight is not zero. Once a step a GPU is waited for; in a graph it cannot be."""
+        device = weights[0].dropped.device if weights else None
+        if device is None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        broken = torch.stack([weight.broken().to(device) for weight in weights]).tolist()
+        for weight, is_broken in zip(weights, broken, strict=True):
+            if is_broken:
+                count, total = weight.count()
+                raise ValueError(
+                    f"{count} of {total} dropped weights of {weight.name} are not zero any more: something else than "
+                    "the step of the optimizer given to keep_masks wrote them (a wrapper that moves weights itself, "
+                    "another optimizer, an average or a checkpoint copied in); call apply() of what keep_masks "
+                    "returned after every such write"
+                )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _restore(self, undo: Undo) -> int:
+        """Zeroes what is dropped in weights and states, to be undone by ``undo``; returns how many weights it were."""
+        restored = 0
+        for weight in self._weights:
+            restored += self._restore_weight(weight, undo)
+        torch.clear_autocast_cache()
+        return restored
+
+    def _restore_weight(self, weight: MaskedWeight, undo: Undo) -> int:
+        count, _ = weight.count()
+        for tensor in (weight.parameter, *self._states(weight)):
+            part = local_part(tensor).detach()  # written again where gradients are on
+            lost = part[weight.dropped]
+            if lost.any():
+                undo.callback(part.masked_scatter_, weight.dropped, lost)
+                weight.drop(part)
+        return count
+
+    def _states(self, weight: MaskedWeight) -> list[Tensor]:
+        """The optimizers' states of the weight's shape. Quantized ones are left out: what they hold of a dropped weight
+        moves that weight alone, which is zeroed after every step."""
+        states = [state for each in self._optimizers for state in each.state.get(weight.parameter, {}).values()]
+        parts = [local_part(state) for state in states if isinstance(state, Tensor)]
+        return [part for part in parts if type(part) is Tensor and part.shape == weight.dropped.shape]
 
 
-def keep_masks(model: nn.Module, optimizer: torch.optim.Optimizer) -> MaskKeeper:
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles[-1].remove()
+        handles.pop()
+
+
+def keep_masks(model: nn.Module, optimizer: Any) -> MaskKeeper:
     """Makes an optimizer train only what the stored masks keep.
 
-    Gradients are masked as soon as they are accumulated, so that clipping and logging see what is trained; weights
-    and optimizer moments are masked after every step, and once now, in case the optimizer is older than the masks.
-    The masks are those that ``prune_`` stored: a kept weight that is zero still trains. Unpacked once, they take one
-    byte per weight. Call it when the model is on its device::
+    Gradients are masked as soon as they are accumulated, so that clipping and logging see what is trained. Weights are
+    zeroed again after every step, whatever the optimizer does with them; and once now, with the optimizer's moments, in
+    case it is older than the masks: a weight that was trained or merged without its mask loses what it gained, which is
+    logged as a warning. The masks are those that ``prune_`` stored: a kept weight that is zero still trains. A mask
+    that is replaced later is followed. Call it when the model is on its device::
 
         with sk.keep_masks(model, optimizer):
             for batch in batches:
                 ...
 
+    The model may be wrapped by DDP, ``torch.compile`` or accelerate, or sharded by ``fully_shard`` before the optimizer
+    is made. The optimizer may be wrapped, too, as ``Accelerator.prepare`` does. Where something else writes weights,
+    such as a wrapper that moves them after the optimizer's step, the next step raises before it begins, and so does the
+    end of the ``with``.
+
+    Unpacked once, the masks take one byte per weight that this process holds. A step costs a pass over the weights
+    before and after it, and on a GPU waits for it once.
+
     Args:
         model: has layers with stored masks.
-        optimizer: any torch optimizer over the model's parameters, new or used.
+        optimizer: any torch optimizer over the model's parameters, new or used, or a wrapper of one. Its states may be
+            quantized ones: these are left as they are.
 
     Returns:
-        A handle with ``remove()``, which is a context manager too.
+        A handle with ``remove()``, which is a context manager too, and ``apply()``.
 
     Raises:
-        ValueError: no layer has a mask, one that has is compressed or has changed its shape since, or the optimizer
-            holds none of the masked weights.
+        TypeError: ``model`` is no module, or ``optimizer`` neither a torch optimizer nor a wrapper of one.
+        ValueError: no layer has a mask; one that has is compressed, has changed its shape since, or has a computed or
+            quantized weight, or none yet (on the meta device); the model is flattened by ``FullyShardedDataParallel``;
+            or the optimizer holds none of the masked weights: they are frozen, or it holds copies of them, as
+            DeepSpeed's does. Nothing is changed then.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, Compressed) and get_mask_info(module) is not None:
-            raise ValueError(f"layer {name!r} is compressed: call decompress_ first, then make the optimizer")
-    check_masks(model)
-    dropped = {
-        weight: ~mask
-        for module in model.modules()
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
-        and (mask := get_mask(module)) is not None
-    }
-    if not dropped:
+    check_model(model)
+    held = trained_parameters(stepping_optimizers(optimizer))
+    weights = masked_weights(model, held)
+    if not weights:
         raise ValueError("no layer of the model has a stored mask: prune_ it, or load a checkpoint that has masks")
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in dropped):
-        raise ValueError("the optimizer holds none of the masked weights: it was made for other parameters")
-    return MaskKeeper(dropped, optimizer)
+    if not any(weight.parameter in held for weight in weights):
+        if not any(weight.parameter.requires_grad for weight in weights):
+            raise ValueError(
+                "the optimizer holds none of the masked weights, which are all frozen (requires_grad is False): they "
+                "stay as they are without keep_masks"
+            )
+        raise ValueError(
+            "the optimizer holds none of the masked weights: it was made for other parameters, or holds copies of "
+            "them, as DeepSpeed's does"
+        )
+    return MaskKeeper(weights, optimizer)

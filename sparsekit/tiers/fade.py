@@ -1,10 +1,13 @@
 """Fading: what later steps will drop shrinks to nothing while a model is fine-tuned, so no demotion is a blow."""
 
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .._optimizers import local_part, local_part_of, stepping_optimizers, trained_parameters
 from ..ops import pack_bits, unpack_bits
 
 FADING = "weight_fading"
@@ -30,20 +33,30 @@ class Fade:
     Made by ``fade``.
     """
 
-    def __init__(self, fading: dict[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer, updates: int) -> None:
-        self._fading, self._left = fading, updates
-        self._handle = optimizer.register_step_post_hook(lambda *_: self.apply())
+    def __init__(self, fading: dict[nn.Parameter, Tensor], optimizer: Optimizer, updates: int) -> None:
+        self._fading, self._left, self._due = fading, updates, False
+        self._handles = (
+            optimizer.register_step_pre_hook(lambda *_: setattr(self, "_due", True)),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        )
 
     @torch.no_grad()
     def apply(self) -> None:
         """Shrinks them once: by 1 / n with n updates left, so without gradients they fall in a straight line."""
         for parameter, fading in self._fading.items():
-            parameter.copy_(torch.where(fading, parameter * (1 - 1 / max(self._left, 1)), parameter))
+            part = local_part(parameter)
+            part.copy_(torch.where(fading, part * (1 - 1 / max(self._left, 1)), part))
         self._left -= 1
 
     def remove(self) -> None:
         """Stops; the weights stay."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_step(self) -> None:
+        if self._due:  # the step of a class that calls its base class's ends twice
+            self._due = False
+            self.apply()
 
     def __enter__(self) -> "Fade":
         return self
@@ -54,7 +67,7 @@ class Fade:
         self.remove()
 
 
-def fade(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Fade:
+def fade(model: nn.Module, optimizer: Any, updates: int) -> Fade:
     """Makes what the rest of the schedule will drop shrink to zero over the next updates of an optimizer.
 
     ``tier_iteration`` marks these entries, given the shares of the last step. A demotion that drops what has faded
@@ -67,7 +80,7 @@ def fade(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Fa
 
     Args:
         model: as ``tier_iteration`` left it.
-        optimizer: holds its weights.
+        optimizer: holds its weights; or a wrapper of one, as in ``keep_masks``.
         updates: steps of the optimizer after which they are zero; it may be left, and begun anew, before that. A tenth
             of the updates of all steps did better than a half, which leaves too few of them for the final shape, and
             than no fading, which drops everything at one blow.
@@ -76,14 +89,17 @@ def fade(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Fa
         A handle with ``remove()``, which is a context manager too.
 
     Raises:
+        TypeError: ``optimizer`` is neither a torch optimizer nor a wrapper of one.
         ValueError: ``updates`` is negative, or the optimizer holds none of the weights that fade.
     """
     if updates < 0:
         raise ValueError(f"updates must be from 0 on, got {updates}")
+    optimizers = stepping_optimizers(optimizer)
     fading = {
-        module.get_parameter("weight"): found for module in model.modules() if (found := fading_of(module)) is not None
+        (weight := module.get_parameter("weight")): local_part_of(found, weight)
+        for module in model.modules()
+        if (found := fading_of(module)) is not None
     }
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    if fading and not held & fading.keys():
+    if fading and not trained_parameters(optimizers) & fading.keys():
         raise ValueError("the optimizer holds none of the weights that fade: it was made for other parameters")
-    return Fade(fading, optimizer, updates)
+    return Fade(fading, optimizers[0], updates)

@@ -1,0 +1,88 @@
+"""What functions that train ask of an optimizer: whose steps they follow, what it trains, what of a weight is here."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def stepping_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
+    """Finds the torch optimizers that call step hooks: ``optimizer`` itself, and those that it wraps.
+
+    A wrapper is any object with an optimizer, or a list of them, among its attributes: those of accelerate, Lightning
+    and apex are, and optimizers that move the weights of another one.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found: list[Optimizer] = []
+    seen: set[int] = set()
+    todo = [optimizer]
+    while todo:
+        one = todo.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        # A wrapper that is an Optimizer by name alone has neither hooks nor a step that would call them.
+        if (
+            isinstance(one, Optimizer)
+            and "_optimizer_step_post_hooks" in vars(one)
+            and hasattr(type(one).step, "hooked")
+        ):
+            found.append(one)
+        todo.extend(_wrapped(one))
+    if not found:
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, or a wrapper that holds one as an attribute, "
+            f"got {type(optimizer).__name__}"
+        )
+    return tuple(found)
+
+
+def _wrapped(optimizer: Any) -> Iterator[Optimizer]:
+    attributes = list(getattr(optimizer, "__dict__", {}).values())
+    for value in (getattr(optimizer, "optimizer", None), *attributes):  # a property, too
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, Optimizer):
+                yield each
+
+
+def trained_parameters(optimizers: tuple[Optimizer, ...]) -> set[Tensor]:
+    """The parameters that the optimizers hold."""
+    return {parameter for each in optimizers for group in each.param_groups for parameter in group["params"]}
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether the tensor is a DTensor, of which every process holds a part (asked without importing torch's)."""
+    return hasattr(tensor, "to_local") and hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds, in the same memory: all of it where it is not sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def local_part_of(full: Tensor, parameter: Any) -> Tensor:
+    """The part of ``full``, which every process has, that lies where the local part of a sharded parameter does."""
+    if not is_sharded(parameter):
+        return full.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    # No source rank: every process cuts its own part out of what it has.
+    shard: Any = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return shard.to_local().clone()
+
+
+def has_plain_data(parameter: nn.Parameter) -> bool:
+    """Whether the parameter is plain floating point, sharded or not: no quantized or otherwise wrapped tensor."""
+    return is_sharded(parameter) or (parameter.is_floating_point() and type(parameter.data) is torch.Tensor)
+
+
+def sharding(model: nn.Module) -> str | None:
+    """How FSDP holds the weights of a model: ``"fully_shard"``, ``"FullyShardedDataParallel"``, or None."""
+    names = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    if "FullyShardedDataParallel" in names:
+        return "FullyShardedDataParallel"
+    return "fully_shard" if "FSDPModule" in names else None
