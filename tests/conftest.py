@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():  # Triton reads it when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from sparsekit.compress import Timing, candidates, tune
+from sparsekit.compress import Timing, candidates, tune, whole
 from sparsekit.ops import force_simd, simd_levels
 
 COMPILED = "test_triton_compiled"
@@ -80,8 +80,12 @@ def data():
 
 @pytest.fixture
 def ratios(monkeypatch):
-    """Replaces the measurement: candidate -> ratio, or a function of the token count; records what was asked."""
-    table = {"2:4": 3.0, "tiered": 3.0, "prepacked": 2.0}
+    """Replaces the measurement: candidate -> ratio, or a function of the token count; records what was asked.
+
+    ``"whole"`` is the ratio of the whole model, or a function of the names compressed and of those that they are
+    compared with.
+    """
+    table = {"2:4": 3.0, "tiered": 3.0, "prepacked": 2.0, "dense": 1.0, "whole": 1.5}
 
     def measure(calls, plain, x, *, dense, clock, budget):
         measured.append((tuple(calls), tuple(x.shape), clock.evict_cache))
@@ -92,7 +96,12 @@ def ratios(monkeypatch):
             timings[name] = ratio and Timing(len(x) / ratio, ratio, float(ratio > 1), ratio, 0.0)
         return timings
 
+    def compare_passes(swap, shown, over, work):
+        ratio = table["whole"](set(shown), set(over)) if callable(table["whole"]) else table["whole"]
+        return tuple(Timing(1 / ratio, ratio, 1.0, ratio, 0.0) for _ in work.batches)
+
     measured = table["measured"] = []
+    monkeypatch.setattr(whole, "compare_passes", compare_passes)
     monkeypatch.setattr(tune, "measure", measure)
     compiled = {"cpu": "avx2"}
     monkeypatch.setattr(candidates, "backends", lambda: {"linear24": compiled, "linear_tiered": compiled})

@@ -34,8 +34,8 @@ SIGNATURES = {
     "Swaps": "method, *, passes=20",
     "LeastSquares": "method, *, iterations=100, damp=0.01, tolerance=0.0003",
     "keep_masks": "model, optimizer",
-    "compress_": "model, sample=None, *, where=None, forward=None, budget=0.5, graphs=False, keep_dense=False, "
-    "progress=None",
+    "compress_": "model, sample=None, *, tokens=None, objective='speed', where=None, forward=None, budget=0.5, "
+    "graphs=False, keep_dense=False, progress=None",
     "decompress_": "model",
     "sparse_training_": "model, *, backward='straight_through', decay=0.0, where=None",
     "to_sparse_semi_structured": "values, bitmask, cols, *, layout=None, alg_id=0",

@@ -71,7 +71,7 @@ def test_the_rule(ratios, ratio, decision):
     report = sk.compress_(stack(), [torch.randn(1, 80), torch.randn(64, 80)])
     assert set(decisions(report).values()) == {decision}
     if ratio is None:
-        assert "tiered: a wrong result at 1 tokens" in report.layers[0].reason
+        assert "tiered: a wrong result at 1 token" in report.layers[0].reason
 
 
 def test_the_faster_provider_wins(ratios):
@@ -99,7 +99,7 @@ def test_what_is_refused_and_why(ratios, monkeypatch):
     half = nn.Linear(64, 64)
     sk.prune_(nn.Sequential(half), sk.Magnitude("50%"))
     assert "tiered: its blocks take 100% of the dense bytes" in reason(half)
-    assert "tiered: 0.50x, 0% won at 1 tokens" in reason(tiered_linear(64, 64))
+    assert "tiered: 0.50x, 0% won at 1 token" in reason(tiered_linear(64, 64))
     none = {"cpu": "reference"}
     monkeypatch.setattr(candidates, "backends", lambda: {"linear24": none, "linear_tiered": none})
     assert "tiered: no compiled tiered kernel for cpu" in reason(tiered_linear(64, 64))
@@ -218,7 +218,8 @@ def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, 
     assert decisions(report) == {"0": decision, "1": "2:4"}
     assert report.layers[0].timing(512).ratio == pytest.approx(1 / (seconds if decision == "tiered" else 0.99))
     if decision == "plain":
-        assert report.layers[0].reason == "2:4: not 2:4; tiered: 1.01x, 100% won at 512 tokens"
+        lost = "tiered: 1.01x, 100% won at 512 tokens, faster at 1: try keep_dense=True"
+        assert report.layers[0].reason == f"2:4: not 2:4; {lost}"
     sk.decompress_(model)
     assert_same(snapshot(model), before)
 

@@ -122,8 +122,8 @@ def test_the_worse_of_two_measurements():
         "c": None,
     }
     worse = {
-        "plain": Timing(2.0, 1.0, 0.0, 1.0, 0.1),
-        "a": Timing(pytest.approx(0.3), 5.0, 0.7, 2.0, 0.3),
+        "plain": Timing(2.0, 1.0, 0.0, 1.0, 0.2),  # the larger spread
+        "a": Timing(pytest.approx(0.3), 5.0, 0.7, 2.0, 1.5),  # they are that far apart
         "b": None,
         "c": None,
     }

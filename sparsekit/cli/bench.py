@@ -13,7 +13,8 @@ from .. import load
 from .._files import write_json
 from ..compress.cache import machine
 from ..compress.clock import cache_bytes
-from ..compress.tune import Timing
+from ..compress.tune import PARITY_RATIO, Timing
+from ..nn import Compressed
 from . import terminal
 from .compress import compressed
 from .errors import check_positive
@@ -21,8 +22,6 @@ from .folders import BENCH_REPORT, COMPRESSED, check_folder
 from .models import device_of, empty_model, load_dense, read_config, without_cache
 from .page import write_page
 from .speed import check_tokens, layer_speeds, model_speeds, prepacked, random_tokens
-
-SLOWER = 0.97  # less than this is slower, and not the noise of a good machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +95,16 @@ class Bench:
             sparse = copy.deepcopy(plain)
             with without_cache(sparse):
                 compressed(sparse, self.tokens, self.budget)
-        found: dict[str, nn.Module | None] = {
-            "plain": plain,
-            "prepacked": prepacked(plain, max(self.tokens)),
-            "compressed": sparse,
-        }
-        return {name: model for name, model in found.items() if model is not None}
+        dense = prepacked(plain, max(self.tokens))
+        if not _forms(sparse):
+            sparse = plain  # a model is not timed against one that is the same
+        elif dense is not None and _forms(sparse) == _forms(dense):
+            dense = sparse
+        return {"plain": plain, **({} if dense is None else {"prepacked": dense}), "compressed": sparse}
+
+
+def _forms(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules() if isinstance(module, Compressed)}
 
 
 def _with_rates(timings: Mapping[str, Timing], count: int) -> dict[str, dict[str, float]]:
@@ -129,7 +132,7 @@ def show(found: dict[str, Any]) -> None:
         f"{timings['compressed'][ratio]:.2f}x {name} at {count}"
         for count, timings in whole.items()
         for ratio, name in (("ratio", "plain"), ("best_dense", "the best dense"))
-        if timings["compressed"][ratio] < SLOWER
+        if timings["compressed"][ratio] < PARITY_RATIO
     ]
     terminal.write(f"slower: {', '.join(slower)}" if slower else "slower than dense: nowhere")
     terminal.write("")

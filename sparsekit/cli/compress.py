@@ -10,6 +10,8 @@ import tyro
 from .. import CompressReport, compress_, save
 from .._files import write_json
 from ..compress.cache import machine
+from ..compress.decide import Objective
+from ..compress.table import grouped_rows, summary
 from . import terminal
 from .errors import UsageError, check_positive
 from .folders import COMPRESS_REPORT, COMPRESSED, check_folder, check_out, new_folder
@@ -41,6 +43,7 @@ class Compress:
         out: a new folder for the packed model, its configuration and its tokenizer; without it the files are added to
             FOLDER.
         tokens: tokens in a forward pass: a layer is swapped if it is faster at all of them.
+        objective: speed takes what is fastest, size the smallest form that is not slower than dense.
         budget: seconds to measure one shape at one number of tokens.
         device: auto is the GPU where there is one.
         dtype: auto is the checkpoint's own.
@@ -53,6 +56,7 @@ class Compress:
     folder: Annotated[Path, tyro.conf.Positional]
     out: Path | None = None
     tokens: tuple[int, ...] = (1, 16, 128)
+    objective: Objective = "speed"
     budget: float = 0.5
     device: str = "auto"
     dtype: Dtype = "auto"
@@ -71,7 +75,7 @@ class Compress:
         model: Any = load_dense(str(self.folder), self.device, self.dtype)
         check_tokens(model, self.tokens)
         with without_cache(model):
-            report = compressed(model, self.tokens, self.budget)
+            report = compressed(model, self.tokens, self.budget, self.objective)
         found = {"tokens": list(self.tokens), "machine": machine(model.device), **asdict(report)}
         if self.out is None:
             self.write(model, self.folder, found)
@@ -108,7 +112,7 @@ def readme(model: Any, report: CompressReport) -> str:
 
 
 @torch.no_grad()
-def compressed(model: Any, counts: tuple[int, ...], budget: float) -> CompressReport:
+def compressed(model: Any, counts: tuple[int, ...], budget: float, objective: Objective = "speed") -> CompressReport:
     """Compresses a model for passes of these numbers of tokens, and checks that it computes what it did.
 
     Raises:
@@ -117,26 +121,14 @@ def compressed(model: Any, counts: tuple[int, ...], budget: float) -> CompressRe
     tokens = random_tokens(model, max(counts))
     expected = output_of(model, tokens)
     passes = [batch_of(model, random_tokens(model, count)) for count in counts]
-    report = compress_(model, passes, budget=budget, progress=terminal.progress("measure"))
+    report = compress_(model, passes, objective=objective, budget=budget, progress=terminal.progress("measure"))
     check_same(model, expected, tokens, "compressed")
     return report
 
 
 def show(report: CompressReport) -> None:
-    """The table of a person: layers of one kind, one decision and one measurement in one row."""
-    alike: dict[tuple[Any, ...], list[Any]] = {}
-    for layer in report.layers:
-        alike.setdefault((layer.shape, layer.decision, layer.reason, str(layer.timings)), []).append(layer)
-    buckets = sorted({count for layer in report.layers for count in layer.timings})
-    rows = []
-    for (shape, decision, reason, _), layers in alike.items():
-        timings = [layers[0].timing(count) for count in buckets]
-        ratios = ["-" if timing is None else f"{timing.ratio:.2f}x ({timing.best_dense:.2f}x)" for timing in timings]
-        rows.append((f"{len(layers)} of {shape[0]}x{shape[1]}", decision, *ratios, reason))
-    head = ("layers", "now", *(f"{count} tokens" for count in buckets), "why")
+    """The report as a terminal shows it."""
+    head, rows = grouped_rows(report.layers)
     terminal.table(head, rows, left=("now", "why"))
-    before, after = terminal.size(report.bytes_before), terminal.size(report.bytes_after)
-    if not report.swapped:
-        terminal.write("nothing is faster than dense on this machine: every layer stays as it is")
-    terminal.write("times the plain layer (times the best dense); of what a layer became, or might have")
-    terminal.write(f"{len(report.swapped)} of {len(report.layers)} layers swapped, {before} -> {after} in memory")
+    for line in summary(report):
+        terminal.write(line)

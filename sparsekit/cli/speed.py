@@ -66,7 +66,7 @@ def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
         if input_dim(layer) is not None
         and not isinstance(layer, nn.Conv2d)
         and layer not in lent
-        and not (unfit(layer) or dense.refuses(layer))
+        and not (unfit(layer) or dense.unsupported_reason(layer))
     ]
     if not layers:
         return None
@@ -79,7 +79,7 @@ def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
 
 @torch.no_grad()
 def model_speeds(models: Mapping[str, nn.Module], tokens: Tensor, budget: float) -> dict[str, Timing]:
-    """Every model against ``"plain"`` on the same tokens, in turns.
+    """Every model against ``"plain"`` on the same tokens, in turns; one that has two names is timed once.
 
     Raises:
         RuntimeError: one computes something else.
@@ -93,7 +93,11 @@ def model_speeds(models: Mapping[str, nn.Module], tokens: Tensor, budget: float)
         return lambda x: output_of(model, x)
 
     timer = clock(tokens.device, evict_cache=False)  # a model finds in the cache what its own size leaves there
-    times = tune.time_interleaved({name: run(model) for name, model in models.items()}, tokens, timer, budget)
+    first: dict[int, str] = {}
+    for name, model in models.items():
+        first.setdefault(id(model), name)
+    taken = tune.time_interleaved({name: run(models[name]) for name in first.values()}, tokens, timer, budget)
+    times = {name: taken[first[id(model)]] for name, model in models.items()}
     dense = min(times.keys() - {"compressed"}, key=lambda name: statistics.median(times[name]))
     return {name: tune.compare(taken, times["plain"], times[dense]) for name, taken in times.items()}
 
@@ -111,13 +115,19 @@ def layer_speeds(
     for (kind, rows, cols, *_), members in progress(list(kinds.items())):
         layer = members[0][1]
         plain = layer.to_linear().eval()
-        dense = prepacked(nn.Sequential(plain), max(counts))
-        calls = {"compressed": layer} if dense is None else {"compressed": layer, "prepacked": dense[0]}  # type: ignore[index]
+        calls = {"compressed": layer}
+        if isinstance(layer, PrepackedLinear):
+            best = "compressed"  # which is what the best dense is
+        elif (dense := prepacked(nn.Sequential(plain), max(counts))) is not None:
+            best = "prepacked"
+            calls["prepacked"] = dense[0]  # type: ignore[index]
+        else:
+            best = "plain"
         weight, timings = plain.weight, {}
         for count in counts:
             x = torch.randn(count, cols, device=weight.device).to(weight.dtype)
             timer = clock(weight.device, evict_cache=evict_cache)
-            measured = tune.measure(calls, plain, x, dense=("prepacked",), clock=timer, budget=budget)["compressed"]
+            measured = tune.measure(calls, plain, x, dense=(best,), clock=timer, budget=budget)["compressed"]
             if measured is None:
                 raise RuntimeError(f"{members[0][0]} computes something else than its dense layer at {count} tokens")
             timings[count] = asdict(measured)

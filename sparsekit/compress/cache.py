@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,32 +18,50 @@ import torch
 from .._files import write_json
 from ..ops import simd_level
 from . import clock
-from .tune import Timing, Timings
+from .tune import MAX_SPREAD, Timing, Timings
 
-MAX_SPREAD = 0.5  # a quiet machine shows 0.02 to 0.2
 CPU = torch.device("cpu")
+PACKAGE = Path(__file__).parents[1]
 
 
 def remembered(key: Mapping[str, Any], compute: Callable[[], Timings], device: torch.device = CPU) -> Timings:
-    """The timings of ``key`` on a device of this machine: from the tune cache, or else computed and put there.
+    """Returns the timings of ``key`` on a device of this machine: from the tune cache, or else computed and put there.
 
     The cache holds one small JSON file per key in ``$XDG_CACHE_HOME/sparsekit/tune`` (``~/.cache`` by default), written
-    whole or not at all, so that any number of processes may share it. A file that cannot be read is written anew.
-    What was measured on a busy machine, with a spread above one half, is used once and not kept.
-    ``SPARSEKIT_TUNE_CACHE=0`` switches the cache off, a path moves it; delete the folder to measure again.
+    whole or not at all, so that any number of processes may share it. A file that is damaged, or that another program
+    wrote, is written anew. What was measured on a busy machine, with a spread above one half, is used once and not
+    kept. ``SPARSEKIT_TUNE_CACHE=0`` switches the cache off, a path moves it; delete the folder to measure again.
     """
-    folder = _cache_folder()
-    if folder is None:
+    if (folder := _cache_folder()) is None:
         return compute()
-    text = json.dumps({**machine(device), **key}, sort_keys=True)
-    full = json.loads(text)  # as it will be read: tuples are lists
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    full = _full(key, device)
+    path = _path(folder, full)
     if (known := _read(path, full)) is not None:
         return known
     timings = compute()
-    if all(timing is None or timing.spread <= MAX_SPREAD for timing in timings.values()):
-        _write(path, {"key": full, "timings": {name: timing and asdict(timing) for name, timing in timings.items()}})
+    if is_steady(timings):
+        _write(path, full, timings)
     return timings
+
+
+def forget(key: Mapping[str, Any], device: torch.device = CPU) -> None:
+    """Removes the timings of ``key`` from the tune cache, so that they are measured again."""
+    if (folder := _cache_folder()) is not None:
+        with suppress(OSError):
+            _path(folder, _full(key, device)).unlink()
+
+
+def is_steady(timings: Timings) -> bool:
+    """Whether the machine was quiet enough for timings to be relied on next time."""
+    return all(timing is None or timing.spread <= MAX_SPREAD for timing in timings.values())
+
+
+def _full(key: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return json.loads(json.dumps({**machine(device), **key}))  # as it will be read: tuples are lists
+
+
+def _path(folder: Path, full: dict[str, Any]) -> Path:
+    return folder / f"{_hash(full)[:32]}.json"
 
 
 def _cache_folder() -> Path | None:
@@ -51,38 +70,53 @@ def _cache_folder() -> Path | None:
         return None
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsekit" / "tune"
-
-
-def _read(path: Path, key: dict[str, Any]) -> Timings | None:
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        if entry["key"] != key:
-            return None
-        return {name: None if timing is None else Timing(**timing) for name, timing in entry["timings"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsekit" / "tune"
+    except RuntimeError:  # nobody says where this user is at home
         return None
 
 
-def _write(path: Path, entry: dict[str, Any]) -> None:
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path, key: dict[str, Any]) -> Timings | None:
+    """The timings of a file that ``_write`` wrote for this key, as it wrote them; None for any other."""
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        if entry["key"] != key or entry["digest"] != _hash(entry["timings"]):
+            return None
+        return {name: None if timing is None else Timing(**timing) for name, timing in entry["timings"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _write(path: Path, key: dict[str, Any], timings: Timings) -> None:
+    data = {name: timing and asdict(timing) for name, timing in timings.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, entry)
+        write_json(path, {"key": key, "timings": data, "digest": _hash(data)})
     except OSError:  # a cache that cannot be written costs time, not correctness
         return
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a timing depends on besides the layer: the hardware and the versions of all that computes on it."""
-    common = {"torch": torch.__version__, "sparsekit": version("sparsekit")}
+    common = {
+        "torch": torch.__version__,
+        "sparsekit": _digest(PACKAGE, ("nn/*.py", "ops/*.py")),
+        "matmul": [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
+    }
     if clock.is_gpu(device):
         return {**common, **_gpu(device)}
     return {
         **common,
         "device": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "simd": simd_level(),
-        "extension": _digest(Path(__file__).parents[1], "_C.*"),
+        "onednn": [torch.backends.mkldnn.enabled, os.environ.get("ONEDNN_MAX_CPU_ISA")],
+        "extension": _digest(PACKAGE, ("_C.*",)),
     }
 
 
@@ -96,7 +130,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda or torch.version.hip,
         "cusparselt": torch.backends.cusparselt.version(),
         "triton": _version("triton"),
-        "kernels": _digest(Path(kernels.origin).parent, "*.*") if kernels and kernels.origin else "",
+        "kernels": _digest(Path(kernels.origin).parent, ("*.*",)) if kernels and kernels.origin else "",
     }
 
 
@@ -120,9 +154,10 @@ def _cpu_name() -> str:
 
 
 @cache
-def _digest(folder: Path, pattern: str) -> str:
-    """Of the files that compute: a version number says nothing about a working copy."""
-    files = sorted(path for path in folder.glob(pattern) if path.is_file())
+def _digest(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Of the files that compute: a version number says nothing about a working copy, and is missing in one that is
+    not installed."""
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     sha = hashlib.sha256()
     for path in files:
         sha.update(path.read_bytes())

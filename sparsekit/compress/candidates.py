@@ -3,16 +3,27 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._layers import is_transposed
 from ..masks import get_mask, tier_sizes
-from ..nn import Compressed, Linear24, PrepackedLinear, TieredLinear
+from ..nn import (
+    Compressed,
+    DenseRoute,
+    Linear24,
+    Linear24WithDense,
+    PrepackedLinear,
+    Routes,
+    TieredLinear,
+    TieredLinearWithDense,
+)
 from ..ops import backends, pack_tiered
 from ..ops._define import DTYPES
 from ..ops.prepacked import prepack
+from ..ops.sparse24 import values_per_row
 from .tiered import Tiers, kept_matrix
 
 MOST_BYTES = 0.9  # of the dense ones, to be worth measuring in tiers
@@ -20,19 +31,24 @@ MOST_BYTES = 0.9  # of the dense ones, to be worth measuring in tiers
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to compute a linear layer.
+    """A form that a linear layer could take.
 
     Args:
         name: what reports call it.
         dense: whether it computes with the whole weight, zeros included.
-        refuses: why it cannot take a layer, or None where it can.
+        unsupported_reason: why it cannot take a layer, or None where it can.
+        nbytes: the bytes of a layer's weight in this form.
         build: makes the module from ``(layer, tokens, transposed)``.
+        build_routed: the same with a dense copy beside it and an ``nn.DenseRoute`` for each call to follow; None where
+            there is no such module.
     """
 
     name: str
     dense: bool
-    refuses: Callable[[nn.Linear], str | None]
+    unsupported_reason: Callable[[nn.Linear], str | None]
+    nbytes: Callable[[nn.Linear], int]
     build: Callable[[nn.Linear, int, bool], Compressed]
+    build_routed: Callable[[nn.Linear, int, bool, Routes], Compressed] | None = None
 
 
 def unfit(layer: nn.Module) -> str | None:
@@ -56,26 +72,31 @@ def unfit(layer: nn.Module) -> str | None:
     return f"it also holds {', '.join(sorted(own))}" if own else None
 
 
-def _refuses_24(layer: nn.Linear) -> str | None:
+def _unsupported_24(layer: nn.Linear) -> str | None:
     if layer.weight.device.type != "cpu":
         return f"no 2:4 kernel for {layer.weight.device.type}"
     if backends()["linear24"]["cpu"] == "reference":
         return "no compiled 2:4 kernel"
-    return _refuses_weight(layer)
+    return _unsupported_weight(layer)
 
 
-def refuses_routed(layer: nn.Linear, keep_dense: bool) -> str | None:
+def unsupported_routed(layer: nn.Linear) -> str | None:
     """Why a layer on a GPU cannot become a ``RoutedLinear24``, or None where it can."""
-    if keep_dense and layer.training and layer.weight.requires_grad:
+    return _unsupported_weight(layer)
+
+
+def unsupported_with_dense(layer: nn.Linear) -> str | None:
+    """Why a layer cannot hold a dense copy beside its sparse weight, or None where it can."""
+    if layer.training and layer.weight.requires_grad:
         return "with a dense copy it cannot be trained, and it is in training mode: call model.eval() first"
-    return _refuses_weight(layer)
+    return None
 
 
-def _refuses_weight(layer: nn.Linear) -> str | None:
-    return _refuses_mask(layer) or (None if _is_24(kept_matrix(layer)) else "not 2:4")
+def _unsupported_weight(layer: nn.Linear) -> str | None:
+    return _unsupported_mask(layer) or (None if _is_24(kept_matrix(layer)) else "not 2:4")
 
 
-def _refuses_mask(layer: nn.Linear) -> str | None:
+def _unsupported_mask(layer: nn.Linear) -> str | None:
     mask = get_mask(layer)
     if mask is not None and bool((layer.weight.detach()[~mask] != 0).any()):
         return "its weight is not zero where its mask drops it"
@@ -87,7 +108,7 @@ def _is_24(kept: Tensor) -> bool:
     return bool((kept[:, :full].reshape(kept.shape[0], -1, 4).sum(-1) <= 2).all())
 
 
-def refuses_tiered(layer: nn.Linear) -> str | None:
+def unsupported_tiered(layer: nn.Linear) -> str | None:
     """Why a layer cannot become a ``TieredLinear``, or is not worth measuring as one; None where it is."""
     kept = kept_matrix(layer)
     if int(kept.count_nonzero()) > MOST_BYTES * kept.numel():
@@ -103,10 +124,10 @@ def refuses_tiered(layer: nn.Linear) -> str | None:
         return str(error)
     if (share := Tiers.of(layer).bytes_of_dense(layer.weight.itemsize)) > MOST_BYTES:
         return f"its blocks take {share:.0%} of the dense bytes"
-    return _refuses_mask(layer)
+    return _unsupported_mask(layer)
 
 
-def _refuses_prepacked(layer: nn.Linear) -> str | None:
+def _unsupported_prepacked(layer: nn.Linear) -> str | None:
     if layer.weight.device.type != "cpu":
         return f"oneDNN has nothing for {layer.weight.device.type}"
     if layer.training and layer.weight.requires_grad:
@@ -119,20 +140,47 @@ def _can_prepack(dtype: torch.dtype) -> bool:
     return prepack(torch.zeros(16, 16, dtype=dtype, device="cpu"), 1).is_mkldnn
 
 
+def _bytes_24(layer: nn.Linear) -> int:
+    rows, cols = reversed(layer.weight.shape) if is_transposed(layer) else layer.weight.shape
+    return rows * (values_per_row(cols) * layer.weight.itemsize + -(-cols // 8))
+
+
+def _bytes_tiered(layer: nn.Linear) -> int:
+    return round(Tiers.of(layer).bytes_of_dense(layer.weight.itemsize) * layer.weight.nbytes)
+
+
+def _routed(kind: Any) -> Callable[[nn.Linear, int, bool, Routes], Compressed]:
+    def build(layer: nn.Linear, tokens: int, transposed: bool, routes: Routes) -> Compressed:
+        module: DenseRoute = kind.from_linear(layer, transposed=transposed)
+        return module.follow(routes, tokens)
+
+    return build
+
+
 CANDIDATES = (
     Candidate(
-        "2:4", False, _refuses_24, lambda layer, tokens, transposed: Linear24.from_linear(layer, transposed=transposed)
+        name="2:4",
+        dense=False,
+        unsupported_reason=_unsupported_24,
+        nbytes=_bytes_24,
+        build=lambda layer, tokens, transposed: Linear24.from_linear(layer, transposed=transposed),
+        build_routed=_routed(Linear24WithDense),
     ),
     Candidate(
-        "tiered",
-        False,
-        refuses_tiered,
-        lambda layer, tokens, transposed: TieredLinear.from_linear(layer, transposed=transposed),
+        name="tiered",
+        dense=False,
+        unsupported_reason=unsupported_tiered,
+        nbytes=_bytes_tiered,
+        build=lambda layer, tokens, transposed: TieredLinear.from_linear(layer, transposed=transposed),
+        build_routed=_routed(TieredLinearWithDense),
     ),
     Candidate(
-        "prepacked",
-        True,
-        _refuses_prepacked,
-        lambda layer, tokens, transposed: PrepackedLinear.from_linear(layer, tokens=tokens, transposed=transposed),
+        name="prepacked",
+        dense=True,
+        unsupported_reason=_unsupported_prepacked,
+        nbytes=lambda layer: layer.weight.nbytes,
+        build=lambda layer, tokens, transposed: PrepackedLinear.from_linear(
+            layer, tokens=tokens, transposed=transposed
+        ),
     ),
 )

@@ -1,8 +1,8 @@
-"""Which candidate a layer gets: measured once per kind of layer, decided by one rule."""
+"""Measures what every kind of layer could become, once for all layers of the kind, and chooses."""
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -15,7 +15,8 @@ from ..nn import Compressed, RoutedLinear24
 from ..ops import nm_prune
 from ..ops.layouts import device_name
 from . import cache, clock, gpu, tune
-from .candidates import CANDIDATES, refuses_routed, refuses_tiered
+from .candidates import CANDIDATES, unsupported_routed, unsupported_tiered, unsupported_with_dense
+from .decide import ANY, WITH_DENSE, Choice, Objective, decide
 from .sites import LinearSite
 from .tiered import Tiers
 
@@ -27,29 +28,11 @@ class Settings:
     """How the caller of ``compress_`` wants layers measured."""
 
     evict_cache: Callable[[torch.device], bool]
+    objective: Objective
     budget: float
     graphs: bool
     keep_dense: bool
     progress: Progress
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a layer becomes and why.
-
-    Args:
-        decision: the name of the candidate, or ``"plain"``.
-        build: makes the module of a site; None where the layer stays.
-        reason: why.
-        timings: what was measured, by token bucket and name.
-        names: which of the timings is the layer's, by token bucket.
-    """
-
-    decision: str
-    build: Callable[[LinearSite], Compressed] | None
-    reason: str
-    timings: dict[int, tune.Timings]
-    names: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,23 +62,29 @@ def choose(sites: list[LinearSite], settings: Settings) -> dict[str, Choice]:
         tiers = Tiers.of(site.layer).rounded() if "tiered" in offers else None
         for tokens in sorted(site.calls) if offers else ():
             alike.setdefault(_kind(site, offers, tiers, tokens, settings), []).append(site)
-    timings: dict[str, dict[int, tune.Timings]] = {site.name: {} for site in sites}
     repeats = {kind: 1 if clock.is_gpu(members[0].layer.weight.device) else REPEATS for kind, members in alike.items()}
-    for repeat, kind in settings.progress(
-        [(repeat, kind) for repeat in range(REPEATS) for kind in alike if repeat < repeats[kind]]
-    ):
-        members = alike[kind]
-        measured = _timings(kind, repeat, members[0].layer, settings.budget / repeats[kind])
-        for site in members:
-            before = timings[site.name].get(kind.tokens)
-            timings[site.name][kind.tokens] = tune.pessimistic(before, measured) if before else measured
-    return {site.name: _decide(site, refusals[site.name], timings[site.name]) for site in sites}
+    found: dict[Kind, tune.Timings] = {}
+    rounds = [(repeat, kind) for repeat in range(REPEATS) for kind in alike if repeat < repeats[kind]]
+    for repeat, kind in settings.progress(rounds):
+        measured = _timings(kind, repeat, alike[kind][0].layer, settings.budget / repeats[kind])
+        found[kind] = tune.pessimistic(found[kind], measured) if kind in found else measured
+    timings: dict[str, dict[int, tune.Timings]] = {site.name: {} for site in sites}
+    for kind, measured in found.items():
+        if not cache.is_steady(measured):  # one of the two was disturbed all the time, and nobody knows which
+            for repeat in range(repeats[kind]):
+                cache.forget(_key(kind, repeat), alike[kind][0].layer.weight.device)
+        for site in alike[kind]:
+            timings[site.name][kind.tokens] = measured
+    return {site.name: _decide(site, refusals[site.name], timings[site.name], settings.objective) for site in sites}
 
 
 def _refusals(site: LinearSite, keep_dense: bool) -> dict[str, str | None]:
-    if clock.is_gpu(site.layer.weight.device):
-        return {"2:4": refuses_routed(site.layer, keep_dense), "tiered": refuses_tiered(site.layer)}
-    return {candidate.name: candidate.refuses(site.layer) for candidate in CANDIDATES}
+    """Why a layer cannot take a form, by name; None for those to be measured."""
+    layer = site.layer
+    if clock.is_gpu(layer.weight.device):
+        with_dense = unsupported_with_dense(layer) if keep_dense else None
+        return {"2:4": with_dense or unsupported_routed(layer), "tiered": unsupported_tiered(layer)}
+    return {candidate.name: candidate.unsupported_reason(layer) for candidate in CANDIDATES}
 
 
 def layout_tokens(site: LinearSite) -> int:
@@ -116,33 +105,46 @@ def _kind(site: LinearSite, offers: tuple[str, ...], tiers: Tiers | None, tokens
         tokens=tokens,
         evict_cache=settings.evict_cache(device),
         graphs=settings.graphs and clock.is_gpu(device),
-        keep_dense=settings.keep_dense and clock.is_gpu(device),
+        keep_dense=settings.keep_dense and unsupported_with_dense(layer) is None,
         tiers=tiers,
     )
+
+
+def _key(kind: Kind, repeat: int) -> dict[str, object]:
+    return {**asdict(kind), "repeat": repeat}
 
 
 def _timings(kind: Kind, repeat: int, layer: nn.Linear, budget: float) -> tune.Timings:
     device, dtype = layer.weight.device, layer.weight.dtype
 
     def measure() -> tune.Timings:
-        offers = [candidate for candidate in CANDIDATES if candidate.name in kind.candidates]
         generator = torch.Generator(device).manual_seed(0)  # the caller's random state is not ours to move
         randn = partial(torch.randn, generator=generator, device=device)
         plain = _stand_in(kind, layer, randn, generator)
         x = randn(kind.tokens, kind.shape[1]).to(dtype)
         timer = clock.clock(device, evict_cache=kind.evict_cache, graphs=kind.graphs)
-        calls: dict[str, clock.Call]
+        wrong: list[str] = []
         if clock.is_gpu(device) and "2:4" in kind.candidates:
             names, _ = gpu.layouts(dtype, kind.shape[1], device)
             calls, wrong = gpu.offers(plain, x, names, timer, transposed=kind.transposed, keep_dense=kind.keep_dense)
         else:
-            calls = {offer.name: offer.build(plain, kind.layout_tokens, kind.transposed) for offer in offers}
-            wrong = []
-        dense = tuple(candidate.name for candidate in offers if candidate.dense)
+            calls = _calls(kind, plain)
+        dense = tuple(candidate.name for candidate in CANDIDATES if candidate.dense and candidate.name in calls)
         timings = tune.measure(calls, plain, x, dense=dense, clock=timer, budget=budget)
         return timings | dict.fromkeys(wrong)
 
-    return cache.remembered({**asdict(kind), "repeat": repeat}, measure, device)
+    return cache.remembered(_key(kind, repeat), measure, device)
+
+
+def _calls(kind: Kind, plain: nn.Linear) -> dict[str, clock.Call]:
+    """The modules to be measured; a dense copy in the module that would hold it, which costs a call some time too."""
+    arguments = plain, kind.layout_tokens, kind.transposed
+    offers = [candidate for candidate in CANDIDATES if candidate.name in kind.candidates]
+    calls: dict[str, clock.Call] = {candidate.name: candidate.build(*arguments) for candidate in offers}
+    routed = [candidate.build_routed for candidate in offers if candidate.build_routed is not None]
+    if kind.keep_dense and routed:
+        calls[WITH_DENSE] = routed[0](*arguments, ((ANY, True),))
+    return calls
 
 
 def _stand_in(kind: Kind, layer: nn.Linear, randn: Callable[..., Tensor], generator: torch.Generator) -> nn.Linear:
@@ -169,48 +171,23 @@ def _stand_in(kind: Kind, layer: nn.Linear, randn: Callable[..., Tensor], genera
     return plain
 
 
-def _decide(site: LinearSite, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
+def _decide(
+    site: LinearSite, refusals: dict[str, str | None], timings: dict[int, tune.Timings], objective: Objective
+) -> Choice:
     if clock.is_gpu(site.layer.weight.device) and refusals["2:4"] is None:
-        return _decide_routed(site, timings)
-    return _decide_candidate(site, refusals, timings)
+        return _decide_routed(site, timings, objective)
+    return decide(site, refusals, timings, objective)
 
 
-def _decide_candidate(site: LinearSite, refusals: dict[str, str | None], timings: dict[int, tune.Timings]) -> Choice:
-    """Takes the fastest over all calls of the sample among those that win at every token count."""
-    remarks = [f"{name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
-    seconds: dict[str, float] = {}
-    for name in [name for name, refusal in refusals.items() if refusal is None]:
-        by_tokens = {tokens: measured[name] for tokens, measured in timings.items()}
-        if wrong := [tokens for tokens, timing in by_tokens.items() if timing is None]:
-            remarks.append(f"{name}: a wrong result at {wrong[0]} tokens")
-            continue
-        right = {tokens: timing for tokens, timing in by_tokens.items() if timing is not None}
-        if lost := [tokens for tokens, timing in right.items() if not timing.faster]:
-            worst = min(lost, key=lambda tokens: right[tokens].ratio)
-            remarks.append(f"{name}: {right[worst].ratio:.2f}x, {right[worst].wins:.0%} won at {worst} tokens")
-            continue
-        seconds[name] = sum(site.calls[tokens] * timing.seconds for tokens, timing in right.items())
-    if not seconds:
-        return Choice("plain", None, "; ".join(remarks), timings)
-    fastest = min(seconds, key=lambda name: seconds[name])
-    remarks += [f"{name}: faster than plain, but slower" for name in seconds if name != fastest]
-    candidate = next(candidate for candidate in CANDIDATES if candidate.name == fastest)
-
-    def build(site: LinearSite) -> Compressed:
-        return candidate.build(site.layer, layout_tokens(site), is_transposed(site.layer))
-
-    return Choice(fastest, build, "; ".join(["fastest", *remarks]), timings, dict.fromkeys(timings, fastest))
-
-
-def _decide_routed(site: LinearSite, timings: dict[int, tune.Timings]) -> Choice:
+def _decide_routed(site: LinearSite, timings: dict[int, tune.Timings], objective: Objective) -> Choice:
     weight = site.layer.weight
     names, remark = gpu.layouts(weight.dtype, site.shape[1], weight.device)
-    decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, names)
+    decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, names, objective)
     reason = "; ".join(filter(None, [decision.reason, remark]))
     if (plan := decision.plan) is None:
-        return Choice("plain", None, reason, timings)
+        return Choice("plain", None, reason, timings, why=decision.reason)
 
     def build(site: LinearSite) -> Compressed:
         return RoutedLinear24.from_linear(site.layer, transposed=is_transposed(site.layer)).follow(plan)
 
-    return Choice("2:4", build, reason, timings, decision.names)
+    return Choice("2:4", build, reason, timings, decision.names, "fastest" if objective == "speed" else "not slower")

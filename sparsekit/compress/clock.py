@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ SHORTEST = 200e-6  # seconds; a shorter call on a CPU is timed several at a time
 MAX_EVICTION = 256 * 2**20  # bytes; bounds time and memory where a virtual machine reports the host's whole cache
 AHEAD = 2_000_000  # GPU cycles, about a millisecond: longer than a host needs to queue a layer's kernels
 
-Call = Callable[[Tensor], Tensor]
+Call = Callable[[Any], Any]
 
 
 class Clock(Protocol):
     """Times single calls; ``start`` is told of a typical one first."""
 
-    def start(self, call: Call, x: Tensor) -> None: ...
+    def start(self, call: Call, x: Any) -> None: ...
 
-    def seconds(self, call: Call, x: Tensor) -> float: ...
+    def seconds(self, call: Call, x: Any) -> float: ...
 
 
 def clock(device: torch.device, *, evict_cache: bool, graphs: bool = False) -> Clock:

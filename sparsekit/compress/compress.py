@@ -1,6 +1,8 @@
 """Swaps linear layers for the fastest module that computes the same, never for a slower one."""
 
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,12 +10,17 @@ from torch import nn
 
 from .._batches import Forward, Progress
 from .._layers import Where, check_model
-from ..nn import PrepackedLinear, RoutedLinear24
+from .._undo import restoring
+from ..nn import autocast_dtype
 from . import clock
-from .choose import Choice, Settings, choose
+from .choose import Settings, choose
+from .decide import OBJECTIVES, Choice, Objective
+from .memory import resident_bytes, weight_bytes
 from .report import CompressReport, LayerReport
-from .sites import LinearSite, find_sites, watch
-from .swap import restore_all, swap_all
+from .sites import LinearSite, find_sites
+from .swap import Swap, restore_all
+from .watch import bucket, watch
+from .whole import Passes, Verdict, judge
 
 TOKENS = (1, 16, 128)  # what is measured without a sample: a decoding step, a small batch, a prompt
 GPU_TOKENS = (*TOKENS, 2048)
@@ -23,6 +30,8 @@ def compress_(
     model: nn.Module,
     sample: Any = None,
     *,
+    tokens: Iterable[int] | None = None,
+    objective: Objective = "speed",
     where: Where | None = None,
     forward: Forward | None = None,
     budget: float = 0.5,
@@ -32,76 +41,105 @@ def compress_(
 ) -> CompressReport:
     """Swaps every linear layer that gets faster for the fastest module that computes the same, in place.
 
-    The sample is run once, in eval mode and without gradients, to see how many tokens each layer gets; a layer that it
-    does not reach stays. Token counts are rounded up to a power of two, at most 512 on a CPU and 8192 on a GPU. For
-    every shape, dtype and count, what the layer admits is timed on this machine on random data, in turns with the plain
-    layer and against each other, each after its result was checked. Where the model is larger than the last cache of
-    its device, weights are timed from memory.
+    **What is measured.** The sample is run once, in eval mode and without gradients, to see how many tokens each layer
+    gets; a layer that it does not reach stays. Token counts are rounded up to a power of two, at most 512 on a CPU and
+    8192 on a GPU. For every shape, dtype and count, each form that the layer could take is timed on this machine on
+    random data, in turns with the plain layer, after its result was checked. Where the model is larger than the last
+    cache of its device, weights are timed from memory. On a CPU all is measured twice, and has to win both times.
 
-    *On a CPU* a layer becomes ``nn.Linear24`` where its weight is 2:4 (by its stored mask, else by its zeros),
+    **On a CPU** a layer becomes ``nn.Linear24`` where its weight is 2:4 (by its stored mask, else by its zeros),
     ``nn.TieredLinear`` where its blocks in tiers take at most 90 % of the dense bytes, as ``progressive_tiers`` and
-    pruning by blocks leave them, or ``nn.PrepackedLinear`` in eval mode. It is one module for all token counts, taken
-    only if its median ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count
-    seen; of several the one that needs the least time over all calls of the sample. Everything is measured twice, all
-    shapes and then all again, and has to win both times: a moment in which another program had a core seldom decides.
-    Measure on a quiet machine all the same: whatever uses several threads looks slow on a busy one.
+    pruning by blocks leave them, or ``nn.PrepackedLinear`` in eval mode, which is dense. It is taken only if its median
+    ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count. Of several, the one
+    that needs the least time over all calls of the sample is taken; of those as fast, the smallest.
 
-    *On a GPU* a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest kernel
-    at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that gave a
-    wrong result once is refused. A layer stays if at some count nothing is faster; with ``keep_dense`` those counts are
-    computed by a dense copy. A call takes as long as the device or the host, whichever needs longer. A layer in tiers
-    becomes ``nn.TieredLinear`` where that is faster at every count.
+    **On a GPU** a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest
+    kernel at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that
+    gave a wrong result once is refused. A call takes as long as the device or the host, whichever needs longer. A layer
+    in tiers becomes ``nn.TieredLinear`` where that is faster at every count.
+
+    **The whole model** is then timed on batches of the sample, compressed and plain in turns: what makes a pass slower
+    is given back. Without a sample there is no pass to time.
+
+    **A busy machine.** Where two measurements disagree, or one spreads by more than half of itself, the layer stays and
+    the report says "undecided": run again on a quiet machine. Steady measurements are remembered for next time in
+    ``~/.cache/sparsekit/tune`` (``$XDG_CACHE_HOME/sparsekit/tune``); the environment variable
+    ``SPARSEKIT_TUNE_CACHE`` names another folder, or switches that off if it is 0.
 
     ``nn.Linear`` and transformers' ``Conv1D`` are swapped; layers with tied weights, hooks, parametrizations or a
     parent that reads their weight stay, and the report says why. ``decompress_`` undoes it: the same module and
     Parameter objects return. Until then the Parameters of the swapped weights are empty, without ``.grad``, and
-    ``save_pretrained`` raises, because nobody could load what it would write.
+    ``save_pretrained`` raises, because nobody could load what it would write. While it works, both forms of the swapped
+    weights are in memory.
 
     Args:
         model: any module tree. Layers that are compressed already stay as they are.
         sample: one batch (a tensor; a mapping, called as ``**``; a tuple, called as ``*``), or an iterable of batches.
-            None measures at 1, 16 and 128 tokens, on a GPU at 2048 as well.
+            The model runs on copies of them.
+        tokens: token counts to measure at, such as ``(1, 128)``; beside a sample they are measured besides its own,
+            each as one call. With neither, 1, 16 and 128 are measured, on a GPU 2048 as well.
+        objective: ``"speed"`` takes what is fastest. ``"size"`` takes the smallest form that is not slower than the
+            plain layer, at a ratio of at least 0.97 at every count.
         where: a predicate on ``(name, module)`` that selects layers; None selects all.
         forward: ``forward(model, batch)``, in place of calling the model on a batch.
-        budget: seconds that one shape may be measured at one token count, both times together; 9 rounds are made each
-            time however long they take.
+        budget: seconds that one shape may be measured at one token count, both times together, and that the whole
+            model may be; 9 rounds of a layer and 5 of the model are made however long they take.
         graphs: whether the model will run under CUDA graphs, so that what the host needs for a call does not count.
-        keep_dense: whether a layer on a GPU may hold its dense weight as well, 13/8 of the bytes instead of 5/8, so
-            that it gains at some token counts and loses at none. Such a layer cannot be trained.
+        keep_dense: whether a sparse layer may hold its dense weight as well, to use it at those token counts at which
+            dense is faster: it then gains at some and loses at none, for 13/8 of the bytes instead of 5/8. Without it
+            one token count at which the layer loses is a veto. Such a layer cannot be trained.
         progress: wraps the loop over the measurements and iterates it, as ``tqdm`` does.
 
     Returns:
-        Per layer the decision, the reason and the measured ratios; the bytes before and after.
+        Per layer the decision, the reason and the measured ratios; the ratios of the whole model; the bytes before
+        and after.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``sample`` neither a batch nor an iterable of batches.
-        ValueError: ``budget`` is not positive, or ``sample`` holds no batch.
+        TypeError: ``model`` is not a module, ``sample`` neither a batch nor an iterable of batches, or ``tokens`` not
+            an iterable of integers.
+        ValueError: ``budget`` or a token count is not positive, ``sample`` holds no batch, there is no such
+            ``objective``, ``keep_dense`` is asked for with ``objective="size"``, or the model is, or holds, a
+            ``DistributedDataParallel``.
 
         Whatever is raised, also by the model or by an interrupt, leaves the model as it was.
     """
     check_model(model)
-    if not budget > 0:
-        raise ValueError(f"budget must be a positive number of seconds, got {budget}")
+    counts = _check(model, tokens, objective, budget, keep_dense)
     begin = time.perf_counter()
-    before = _resident_bytes(model)
+    before = resident_bytes(model)
     sites = find_sites(model, where)
-    if sample is not None:
-        watch(model, sites, sample, forward)
+    batches = [] if sample is None else watch(model, sites, sample, forward)
+    for site in sites:
+        if site.reason is None:
+            _count(site, None if sample is None and tokens is None else counts)
     free = [site for site in sites if site.reason is None]
-    if sample is None:
-        for site in free:
-            site.calls.update(GPU_TOKENS if clock.is_gpu(site.layer.weight.device) else TOKENS)
 
     def evict_cache(device: torch.device) -> bool:
         return before > clock.cache_bytes(device)
 
-    choices = choose(free, Settings(evict_cache, budget, graphs, keep_dense, progress or iter))
-    tuned = time.perf_counter()
-    chosen = [(site, choices[site.name].build) for site in free]
-    swap_all(model, [(site, build) for site, build in chosen if build is not None])
-    converted = time.perf_counter()
-    layers = tuple(_layer_report(site, choices.get(site.name)) for site in sites)
-    return CompressReport(layers, before, _resident_bytes(model), tuned - begin, converted - tuned)
+    settings = Settings(evict_cache, objective, budget, graphs, keep_dense, progress or iter)
+    with _own_tensors(free):
+        choices = choose(free, settings)
+        tuned = time.perf_counter()
+        built = {site.name: (site, build(site)) for site in free if (build := choices[site.name].build) is not None}
+    modules = {name: module for name, (_, module) in built.items()}
+    swap = Swap(model, {name: site for name, (site, _) in built.items()}, modules)
+    try:
+        converted = time.perf_counter()
+        verdict = _judge(swap, choices, batches, forward, budget, graphs)
+        judged = time.perf_counter()
+        swap.show(verdict.names)
+        layers = tuple(_layer_report(site, choices.get(site.name), modules.get(site.name), verdict) for site in sites)
+        seconds = tuned - begin + judged - converted
+        after = resident_bytes(model)
+        report = CompressReport(layers, before, after, seconds, converted - tuned, verdict.timings, verdict.remark)
+        with _own_tensors(free):
+            swap.commit(verdict.names)
+        return report
+    except BaseException:
+        with _own_tensors(free):
+            swap.undo()
+        raise
 
 
 def decompress_(model: nn.Module) -> tuple[str, ...]:
@@ -119,24 +157,110 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
         ValueError: a layer put there by hand stands for one of another class than ``nn.Linear``.
     """
     check_model(model)
-    return restore_all(model)
+    with _own_tensors(()):
+        return restore_all(model)
 
 
-def _layer_report(site: LinearSite, choice: Choice | None) -> LayerReport:
-    calls = dict(sorted(site.calls.items()))
+def _check(
+    model: nn.Module, tokens: Iterable[int] | None, objective: str, budget: float, keep_dense: bool
+) -> tuple[int, ...]:
+    """Rejects arguments that say nothing; returns the token counts that were asked for."""
+    if not budget > 0:
+        raise ValueError(f"budget must be a positive number of seconds, got {budget}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be 'speed' or 'size', got {objective!r}")
+    if keep_dense and objective == "size":
+        raise ValueError(
+            "keep_dense holds a dense copy beside the sparse weight, which objective='size' would not want"
+        )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which goes on with the parameters that it was made for: "
+            "compress the module in it, then wrap it anew"
+        )
+    if tokens is None:
+        return ()
+    if isinstance(tokens, str | int) or not isinstance(tokens, Iterable):
+        raise TypeError(f"tokens must be positive integers such as (1, 128), got {tokens!r}")
+    counts = tuple(tokens)
+    if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
+        raise TypeError(f"tokens must be positive integers such as (1, 128), got {counts!r}")
+    if not counts or min(counts) < 1:
+        raise ValueError(f"tokens must be positive integers such as (1, 128), got {counts!r}")
+    return counts
+
+
+def _count(site: LinearSite, counts: tuple[int, ...] | None) -> None:
+    """Adds one call at each of these token counts, at the usual ones for None."""
+    weight = site.layer.weight
+    if counts is None or counts:
+        if (dtype := autocast_dtype(weight)) not in (None, weight.dtype):
+            site.reason = f"it runs in {dtype} under autocast, its weight is {weight.dtype}"
+        usual = GPU_TOKENS if clock.is_gpu(weight.device) else TOKENS
+        site.calls.update(bucket(count, weight.device) for count in (usual if counts is None else counts))
+
+
+@contextmanager
+def _own_tensors(sites: Iterable[LinearSite]) -> Iterator[None]:
+    """Makes tensors that can be used and trained later, whatever modes the caller is in."""
+    with torch.inference_mode(False):
+        grad = torch.is_grad_enabled()
+        autocast = {kind: torch.is_autocast_enabled(kind) for kind in {site.layer.weight.device.type for site in sites}}
+
+        def restore() -> None:
+            torch.set_grad_enabled(grad)
+            for kind, enabled in autocast.items():
+                torch.set_autocast_enabled(kind, enabled)
+
+        with restoring(restore):
+            torch.set_grad_enabled(False)
+            for kind in autocast:
+                torch.set_autocast_enabled(kind, False)
+            yield
+
+
+def _judge(
+    swap: Swap, choices: dict[str, Choice], batches: list[Any], forward: Forward | None, budget: float, graphs: bool
+) -> Verdict:
+    """Times the whole model where that says something."""
+    names = frozenset(swap.modules)
+    if not names:
+        return Verdict(names)
+    if not batches:
+        return Verdict(names, remark="not timed, since there is no sample to run it on")
+    if graphs:
+        return Verdict(names, remark="not timed, since it will run under CUDA graphs")
+    if any(module._compiled_call_impl is not None or _is_compiled(module) for module in swap.model.modules()):
+        return Verdict(names, remark="not timed, since it is compiled")
+    kinds: dict[object, list[str]] = {}
+    for name in swap.modules:
+        kinds.setdefault((swap.sites[name].shape, choices[name].decision), []).append(name)
+    return judge(swap, list(kinds.values()), Passes(batches, forward, budget))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule"
+
+
+def _layer_report(site: LinearSite, choice: Choice | None, module: nn.Module | None, verdict: Verdict) -> LayerReport:
+    calls, weight = dict(sorted(site.calls.items())), weight_bytes(site.layer)
     if choice is None:
-        return LayerReport(site.name, site.shape, "plain", site.reason or "", calls)
-    return LayerReport(site.name, site.shape, choice.decision, choice.reason, calls, choice.timings, choice.names)
-
-
-def _resident_bytes(model: nn.Module) -> int:
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
-        if isinstance(module, PrepackedLinear):
-            tensors[id(module.packed)] = module.packed
-        elif isinstance(module, RoutedLinear24):
-            if module.packed is not None:
-                tensors[id(module.values)] = module.packed  # which begins with them
-            if module.dense is not None:
-                tensors[id(module.dense)] = module.dense
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        reason = site.reason or ""
+        return LayerReport(site.name, site.shape, "plain", reason, calls, bytes_before=weight, bytes_after=weight)
+    decision, reason, names, why = choice.decision, choice.reason, choice.names, choice.why
+    if module is not None and site.name not in verdict.names:
+        why = f"given back: with it a pass takes {1 / verdict.given_back[site.name]:.2f} times as long"
+        decision, reason, names, module = "plain", f"{why}; {decision}: {reason}", {}, None
+    return LayerReport(
+        site.name,
+        site.shape,
+        decision,
+        reason,
+        calls,
+        choice.timings,
+        names,
+        why,
+        choice.undecided,
+        bytes_before=weight,
+        bytes_after=weight if module is None else weight_bytes(module),
+    )

@@ -12,16 +12,15 @@ from ..ops import hardware_layouts
 from ..ops._vendor import ONE_KERNEL, TWO_KERNELS, suggest
 from ..ops.layouts import device_name
 from .clock import Call, Clock
-from .tune import Timings, expected, is_right
+from .decide import ANY, WITH_DENSE, Objective, accepts, at_tokens, turned_down
+from .tune import PARITY_RATIO, Timings, expected, is_right
 
-# The names of the decode kernel and of a dense copy; others are a layout and how its library computes:
-# "cusparselt_sm90:5:2:1" is algorithm 5 with split-K 2 of mode 1.
-LINEAR24, DENSE = "linear24", "dense"
-PARITY_RATIO = 0.97  # the ratio from which a dense copy counts as no slower
+# The name of the decode kernel; others are a layout and how its library computes: "cusparselt_sm90:5:2:1" is algorithm
+# 5 with split-K 2 of mode 1.
+LINEAR24 = "linear24"
 ALGORITHMS = 64  # more than any cuSPARSELt to 0.9 has; it refuses an id that it has not
 SPLITS = tuple((split_k, mode) for split_k in (2, 4, 8) for mode in (ONE_KERNEL, TWO_KERNELS))
 SCREENED, KEPT = 3, 2  # calls to screen an algorithm by, and how many of each library race in earnest
-ANY = 1 << 62  # tokens
 
 
 def layouts(dtype: torch.dtype, cols: int, device: torch.device) -> tuple[tuple[str, ...], str]:
@@ -56,7 +55,7 @@ def offers(
 
     calls: dict[str, Call] = {LINEAR24: follow(None, Route(ANY, "linear24"))}
     if keep_dense:
-        calls[DENSE] = follow(None, Route(ANY, "dense"))
+        calls[WITH_DENSE] = follow(None, Route(ANY, "dense"))
     wrong: list[str] = []
     clock.start(plain, x)
     with torch.no_grad():
@@ -126,7 +125,7 @@ def _layout(name: str) -> str | None:
 
 def _route(tokens: int, name: str) -> Route:
     if _layout(name) is None:
-        return Route(tokens, "dense" if name == DENSE else "linear24")
+        return Route(tokens, "dense" if name == WITH_DENSE else "linear24")
     return Route(tokens, "hardware", *map(int, name.split(":")[1:]))
 
 
@@ -145,6 +144,7 @@ def decide(
     device: torch.device,
     dtype: torch.dtype,
     names: Iterable[str],
+    objective: Objective = "speed",
 ) -> Decision:
     """Takes the fastest at every token count; a layer has one layout, the one that needs least time over all calls.
 
@@ -155,14 +155,15 @@ def decide(
         calls: how often each count was seen.
         device, dtype: of the weight.
         names: the hardware layouts to choose from; what was measured on another GPU of this model may know more.
+        objective: ``"size"`` takes what is no slower too, since every form but a dense copy is smaller.
     """
     plans: dict[str | None, dict[int, str]] = {}
     for layout in (None, *names):
-        fastest = {tokens: _fastest(measured, layout) for tokens, measured in sorted(timings.items())}
+        fastest = {tokens: _fastest(measured, layout, objective) for tokens, measured in sorted(timings.items())}
         chosen = {tokens: name for tokens, name in fastest.items() if name is not None}
-        if len(chosen) == len(fastest) and set(chosen.values()) != {DENSE}:
+        if len(chosen) == len(fastest) and set(chosen.values()) != {WITH_DENSE}:
             plans[layout] = chosen
-    wrong = [f"{name}: a wrong result at {tokens} tokens" for tokens, name in _wrong(timings)]
+    wrong = [f"{name}: a wrong result {at_tokens(tokens)}" for tokens, name in _wrong(timings)]
     remarks = [*wrong[:3], *([f"{len(wrong) - 3} more wrong results"] if len(wrong) > 3 else [])]
     if not plans:
         return Decision(None, {}, "; ".join([_lost(timings), *remarks]))
@@ -182,10 +183,15 @@ def decide(
     return Decision(plan, plans[layout], "; ".join([f"fastest: {ways} tokens", *remarks]))
 
 
-def _fastest(measured: Timings, layout: str | None) -> str | None:
-    fits = [name for name, timing in measured.items() if timing and timing.faster and _layout(name) in (None, layout)]
-    dense = measured.get(DENSE)
-    even = DENSE if dense is not None and dense.ratio >= PARITY_RATIO else None
+def _fastest(measured: Timings, layout: str | None, objective: Objective) -> str | None:
+    fits = [
+        name
+        for name, timing in measured.items()
+        if timing and accepts(timing, objective, smaller=name not in ("plain", WITH_DENSE))
+        if _layout(name) in (None, layout)
+    ]
+    dense = measured.get(WITH_DENSE)
+    even = WITH_DENSE if dense is not None and dense.ratio >= PARITY_RATIO else None
     return min(fits, key=lambda name: _seconds(measured, name), default=even)
 
 
@@ -203,9 +209,9 @@ def _lost(timings: Mapping[int, Timings]) -> str:
     """The best result at the token count where it is worst."""
     best = {}
     for tokens, measured in timings.items():
-        right = [timing for name, timing in measured.items() if timing and name not in ("plain", DENSE)]
+        right = [timing for name, timing in measured.items() if timing and name not in ("plain", WITH_DENSE)]
         if not right:
-            return f"nothing gave a right result at {tokens} tokens"
+            return f"nothing gave a right result {at_tokens(tokens)}"
         best[tokens] = max(right, key=lambda timing: (timing.faster, timing.ratio))
     worst = min(best, key=lambda tokens: (best[tokens].faster, best[tokens].ratio))
-    return f"2:4: {best[worst].ratio:.2f}x, {best[worst].wins:.0%} won at {worst} tokens"
+    return f"2:4: {turned_down(best[worst], worst)}"

@@ -4,6 +4,7 @@ import os
 from dataclasses import asdict, dataclass, field
 
 from .._files import write_json
+from .table import aligned, grouped_rows, summary
 from .tune import Timing
 
 
@@ -15,12 +16,16 @@ class LayerReport:
         name: its name in the model.
         shape: ``(out_features, in_features)``.
         decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
-        reason: why.
+        reason: why, with every form that was turned down.
         calls: how often the sample ran it, by token bucket.
         timings: what was measured, by token bucket and name; what gave a wrong result has None. On a CPU the names are
-            those of the decisions. On a GPU ``"linear24"`` is the decode kernel, ``"dense"`` a dense copy, and
-            ``"cusparselt_sm90:5:2:1"`` cuSPARSELt by algorithm 5 with split-K 2 of mode 1.
+            those of the decisions, and ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is
+            the decode kernel, ``"dense"`` a dense copy, and ``"cusparselt_sm90:5:2:1"`` cuSPARSELt by algorithm 5 with
+            split-K 2 of mode 1.
         names: which of the timings the layer runs with, by token bucket.
+        why: the reason in a few words, with the runner-up alone: what tables show.
+        undecided: whether it stays plain only because the machine was too busy to tell what is faster.
+        bytes_before, bytes_after: of its weight, without a stored mask.
     """
 
     name: str
@@ -30,6 +35,15 @@ class LayerReport:
     calls: dict[int, int] = field(default_factory=dict)
     timings: dict[int, dict[str, Timing | None]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    why: str = ""
+    undecided: bool = False
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it computes without the zeros of its weight, at some token count at least."""
+        return self.decision not in ("plain", "prepacked")
 
     def timing(self, tokens: int) -> Timing | None:
         """The timing of the module that was chosen, or, where the layer stays, of the best that was turned down."""
@@ -39,16 +53,32 @@ class LayerReport:
         turned_down = [timing for name, timing in found.items() if name not in ("plain", "dense")]
         return max(turned_down, key=lambda timing: timing.ratio, default=None)
 
+    def seconds(self, name: str = "") -> float:
+        """The time of all calls of the sample: as the layer runs now, or by a form that was measured.
 
-@dataclass(frozen=True)
+        A form that is missing, or slower than the plain layer, counts as the plain layer.
+        """
+        total = 0.0
+        for tokens, measured in self.timings.items():
+            plain = measured.get("plain")
+            now = measured.get(name or self.names.get(tokens, "plain"))
+            taken = [timing.seconds for timing in (plain, now) if timing is not None]
+            if taken:
+                total += self.calls[tokens] * (min(taken) if name else taken[-1])
+        return total
+
+
+@dataclass(frozen=True, repr=False)
 class CompressReport:
-    """What ``compress_`` did to each linear layer; ``str`` gives a table.
+    """What ``compress_`` did to each linear layer; ``str`` gives a table, layers of one kind in one row.
 
     Args:
         layers: one entry per linear layer that was selected, in the order of ``named_modules``.
         bytes_before, bytes_after: parameters and buffers of the whole model.
         tune_seconds: time spent on the sample and on measuring.
         conversion_seconds: time spent on packing and swapping.
+        passes: the whole model's own forward, compressed against plain, on up to four batches of the sample.
+        remark: why the whole model was not timed, where it was not.
     """
 
     layers: tuple[LayerReport, ...]
@@ -56,34 +86,48 @@ class CompressReport:
     bytes_after: int
     tune_seconds: float
     conversion_seconds: float
+    passes: tuple[Timing, ...] = ()
+    remark: str = ""
 
     @property
     def swapped(self) -> tuple[str, ...]:
         """The names of the layers that were swapped."""
         return tuple(layer.name for layer in self.layers if layer.decision != "plain")
 
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """The names of the layers that stay only because the machine was too busy to measure on."""
+        return tuple(layer.name for layer in self.layers if layer.undecided)
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the measured layers are than plain ones, over all calls of the sample; 1 if none."""
+        return self._over_plain("")
+
+    @property
+    def dense_speedup(self) -> float:
+        """The same of a model that is not sparse: every layer prepacked where that is faster."""
+        return self._over_plain("prepacked")
+
+    def _over_plain(self, name: str) -> float:
+        plain, other = (sum(layer.seconds(each) for layer in self.layers) for each in ("plain", name))
+        return plain / other if other else 1.0
+
+    @property
+    def disturbance(self) -> float:
+        """How much the machine was disturbed: the largest spread of what was measured."""
+        timings = [
+            timing for layer in self.layers for measured in layer.timings.values() for timing in measured.values()
+        ]
+        return max((timing.spread for timing in timings if timing is not None), default=0.0)
+
     def __str__(self) -> str:
-        buckets = sorted({tokens for layer in self.layers for tokens in layer.timings})
-        rows = [["layer", "shape", "now", *(f"{tokens} tokens" for tokens in buckets), "reason"]]
-        for layer in self.layers:
-            cells = [_ratios(layer.timing(tokens)) for tokens in buckets]
-            rows.append([layer.name, "x".join(map(str, layer.shape)), layer.decision, *cells, layer.reason])
-        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, wide, strict=True)).rstrip() for row in rows]
-        return "\n".join(
-            [
-                *lines,
-                "ratios: against the plain layer (against the best dense); of what a layer became, or might have",
-                f"{len(self.swapped)} of {len(self.layers)} layers swapped, "
-                f"{self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB, "
-                f"measured in {self.tune_seconds:.1f} s, converted in {self.conversion_seconds:.1f} s",
-            ]
-        )
+        head, rows = grouped_rows(self.layers)
+        return "\n".join([*aligned(head, rows), *summary(self)])
+
+    def __repr__(self) -> str:
+        return f"<CompressReport: {len(self.swapped)} of {len(self.layers)} layers swapped; print it for the table>"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the report as JSON, whole or not at all."""
         write_json(path, asdict(self))
-
-
-def _ratios(timing: Timing | None) -> str:
-    return "-" if timing is None else f"{timing.ratio:.2f}x ({timing.best_dense:.2f}x)"

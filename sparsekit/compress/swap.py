@@ -1,12 +1,12 @@
 """Puts a compressed layer in the place of a plain one, and the plain one back."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..masks import remove_mask
+from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
 from ..nn import Compressed, carry_mask
 from .sites import LinearSite, Slots, parent_slots
 
@@ -29,23 +29,53 @@ def get_original(module: nn.Module) -> nn.Linear | None:
     return None if original is None else original.layer  # type: ignore[return-value]
 
 
-def swap_all(model: nn.Module, chosen: Iterable[tuple[LinearSite, Callable[[LinearSite], Compressed]]]) -> None:
-    """Builds and hangs a module for every site, all of them or none."""
-    done: list[tuple[Compressed, LinearSite, Any]] = []
-    try:
-        for site, build in chosen:
-            module = build(site)
-            set_original(module, site.layer)
-            done.append((module, site, site.layer.weight.grad))
-            replace_module(module, site.slots)
-            empty(site.layer)
-        guard_saving(model)
-    except BaseException:
-        for module, site, grad in done:
-            replace_module(refill(module), site.slots)
-            site.layer.weight.grad = grad
-        guard_saving(model)
-        raise
+@dataclass(frozen=True)
+class _Emptied:
+    """What a layer held."""
+
+    layer: nn.Linear
+    weight: Tensor
+    grad: Tensor | None
+    bits: Tensor | None
+    info: MaskInfo | None
+
+
+class Swap:
+    """Compressed modules that take turns with the layers they stand for, until one of both is kept for good.
+
+    Both are in memory meanwhile: whatever fails before ``commit`` has returned, ``undo`` leaves the model as it was,
+    bit for bit.
+    """
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, LinearSite], modules: Mapping[str, Compressed]):
+        self.model, self.sites, self.modules = model, sites, modules
+        self.emptied: list[_Emptied] = []
+
+    def show(self, names: Collection[str]) -> None:
+        """Hangs the compressed modules of these names, and the plain layers of all others."""
+        for name, module in self.modules.items():
+            site = self.sites[name]
+            replace_module(module if name in names else site.layer, site.slots)
+
+    def commit(self, names: Collection[str]) -> None:
+        """Keeps the compressed modules of these names, and gives the memory of the layers they stand for back."""
+        self.show(names)
+        for name in names:
+            layer = self.sites[name].layer
+            set_original(self.modules[name], layer)
+            bits, info = get_mask_bits(layer), get_mask_info(layer)
+            self.emptied.append(_Emptied(layer, layer.weight.data, layer.weight.grad, bits, info))
+            empty(layer)
+        guard_saving(self.model)
+
+    def undo(self) -> None:
+        """Hangs the plain layers, as they were."""
+        for each in self.emptied:
+            each.layer.weight.data, each.layer.weight.grad = each.weight, each.grad
+            if each.bits is not None and each.info is not None:
+                set_mask_bits(each.layer, each.bits, each.info)
+        self.show(())
+        guard_saving(self.model)
 
 
 def restore_all(model: nn.Module) -> tuple[str, ...]:
@@ -63,14 +93,15 @@ def restore_all(model: nn.Module) -> tuple[str, ...]:
         for module in found.values():
             done.append(module)
             replace_module(refill(module), slots[module])
+        guard_saving(model)
+        return tuple(found)
     except BaseException:
         for module in done:
             replace_module(module, slots[module])
             if (layer := get_original(module)) is not None:
                 empty(layer)
+        guard_saving(model)
         raise
-    guard_saving(model)
-    return tuple(found)
 
 
 def check_known(name: str, module: Compressed) -> None:

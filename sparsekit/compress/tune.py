@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from .clock import Call, Clock
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 101
-RATIO, WINS = 1.05, 0.8
+RATIO, WINS = 1.05, 0.8  # over the plain layer, from which a candidate is faster beyond doubt
+PARITY_RATIO = 0.97  # from which it is no slower
+MAX_SPREAD = 0.5  # a quiet machine shows 0.02 to 0.2
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the largest output
 
 
@@ -25,7 +28,8 @@ class Timing:
         ratio: median of the plain layer's time over this one's, pair by pair; above 1 is faster.
         wins: the share of the pairs in which this one was faster.
         best_dense: the same ratio against the dense module with the lowest median.
-        spread: the interquartile range of the ratios over their median.
+        spread: the interquartile range of the ratios over their median; of the plain layer, that of its own seconds,
+            which is how much the machine was disturbed. Of two measurements that disagree, how far they are apart.
     """
 
     seconds: float
@@ -38,6 +42,11 @@ class Timing:
     def faster(self) -> bool:
         """Whether it is faster than the plain layer beyond doubt."""
         return self.ratio >= RATIO and self.wins >= WINS
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it might be faster, but was measured on a machine too busy to tell."""
+        return not self.faster and self.spread > MAX_SPREAD and self.ratio * (1 + self.spread) >= RATIO
 
 
 Timings = dict[str, Timing | None]
@@ -78,13 +87,18 @@ def measure(
 
 
 def pessimistic(first: Timings, second: Timings) -> Timings:
-    """Of two measurements of the same calls the one that says less for each; its seconds are the mean of both."""
+    """Of two measurements of the same calls the one that says less for each.
+
+    Its seconds are the mean of both, and where they disagree by more than the spread of either, so much is its spread.
+    """
 
     def of(one: Timing | None, other: Timing | None) -> Timing | None:
         if one is None or other is None:
             return None
         least = min(one, other, key=lambda timing: (timing.faster, timing.ratio))
-        return replace(least, seconds=(one.seconds + other.seconds) / 2)
+        low, high = sorted((one.ratio, other.ratio))
+        spread = max(one.spread, other.spread, high / low - 1)
+        return replace(least, seconds=(one.seconds + other.seconds) / 2, spread=spread)
 
     return {name: of(timing, second[name]) for name, timing in first.items()}
 
@@ -92,24 +106,33 @@ def pessimistic(first: Timings, second: Timings) -> Timings:
 def compare(own: list[float], plain: list[float], best: list[float]) -> Timing:
     """The timing of one call, from the seconds of its rounds and of the plain and the best dense call's."""
     ratios = [other / mine for other, mine in zip(plain, own, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
     return Timing(
         seconds=statistics.median(own),
-        ratio=median,
+        ratio=statistics.median(ratios),
         wins=statistics.fmean(mine < other for other, mine in zip(plain, own, strict=True)),
         best_dense=statistics.median(other / mine for other, mine in zip(best, own, strict=True)),
-        spread=(high - low) / median,
+        spread=_spread(own if own is plain else ratios),
     )
 
 
-def time_interleaved(calls: Mapping[str, Call], x: Tensor, clock: Clock, budget: float) -> dict[str, list[float]]:
-    """The seconds of every call in every round, the calls in turns; one of them is called ``"plain"``."""
+def _spread(values: list[float]) -> float:
+    low, median, high = statistics.quantiles(values, n=4)
+    return (high - low) / median
+
+
+def time_interleaved(
+    calls: Mapping[str, Call], x: Any, clock: Clock, budget: float, least: int = MIN_ROUNDS
+) -> dict[str, list[float]]:
+    """The seconds of every call in every round, the calls in turns; one of them is called ``"plain"``.
+
+    Rounds go on for ``budget`` seconds, with at least ``least`` and at most 101.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     clock.start(calls["plain"], x)
     names = list(calls)
     for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() - begin > budget:
+        if done >= least and time.perf_counter() - begin > budget:
             break
         names = names[1:] + names[:1]
         for name in names:

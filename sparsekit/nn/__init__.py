@@ -2,6 +2,10 @@
 
 from .compressed import Compressed as Compressed
 from .compressed import weight_shape as weight_shape
+from .dense_route import DenseRoute as DenseRoute
+from .dense_route import Linear24WithDense as Linear24WithDense
+from .dense_route import Routes as Routes
+from .dense_route import TieredLinearWithDense as TieredLinearWithDense
 from .linear24 import Linear24 as Linear24
 from .prepacked import PrepackedLinear as PrepackedLinear
 from .routed import Plan as Plan

@@ -1,0 +1,40 @@
+"""Bytes that a model holds, also where no parameter or buffer shows them."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..nn import Compressed, DenseRoute, PrepackedLinear, RoutedLinear24
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """The bytes of all parameters and buffers, and of what compressed layers hold besides; shared ones count once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        if isinstance(module, RoutedLinear24) and module.packed is not None:
+            del tensors[id(module.values)]  # a view of the head of ``packed``
+        tensors |= {id(tensor): tensor for tensor in _unregistered(module)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def weight_bytes(layer: nn.Module) -> int:
+    """The bytes of a linear layer's weight in the form that it has, without its bias and the mask that was stored."""
+    if not isinstance(layer, Compressed):
+        weight = layer._parameters.get("weight")
+        return 0 if weight is None else weight.nbytes
+    other = {"bias", "weight_mask"}
+    hidden = {"values"} if isinstance(layer, RoutedLinear24) and layer.packed is not None else set()
+    own = [*layer._parameters.items(), *layer._buffers.items()]
+    tensors = [tensor for name, tensor in own if name not in other | hidden and tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *_unregistered(layer)))
+
+
+def _unregistered(module: nn.Module) -> Iterator[Tensor]:
+    held: list[Tensor | None] = []
+    if isinstance(module, PrepackedLinear):
+        held = [module.packed]
+    elif isinstance(module, DenseRoute):
+        held = [module.copy]
+    elif isinstance(module, RoutedLinear24):
+        held = [module.packed, module.dense]
+    yield from (tensor for tensor in held if tensor is not None)

@@ -1,0 +1,82 @@
+"""How a report reads: a row for all layers of one kind, and what it comes to."""
+
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from .tune import Timing
+
+if TYPE_CHECKING:
+    from .report import CompressReport, LayerReport
+
+WIDE = 118  # columns
+
+
+def grouped_rows(layers: Iterable["LayerReport"]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table: layers of one shape, one decision and one measurement share a row."""
+    alike: dict[object, list[LayerReport]] = {}
+    for layer in layers:
+        alike.setdefault((layer.shape, layer.decision, layer.why or layer.reason, str(layer.timings)), []).append(layer)
+    buckets = sorted({tokens for layer in layers for tokens in layer.timings})
+    head = ["layers", "now", *("1 token" if tokens == 1 else f"{tokens} tokens" for tokens in buckets), "why"]
+    rows = []
+    for members in alike.values():
+        first = members[0]
+        ratios = [_ratios(first.timing(tokens)) for tokens in buckets]
+        shape = "x".join(map(str, first.shape))
+        rows.append([f"{len(members)} of {shape}", first.decision, *ratios, first.why or first.reason])
+    return head, rows
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of at most 118 columns: what is too long in the last column goes on below."""
+    table = [head, *rows]
+    wide = [max(len(row[column]) for row in table) for column in range(len(head) - 1)]
+    before = sum(wide) + 2 * len(wide)
+    for row in table:
+        first, *more = textwrap.wrap(row[-1], max(WIDE - before, 30)) or [""]
+        cells = [cell.ljust(width) for cell, width in zip(row, wide, strict=False)]
+        yield "  ".join([*cells, first]).rstrip()
+        yield from (" " * (before + 2) + text for text in more)
+
+
+def summary(report: "CompressReport") -> Iterator[str]:
+    """What the table comes to, line by line."""
+    layers = report.layers
+    if any(layer.timings for layer in layers):
+        yield "ratios: times the plain layer (times the best dense); of what a layer became, or of the runner-up"
+    if report.swapped:
+        sparse = [layer for layer in layers if layer.sparse]
+        packed = [layer for layer in layers if layer.decision == "prepacked"]
+        yield f"{_bytes('sparse (2:4 or tiered)', sparse)}; {_bytes('only prepacked, dense', packed)}"
+        share = report.speedup / report.dense_speedup
+        yield (
+            f"linear layers alone: {report.speedup:.2f}x plain; prepacked they would be {report.dense_speedup:.2f}x "
+            f"without any sparsity, which itself brings {share:.2f}x"
+        )
+    elif layers and not report.undecided:
+        yield "nothing is faster than dense on this machine: every layer stays as it is"
+    if report.passes:
+        yield f"whole model: {', '.join(f'{timing.ratio:.2f}x' for timing in report.passes)} plain, on the sample"
+    elif report.remark:
+        yield f"whole model: {report.remark}"
+    if report.undecided:
+        yield (
+            f"{len(report.undecided)} undecided: the machine is busy (spread up to {report.disturbance:.1f}), "
+            "run again when it is quiet"
+        )
+    yield (
+        f"{len(report.swapped)} of {len(layers)} layers swapped, "
+        f"{report.bytes_before / 2**20:.1f} MiB -> {report.bytes_after / 2**20:.1f} MiB, "
+        f"measured in {report.tune_seconds:.1f} s, converted in {report.conversion_seconds:.1f} s"
+    )
+
+
+def _bytes(what: str, layers: Sequence["LayerReport"]) -> str:
+    before, after = (sum(getattr(layer, name) for layer in layers) for name in ("bytes_before", "bytes_after"))
+    size = f", {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB" if layers else ""
+    return f"{what}: {len(layers)} {'layer' if len(layers) == 1 else 'layers'}{size}"
+
+
+def _ratios(timing: Timing | None) -> str:
+    return "-" if timing is None else f"{timing.ratio:.2f}x ({timing.best_dense:.2f}x)"

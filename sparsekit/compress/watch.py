@@ -1,0 +1,109 @@
+"""Runs a sample through a model, and sees how many tokens each linear layer gets, and in what dtype."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._batches import Forward, as_batches, evaluating, layer_input, run_batch
+from .._undo import restoring
+from ..nn import autocast_dtype
+from . import clock
+from .sites import LinearSite
+
+# More are as good as this many for a ratio, and take longer to measure.
+MAX_TOKENS, MAX_GPU_TOKENS = 512, 8192
+MAX_BATCHES = 4  # that the whole model is timed on
+
+
+def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forward | None) -> list[Any]:
+    """Runs the sample once and counts the calls of each layer; rules out those that it does not suit.
+
+    Returns:
+        At most four batches: those that gave layers token counts that no batch before them did.
+
+    Raises:
+        ValueError: there is no batch in the sample.
+    """
+    dtypes: dict[str, set[torch.dtype]] = {site.name: set() for site in sites}
+    counts: set[tuple[str, int]] = set()
+    kept: list[Any] = []
+
+    def count(site: LinearSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = layer_input(args, kwargs)
+        dtypes[site.name].add(autocast_dtype(x) or x.dtype)
+        if tokens := x.shape[:-1].numel():
+            site.calls[found := bucket(tokens, site.layer.weight.device)] += 1
+            counts.add((site.name, found))
+
+    runs = 0
+    with passes(model), _watching([site for site in sites if site.reason is None], count):
+        for batch in as_batches(sample):
+            known = len(counts)
+            run_batch(model, fresh(batch), forward)
+            runs += 1
+            if len(counts) > known and len(kept) < MAX_BATCHES:
+                kept.append(batch)
+    if runs == 0:
+        raise ValueError("sample must hold at least one batch, got none")
+    for site in sites:
+        if site.reason is None:
+            site.reason = _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
+    return kept
+
+
+def bucket(tokens: int, device: torch.device) -> int:
+    """The power of two that a token count is measured as on a device."""
+    return min(1 << (tokens - 1).bit_length(), MAX_GPU_TOKENS if clock.is_gpu(device) else MAX_TOKENS)
+
+
+def fresh(batch: Any) -> Any:
+    """A copy of a batch, so that a forward which writes into its arguments finds them as they were every time."""
+    return copy.deepcopy(batch)
+
+
+@contextmanager
+def passes(model: nn.Module) -> Iterator[None]:
+    """Where a model is run for what can be seen of it: as in ``evaluating``, and with the caller's random state kept.
+
+    What ``torch.compile`` made runs eagerly meanwhile: compiled code calls no hooks that are registered later.
+    """
+    gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
+    stances: list[Any] = []
+
+    def restore() -> None:
+        for stance in stances:
+            stance.__exit__(None, None, None)
+
+    with torch.random.fork_rng(gpus), restoring(restore):
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to import
+            stances.append(torch.compiler.set_stance("force_eager"))
+        with evaluating(model):
+            yield
+
+
+@contextmanager
+def _watching(sites: list[LinearSite], count: Callable[..., None]) -> Iterator[None]:
+    """Shows ``count`` the arguments of every call of these layers."""
+    hooks = {site.layer: lambda _, args, kwargs, site=site: count(site, args, kwargs) for site in sites}
+    with restoring(lambda: _unwatch(hooks)):
+        for layer, hook in hooks.items():
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
+        yield
+
+
+def _unwatch(hooks: Mapping[nn.Linear, Callable[..., None]]) -> None:
+    for layer, own in hooks.items():
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is own]:
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+            layer._forward_pre_hooks.pop(key, None)
+
+
+def _ruled_out(site: LinearSite, other_dtypes: set[torch.dtype]) -> str | None:
+    if other_dtypes:
+        return f"it runs in {', '.join(sorted(map(str, other_dtypes)))}, its weight is {site.layer.weight.dtype}"
+    return None if site.calls else "the sample does not run it"
