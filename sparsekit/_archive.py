@@ -140,10 +140,12 @@ def read(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tensor]]:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied."""
+    """The bytes of a contiguous tensor on the CPU, not copied; the tensor lives as long as they."""
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    array.tensor = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
 
 
 def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:

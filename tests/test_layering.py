@@ -32,6 +32,8 @@ LAYERS = [
         "sparsekit._batches",
         "sparsekit._archive",
         "sparsekit._files",
+        "sparsekit._fingerprint",
+        "sparsekit._record",
         "sparsekit._layers",
         "sparsekit._optimizers",
     ],

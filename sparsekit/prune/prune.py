@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .._batches import Forward, Progress, evaluating
+from .._batches import Forward, Progress, as_batches, evaluating
 from .._changing import change
+from .._fingerprint import digest_batches
 from .._layers import Where, check_model
 from .._undo import Undo
 from ..masks import Pattern, grouped, ungrouped
@@ -22,7 +23,7 @@ from .layers import Layer, check_result, check_weights, find_layers
 from .methods import Method
 from .ranks import Group, Ranks
 from .report import LayerReport, PruneReport, Skipped
-from .resume import Finished
+from .resume import Finished, call_of
 
 
 def prune_(
@@ -66,8 +67,10 @@ def prune_(
             of its own: all of them call ``prune_``, their statistics are added up, and all get the same masks and
             weights. ``"world"`` is all processes, ``"alone"`` this one without the others; or a process group.
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
-        resume: a folder where every finished block is kept. The same call on the same dense model and batches goes on
-            after the last block that it finds there. Only with ``sequential`` batches.
+        resume: a folder where every finished block is kept. The same call goes on after the last block that it finds
+            there; another one is refused: it needs the same weights, method, layers, and batches, in the same order, so
+            seed what shuffles. Only with ``sequential`` batches, which are read once more. Of ``forward`` only the name
+            can be compared.
 
     Returns:
         What was done to each layer, what was left out and why, and the time it took.
@@ -76,7 +79,8 @@ def prune_(
         TypeError: ``model``, ``method`` or ``group`` is something else, or ``batches`` can be read only once while
             several passes are needed.
         ValueError: the method needs batches and there are none, nothing can be pruned, a weight or a calibration input
-            is NaN or infinite, or a new weight would be; or the processes of the group hold different models.
+            is NaN or infinite, or a new weight would be; the processes of the group hold different models; or
+            ``resume`` holds another run, or a file that is damaged or missing.
         RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
     """
     started = time.perf_counter()
@@ -92,14 +96,19 @@ def prune_(
             reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
             raise ValueError(f"nothing to prune: where selects no layer that can be pruned{reasons}")
         check_weights(layers)
-        call = {"method": repr(method), "axis": axis}
-        finished = None if resume is None else Finished(resume, call, layers)
-        ranks.agree({**call, "finished": finished and sorted(finished.names)}, layers)
+        read = ranks.exchange(None if resume is None else digest_batches(as_batches(batches, reused=True)))
+        finished = None
+        if resume is not None:
+            finished = Finished(resume, call_of(model, method, layers, read, forward, axis), layers)
+        done = finished and sorted(finished.names)
+        ranks.agree({"method": repr(method), "axis": axis, "finished": done}, layers)
         reports: list[LayerReport] = []
         shown = _shown(model, method, layers, batches, sequential, forward, progress or iter, finished)
         with evaluating(model), closing(shown):
             if finished is not None:
                 reports += _restore(finished, layers, undo)
+                if ranks.rank == 0:
+                    finished.begin()
             for members, gathered in shown:
                 block = []
                 for layer, inputs in zip(members, ranks.share(gathered), strict=True):

@@ -1,0 +1,79 @@
+"""Records of runs that can be gone on with: JSON with a digest, and what a run was called with."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ._files import parse_json, write_json
+
+
+def write_record(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes JSON with a SHA-256 of it, whole or not at all. Numbers that JSON has not become words: ``"nan"``."""
+    plain = json.loads(json.dumps(_words(data)))
+    write_json(path, {**plain, "sha256": _digest(plain)})
+
+
+def read_record(path: Path, what: str) -> dict[str, Any]:
+    """Reads what ``write_record`` wrote.
+
+    Args:
+        path: the file.
+        what: it should be, for the message.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is something else, or was altered.
+    """
+    try:
+        data = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}")
+        if data.pop("sha256", None) != _digest(data):
+            raise ValueError("it was altered: its digest is not the one that was written")
+    except ValueError as error:
+        raise ValueError(f"{path} is not {what}: {error}") from error
+    return data
+
+
+def check_call(path: Path, known: Any, call: Mapping[str, Any]) -> None:
+    """Refuses to go on with the run of another call.
+
+    Args:
+        path: of its record.
+        known: what the run was called with, as the record has it.
+        call: what this call is.
+
+    Raises:
+        ValueError: they differ; the message says in what.
+    """
+    call, known = json.loads(json.dumps(call)), known if isinstance(known, dict) else {}
+    different = [
+        f"{key}{_which(known.get(key), call.get(key))}"
+        for key in sorted(known.keys() | call.keys())
+        if known.get(key) != call.get(key)
+    ]
+    if different:
+        raise ValueError(f"{path} belongs to another run: it differs in {', '.join(different)}; name another folder")
+
+
+def _which(known: Any, now: Any) -> str:
+    """The names that differ, where a part of a call has names."""
+    if not (isinstance(known, dict) and isinstance(now, dict)):
+        return ""
+    names = sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))
+    return f" ({', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"
+
+
+def _words(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _words(item) for key, item in data.items()}
+    if isinstance(data, list | tuple):
+        return [_words(item) for item in data]
+    return repr(data) if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
