@@ -60,17 +60,20 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own training flag is restored, whatever fails.
 
-    A module with a ``train`` of its own, which may merge weights or keep a part frozen, is switched back by it.
+    A module with a ``train`` of its own, which may merge weights or keep a part frozen, is switched back by it. The
+    fast paths of ``nn.MultiheadAttention`` and its encoder are off meanwhile: they call none of their layers.
     """
     flags = {module: module.training for module in model.modules()}
-    grad = torch.is_grad_enabled()
+    grad, fast = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
 
     def restore() -> None:
+        torch.backends.mha.set_fastpath_enabled(fast)
         torch.set_grad_enabled(grad)
         _restore(flags)
 
     with restoring(restore):
         torch.set_grad_enabled(False)
+        torch.backends.mha.set_fastpath_enabled(False)
         if any(flags.values()):
             model.eval()
         yield

@@ -1,10 +1,16 @@
-"""What all model-level functions ask about a layer: where its inputs are, and whether its weight is its own."""
+"""What all model-level functions ask about a layer: where its inputs are, and whether its weight may be changed."""
 
 from collections.abc import Callable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from .ops._define import DTYPES
 
 Where = Callable[[str, nn.Module], bool]
+Reasons = dict[tuple[nn.Module, str], str]  # by module and name of the parameter
 
 
 def check_model(model: nn.Module) -> None:
@@ -13,42 +19,220 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def check_where(where: Where | None) -> None:
+    """Rejects what cannot select layers."""
+    if where is not None and not callable(where):
+        raise TypeError(
+            f"where must be a function of (name, module) that says which layers are meant, such as "
+            f'lambda name, module: "mlp" in name, got {where!r}'
+        )
+
+
+def declared_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a Linear's, Conv2d's or Conv1D's weight; where it is computed, without computing it."""
+    weight = layer._parameters.get("weight")
+    if weight is not None and not is_lazy(weight):
+        return tuple(weight.shape)
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    return int(getattr(layer, "out_features", 0)), int(getattr(layer, "in_features", 0))
+
+
+def count_weights(model: nn.Module) -> int:
+    """The number of entries in all parameters of a model, shared ones once, and without those not initialized."""
+    return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
+
+
+def selects(where: Where | None, name: str, module: nn.Module) -> bool:
+    """Whether ``where`` selects a module.
+
+    What it raises counts as no, unless it is asked of a layer: ``module.in_features`` is no question to an embedding.
+    """
+    try:
+        return where is None or bool(where(name, module))
+    except Exception:
+        if input_dim(module) is not None:
+            raise
+        return False
+
+
 def input_dim(module: nn.Module) -> int | None:
     """The weight dimension of the inputs; None for a module that is no Linear, Conv2d or transformers' Conv1D."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        return 1
-    names = ((base.__module__, base.__name__) for base in type(module).__mro__)
-    return 0 if ("transformers.pytorch_utils", "Conv1D") in names else None
+    kind = _kind(module)
+    return None if kind is None else 1 if issubclass(kind, nn.Linear | nn.Conv2d) else 0
 
 
 def is_transposed(layer: nn.Module) -> bool:
     """Whether the layer is transformers' ``Conv1D`` itself: a linear layer with its weight as ``[inputs, outputs]``."""
-    return input_dim(layer) == 0 and type(layer).__name__ == "Conv1D"
+    return input_dim(layer) == 0 and type(layer) is _kind(layer)
 
 
-def borrowed(model: nn.Module) -> dict[nn.Module, str]:
-    """Why a module's weight is not its own: others hold it too, or read it without calling the module."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                address = parameter.data_ptr() or id(parameter)  # empty and meta tensors have no address
-                owners.setdefault(address, []).append((f"{name}.{key}".lstrip("."), module))
-    reasons: dict[nn.Module, str] = {}
-    for holders in owners.values():
-        for name, module in holders:
-            others = [other for other, owner in holders if owner is not module]
-            if others and name.endswith("weight"):
-                reasons[module] = f"its weight is tied to {', '.join(others)}"
-    for parent, children in _fused(model):
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class that says what the layer computes: Linear, Conv2d or transformers' Conv1D, which is not imported."""
+    for base in type(module).__mro__:
+        if base in (nn.Linear, nn.Conv2d) or (base.__module__, base.__name__) == (
+            "transformers.pytorch_utils",
+            "Conv1D",
+        ):
+            return base
+    return None
+
+
+def expert_axes(module: nn.Module) -> dict[str, int]:
+    """The parameters that are known to hold one matrix per expert, ``[experts, ...]``, and the dimension, 1 or 2, that
+    the inputs of the matrices run along.
+
+    It is known of what transformers calls experts, since they say whether they are transposed; and where the two
+    parameters of three dimensions of a module fit together one way only, because one of them gives gates beside
+    values, so that it has twice as many outputs as the other has inputs.
+    """
+    stacks = {key: p for key, p in module._parameters.items() if p is not None and _is_stack(p)}
+    transposed = getattr(module, "is_transposed", None)
+    if isinstance(transposed, bool):
+        return dict.fromkeys(stacks, 1 if transposed else 2)
+    if len(stacks) == 2:
+        (_, *one), (_, *other) = (tuple(p.shape) for p in stacks.values())
+        for (a, b), (c, d) in ((one, other), (other, one)):
+            if (a, b) == (2 * d, c):
+                return dict.fromkeys(stacks, 2)
+            if (a, b) == (d, 2 * c):
+                return dict.fromkeys(stacks, 1)
+    return {}
+
+
+def _is_stack(parameter: Tensor) -> bool:
+    return not is_lazy(parameter) and parameter.dim() == 3
+
+
+def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare: bool = False) -> str | None:
+    """Why a parameter must stay as it is, whatever it is to become; None where it may be pruned or swapped.
+
+    Nothing that is computed is read: ``spectral_norm`` changes its buffers at every reading. With ``prepare`` the
+    weight itself is not needed yet: it may be on the meta device, or sharded.
+    """
+    if reason := getattr(type(module), "unsupported_reason", None):  # a class of this package that stands for a layer
+        return str(reason)
+    weight = module._parameters.get(parameter)
+    if weight is None:
+        kind = f", as a {type(module).__name__} does" if is_parametrized(module) else ""
+        return f"its {parameter} is not a parameter but computed{kind}"
+    if is_lazy(weight):
+        return f"its {parameter} is not initialized: run the model on a batch first"
+    return _own_forward(module) or _unsupported_tensor(weight, parameter, prepare)
+
+
+def _own_forward(module: nn.Module) -> str | None:
+    """Why the module may compute something else than the layer that it is a kind of; None where it does not."""
+    kind, own = _kind(module), vars(module)
+    if kind is None:
+        return None
+    for method in ("forward", "_conv_forward", "__call__"):
+        if getattr(type(module), method, None) is not getattr(kind, method, None):
+            return f"{type(module).__name__} has a {method} of its own and may compute something else"
+    # accelerate's hooks move tensors around the forward that they keep, and leave what it computes as it is.
+    hooked = "_hf_hook" in own and getattr(own.get("_old_forward"), "__func__", None) is kind.forward
+    if "_conv_forward" in own or ("forward" in own and not hooked):
+        return "its forward is replaced"
+    return None
+
+
+def _unsupported_tensor(weight: Tensor, parameter: str, prepare: bool) -> str | None:
+    its, sharded = f"its {parameter}", type(weight).__name__ == "DTensor"
+    if type(weight) is not nn.Parameter and not (sharded and prepare):
+        part = ", of which this process may hold a part only" if sharded else ""
+        return f"{its} is a {type(weight).__name__}{part}, not a plain nn.Parameter"
+    if weight.is_meta and not prepare:
+        return f"{its} is on the meta device: load it first"
+    if weight.dtype not in DTYPES:
+        return f"{its} is {weight.dtype}, not float32, float16 or bfloat16"
+    if weight.layout is not torch.strided:
+        return f"{its} is {weight.layout}, not strided"
+    if weight.numel() == 0:
+        return f"{its} is empty"
+    if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        return f"{its} is expanded: several of its entries are one number in memory"
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        return f"{its} was made in inference mode, and nothing can change it outside of it"
+    return None
+
+
+def shared_weight_reasons(model: nn.Module, *, fast_paths: bool = True) -> Reasons:
+    """Why a parameter is not its module's alone: another parameter or buffer lies in the same memory, or a parent reads
+    it without calling the module.
+
+    Args:
+        model: any tree of modules.
+        fast_paths: whether to name those as well that are called in training and read in torch's fast paths alone: such
+            a layer can be pruned, but nothing else can stand in its place.
+    """
+    reasons: Reasons = {}
+    for (name, owner, key, tensor), (other_name, other, other_key, other_tensor) in _overlapping(model):
+        if owner is not other:
+            verb = "is tied to" if _same_place(tensor, other_tensor) else "shares memory with"
+            for module, own, holder in ((owner, key, other_name), (other, other_key, name)):
+                known = reasons.get((module, own))
+                reasons[module, own] = f"{known}, {holder}" if known else f"its {own} {verb} {holder}"
+    for parent, children in _fused(model, fast_paths):
         for child in children:
-            reasons[child] = f"{type(parent).__name__} reads its weight without calling it"
+            reasons[child, "weight"] = f"{type(parent).__name__} reads its weight without calling it"
     return reasons
 
 
-def _fused(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[nn.Module, ...]]]:
+_Held = tuple[str, nn.Module, str, Tensor]  # the full name of a tensor, its module, its name there, itself
+
+
+def _overlapping(model: nn.Module) -> Iterator[tuple[_Held, _Held]]:
+    """All pairs of parameters and buffers that have memory in common."""
+    alive: list[tuple[int, _Held]] = []
+    for start, end, held in sorted(_spans(model), key=lambda span: span[0]):
+        alive = [(last, other) for last, other in alive if last > start]
+        for _, other in alive:
+            if _overlap(other[3], held[3]):
+                yield other, held
+        alive.append((end, held))
+
+
+def _spans(model: nn.Module) -> Iterator[tuple[int, int, _Held]]:
+    """Every tensor with the addresses of its first byte and of the byte after its last."""
+    for name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            held = (f"{name}.{key}".lstrip("."), module, key, tensor)
+            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+            if plain and (start := tensor.data_ptr()):
+                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                yield start, start + (last + 1) * tensor.itemsize, held
+            else:  # without an address (meta, empty, not initialized, wrappers): shared where it is one object
+                yield -id(tensor), 1 - id(tensor), held
+
+
+def _same_place(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors whose spans of memory overlap have an entry in common: columns of one matrix may not."""
+    if one is other or one.itemsize != other.itemsize or _same_place(one, other):
+        return True
+    first, second = sorted((one, other), key=Tensor.data_ptr)
+    offset, rest = divmod(second.data_ptr() - first.data_ptr(), one.itemsize)
+    if rest:
+        return True
+    ends = [
+        1 + start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        for start, tensor in ((0, first), (offset, second))
+    ]
+    taken = torch.zeros(max(ends), dtype=torch.bool, device="cpu")
+    taken.as_strided(first.shape, first.stride()).fill_(True)
+    return bool(taken.as_strided(second.shape, second.stride(), offset).any())
+
+
+def _fused(model: nn.Module, fast_paths: bool) -> Iterator[tuple[nn.Module, tuple[nn.Module, ...]]]:
     for parent in model.modules():
         if isinstance(parent, nn.MultiheadAttention):
             yield parent, (parent.out_proj,)
-        elif isinstance(parent, nn.TransformerEncoderLayer):
+        elif fast_paths and isinstance(parent, nn.TransformerEncoderLayer):
             yield parent, (parent.linear1, parent.linear2)

@@ -44,7 +44,10 @@ def test_the_folder_that_prune_writes(model, tmp_path, capsys):
     assert "LlamaForCausalLM.from_pretrained(FOLDER)" in (out / "README.md").read_text("utf-8")
     assert found == json.loads((out / "report.json").read_text())
     assert len(found["layers"]) == 14 and found["sparsity"] == 0.5 and found["method"] == "Wanda(pattern='2:4')"
-    assert found["skipped"] == [{"name": "lm_head", "reason": "the output head stays dense without --head"}]
+    assert found["skipped"] == [
+        {"name": "model.embed_tokens", "reason": "it is an embedding"},
+        {"name": "lm_head", "reason": "the output head stays dense without --head"},
+    ]
     layer = found["layers"][0]
     assert layer["name"] == "model.layers.0.self_attn.q_proj" and layer["sparsity"] == 0.5
     assert 0 < layer["error"] < 1 and 0 < layer["seconds"] <= found["seconds"]

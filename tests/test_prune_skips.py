@@ -25,7 +25,8 @@ def test_tied_weights_are_skipped():
     report = sk.prune_(model, sk.Wanda("2:4"), [torch.arange(12)])
     assert [layer.name for layer in report.layers] == ["inner"]
     assert [(layer.name, layer.reason) for layer in report.skipped] == [
-        ("head", "its weight is tied to embedding.weight")
+        ("head", "its weight is tied to embedding.weight"),
+        ("embedding", "it is an embedding"),
     ]
     assert torch.equal(model.head.weight, embedding) and get_mask(model.head) is None
 
@@ -40,17 +41,18 @@ def test_a_module_used_twice_is_not_tied():
     assert torch.equal(get_mask(layer), sk.nm_mask(weight.abs() * norm, 2, 4))
 
 
-def test_weights_read_by_a_fused_parent_are_skipped():
+def test_what_an_attention_reads_itself_is_skipped_and_what_an_encoder_calls_is_pruned():
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False
     )
     model = nn.ModuleDict({"encoder": model, "head": nn.Linear(8, 4)})
     report = sk.prune_(model, sk.Magnitude("2:4"))
-    assert [layer.name for layer in report.layers] == ["head"]
+    linear = [f"encoder.layers.{layer}.{name}" for layer in (0, 1) for name in ("linear1", "linear2")]
+    assert [layer.name for layer in report.layers] == [*linear, "head"]
     reasons = {layer.name.removeprefix("encoder.layers.0."): layer.reason for layer in report.skipped}
     assert reasons["self_attn.out_proj"] == "MultiheadAttention reads its weight without calling it"
-    assert reasons["linear1"] == reasons["linear2"] == "TransformerEncoderLayer reads its weight without calling it"
-    assert len(report.skipped) == 6
+    assert reasons["self_attn.in_proj_weight"].startswith("it belongs to a MultiheadAttention, and only Linear")
+    assert len(report.skipped) == 4
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ADMM, RIA, LeastSquares, Magnitude, PruneReport, SparseGPT, Swaps, Wanda, prune_, save
 from .._files import write_json
-from .._layers import Where, borrowed
+from .._layers import Where, shared_weight_reasons
 from ..masks import get_mask, get_mask_info, grouped
 from ..prune import Method
 from . import terminal, text
@@ -137,7 +137,8 @@ class Prune:
     def where(self, model: nn.Module) -> tuple[Where, list[dict[str, str]]]:
         """Which layers are pruned, and what is to be said of the output head."""
         only, head = regex(self.only), None if self.head else head_of(model)
-        head = None if head in borrowed(model) else head
+        if head is not None and (head, "weight") in shared_weight_reasons(model, fast_paths=False):
+            head = None
         names = [name for name, module in model.named_modules() if module is head]
         reason = "the output head stays dense without --head"
         return (

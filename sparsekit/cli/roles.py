@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .._layers import borrowed, input_dim
+from .._layers import input_dim, shared_weight_reasons
 from .models import empty_model, head_of, read_config
 from .stored import Role
 
@@ -33,11 +33,11 @@ def roles_of(folder: Path, names: set[str]) -> Mapping[str, Role | None]:
             model = empty_model(read_config(str(folder)))
     except ValueError:  # a kind of model that transformers does not know
         return {}
-    held, head = borrowed(model), head_of(model)
+    held, head = shared_weight_reasons(model, fast_paths=False), head_of(model)
     roles: dict[str, Role | None] = {}
     for name, module in model.named_modules():
         axis = input_dim(module)
-        exempt = "tied" if module in held else "output head" if module is head else ""
+        exempt = "tied" if (module, "weight") in held else "output head" if module is head else ""
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             exempt = "a convolution in groups"
         roles[name] = None if axis is None else Role(axis, exempt)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._batches import Progress
-from .._layers import borrowed, input_dim, is_transposed
+from .._layers import input_dim, is_transposed, shared_weight_reasons
 from ..compress import tune
 from ..compress.candidates import CANDIDATES, unfit
 from ..compress.clock import clock
@@ -59,13 +59,13 @@ def check_same(model: nn.Module, expected: Tensor, tokens: Tensor, what: str) ->
 def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
     """A copy with oneDNN's prepacked layers, which is often the best dense on a CPU; None where no layer can be."""
     dense = next(candidate for candidate in CANDIDATES if candidate.dense)
-    lent = borrowed(model)
+    shared = shared_weight_reasons(model)
     layers = [
         name
         for name, layer in model.named_modules()
         if input_dim(layer) is not None
         and not isinstance(layer, nn.Conv2d)
-        and layer not in lent
+        and (layer, "weight") not in shared
         and not (unfit(layer) or dense.unsupported_reason(layer))
     ]
     if not layers:

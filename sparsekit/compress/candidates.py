@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import is_transposed
-from ..masks import get_mask, tier_sizes
+from .._layers import is_transposed, unsupported_reason
+from ..masks import get_mask, outdated_mask, tier_sizes
 from ..nn import (
     Compressed,
     DenseRoute,
@@ -21,7 +21,6 @@ from ..nn import (
     TieredLinearWithDense,
 )
 from ..ops import backends, pack_tiered
-from ..ops._define import DTYPES
 from ..ops.prepacked import prepack
 from ..ops.sparse24 import values_per_row
 from .tiered import Tiers, kept_matrix
@@ -53,20 +52,16 @@ class Candidate:
 
 def unfit(layer: nn.Module) -> str | None:
     """Why a linear layer must stay what it is, whatever is faster; None where it may be swapped."""
-    weight = layer._parameters.get("weight")
+    if reason := unsupported_reason(layer):
+        return reason
     if type(layer) is not nn.Linear and not is_transposed(layer):
         return f"{type(layer).__name__} may compute something else than nn.Linear"
-    if type(weight) is not nn.Parameter:
-        return "its weight is not a plain parameter"
-    if weight.is_meta or weight.dtype not in DTYPES:
-        where = "on the meta device" if weight.is_meta else weight.dtype
-        return f"its weight is {where}, not float32, float16 or bfloat16"
-    if weight.numel() == 0:
-        return "its weight is empty"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "it has hooks"
     if "forward" in layer.__dict__:
         return "its forward is replaced"
+    if reason := outdated_mask(layer):
+        return reason
     known = {"weight", "bias", "weight_mask", "weight_fading"}
     own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - known
     return f"it also holds {', '.join(sorted(own))}" if own else None

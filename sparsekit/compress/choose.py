@@ -40,7 +40,7 @@ class Kind:
     """All that a measurement depends on besides the machine: layers of one kind share it."""
 
     device_name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     bias: bool
     transposed: bool

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..nn import Compressed, DenseRoute, PrepackedLinear, RoutedLinear24
 
@@ -14,14 +15,14 @@ def resident_bytes(model: nn.Module) -> int:
         if isinstance(module, RoutedLinear24) and module.packed is not None:
             del tensors[id(module.values)]  # a view of the head of ``packed``
         tensors |= {id(tensor): tensor for tensor in _unregistered(module)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values() if not is_lazy(tensor))
 
 
 def weight_bytes(layer: nn.Module) -> int:
     """The bytes of a linear layer's weight in the form that it has, without its bias and the mask that was stored."""
     if not isinstance(layer, Compressed):
         weight = layer._parameters.get("weight")
-        return 0 if weight is None else weight.nbytes
+        return 0 if weight is None or is_lazy(weight) else weight.numel() * weight.element_size()
     other = {"bias", "weight_mask"}
     hidden = {"values"} if isinstance(layer, RoutedLinear24) and layer.packed is not None else set()
     own = [*layer._parameters.items(), *layer._buffers.items()]

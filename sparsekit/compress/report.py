@@ -14,7 +14,7 @@ class LayerReport:
 
     Args:
         name: its name in the model.
-        shape: ``(out_features, in_features)``.
+        shape: ``(out_features, in_features)``; of experts as their parameter has it.
         decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
         reason: why, with every form that was turned down.
         calls: how often the sample ran it, by token bucket.
@@ -29,7 +29,7 @@ class LayerReport:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     decision: str
     reason: str
     calls: dict[int, int] = field(default_factory=dict)

@@ -5,8 +5,19 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .._layers import Where, borrowed, input_dim, is_transposed
+from .._layers import (
+    Where,
+    check_where,
+    declared_shape,
+    expert_axes,
+    input_dim,
+    selects,
+    shared_weight_reasons,
+)
+from ..masks import masked_parameters
 from .candidates import unfit
+
+EXPERTS = "experts in one parameter stay dense: no kernel multiplies by them"
 
 Slots = list[tuple[nn.Module, str]]
 
@@ -19,24 +30,35 @@ class LinearSite:
     layer: nn.Linear
     slots: Slots
     reason: str | None
-    shape: tuple[int, int]  # (out_features, in_features)
+    shape: tuple[int, ...]  # (out_features, in_features), of experts as they are stored
     calls: Counter[int] = field(default_factory=Counter)
 
 
 def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
-    """Every linear layer that ``where`` selects, in the order of ``named_modules``."""
-    slots, lent = parent_slots(model), borrowed(model)
+    """Every linear layer, and every parameter of experts, that ``where`` selects, in the order of ``named_modules``."""
+    check_where(where)
+    slots, shared = parent_slots(model), shared_weight_reasons(model)
     sites = []
     for name, layer in model.named_modules():
-        if input_dim(layer) is None or isinstance(layer, nn.Conv2d) or (where is not None and not where(name, layer)):
+        if input_dim(layer) is None and (experts := _experts(layer)) and selects(where, name, layer):
+            sites += [
+                LinearSite(f"{name}.{key}".lstrip("."), layer, [], EXPERTS, shape) for key, shape in experts.items()
+            ]
+        if input_dim(layer) is None or isinstance(layer, nn.Conv2d) or not selects(where, name, layer):
             continue
-        reason = unfit(layer) or lent.get(layer)
+        reason = shared.get((layer, "weight")) or unfit(layer)
         if layer is model:
             reason = "it is the model itself: use from_linear of Linear24, TieredLinear or PrepackedLinear"
-        rows, cols = layer.weight.shape
-        shape = (cols, rows) if is_transposed(layer) else (rows, cols)
+        rows, cols = declared_shape(layer)
+        shape = (cols, rows) if input_dim(layer) == 0 else (rows, cols)
         sites.append(LinearSite(name, layer, slots.get(layer, []), reason, shape))
     return sites
+
+
+def _experts(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of a module that are the matrices of experts, by what is known or was pruned."""
+    keys = expert_axes(module).keys() | {key for key in masked_parameters(module) if key != "weight"}
+    return {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False) if key in keys}
 
 
 def parent_slots(model: nn.Module) -> dict[nn.Module, Slots]:

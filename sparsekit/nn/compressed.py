@@ -1,5 +1,7 @@
 """What the layers of this package are, taken together."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from .shared import carry_mask, oriented
@@ -11,6 +13,8 @@ class Compressed(nn.Module):
     ``transposed`` says whether the other one keeps its weight as ``[in_features, out_features]``, as the ``Conv1D`` of
     transformers does.
     """
+
+    unsupported_reason: ClassVar[str] = "it is compressed: call decompress_ first"
 
     in_features: int
     out_features: int

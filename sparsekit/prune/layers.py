@@ -1,6 +1,6 @@
 """Which layers can be pruned, and how each one meets its inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,29 +8,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._layers import Where, borrowed, input_dim
+from .._layers import (
+    Where,
+    check_where,
+    expert_axes,
+    input_dim,
+    selects,
+    shared_weight_reasons,
+    unsupported_reason,
+)
 from ..masks import Axis, Pattern, grouped
-from ..nn import Compressed
-from ..ops._define import DTYPES
+from .leftover import leftovers
 from .report import Skipped
 
 WINDOW_BYTES = 2**26
+ExpertAxes = Mapping[nn.Module, dict[str, int]]  # by name of the parameter
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be pruned: its name in the model, the module, the axis its groups run along, and which of the
-    module's parameters is its weight.
+    """A layer that can be pruned.
+
+    Args:
+        name: its name in the model; of experts, which are a parameter, the parameter's.
+        module: holds the weight.
+        axis: the weight dimension that the groups run along.
+        parameter: which of the module's parameters is the weight.
+        expert: which of the matrices of that parameter it is; None where the layer is the whole parameter.
     """
 
     name: str
     module: nn.Module
     axis: Axis
     parameter: str = "weight"
+    expert: int | None = None
 
     @property
-    def weight(self) -> nn.Parameter:
-        return self.module.get_parameter(self.parameter)
+    def weight(self) -> Tensor:
+        """The Parameter; of one expert its matrix in it, without a gradient."""
+        weight = self.module.get_parameter(self.parameter)
+        return weight if self.expert is None else weight.detach()[self.expert]
+
+    @property
+    def path(self) -> str:
+        """The name of the module."""
+        return self.name if self.parameter == "weight" and not self.experts else self.name[: -len(self.parameter) - 1]
+
+    @property
+    def experts(self) -> tuple["Layer", ...]:
+        """The layers that this one holds in a parameter of three dimensions, one per expert; else none."""
+        weight = self.module.get_parameter(self.parameter)
+        if self.expert is not None or weight.dim() != 3 or not isinstance(self.axis, int):
+            return ()
+        name, axis = self.name, self.axis - 1
+        return tuple(Layer(f"{name}[{e}]", self.module, axis, self.parameter, e) for e in range(len(weight)))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """``weight`` as ``[outputs, inputs]``, its columns in the order of ``windows``."""
@@ -82,41 +113,61 @@ class Layer:
 
 
 def find_layers(
-    model: nn.Module, pattern: Pattern, axis: Literal["input", "flatten"], where: Where | None
+    model: nn.Module,
+    pattern: Pattern,
+    axis: Literal["input", "flatten"],
+    where: Where | None,
+    observed: ExpertAxes | None = None,
 ) -> tuple[list[Layer], list[Skipped]]:
-    """The layers that ``where`` selects and that can be pruned; and those that cannot, each with the reason."""
-    layers, skipped = [], []
-    reasons = borrowed(model)
+    """The layers that ``where`` selects and that can be pruned; and every other parameter of at least two dimensions
+    and one group that it selects, each with the reason why it is left.
+
+    ``observed`` says which other parameters a pass has shown to be experts.
+    """
+    check_where(where)
+    layers, skipped, never = list[Layer](), list[Skipped](), list[Skipped]()
+    shared = shared_weight_reasons(model, fast_paths=False)
     for name, module in model.named_modules():
-        if isinstance(module, Compressed) and (where is None or where(name, module)):
-            skipped.append(Skipped(name, "it is compressed: call decompress_ first"))
-        if (dim := input_dim(module)) is None or (where is not None and not where(name, module)):
+        found = list(_layers_of(name, module, axis, observed or {}))
+        left = list(leftovers(name, module, pattern, {layer.parameter for layer in found}))
+        if not (found or left) or not selects(where, name, module):
             continue
-        layer = Layer(name, module, "flatten" if axis == "flatten" and isinstance(module, nn.Conv2d) else dim)
-        if reason := reasons.get(module) or _unfit(layer, pattern):
-            skipped.append(Skipped(name, reason))
-        else:
-            layers.append(layer)
-    return layers, skipped
+        for layer in found:
+            key = layer.parameter
+            reason = unsupported_reason(module, key) or shared.get((module, key)) or _unfit(layer, pattern)
+            if reason:
+                skipped.append(Skipped(layer.name, reason))
+            else:
+                layers.append(layer)
+        never += left
+    return layers, skipped + never
+
+
+def _layers_of(
+    name: str, module: nn.Module, axis: Literal["input", "flatten"], observed: ExpertAxes
+) -> Iterator[Layer]:
+    """What of a module is a layer, whether or not it can be pruned."""
+    if (dim := input_dim(module)) is not None:
+        yield Layer(name, module, "flatten" if axis == "flatten" and isinstance(module, nn.Conv2d) else dim)
+        return
+    for key, along in (expert_axes(module) | observed.get(module, {})).items():
+        yield Layer(f"{name}.{key}".lstrip("."), module, along, key)
 
 
 def _unfit(layer: Layer, pattern: Pattern) -> str | None:
-    """Why this pattern cannot be put on this layer; None where it can."""
-    weight, module = layer.module.weight, layer.module
-    if not isinstance(weight, nn.Parameter):
-        return "its weight is not a parameter but computed"
-    if weight.is_meta:
-        return "its weight is on the meta device: load it first"
-    if weight.dtype not in DTYPES:
-        return f"its weight is {weight.dtype}, not float32, float16 or bfloat16"
+    """Why this pattern cannot be put on a layer that can be pruned; None where it can."""
+    module = layer.module
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"it is a convolution of {module.groups} groups, and no N:M kernel runs those"
-    if weight.numel() == 0:
-        return "its weight is empty"
-    cols = grouped(weight, layer.axis).shape[-1]
-    if cols < (pattern.m or 1):
-        return f"its {cols} inputs do not fill one group of {pattern}"
-    return None
+    cols = grouped(layer.weight, layer.axis).shape[-1]
+    return f"its {cols} inputs do not fill one group of {pattern}" if cols < (pattern.m or 1) else None
+
+
+def nothing_to(do: str, what: str, where: Where | None, skipped: Sequence[Skipped]) -> str:
+    """What is to be said where a model has nothing for a verb: who left it out, and the first reasons."""
+    who = "the model has" if where is None else "where selects"
+    reasons = "".join(f"; {layer.name or 'the model'}: {layer.reason}" for layer in skipped[:3])
+    return f"nothing to {do}: {who} no {what}{reasons}"
 
 
 def check_weights(layers: list[Layer]) -> None:

@@ -12,14 +12,14 @@ from torch import nn
 from .._batches import Forward, Progress, as_batches, evaluating
 from .._changing import change
 from .._fingerprint import digest_batches
-from .._layers import Where, check_model
+from .._layers import Where, check_model, count_weights
 from .._undo import Undo
 from ..masks import Pattern, grouped, ungrouped
 from .apply import apply_mask
 from .calibration import calibrated
 from .full_precision import full_precision
 from .inputs import Inputs
-from .layers import Layer, check_result, check_weights, find_layers
+from .layers import Layer, check_result, check_weights, find_layers, nothing_to
 from .methods import Method
 from .ranks import Group, Ranks
 from .report import LayerReport, PruneReport, Skipped
@@ -93,8 +93,7 @@ def prune_(
         pattern = Pattern.parse(method.pattern)
         layers, skipped = find_layers(model, pattern, axis, where)
         if not layers:
-            reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
-            raise ValueError(f"nothing to prune: where selects no layer that can be pruned{reasons}")
+            raise ValueError(nothing_to("prune", "layer that can be pruned", where, skipped))
         check_weights(layers)
         read = ranks.exchange(None if resume is None else digest_batches(as_batches(batches, reused=True)))
         finished = None
@@ -121,7 +120,8 @@ def prune_(
                     finished.add(block)
             if not reports:
                 raise ValueError("no calibration batch reached any of the selected layers")
-        return PruneReport(repr(method), tuple(reports), tuple(skipped), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return PruneReport(repr(method), tuple(reports), tuple(skipped), seconds, count_weights(model))
 
     return change(model, "pruned", ranks.together(work))
 

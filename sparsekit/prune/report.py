@@ -6,6 +6,8 @@ from typing import Any
 
 from .._files import write_json
 
+SHOWN = 3  # names of what was left out for one reason
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -32,7 +34,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer that was selected but left as it was, and why."""
+    """A layer, or another parameter of two dimensions and more, that was selected but left as it was, and why."""
 
     name: str
     reason: str
@@ -45,14 +47,17 @@ class PruneReport:
     Args:
         method: the method, as it prints itself.
         layers: the pruned layers, in the order in which they were pruned.
-        skipped: the layers that were left dense, each with the reason.
+        skipped: what was left dense, each with the reason: layers, embeddings, and every other parameter of at least
+            two dimensions and one group.
         seconds: wall-clock time of the whole call.
+        model_weights: the number of all parameters of the model, biases and embeddings too, shared ones once.
     """
 
     method: str
     layers: tuple[LayerReport, ...]
     skipped: tuple[Skipped, ...]
     seconds: float
+    model_weights: int
 
     @property
     def weights(self) -> int:
@@ -63,6 +68,11 @@ class PruneReport:
     def sparsity(self) -> float:
         """The share of the pruned layers' weights that the masks drop."""
         return sum(layer.dropped for layer in self.layers) / max(self.weights, 1)
+
+    @property
+    def model_sparsity(self) -> float:
+        """The share of all parameters of the model that the masks of this call drop."""
+        return sum(layer.dropped for layer in self.layers) / max(self.model_weights, 1)
 
     @property
     def error(self) -> float | None:
@@ -86,18 +96,34 @@ class PruneReport:
             for row in rows
         ]
         lines.insert(-1, "-" * len(lines[0]))
-        lines += [f"skipped {layer.name or '(model)'}: {layer.reason}" for layer in self.skipped]
+        lines += [f"skipped {_names(names)}: {reason}" for reason, names in self._reasons().items()]
+        lines.append(f"of the whole model: {self.model_sparsity:.2%} of {self.model_weights:,} parameters")
         return "\n".join([*lines, f"{self.method}, {self.seconds:.1f} s"])
+
+    def _reasons(self) -> dict[str, list[str]]:
+        reasons: dict[str, list[str]] = {}
+        for layer in self.skipped:
+            reasons.setdefault(layer.reason, []).append(layer.name or "(model)")
+        return reasons
 
     def to_json(self) -> dict[str, Any]:
         """The report and its totals as what JSON can hold."""
-        totals = {"weights": self.weights, "sparsity": self.sparsity, "error": self.error}
+        totals = {
+            "weights": self.weights,
+            "sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
+            "error": self.error,
+        }
         layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
         return {**asdict(self), "layers": layers, **totals}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the report as JSON, whole or not at all."""
         write_json(path, self.to_json())
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= SHOWN else f"{', '.join(names[:SHOWN])} and {len(names) - SHOWN} more"
 
 
 def _number(error: float | None) -> str:

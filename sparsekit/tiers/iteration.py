@@ -16,7 +16,7 @@ from ..masks import Pattern
 from ..prune.apply import apply_mask
 from ..prune.calibration import calibrated
 from ..prune.full_precision import full_precision
-from ..prune.layers import Layer, check_result, check_weights, find_layers
+from ..prune.layers import Layer, check_result, check_weights, find_layers, nothing_to
 from ..prune.ranks import Group, Ranks
 from ..prune.statistics import Gram, InputNorm
 from .demote import Criterion
@@ -159,8 +159,7 @@ def _linear_layers(model: nn.Module, where: Where | None) -> list[Layer]:
 
     layers, skipped = find_layers(model, Pattern.parse("0%"), "input", linear)
     if not layers:
-        reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
-        raise ValueError(f"nothing to prune: where selects no linear layer that can be pruned{reasons}")
+        raise ValueError(nothing_to("prune", "linear layer that can be pruned", where, skipped))
     return layers
 
 

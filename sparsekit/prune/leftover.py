@@ -1,0 +1,45 @@
+"""What of a model is never pruned though it is large enough, and why: so that a report tells of the whole model."""
+
+from collections.abc import Collection, Iterator
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .._layers import input_dim, unsupported_reason
+from ..masks import Pattern
+from ..nn import Compressed
+from .report import Skipped
+
+ONLY = "only Linear and Conv2d layers, transformers' Conv1D and experts are pruned"
+
+
+def leftovers(name: str, module: nn.Module, pattern: Pattern, layers: Collection[str]) -> Iterator[Skipped]:
+    """Every parameter of a module itself that has at least two dimensions and one group, and is not in ``layers``."""
+    if isinstance(module, Compressed):
+        yield Skipped(name, unsupported_reason(module) or "")
+    if isinstance(module, Compressed | ParametrizationList):  # what the latter computes is listed where it is used
+        return
+    for key, parameter in module._parameters.items():
+        if parameter is None or key in layers:
+            continue
+        if is_lazy(parameter):
+            if key != "bias" and not isinstance(module, nn.modules.batchnorm._NormBase):
+                yield Skipped(_shown(name, key), unsupported_reason(module, key) or "")
+        elif parameter.dim() >= 2 and max(parameter.shape) >= (pattern.m or 1):
+            yield Skipped(_shown(name, key), _reason(module, parameter.dim()))
+    for key in getattr(module, "parametrizations", ()):
+        if key not in layers and input_dim(module) is None:
+            yield Skipped(_shown(name, key), unsupported_reason(module, key) or "")
+
+
+def _shown(name: str, key: str) -> str:
+    return name if key == "weight" and name else f"{name}.{key}".lstrip(".")
+
+
+def _reason(module: nn.Module, dims: int) -> str:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "it is an embedding"
+    if dims == 3 and not isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear):
+        return f"it belongs to a {type(module).__name__}, and no batch has shown that it is the matrices of experts"
+    return f"it belongs to a {type(module).__name__}, and {ONLY}"
