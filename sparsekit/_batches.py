@@ -1,5 +1,6 @@
 """How a batch is fed to a model, and what a layer is shown: one convention for every function that takes batches."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         if any(flags.values()):
             model.eval()
+        yield
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Runs compiled models and functions as they were before ``torch.compile``: compiled code calls no hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -50,7 +50,7 @@ def test_a_failing_batch_leaves_no_trace():
     def forward(model, x):
         calls.append(x)
         x = model[:4](x)
-        if len(calls) == 3:
+        if len(calls) >= 3:
             raise KeyboardInterrupt("late")
         return model[4:](x)
 

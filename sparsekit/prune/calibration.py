@@ -1,15 +1,21 @@
-"""Which way layers are shown their inputs: in one pass, block after block in one pass, or in partial passes."""
+"""Which way layers are shown their inputs: all in one pass over the dense model, or stage after stage."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .._batches import Forward, Progress, as_batches
-from .calibrate import Block, collect, execution_order, split_blocks
+from .._batches import Forward, Progress, as_batches, eagerly, run_batch
+from .._trees import copied
 from .inputs import Gather, Inputs
 from .layers import Layer
-from .stream import stream
+from .observe import observe
+from .passes import Passes, check_count
+from .replay import Replay
+from .stages import split_stages
+from .store import Store
+from .survey import survey
 
 
 def calibrated(
@@ -22,22 +28,40 @@ def calibrated(
     forward: Forward | None,
     progress: Progress,
     finished: Collection[str] = (),
-) -> Iterable[tuple[Sequence[Layer], Sequence[Inputs]]]:
+) -> Iterator[tuple[Sequence[Layer], Sequence[Inputs]]]:
     """Yields layers when their inputs are known; with ``sequential`` they must be pruned before the next are asked for.
 
-    ``gather(layer)`` makes what a layer's inputs are summed up in. Blocks with a layer in ``finished`` are pruned
-    already, and are run as they are.
+    ``gather(layer)`` makes what a layer's inputs are summed up in. Stages with a layer in ``finished`` are pruned
+    already, and are run as they are. While it waits, nothing hangs on the model. All ranks of a process group get the
+    same layers in the same order, also those that none of their batches reached.
     """
     batches = as_batches(batches, reused=sequential)
     if not sequential:
-        yield layers, collect(model, Block(model, tuple(layers)), gather, progress(batches), forward)
+        yield layers, _all_at_once(model, layers, gather, progress(batches), forward)
         return
-    blocks, once = execution_order(model, split_blocks(model, layers), batches, forward)
-    blocks = [block for block in blocks if not {layer.name for layer in block.layers} & set(finished)]
-    if once:
-        streamed = stream(model, blocks, gather, batches, forward)
-        for _, (block, inputs) in zip(progress(blocks), streamed, strict=True):
-            yield block.layers, inputs
-        return
-    for block in progress(blocks):
-        yield block.layers, collect(model, block, gather, batches, forward)
+    with closing(Store()) as store:
+        passes = Passes(model, batches, forward, store)
+        found = survey(split_stages(model, layers), passes)
+        done = {i for i, stage in enumerate(found.stages) if {layer.name for layer in stage.layers} & set(finished)}
+        replay = Replay(found, passes, store, done)
+        for index in progress([index for index in range(len(found.stages)) if index not in done]):
+            yield found.stages[index].layers, replay.collect(index, gather)
+            replay.finish(index)
+
+
+def _all_at_once(
+    model: nn.Module, layers: Sequence[Layer], gather: Gather, batches: Any, forward: Forward | None
+) -> list[Inputs]:
+    inputs = {layer: gather(layer) for layer in layers}
+    batch: Any = None
+
+    def record(layer: Layer, x: Tensor) -> None:
+        inputs[layer].update(x, batch)
+
+    count = 0
+    with eagerly(), observe(inputs, record):
+        for count, each in enumerate(batches, start=1):  # noqa: B007
+            batch = copied(each)
+            run_batch(model, batch, forward)
+    check_count(count)
+    return list(inputs.values())

@@ -1,0 +1,81 @@
+"""Follows what a model computes between its stages: which outputs of stages the tensors come from that are alive."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from .._trees import tensors_in
+
+Source = tuple[int, int]  # a call of a stage: which one, and how often it was entered before in the pass
+
+# What these tell of a tensor does not depend on its numbers.
+SHAPES = frozenset(
+    "size dim ndimension numel nelement stride storage_offset element_size is_contiguous is_floating_point is_complex "
+    "is_signed get_device is_inference is_conj is_neg __len__ __hash__ __deepcopy__ type dtype".split()
+)
+
+
+class Lineage(TorchFunctionMode):
+    """Which stages' outputs must be there for everything that is alive, while the mode is on and not ``paused``.
+
+    By storage: views of an output come from it, and writing to a view changes what its base comes from. What leaves
+    torch (a number, a NumPy array) may decide anything that follows: its sources stay needed for good.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paused = False
+        self._pinned: set[Source] = set()
+        self._sources: dict[StorageWeakRef, frozenset[Source]] = {}
+
+    def mark(self, value: Any, sources: Iterable[Source]) -> None:
+        """Says that the tensors in ``value`` come from ``sources`` too."""
+        sources = frozenset(sources)
+        for tensor in tensors_in(value):
+            if (storage := _storage(tensor)) is None:
+                self._pinned |= sources
+            else:
+                self._sources[storage] = self._sources.get(storage, frozenset()) | sources
+
+    def pin(self, sources: Iterable[Source]) -> None:
+        """Says that ``sources`` stay needed whatever is alive."""
+        self._pinned.update(sources)
+
+    def alive(self) -> frozenset[Source]:
+        """The sources of everything that still exists."""
+        self._sources = {storage: names for storage, names in self._sources.items() if not storage.expired()}
+        return frozenset(self._pinned).union(*self._sources.values())
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        sources = self._of((args, kwargs))
+        result = func(*args, **kwargs)
+        if sources:
+            name = getattr(func, "__name__", "")
+            if any(True for _ in tensors_in(result)):
+                self.mark(result, sources)
+            elif result is None:  # such as x[0] = y
+                self.mark(args[:1], sources)
+            elif name not in SHAPES and name != "__get__":
+                self._pinned |= sources
+        return result
+
+    def _of(self, value: Any) -> frozenset[Source]:
+        storages = (_storage(tensor) for tensor in tensors_in(value))
+        return frozenset().union(*(self._sources.get(storage, ()) for storage in storages if storage is not None))
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef | None:
+    try:
+        with torch._C.DisableTorchFunction():
+            return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return None

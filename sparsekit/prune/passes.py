@@ -1,0 +1,70 @@
+"""Runs a model on its calibration batches as often as it takes, every time in the same way."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._batches import Forward, eagerly, run_batch
+from .._trees import copied
+from .._undo import restoring
+from .store import Kept, Store
+
+
+class Passes:
+    """A model and its batches, which are read once: a loader that shuffles, or that can be read only once, will do."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], forward: Forward | None, store: Store) -> None:
+        self._model, self._batches, self._forward, self._store = model, batches, forward, store
+        self._held: list[Any] = []
+        self._seed = torch.initial_seed()
+        self.current: Any = None  # the batch that runs
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def read(self) -> Iterator[int]:
+        """Reads the batches, and gives the index of each as soon as it is there.
+
+        Raises:
+            ValueError: there is no batch.
+        """
+        made = not isinstance(self._batches, list | tuple)  # one at a time, by a loader: held here alone
+        for index, batch in enumerate(self._batches):
+            self._held.append((self._store.keep(batch) if made else None) or batch)
+            yield index
+        check_count(len(self._held))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What surrounds calls of ``run``: compiled parts run eagerly, and the caller's random numbers stay."""
+        cpu = torch.default_generator.get_state()
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+        def restore() -> None:
+            torch.default_generator.set_state(cpu)
+            if gpus:
+                torch.cuda.set_rng_state_all(gpus)
+            self.current = None
+
+        with restoring(restore), eagerly():
+            yield
+
+    def run(self, index: int) -> None:
+        """Runs a batch: a copy of it, with the same random numbers every time, and the weights as they are now."""
+        held = self._held[index]
+        self.current = held.load() if isinstance(held, Kept) else copied(held)
+        torch.clear_autocast_cache()  # it may hold a weight as it was before it was pruned
+        seed = (self._seed + index) % (1 << 63)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
+        run_batch(self._model, self.current, self._forward)
+
+
+def check_count(batches: int) -> None:
+    """Rejects calibration without any batch."""
+    if batches == 0:
+        raise ValueError("batches gave no batch: calibration needs at least one, and a generator can be read only once")

@@ -1,0 +1,135 @@
+"""Keeps outputs from one pass to the next: in memory up to a limit, and beyond it in a file without a name."""
+
+import shutil
+import tempfile
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from .._trees import map_tree
+
+MEMORY = 256 << 20  # bytes
+DISK_SHARE = 4  # one in so many bytes that are free
+
+
+class _Opaque(Exception):
+    """Something is in an output that cannot be written down."""
+
+
+class Kept:
+    """One output: gives it anew each time; dropped, it gives tensors of the same shapes without the numbers."""
+
+    def __init__(self, store: "Store", form: Any, records: "list[_Record]") -> None:
+        self._store, self._form, self._records = store, form, records
+        self.dropped = False
+
+    def load(self) -> Any:
+        return map_tree(self._form, _never, lambda slot: slot.load() if isinstance(slot, _Record) else slot)
+
+    def drop(self) -> None:
+        """Frees the memory, or the part of the file."""
+        for record in self._records:
+            self._store.free(record)
+        self.dropped = True
+
+
+class _Record:
+    """One tensor: held, or a part of the file, or only what it looked like."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.like = tensor.detach().to("meta")
+        self.device = tensor.device
+        self.held: Tensor | None = None
+        self.file: IO[bytes] | None = None
+        self.offset = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.like.numel() * self.like.element_size()
+
+    def load(self) -> Tensor:
+        if self.held is not None:
+            return self.held.clone()
+        empty = torch.empty_like(self.like, device=self.device)
+        if self.file is None:
+            return empty if self.like.is_floating_point() else empty.zero_()  # an index must stay one
+        buffer = bytearray(self.nbytes)
+        self.file.seek(self.offset)
+        if self.file.readinto(buffer) != self.nbytes:  # type: ignore[attr-defined]
+            raise OSError("the temporary file of the calibration has become shorter")
+        return empty.copy_(torch.frombuffer(buffer, dtype=self.like.dtype).view(self.like.shape))
+
+
+class Store:
+    """Outputs in at most ``memory`` bytes, and beyond them in a temporary file that vanishes with this object."""
+
+    def __init__(self, memory: int | None = None) -> None:
+        self._room = MEMORY if memory is None else memory
+        self._file: IO[bytes] | None = None
+        self._disk = self._end = 0
+        self._gaps: dict[int, list[int]] = {}  # by size: outputs of a stage are as large as those before
+
+    def keep(self, value: Any) -> Kept | None:
+        """Keeps an output of strided tensors in containers; None where it holds something else, or there is no room."""
+        records: list[_Record] = []
+
+        def record(tensor: Tensor) -> _Record:
+            if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+                raise _Opaque
+            records.append(self._record(tensor))
+            return records[-1]
+
+        try:
+            return Kept(self, map_tree(value, record, _refuse), records)
+        except (_Opaque, OSError):
+            for each in records:
+                self.free(each)
+            return None
+
+    def free(self, record: _Record) -> None:
+        if record.held is not None:
+            self._room += record.nbytes
+        elif record.file is not None:
+            self._gaps.setdefault(record.nbytes, []).append(record.offset)
+        record.held = record.file = None
+
+    def close(self) -> None:
+        """Removes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _record(self, tensor: Tensor) -> _Record:
+        record = _Record(tensor)
+        if record.nbytes <= self._room:
+            self._room -= record.nbytes
+            record.held = tensor.detach().clone()
+        else:
+            self._write(record, tensor)
+        return record
+
+    def _write(self, record: _Record, tensor: Tensor) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(buffering=0)
+            self._disk = shutil.disk_usage(tempfile.gettempdir()).free // DISK_SHARE
+        if gaps := self._gaps.get(record.nbytes):
+            record.offset = gaps.pop()
+        elif self._end + record.nbytes <= self._disk:
+            record.offset, self._end = self._end, self._end + record.nbytes
+        else:
+            raise OSError("no room in the temporary folder")
+        buffer = bytearray(record.nbytes)
+        torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+        self._file.seek(record.offset)
+        written = 0
+        while written < len(buffer):
+            written += self._file.write(memoryview(buffer)[written:])
+        record.file = self._file
+
+
+def _refuse(_: object) -> Any:
+    raise _Opaque
+
+
+def _never(tensor: Tensor) -> Any:
+    raise AssertionError("a form holds records in the place of tensors")
