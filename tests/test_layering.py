@@ -28,6 +28,8 @@ LAYERS = [
     [
         "sparsekit.masks",
         "sparsekit._undo",
+        "sparsekit._trees",
+        "sparsekit._forwards",
         "sparsekit._changing",
         "sparsekit._batches",
         "sparsekit._archive",
