@@ -191,16 +191,6 @@ def test_linear24_gradients():
 
 
 @BOTH
-def test_weight_is_read_only(kind):
-    layer = kind.from_linear(sparse_linear())
-    with pytest.raises((AttributeError, KeyError), match="weight"):
-        layer.weight = nn.Parameter(torch.zeros(48, 40))
-    before = layer.weight
-    layer.weight.zero_()
-    assert torch.equal(layer.weight, before)
-
-
-@BOTH
 @compiles
 def test_compiles_whole(kind):
     torch._dynamo.reset()

@@ -105,7 +105,7 @@ def test_rejects_inputs_that_do_not_fit():
 def test_rejects_what_no_kernel_computes():
     layer, x = TieredLinear.from_linear(tiered_linear()), torch.randn(3, 80)
     with pytest.raises(TypeError, match=r"x must be float32, float16 or bfloat16, got torch\.float64"):
-        copy.deepcopy(layer).double()(x.double())
+        layer(x.double())
     with pytest.raises(ValueError, match=r"packed\.dense must be on cpu, got meta"):
         copy.deepcopy(layer).to("meta")(x)
     with pytest.raises(ValueError, match=r"packed\.dense must be on meta, got cpu"):
@@ -263,15 +263,6 @@ def test_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0] and torch.equal(layer.weight == 0, zeros)
-
-
-def test_weight_is_read_only():
-    layer = TieredLinear.from_linear(tiered_linear())
-    with pytest.raises((AttributeError, KeyError), match="weight"):
-        layer.weight = nn.Parameter(torch.zeros(96, 80))
-    before = layer.weight
-    layer.weight.zero_()
-    assert torch.equal(layer.weight, before) and not before.requires_grad
 
 
 @compiles

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
-from ..nn import Compressed, carry_mask
+from ..nn import Compressed, carry_mask, guard_conversions
 from .sites import LinearSite, Slots, parent_slots
 
 
@@ -135,7 +135,11 @@ def refill(module: Compressed) -> nn.Linear:
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` raise wherever the model has it above a compressed layer, and nowhere else."""
+    """Makes ``save_pretrained`` raise wherever the model has it above a compressed layer, and nowhere else.
+
+    Conversions to dtypes that compressed layers do not compute in are refused there as well.
+    """
+    guard_conversions(model)
     for parent in model.modules():
         if not callable(getattr(parent, "save_pretrained", None)):
             continue

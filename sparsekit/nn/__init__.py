@@ -1,4 +1,4 @@
-"""Modules: tensors and one op call."""
+"""Compressed linear layers: packed tensors and one op call."""
 
 from .compressed import Compressed as Compressed
 from .compressed import weight_shape as weight_shape
@@ -6,6 +6,7 @@ from .dense_route import DenseRoute as DenseRoute
 from .dense_route import Linear24WithDense as Linear24WithDense
 from .dense_route import Routes as Routes
 from .dense_route import TieredLinearWithDense as TieredLinearWithDense
+from .guard import guard_conversions as guard_conversions
 from .linear24 import Linear24 as Linear24
 from .prepacked import PrepackedLinear as PrepackedLinear
 from .routed import Plan as Plan
@@ -14,3 +15,4 @@ from .routed import RoutedLinear24 as RoutedLinear24
 from .shared import autocast_dtype as autocast_dtype
 from .shared import carry_mask as carry_mask
 from .tiered import TieredLinear as TieredLinear
+from .weight import WeightView as WeightView

@@ -1,17 +1,23 @@
-"""What the layers of this package are, taken together."""
+"""Base class of compressed linear layers."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
+from ..ops._define import DTYPES
 from .shared import carry_mask, oriented
+from .weight import show_weight
 
 
 class Compressed(nn.Module):
     """A linear layer that stands for another one and holds its weight in a form that is smaller or faster.
 
     ``transposed`` says whether the other one keeps its weight as ``[in_features, out_features]``, as the ``Conv1D`` of
-    transformers does.
+    transformers does. A subclass says what it holds (``_parts``), how that becomes dense (``_unpack``), and how it
+    multiplies (``_multiply``).
     """
 
     unsupported_reason: ClassVar[str] = "it is compressed: call decompress_ first"
@@ -20,37 +26,143 @@ class Compressed(nn.Module):
     out_features: int
     transposed: bool
     bias: nn.Parameter | None
+    frozen = False  # whether the weight would be trained, but for a form of it that would not follow an optimizer
+    called = ""  # what an error calls it; empty for its class
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = DTYPES  # that it computes in; None for any
 
     @property
     def trainable(self) -> bool:
         """Whether the weight of the layer that this one stands for is trained."""
         raise NotImplementedError
 
+    def _parts(self) -> tuple[Tensor, ...]:
+        """The tensors that the weight is stored in; the first has its dtype."""
+        raise NotImplementedError
+
+    def _unpack(self, *parts: Tensor) -> Tensor:
+        """The weight ``[out_features, in_features]`` that is stored in ``parts``, in memory of its own."""
+        raise NotImplementedError
+
+    def _multiply(self, input: Tensor) -> Tensor:
+        """``forward`` of a plain tensor."""
+        raise NotImplementedError
+
+    def _refusal(self) -> str | None:
+        """Why the weight cannot be trained although it should be; None where it can, or need not."""
+        if not (self.training and self.frozen):
+            return None
+        return (
+            f"{self.called or type(self).__name__} cannot train its weight: call model.eval(), use torch.no_grad(), "
+            "or turn it back with sparsekit.decompress_"
+        )
+
+    def _check_training(self) -> None:
+        if torch.is_grad_enabled() and (refusal := self._refusal()):
+            raise RuntimeError(refusal)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Computes ``input @ weight.T + bias``, as ``nn.Linear`` does.
+
+        Args:
+            input: ``[..., in_features]``, dense or nested.
+        """
+        if type(input) is Tensor and not input.is_nested:
+            return self._multiply(input)
+        if isinstance(input, torch.fx.Proxy):
+            return self._as_node(input)
+        return self._multiply_nested(input) if input.is_nested else self._multiply(input)
+
+    def _as_node(self, input: torch.fx.Proxy) -> torch.fx.Proxy:
+        """A call of this layer in the graph that ``torch.fx`` traces: a leaf, as ``nn.Linear`` is."""
+        tracer: Any = input.tracer
+        if tracer.root is self:
+            raise ValueError("torch.fx cannot trace a compressed layer alone: trace a model that holds it")
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+
+    def _multiply_nested(self, input: Any) -> Tensor:
+        if input.layout != torch.jagged:
+            return torch.nested.as_nested_tensor([self._multiply(part) for part in input.unbind()])
+        if input.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} columns, got shape {tuple(input.shape)}")
+        values = self._multiply(input.values())
+        return torch.nested.nested_tensor_from_jagged(values, input.offsets(), input.lengths(), input._ragged_idx)
+
+    @torch.no_grad()
     def _dense(self) -> Tensor:
         """The weight ``[out_features, in_features]``, without a gradient, in memory of its own."""
-        raise NotImplementedError
+        return self._unpack(*(part.detach() for part in self._parts()))
+
+    def _unpack_oriented(self, *parts: Tensor) -> Tensor:
+        return oriented(self._unpack(*parts), self.transposed)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew at every access; writing to it changes nothing."""
-        return oriented(self._dense(), self.transposed)
+        """The dense weight, made anew by whatever computes with it; writing to it raises RuntimeError.
+
+        Its shape, dtype and device cost nothing, and its gradients reach what the layer holds.
+        """
+        rows, cols = self.out_features, self.in_features
+        shape, stride = ((cols, rows), (1, max(cols, 1))) if self.transposed else ((rows, cols), (max(cols, 1), 1))
+        return show_weight(self._unpack_oriented, self._parts(), shape, stride, self._refusal())
+
+    @weight.setter
+    def weight(self, value: Any) -> NoReturn:
+        _refuse_weight("weight")
+
+    @weight.deleter
+    def weight(self) -> NoReturn:
+        _refuse_weight("weight")
+
+    # Where torch's weight_norm, spectral_norm and prune begin.
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.split("_")[0] == "weight":
+            _refuse_weight(name)
+        super().register_parameter(name, param)
 
     def to_linear(self) -> nn.Linear:
         """The dense ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self._dense(), requires_grad=self.trainable)
+        with torch.inference_mode(False):
+            linear.weight = nn.Parameter(self._dense(), requires_grad=self.trainable)
         linear.register_parameter("bias", self.bias)
         if not self.transposed:
             carry_mask(self, linear)
         return linear.train(self.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Compressed":
+        if (reason := self.refuses_conversion(fn)) is not None:
+            raise TypeError(f"{type(self).__name__} {reason}")
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if tensor.is_floating_point() or converted.dtype == tensor.dtype:
+                return converted
+            return tensor.to(converted.device)  # bits and positions are no numbers
+
+        return super()._apply(convert, recurse)
+
+    def refuses_conversion(self, fn: Callable[[Tensor], Tensor]) -> str | None:
+        """Why ``fn``, which ``nn.Module.to`` and the like hand to every tensor, must not have this layer; else None."""
+        stored = self._parts()[0]
+        dtype = fn(torch.empty(0, dtype=stored.dtype, device=stored.device)).dtype
+        if self.dtypes is None or dtype in self.dtypes:
+            return None
+        return (
+            f"is compressed and computes in float32, float16 or bfloat16, not {dtype}: "
+            "call sparsekit.decompress_(model) first"
+        )
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def _refuse_weight(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"a compressed layer has no Parameter {name!r} to set: call sparsekit.decompress_(model) first, "
+        "or merge LoRA with sparsekit.integrations.peft"
+    )
+
+
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """The shape of ``layer.weight``, of a compressed layer without unpacking it."""
-    if isinstance(layer, Compressed):
-        shape = (layer.out_features, layer.in_features)
-        return shape[::-1] if layer.transposed else shape
     return tuple(layer.weight.shape)  # type: ignore[arg-type]

@@ -29,7 +29,6 @@ class DenseRoute(Compressed):
     tokens = 1  # that the copy is laid out for
     copy: Tensor | None = None
     reordered = False  # whether the copy is oneDNN's; tracing forgets it
-    frozen = False  # whether the weight would be trained but for the copy
 
     def follow(self: Layer, routes: Routes, tokens: int) -> Layer:
         """Keeps a dense copy, laid out for ``tokens``, and takes these routes from now on; returns the layer itself."""
@@ -47,20 +46,17 @@ class DenseRoute(Compressed):
     def _weights(self) -> list[nn.Parameter]:
         return [weight for name, weight in self._parameters.items() if name != "bias" and weight is not None]
 
+    @torch.inference_mode(False)  # what is made there could not be used outside
     def _keep(self) -> None:
         if self.routes:
             self.copy = prepack(self._dense(), self.tokens)
             self.reordered = self.copy.is_mkldnn
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self.frozen and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{type(self).__name__} cannot train its weight: call model.eval(), use torch.no_grad(), "
-                "or turn it back with sparsekit.decompress_"
-            )
+    def _multiply(self, input: Tensor) -> Tensor:
+        self._check_training()
         copy = self.copy
         if copy is None or not self._takes_dense(input) or input.dtype != copy.dtype or autocast_dtype(input):
-            return super().forward(input)
+            return super()._multiply(input)
         return prepacked_linear(input, copy, self.bias) if self.reordered else F.linear(input, copy, self.bias)
 
     def _takes_dense(self, input: Tensor) -> bool:

@@ -57,6 +57,7 @@ class Linear24(Compressed):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound))
 
     @classmethod
+    @torch.inference_mode(False)  # what is made there could be neither trained nor used outside
     def from_linear(cls: type[Layer], linear: nn.Linear, *, transposed: bool = False) -> Layer:
         """Packs a layer whose weight is 2:4: by its stored mask where it has one, else by its non-zeros.
 
@@ -91,11 +92,15 @@ class Linear24(Compressed):
     def trainable(self) -> bool:
         return self.values.requires_grad
 
-    def _dense(self) -> Tensor:
-        return unpack24(self.values.detach(), self.bitmask, self.in_features)
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.values, self.bitmask
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _unpack(self, *parts: Tensor) -> Tensor:
+        values, bitmask = parts
+        return unpack24(values, bitmask, self.in_features)
+
+    def _multiply(self, input: Tensor) -> Tensor:
         values, bias = self.values, self.bias
-        if (dtype := autocast_dtype(x)) is not None:
-            return linear24(x.to(dtype), values.to(dtype), self.bitmask, None if bias is None else bias.to(dtype))
-        return linear24(x, values, self.bitmask, bias)
+        if (dtype := autocast_dtype(input)) is not None:
+            return linear24(input.to(dtype), values.to(dtype), self.bitmask, None if bias is None else bias.to(dtype))
+        return linear24(input, values, self.bitmask, bias)

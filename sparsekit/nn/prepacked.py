@@ -28,6 +28,7 @@ class PrepackedLinear(Compressed):
     """
 
     packed: Tensor
+    dtypes = None  # where oneDNN has no form, the plain weight takes any
 
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None = None, *, tokens: int = 128, transposed: bool = False
@@ -35,7 +36,7 @@ class PrepackedLinear(Compressed):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.tokens, self.transposed = tokens, transposed
-        self._trainable = weight.requires_grad
+        self.frozen = weight.requires_grad
         self.register_parameter("bias", bias)
         self._keep(weight)
 
@@ -48,32 +49,33 @@ class PrepackedLinear(Compressed):
 
     @property
     def trainable(self) -> bool:
-        return self._trainable
+        return self.frozen
 
+    @torch.inference_mode(False)  # what is made there could not be used outside
     def _keep(self, dense: Tensor) -> None:
         self.packed = prepack(dense, self.tokens)
         self.reordered = self.packed.is_mkldnn  # tracing forgets it
 
-    def _dense(self) -> Tensor:
-        return prepacked_dense(self.packed)
+    def _parts(self) -> tuple[Tensor, ...]:
+        return (self.packed,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.trainable and torch.is_grad_enabled():
-            raise RuntimeError(
-                "PrepackedLinear cannot train its weight: call model.eval(), use torch.no_grad(), "
-                "or turn it back with sparsekit.decompress_"
-            )
-        if not self.reordered or autocast_dtype(x) is not None:
-            return F.linear(x, self._dense() if self.reordered else self.packed, self.bias)
-        return prepacked_linear(x, self.packed, self.bias)
+    def _unpack(self, *parts: Tensor) -> Tensor:
+        return prepacked_dense(*parts)
+
+    def _multiply(self, input: Tensor) -> Tensor:
+        self._check_training()
+        if not self.reordered or autocast_dtype(input) is not None:
+            return F.linear(input, self._dense() if self.reordered else self.packed, self.bias)
+        return prepacked_linear(input, self.packed, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrepackedLinear":
+        dense = fn(self._dense())
         super()._apply(fn, recurse)
-        self._keep(fn(self._dense()))
+        self._keep(dense)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = oriented(self._dense(), self.transposed)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

@@ -76,7 +76,7 @@ class RoutedLinear24(Linear24):
     dense: Tensor | None = None
     layout = ""  # that ``packed`` has
     device_type = ""
-    frozen = False  # whether ``values`` would be trained but for a dense copy
+    called = "a Linear24 with a dense copy"
     ready = False  # whether the plan is followed
 
     def follow(self, plan: Plan) -> "RoutedLinear24":
@@ -117,35 +117,31 @@ class RoutedLinear24(Linear24):
 
     # On a GPU a small call waits for the host, to which `nn.Linear` costs 3 us: what is read here comes from
     # dictionaries, and what linear24 and hardware_linear24 check of a weight was checked when it was packed.
-    def forward(self, x: Tensor) -> Tensor:
+    def _multiply(self, input: Tensor) -> Tensor:
         plan = self.plan
         if (
             plan is None
             or not self.ready
-            or x.dtype != plan.dtype
+            or input.dtype != plan.dtype
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(self.device_type)
         ):
-            return self._forward(x)
-        return self._route(plan, x)
+            return self._multiply_elsewhere(input)
+        return self._route(plan, input)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _multiply_elsewhere(self, input: Tensor) -> Tensor:
         """The same with gradients, under autocast, or off the plan."""
-        if self.frozen and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "a Linear24 with a dense copy cannot train its weight: call model.eval(), use torch.no_grad(), "
-                "or turn it back with sparsekit.decompress_"
-            )
-        dtype = autocast_dtype(x) or x.dtype
+        self._check_training()
+        dtype = autocast_dtype(input) or input.dtype
         trained = self.values.requires_grad and torch.is_grad_enabled()
         if self.plan is None or not self.ready or trained or dtype != self.plan.dtype:
-            return super().forward(x)
-        return self._route(self.plan, x.to(dtype))
+            return super()._multiply(input)
+        return self._route(self.plan, input.to(dtype))
 
     def _route(self, plan: Plan, x: Tensor) -> Tensor:
         shape = x.shape
         if shape[-1:] != (self.in_features,) or self.in_features == 0:
-            return super().forward(x)  # which rejects it: padded, it might fit
+            return super()._multiply(x)  # which rejects it: padded, it might fit
         tokens = x.numel() // self.in_features
         for route in plan.routes:
             if tokens <= route.max_tokens:

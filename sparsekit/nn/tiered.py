@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import get_mask, tier_sizes
-from ..ops import TieredWeight, linear_tiered, pack_tiered, unpack_tiered
+from ..ops import TieredWeight, linear_tiered, pack_tiered
 from ..ops._define import DTYPES, call_op
-from ..ops.tiered import block_starts, check_packed, check_size
+from ..ops.tiered import block_starts, check_packed, check_size, unpack_blocks
 from .compressed import Compressed
 from .shared import autocast_dtype, carry_mask, oriented
 
 LINEAR_TIERED = torch.ops.sparsekit.linear_tiered.default
 TRAINED, FIXED = ("dense", "values", "topk"), ("tiers", "bitmask", "positions")
+PARTS = (*TRAINED, *FIXED, "starts")
 
 
 class TieredLinear(Compressed):
@@ -66,6 +67,7 @@ class TieredLinear(Compressed):
         self.register_parameter("bias", bias)
 
     @classmethod
+    @torch.inference_mode(False)  # what is made there could be neither trained nor used outside
     def from_linear(
         cls,
         linear: nn.Linear,
@@ -113,15 +115,7 @@ class TieredLinear(Compressed):
     @property
     def packed(self) -> TieredWeight:
         """The weight as ``pack_tiered`` returns it: the layer's own tensors."""
-        return TieredWeight(
-            tiers=self.tiers,
-            dense=self.dense,
-            values=self.values,
-            bitmask=self.bitmask,
-            topk=self.topk,
-            positions=self.positions,
-            starts=self.starts,
-        )
+        return TieredWeight(**{name: getattr(self, name) for name in PARTS})
 
     @property
     def block(self) -> tuple[int, int]:
@@ -137,24 +131,27 @@ class TieredLinear(Compressed):
     def trainable(self) -> bool:
         return self.dense.requires_grad
 
-    @torch.no_grad()
-    def _dense(self) -> Tensor:
-        return unpack_tiered(self.packed, self.out_features, self.in_features)
+    def _parts(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in PARTS)
+
+    def _unpack(self, *parts: Tensor) -> Tensor:
+        packed = TieredWeight(**dict(zip(PARTS, parts, strict=True)))
+        return unpack_blocks(packed, self.out_features, self.in_features)
 
     # A small call waits for Python: linear_tiered would check in 16 us what was checked when the layer was made.
-    def forward(self, x: Tensor) -> Tensor:
+    def _multiply(self, input: Tensor) -> Tensor:
         buffers = self._buffers
-        tensors: list[Any] = [x, *map(self._parameters.get, (*TRAINED, "bias"))]
-        if (dtype := autocast_dtype(x)) is not None:
+        tensors: list[Any] = [input, *map(self._parameters.get, (*TRAINED, "bias"))]
+        if (dtype := autocast_dtype(input)) is not None:
             tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         if not self._fits(*tensors):
-            if x.shape[-1:] != (self.in_features,):  # linear_tiered knows the columns up to the padding of a block
-                raise ValueError(f"x must have {self.in_features} columns, got shape {tuple(x.shape)}")
-            return linear_tiered(x, self.packed, self.bias, out_features=self.out_features)  # which rejects it
-        x, dense, values, topk, bias = tensors
+            if input.shape[-1:] != (self.in_features,):  # linear_tiered knows the columns up to the padding of a block
+                raise ValueError(f"x must have {self.in_features} columns, got shape {tuple(input.shape)}")
+            return linear_tiered(input, self.packed, self.bias, out_features=self.out_features)  # which rejects it
+        input, dense, values, topk, bias = tensors
         return call_op(
             LINEAR_TIERED,
-            x,
+            input,
             buffers["tiers"],
             dense,
             values,

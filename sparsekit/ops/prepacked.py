@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, define
+from ._define import LIBRARY, call_op, define
 
 # Inductor insists that the weight of torch's own op is a constant of the graph, and that op has no gradient: hence
 # `prepacked_linear`. Tracing takes a reordered weight for a plain one and drops its conversion: hence
@@ -12,8 +12,8 @@ from ._define import LIBRARY, define
 
 
 def _linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    if not packed.is_mkldnn:
-        return F.linear(x, packed, bias)
+    if not packed.is_mkldnn or torch._C._are_functorch_transforms_active():
+        return F.linear(x, _prepacked_dense(packed), bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
@@ -92,6 +92,6 @@ def prepacked_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> T
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise ValueError(f"x must have {packed.shape[1]} columns, got shape {tuple(x.shape)}")
     grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if grad or torch.compiler.is_compiling():
-        return _prepacked_linear(x, packed, bias)
+    if grad or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return call_op(_prepacked_linear, x, packed, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -51,7 +51,8 @@ def prune_pack24_reference(weight: Tensor, scale: Tensor | None) -> tuple[Tensor
 
 
 def unpack24_reference(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
-    return values.new_zeros(values.shape[0], cols).masked_scatter(unpack_bits(bitmask, cols), values)
+    kept = unpack_bits(bitmask, cols)
+    return torch.where(kept, values.gather(1, (kept.cumsum(1) - 1).clamp(min=0)), 0)
 
 
 def linear24_reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
@@ -201,7 +202,7 @@ def unpack24(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
         ValueError: shapes that do not belong to ``cols``, or two devices.
     """
     _check_packed(values, bitmask, cols)
-    return _unpack24(values, bitmask, cols)
+    return call_op(_unpack24, values, bitmask, cols)
 
 
 def linear24(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = None) -> Tensor:

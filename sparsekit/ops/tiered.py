@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import check_ints, check_like, check_weight
+from ._define import call_op, check_ints, check_like, check_weight
 from .bits import unpack_bits
 from .blocks import block_scores, check_block, check_kept, split_blocks
 from .nm import nm_mask
@@ -107,7 +107,7 @@ def order_of(packed: TieredWeight) -> tuple[Tensor, Tensor, Tensor]:
 def unpack_blocks(packed: TieredWeight, rows: int, cols: int) -> Tensor:
     tiers, dense, values, bitmask, topk, positions, _ = packed
     block_rows, block_cols = packed.block
-    sparse24 = _unpack24(values.flatten(0, 1), bitmask.flatten(0, 1), block_cols)
+    sparse24 = call_op(_unpack24, values.flatten(0, 1), bitmask.flatten(0, 1), block_cols)
     few = topk.new_zeros(len(topk), block_rows * block_cols).scatter_add(1, positions.long(), topk)
     shape = tiers.numel(), block_rows, block_cols
     forms = torch.cat([dense.flatten(), sparse24.flatten(), few.flatten()]).view(shape)
