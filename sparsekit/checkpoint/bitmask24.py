@@ -28,7 +28,7 @@ def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
             for part in PARTS:
                 del state[join(name, part)]
             if layer not in unpacked:
-                unpacked[layer] = layer.weight.detach()
+                unpacked[layer] = layer.weight.detach().clone()
             state[join(name, "weight")] = unpacked[layer]
     return state
 
