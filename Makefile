@@ -8,12 +8,13 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 TORCH := $(shell grep '^torch==' constraints.txt)
 ARGS ?=
 
-.PHONY: help demo tiers test bench gpu lint wheel sanitize clean
+.PHONY: help demo tiers test test-slow test-all bench gpu lint wheel sanitize clean
 
 help:
 	@echo 'make demo       train a small language model, make it 2:4 sparse, run it faster than dense'
 	@echo 'make tiers      prune a small language model by progressive tiers, beside one-shot pruning'
-	@echo 'make test       run the test suite'
+	@echo 'make test       run the test suite, without what is slow (under 6 minutes on 2 cores)'
+	@echo 'make test-all   run all of it (under 20 minutes)'
 	@echo 'make bench      time every op against its baselines, write bench/results/ (under 10 minutes)'
 	@echo 'make gpu        on a machine with a GPU: build into $$(PYTHON) itself, test, check and measure (under 8 minutes)'
 	@echo 'make lint       ruff format, ruff check, mypy'
@@ -43,7 +44,13 @@ tiers: $(INSTALLED)
 	$(BIN)/python examples/three_tier/run.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
+
+# One test at a time: some measure speed, and some start processes of their own.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: test test-slow
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

@@ -4,6 +4,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: each computes in one thread
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 if not torch.cuda.is_available():  # Triton reads it when it is first imported
@@ -12,7 +16,6 @@ if not torch.cuda.is_available():  # Triton reads it when it is first imported
 from sparsekit.compress import Timing, candidates, tune, whole
 from sparsekit.ops import force_simd, simd_levels
 
-COMPILED = "test_triton_compiled"
 os.environ["SPARSEKIT_TUNE_CACHE"] = "0"  # the user's measurements are neither used nor changed
 
 hypothesis.settings.register_profile(
@@ -38,26 +41,10 @@ def simd(request):
         yield request.param
 
 
-def pytest_collection_modifyitems(items):
-    """What is compiled ahead of time comes last: it compiles beside the interpreter, which keeps one core busy."""
-    items.sort(key=lambda item: item.path.stem == COMPILED)
-
-
 @pytest.fixture(scope="session")
-def compilers(tmp_path_factory):
-    from aot.compilers import Compilers
-
-    started = Compilers(tmp_path_factory.mktemp("compiled"))
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="session")
-def gpu(request):
+def gpu():
     """Where Triton kernels run: the GPU, or the CPU in Triton's interpreter."""
     pytest.importorskip("triton")
-    if request.session.items[-1].path.stem == COMPILED:  # begins with the first test that interprets
-        request.getfixturevalue("compilers")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -95,6 +95,7 @@ def test_too_little_text_is_said(run, tmp_path):
         run.main(miniature(run, tmp_path, text=tmp_path / "short.txt"))
 
 
+@pytest.mark.slow
 def test_a_real_model(run, tmp_path, capsys, data):
     pytest.importorskip("transformers")
     config = miniature(

@@ -71,6 +71,7 @@ def test_the_schedule_is_the_published_one_with_the_epochs_that_were_run():
         assert step.ratios.mid_2_4 / 2 + step.ratios.topk * (1 - 10 / 256) == pytest.approx(share, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_log_has_every_iteration_beside_one_shot(out):
     head, *rows = [line.split("\t") for line in (out / "log.tsv").read_text().splitlines()]
     assert head == ["run", "iteration", "dense", "mid_2_4", "topk", "expected_sparsity", "sparsity", "ppl"]
@@ -90,6 +91,7 @@ def test_the_log_has_every_iteration_beside_one_shot(out):
     assert (out / "three_tier.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_every_iteration_leaves_a_model_and_its_maps(out):
     last = load_tier_maps(out / "progressive" / "iteration-5" / "tier_maps.safetensors")
     for step in SCHEDULE:
@@ -103,6 +105,7 @@ def test_every_iteration_leaves_a_model_and_its_maps(out):
     assert (out / "compressed.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_one_iteration_from_the_files_of_the_one_before(run_here, out, tmp_path):
     before, now = (out / "progressive" / f"iteration-{number}" for number in (2, 3))
     maps = before / "tier_maps.safetensors"
@@ -117,6 +120,7 @@ def test_one_iteration_from_the_files_of_the_one_before(run_here, out, tmp_path)
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(run_here, out, tmp_path):
     shutil.copytree(out / "builtin", tmp_path / "builtin")
     arguments = ("--out", tmp_path, "--no-compare", "--seconds", 0)
@@ -145,6 +149,7 @@ def test_errors_are_one_sentence(run_here, tmp_path, capfd):
     assert len(ended.value.code.splitlines()) == 1 and capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -4,6 +4,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from aot.case import TARGETS
+from aot.compilers import Compilers
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "aot"
@@ -15,12 +17,26 @@ CASES = {
 }
 
 
+def cases():
+    """A case for every target; one target in the short suite, since each takes a minute."""
+    return [
+        pytest.param(name, target, marks=[] if target == "sm_90" else [pytest.mark.slow])
+        for name, case in CASES.items()
+        for target in case.targets
+    ]
+
+
 @pytest.fixture(scope="module")
-def compiled(compilers):
-    """What the compilers found, by target and case."""
-    return compilers.found()
+def compiled(request, tmp_path_factory):
+    """What the compilers found, by target and case, of the targets that the chosen tests ask for."""
+    asked = [item.callspec.params.get("target") for item in request.session.items if hasattr(item, "callspec")]
+    whole = any("every_target" in item.name for item in request.session.items)
+    compilers = Compilers(tmp_path_factory.mktemp("compiled"), TARGETS if whole else sorted(set(asked) & set(TARGETS)))
+    yield compilers.found()
+    compilers.close()
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_target(compiled):
     names = {
         target: {kernel["kernel"] for kernels in found.values() if not isinstance(kernels, str) for kernel in kernels}
@@ -29,7 +45,7 @@ def test_every_kernel_is_compiled_for_every_target(compiled):
     assert all(each == names["sm_90"] for each in names.values()) and len(names) == 4
 
 
-@pytest.mark.parametrize("name, target", [(name, target) for name, case in CASES.items() for target in case.targets])
+@pytest.mark.parametrize("name, target", cases())
 def test_compiles_to_what_it_is_meant_to_be(compiled, name, target):
     case, kernels = CASES[name], compiled[target][name]
     assert not isinstance(kernels, str), kernels

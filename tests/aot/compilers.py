@@ -1,15 +1,14 @@
-"""Compiles every case in processes of their own, beside the tests that go on meanwhile."""
+"""Compiles every case in processes of their own."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
-
-from .case import TARGETS
 
 Found = dict[str, Any]  # a case to its kernels, or to the error that it raised
 
@@ -17,10 +16,10 @@ Found = dict[str, Any]  # a case to its kernels, or to the error that it raised
 class Compilers:
     """One worker process per target, as many at once as there are cores; they begin at once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, targets: Iterable[str]) -> None:
         self._folder, self._running, self._closed = folder, set[subprocess.Popen[str]](), Event()
         self._pool = ThreadPoolExecutor(os.cpu_count())
-        self._futures = {target: self._pool.submit(self._work, target) for target in TARGETS}
+        self._futures = {target: self._pool.submit(self._work, target) for target in targets}
 
     def found(self) -> dict[str, Found]:
         """Waits; the kernels of every case, by target."""
