@@ -17,7 +17,7 @@ for package in ("tyro", "rich", "PIL", "transformers"):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("", "expected one of {prune, inspect, compress, bench}. (sparsekit --help)"),
+        ("", "expected one of {prune, inspect, compress, bench, convert}. (sparsekit --help)"),
         ("prune", "missing from sparsekit prune: --model STR, --out PATH (sparsekit prune --help)"),
         (
             "prune --modle x --out y",
@@ -25,7 +25,7 @@ for package in ("tyro", "rich", "PIL", "transformers"):
         ),
         (
             "melt",
-            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench (sparsekit --help)",
+            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench, convert (sparsekit --help)",
         ),
         ("inspect x y", "unrecognized options: y (sparsekit inspect --help)"),
         ("bench x --tokens a", "error parsing --tokens: Could not find valid parse for arguments: ['a']"),

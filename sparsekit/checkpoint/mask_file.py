@@ -1,13 +1,15 @@
 """Files of masks alone, to lie beside weights that another library keeps: a thirty-second of those in fp32."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
+from .._archive import seal, write
 from .._layers import input_dim
-from ..masks import check_masks, get_mask_info, remove_mask, set_mask_bits
+from ..masks import MaskInfo, check_masks, get_mask_info, remove_mask, set_mask_bits
 from ..nn import weight_shape
-from .structure import Layer, join
+from .structure import Layer, dump, join
 
 
 def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
@@ -25,6 +27,17 @@ def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     if not layers:
         raise ValueError("the model has no masks to be saved")
     return layers, tensors
+
+
+def save_masks(path: Path, masks: Mapping[str, tuple[Tensor, tuple[int, ...], MaskInfo]]) -> None:
+    """Writes the masks of layers that no model holds, by layer: the bit-packed mask, the weight's shape, and its rule.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    layers = {name: Layer("dense", shape, mask=info) for name, (_, shape, info) in masks.items()}
+    tensors = {join(name, "weight_mask"): bits for name, (bits, _, _) in masks.items()}
+    write(path, tensors, seal(dump(layers, {}), tensors))
 
 
 def only_masks(layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> bool:

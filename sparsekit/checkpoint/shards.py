@@ -1,7 +1,7 @@
 """The tensors of a model in one safetensors file, or in a folder of them, read and written one after the other."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -17,23 +17,25 @@ class Shards(Mapping[str, Tensor]):
     """Tensors by name, each read from its file when it is asked for.
 
     Args:
-        path: a safetensors file; or a folder with one, or with several and the index of transformers.
+        path: a safetensors file; or a folder with one, or with several and the index of transformers; or several files.
+        skip: names of files in the folder that hold something else.
 
     Raises:
         OSError: a file cannot be opened.
         ValueError: a file is broken, or not one of those that the index names; the message names it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
+    def __init__(self, path: str | os.PathLike[str] | Sequence[Path], *, skip: Container[str] = ()) -> None:
+        files = _files_in(Path(path), skip) if isinstance(path, str | os.PathLike) else path
         self._files: dict[str, Path] = {}
-        for file in _files_in(path) if path.is_dir() else [path]:
+        for file in files:
             for name in _names(file):
                 if name in self._files:
                     raise ValueError(f"{file}: the tensor {name!r} is in {self._files[name].name} too")
                 self._files[name] = file
-        if (path / INDEX).is_file() and (lost := _index(path / INDEX).keys() - self._files.keys()):
-            raise ValueError(f"{path / INDEX} names the tensor {min(lost)!r}, which is in none of its files")
+        index = Path(path) / INDEX if isinstance(path, str | os.PathLike) else None
+        if index is not None and index.is_file() and (lost := _index(index).keys() - self._files.keys()):
+            raise ValueError(f"{index} names the tensor {min(lost)!r}, which is in none of its files")
 
     def __getitem__(self, name: str) -> Tensor:
         path = self._files[name]
@@ -44,6 +46,11 @@ class Shards(Mapping[str, Tensor]):
             raise
         except Exception as error:
             raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        with safe_open(self._files[name], "pt", device="cpu") as file:
+            return tuple(file.get_slice(name).get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -105,10 +112,12 @@ def write_shards(
     return files
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, skip: Container[str]) -> list[Path]:
+    if not folder.is_dir():
+        return [folder]
     if (folder / INDEX).is_file():
         return [folder / name for name in sorted(set(_index(folder / INDEX).values()))]
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name not in skip)
     if len(files) != 1:
         raise ValueError(f"{folder}: it is a directory of {len(files)} safetensors files, and has no {INDEX}")
     return files

@@ -1,4 +1,4 @@
-"""The command line: ``sparsekit prune``, ``inspect``, ``compress`` and ``bench``."""
+"""The command line: ``sparsekit prune``, ``inspect``, ``compress``, ``bench`` and ``convert``."""
 
 import os
 import sys

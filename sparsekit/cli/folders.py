@@ -22,6 +22,11 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if path.name not in OWN)
 
 
+def is_written(path: Path) -> bool:
+    """Whether a file has a name that commands, or transformers, give to what they write."""
+    return path.suffix in SUFFIXES or path.name in NAMES
+
+
 def check_folder(folder: Path) -> None:
     """Rejects what is no folder, and one whose weights are all pickled.
 
@@ -57,7 +62,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     pruned = (out / MASKS).exists() and is_ours(out / MASKS)
     # compress adds its file to any folder: beside dense weights it does not show whose those are
     packed = (out / COMPRESSED).exists() and is_ours(out / COMPRESSED) and not model_files(out)
-    strange = [path for path in out.iterdir() if path.is_dir() or not (path.suffix in SUFFIXES or path.name in NAMES)]
+    strange = [path for path in out.iterdir() if path.is_dir() or not is_written(path)]
     if strange or not (pruned or packed):
         what = min(strange, default=out)
         raise UsageError(f"{what} was not written by sparsekit, which overwrites nothing else")

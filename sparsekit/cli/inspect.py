@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
+from ..checkpoint.shards import Shards
 from ..masks import Pattern, grouped
 from . import terminal
 from .errors import UsageError, regex, usage
@@ -16,7 +17,7 @@ from .folders import COMPRESSED, MASKS, check_folder, model_files
 from .models import load_dense
 from .patterns import first_break, found_pattern, packed_bytes, tier_shares
 from .roles import names_in, roles_of
-from .stored import Matrix, is_ours, matrices, model_matrices, own_matrices, read_masks
+from .stored import Matrix, is_ours, matrices, model_matrices, not_understood, own_matrices, read_masks
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,29 @@ class Inspect:
                     f"--expect {self.expect}: blocks of tiers may be dense, so every weight has that pattern"
                 )
         only = regex(self.only)
-        layers = [inspected(matrix, expected) for matrix in stored_layers(self.folder) if only.search(matrix.name)]
+        found, strange = stored_layers(self.folder)
+        layers = [inspected(matrix, expected) for matrix in found if only.search(matrix.name)]
+        strange = [name for name in strange if only.search(name)]
         if not layers:
             raise ValueError(f"{self.folder} has no layer{f' that matches {self.only!r}' if self.only else ''}")
         broken = [layer for layer in layers if layer.problem]
         if self.json:
-            terminal.write_json({"ok": not broken, **totals(layers), "layers": [asdict(layer) for layer in layers]})
+            rows = [asdict(layer) for layer in layers]
+            good = not (broken or (expected and strange))
+            terminal.write_json({"ok": good, **totals(layers), "not_understood": strange, "layers": rows})
         else:
             _show(layers)
+        if strange:
+            names = ", ".join(strange[:3]) + (" ..." if len(strange) > 3 else "")
+            said = f"inspect does not know the form of {names} ({len(strange)} in all)"
+            (terminal.fail if expected else terminal.say)(said)
         if broken:
             terminal.fail(f"{broken[0].name} breaks {broken[0].asked}: {broken[0].problem}")
-        return 1 if broken else 0
+        return 1 if broken or (expected and strange) else 0
 
 
-def stored_layers(path: Path) -> Iterator[Matrix]:
-    """The layers of a folder or of a file.
+def stored_layers(path: Path) -> tuple[Iterator[Matrix], list[str]]:
+    """The layers of a folder or of a file, and the names of the matrices in it that are not understood.
 
     Raises:
         UsageError: there is no such thing.
@@ -101,23 +110,28 @@ def stored_layers(path: Path) -> Iterator[Matrix]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UsageError(f"{path} is no .safetensors file, and nothing else is read")
-        return own_matrices(path, {}) if is_ours(path) else matrices([path], {}, {})
+        if is_ours(path):
+            return own_matrices(path, {}), []
+        tensors = Shards(path)
+        return matrices(tensors, {}, {}), not_understood(tensors, {})
     check_folder(path)
     files = model_files(path)
     ours = [file for file in files if is_ours(file)] if files else [path / COMPRESSED]
     if ours:
-        return own_matrices(ours[0], roles_of(path, set()))
+        return own_matrices(ours[0], roles_of(path, set())), []
     masks = read_masks(path / MASKS) if (path / MASKS).exists() else {}
     names = names_in(files)
     if masks.keys() - names:  # transformers 5 writes some models, ViT for one, under other names than their modules'
-        return model_matrices(load_dense(str(path), "cpu", masks=False), roles_of(path, set()), masks)
-    return matrices(files, roles_of(path, names), masks)
+        return model_matrices(load_dense(str(path), "cpu", masks=False), roles_of(path, set()), masks), []
+    tensors, roles = Shards(files), roles_of(path, names)
+    return matrices(tensors, roles, masks), not_understood(tensors, roles)
 
 
 def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
     """Looks at one layer; the mask that it was stored with is checked even where nothing is expected."""
     weight, axis = matrix.weight, matrix.role.axis
-    kept = grouped(weight != 0, axis)
+    small = weight.is_floating_point() and weight.element_size() == 1  # float8 cannot be compared
+    kept = grouped((weight.float() if small else weight) != 0, axis)
     flat = kept.flatten(1) if weight.dim() > 2 else kept
     dense = grouped(weight, axis)
     pattern, asked, problem = found_pattern(kept), None, None

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import load
+from ..checkpoint.bitmask import find_packed
+from ..checkpoint.shards import Shards
 from .errors import UsageError
-from .folders import COMPRESSED, MASKS, check_folder, model_files
+from .folders import COMPRESSED, MASKS, OWN, check_folder, model_files
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -80,6 +82,8 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto", *, mask
         model = empty_model(config)
         load(model, folder / COMPRESSED, dense=True)
     else:
+        if folder.is_dir() and find_packed(Shards(folder, skip=OWN)):
+            raise UsageError(f"{source} is packed: sparsekit convert {source} --out OTHER makes it a dense one")
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         model, told = kind.from_pretrained(source, **options)
         if missing := told["missing_keys"]:

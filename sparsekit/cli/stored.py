@@ -1,7 +1,7 @@
 """The weights and masks in safetensors files, one after the other; nothing is unpickled."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +9,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._archive import read
+from ..checkpoint.bitmask import find_packed, unpack_bitmask
 from ..checkpoint.mask_file import only_masks
+from ..checkpoint.shards import Shards
 from ..checkpoint.structure import join, parse
-from ..masks import Axis, MaskInfo
+from ..masks import Axis, MaskInfo, Pattern
 from ..ops import unpack_bits
 
 Masks = Mapping[str, tuple[Tensor, MaskInfo]]
+INFO24 = MaskInfo(Pattern.parse("2:4"), 1)
 
 
 @dataclass(frozen=True)
@@ -108,30 +111,47 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def matrices(files: Iterable[Path], roles: Mapping[str, Role | None], masks: Masks) -> Iterator[Matrix]:
-    """The weights of layers in ordinary safetensors files.
+def matrices(tensors: Shards, roles: Mapping[str, Role | None], masks: Masks) -> Iterator[Matrix]:
+    """The weights of layers in ordinary safetensors files, and in those that llm-compressor packed.
 
     Args:
-        files: the files of one model.
+        tensors: those of one model.
         roles: what the modules of the model are, None for one that is no layer. A tensor of two dimensions and more
             whose name ends in ``weight`` and is no module's is taken for a layer: better asked than overlooked.
         masks: stored masks, by layer.
 
     Raises:
-        ValueError: a file is broken.
+        ValueError: a file is broken, or a packed weight malformed.
     """
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():
-                    name, _, part = key.rpartition(".")
-                    role = roles.get(name, Role(1))
-                    if part != "weight" or role is None or len(file.get_slice(key).get_shape()) < 2:
-                        continue
-                    weight = file.get_tensor(key)
-                    yield Matrix(name, weight, role, weight.nbytes, *masks.get(name, (None, None)))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
+    packed = find_packed(tensors)
+    for key in (*tensors, *packed):
+        name, _, part = key.rpartition(".")
+        role = roles.get(name, Role(1))
+        if part != "weight" or role is None:
+            continue
+        if key in packed:
+            parts = {part: tensors[found] for part, found in packed[key].items()}
+            weight = unpack_bitmask(key, parts)
+            stored = sum(each.nbytes for each in parts.values())
+            if parts["compressed"].dim() == 2:
+                mask = unpack_bits(parts["bitmask"].reshape(len(weight), -1), weight.shape[1])
+                yield Matrix(name, weight, role, stored, mask, INFO24)
+            else:
+                yield Matrix(name, weight, role, stored)
+        elif len(tensors.shape(key)) >= 2:
+            weight = tensors[key]
+            yield Matrix(name, weight, role, weight.nbytes, *masks.get(name, (None, None)))
+
+
+def not_understood(tensors: Shards, roles: Mapping[str, Role | None]) -> list[str]:
+    """The names of the matrices that are neither a layer's weight nor what some other module of the model holds."""
+    parts = {key for each in find_packed(tensors).values() for key in each.values()}
+
+    def strange(key: str) -> bool:
+        name, _, part = key.rpartition(".")
+        return part != "weight" and bool(not roles or name not in roles or roles[name])
+
+    return [key for key in tensors if key not in parts and strange(key) and len(tensors.shape(key)) >= 2]
 
 
 def model_matrices(model: nn.Module, roles: Mapping[str, Role | None], masks: Masks) -> Iterator[Matrix]:
