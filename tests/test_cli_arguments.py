@@ -25,7 +25,8 @@ for package in ("tyro", "rich", "PIL", "transformers"):
         ),
         (
             "melt",
-            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench, convert (sparsekit --help)",
+            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench, convert "
+            "(sparsekit --help)",
         ),
         ("inspect x y", "unrecognized options: y (sparsekit inspect --help)"),
         ("bench x --tokens a", "error parsing --tokens: Could not find valid parse for arguments: ['a']"),
