@@ -83,10 +83,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Runs compiled models and functions as they were before ``torch.compile``: compiled code calls no hooks."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
+    stances: list[Any] = []
+
+    def restore() -> None:
+        for stance in stances:
+            stance.__exit__(None, None, None)
+
+    with restoring(restore):
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+            stances.append(torch.compiler.set_stance("force_eager"))
         yield
 
 

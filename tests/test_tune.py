@@ -277,6 +277,7 @@ def _hammer(folder, process, mistakes):
                 file.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache(tmp_path):
     context = multiprocessing.get_context("spawn")
     mistakes = context.Queue()

@@ -165,6 +165,8 @@ def _check(
     model: nn.Module, tokens: Iterable[int] | None, objective: str, budget: float, keep_dense: bool
 ) -> tuple[int, ...]:
     """Rejects arguments that say nothing; returns the token counts that were asked for."""
+    if not isinstance(budget, int | float):
+        raise TypeError(f"budget must be a positive number of seconds, got {budget!r}")
     if not budget > 0:
         raise ValueError(f"budget must be a positive number of seconds, got {budget}")
     if objective not in OBJECTIVES:
@@ -230,6 +232,9 @@ def _judge(
         return Verdict(names, remark="not timed, since there is no sample to run it on")
     if graphs:
         return Verdict(names, remark="not timed, since it will run under CUDA graphs")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:  # all ranks would have to run equally often
+        return Verdict(names, remark="not timed, since other processes may take part in a pass")
     if any(module._compiled_call_impl is not None or _is_compiled(module) for module in swap.model.modules()):
         return Verdict(names, remark="not timed, since it is compiled")
     kinds: dict[object, list[str]] = {}

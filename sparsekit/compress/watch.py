@@ -1,7 +1,5 @@
 """Runs a sample through a model, and sees how many tokens each linear layer gets, and in what dtype."""
 
-import copy
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._batches import Forward, as_batches, evaluating, layer_input, run_batch
+from .._batches import Forward, as_batches, eagerly, evaluating, layer_input, run_batch
+from .._trees import copied
 from .._undo import restoring
 from ..nn import autocast_dtype
 from . import clock
+from .candidates import unfit
 from .sites import LinearSite
 
 # More are as good as this many for a ratio, and take longer to measure.
@@ -44,15 +44,15 @@ def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forwa
     with passes(model), _watching([site for site in sites if site.reason is None], count):
         for batch in as_batches(sample):
             known = len(counts)
-            run_batch(model, fresh(batch), forward)
+            run_batch(model, copied(batch), forward)
             runs += 1
             if len(counts) > known and len(kept) < MAX_BATCHES:
                 kept.append(batch)
     if runs == 0:
         raise ValueError("sample must hold at least one batch, got none")
     for site in sites:
-        if site.reason is None:
-            site.reason = _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
+        if site.reason is None:  # a pass may also have changed the layer, by a hook of its own for one
+            site.reason = unfit(site.layer) or _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
     return kept
 
 
@@ -61,29 +61,12 @@ def bucket(tokens: int, device: torch.device) -> int:
     return min(1 << (tokens - 1).bit_length(), MAX_GPU_TOKENS if clock.is_gpu(device) else MAX_TOKENS)
 
 
-def fresh(batch: Any) -> Any:
-    """A copy of a batch, so that a forward which writes into its arguments finds them as they were every time."""
-    return copy.deepcopy(batch)
-
-
 @contextmanager
 def passes(model: nn.Module) -> Iterator[None]:
-    """Where a model is run for what can be seen of it: as in ``evaluating``, and with the caller's random state kept.
-
-    What ``torch.compile`` made runs eagerly meanwhile: compiled code calls no hooks that are registered later.
-    """
+    """Where a model is run for what can be seen of it: in eval mode, eagerly, and on a copy of the random state."""
     gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
-    stances: list[Any] = []
-
-    def restore() -> None:
-        for stance in stances:
-            stance.__exit__(None, None, None)
-
-    with torch.random.fork_rng(gpus), restoring(restore):
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to import
-            stances.append(torch.compiler.set_stance("force_eager"))
-        with evaluating(model):
-            yield
+    with torch.random.fork_rng(gpus), eagerly(), evaluating(model):
+        yield
 
 
 @contextmanager

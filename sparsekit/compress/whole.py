@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from .._batches import Forward, run_batch
+from .._trees import copied
 from .swap import Swap
 from .tune import PARITY_RATIO, Timing, compare, time_interleaved
-from .watch import fresh, passes
+from .watch import passes
 
 LEAST = 5  # rounds: a pass of a whole model may take minutes
 TRIES = 2  # before it is believed that something does not pay
@@ -117,7 +118,7 @@ def compare_passes(swap: Swap, shown: Collection[str], over: Collection[str], wo
     def ready(names: Collection[str]) -> Callable[[Any], Callable[[], Any]]:
         def prepare(batch: Any) -> Callable[[], Any]:
             swap.show(names)
-            arguments = fresh(batch)
+            arguments = copied(batch)
             return lambda: run_batch(swap.model, arguments, work.forward)
 
         return prepare
