@@ -66,8 +66,12 @@ def _prune_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, ctx.transposable, ctx.layout = inputs
+    ctx.cols = x.shape[-1]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1] if ctx.transposable else weight)
+    # The gradient of the one wants the other: beside a frozen weight, activations are not kept for it.
+    wants_x, wants_weight = ctx.needs_input_grad[:2]
+    other = output[1] if ctx.transposable else weight
+    ctx.save_for_backward(x if wants_weight else None, other if wants_x else None)
 
 
 def _linear_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
@@ -77,11 +81,11 @@ def _linear_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     if ctx.needs_input_grad[0] and ctx.transposable:
         if torch.is_grad_enabled():
             raise RuntimeError("train_linear24 has no second gradients with transposable masks")
-        grad_x = _product(grad, other, None, x.shape[-1], ctx.layout)
+        grad_x = _product(grad, other, None, ctx.cols, ctx.layout)
     elif ctx.needs_input_grad[0]:
         grad_x = grad @ other
     if ctx.needs_input_grad[1]:
-        grad_weight = tokens.t() @ x.reshape(-1, x.shape[-1])
+        grad_weight = tokens.t() @ x.reshape(-1, ctx.cols)
     if ctx.needs_input_grad[2]:
         grad_bias = tokens.sum(0)
     return grad_x, grad_weight, grad_bias, None, None

@@ -1,13 +1,14 @@
 """The layer that trains sparse: an ``nn.Linear`` in all but its product."""
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
 from ..nn import autocast_dtype
 from . import choose
-from .hardware import hardware_layout
+from .hardware import hardware_layout, traced_as_constant
 from .product import Recipe, multiply
 
 
@@ -22,22 +23,24 @@ class MaskedLinear(nn.Linear):
     unsupported_reason: ClassVar[str] = "it trains sparse: call finish() or undo() of its training first"
 
     recipe: Recipe
+    called: bool  # since it trains sparse; what only reads the weight of a layer does not call it
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        self.called = True
         weight, transposable = self.weight, self.recipe.transposable
-        dtype = autocast_dtype(x) or weight.dtype
+        dtype = autocast_dtype(input) or weight.dtype
         layout, _ = hardware_layout(weight.device, dtype, weight.shape, transposable)
         if layout is not None:
             # The number of tokens of a traced graph may be unknown.
-            tokens = choose.MAX_TOKENS if torch.compiler.is_compiling() else x.shape[:-1].numel()
-            layout = _if_faster(layout, weight.device, dtype, *weight.shape, transposable, tokens)
-        return multiply(x, weight, self.bias, self.recipe, layout)
+            tokens = choose.MAX_TOKENS if torch.compiler.is_compiling() else input.shape[:-1].numel()
+            layout = _if_faster(layout, weight.device, dtype, self.out_features, self.in_features, transposable, tokens)
+        return multiply(input, weight, self.bias, self.recipe, layout)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backward={self.recipe.backward}, decay={self.recipe.decay}"
 
 
-@torch.compiler.assume_constant_result
+@traced_as_constant
 def _if_faster(
     layout: str, device: torch.device, dtype: torch.dtype, rows: int, cols: int, transposable: bool, tokens: int
 ) -> str | None:
@@ -45,13 +48,36 @@ def _if_faster(
     return layout if choose.is_faster(kind, tokens) else None
 
 
-def start(layer: nn.Linear, recipe: Recipe) -> None:
-    """Makes a plain layer train sparse; one that does already goes on by the new recipe."""
-    layer.__dict__["recipe"] = recipe
-    layer.__class__ = MaskedLinear
+class State(NamedTuple):
+    """All that sparse training changes in a layer: how it multiplies, whether it was called, and its stored mask.
+
+    ``recipe`` is None for a plain layer.
+    """
+
+    recipe: Recipe | None
+    called: bool
+    bits: Tensor | None
+    info: MaskInfo | None
 
 
-def stop(layer: nn.Linear) -> None:
-    """Makes the layer a plain one again; its weight stays as it is."""
+def get_state(layer: nn.Linear) -> State:
+    """The state a layer is in."""
+    bits, info = get_mask_bits(layer), get_mask_info(layer)
+    if isinstance(layer, MaskedLinear):
+        return State(layer.recipe, layer.called, bits, info)
+    return State(None, False, bits, info)
+
+
+def set_state(layer: nn.Linear, state: State) -> None:
+    """Puts a layer into a state, from any other and from half-way between two; its weight stays as it is."""
     layer.__class__ = nn.Linear
-    del layer.__dict__["recipe"]
+    if state.recipe is None:
+        layer.__dict__.pop("recipe", None)
+        layer.__dict__.pop("called", None)
+    else:
+        layer.__dict__.update(recipe=state.recipe, called=state.called)
+        layer.__class__ = MaskedLinear
+    if state.bits is None or state.info is None:
+        remove_mask(layer)
+    else:
+        set_mask_bits(layer, state.bits, state.info)

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._layers import (
     Where,
@@ -17,17 +17,20 @@ from .._layers import (
     shared_weight_reasons,
     unsupported_reason,
 )
+from .._optimizers import sharding
+from .._undo import Undo, undoing
 from ..compress.tune import RATIO
-from ..masks import MaskInfo, Pattern, remove_mask, set_mask
+from ..masks import MaskInfo, Pattern, get_mask_bits
 from ..nn import Compressed, autocast_dtype, weight_shape
 from ..ops import pack_bits, unpack_bits
 from .choose import RATIOS, Kind
 from .hardware import hardware_layout
-from .layer import MaskedLinear, start, stop
+from .layer import MaskedLinear, State, get_state, set_state
 from .product import Recipe
 from .report import LayerReport, table
 
 INFO = MaskInfo(Pattern(2, 4), 1)
+UNCALLED = "it was never called: what reads its weight instead goes on with the dense one"
 
 
 class SparseTraining:
@@ -40,41 +43,58 @@ class SparseTraining:
         self._model = model
         self._layers = layers
         self._skipped = skipped
+        self._left: dict[str, str] = {}  # why layers were left dense, by name
 
     @property
     def layers(self) -> tuple[LayerReport, ...]:
         """Every layer that was selected: how it is multiplied now, on the device it is on and under this autocast."""
-        return (*(_report(name, layer) for name, layer in self._layers.items()), *self._skipped)
+        return (*(_report(name, layer, self._left.get(name)) for name, layer in self._layers.items()), *self._skipped)
 
     def __str__(self) -> str:
         return table(self.layers)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> None:
         """Makes the weights what they were multiplied as: 2:4, in plain layers that have their masks stored.
 
-        What the model computes stays the same. ``keep_masks``, ``compress_`` and ``save`` go on from there.
+        What the model computes stays the same. A layer that no pass has called, while passes have called others, stays
+        dense: something reads its weight, as it is, without calling it. ``keep_masks``, ``compress_`` and ``save`` go
+        on from there. Finished once more, it does nothing.
 
         Raises:
-            ValueError: a weight contains NaN, or FSDP has sharded the model; nothing is changed then.
+            ValueError: a weight contains NaN or Inf, FSDP has sharded the model, or the training was undone; nothing is
+                changed then.
         """
-        if any(base.__name__ == "FSDPModule" for module in self._model.modules() for base in type(module).__mro__):
+        if sharding(self._model):
             raise ValueError("the model is sharded by FSDP: finish a plain copy that has loaded its full state dict")
-        bits = {}
-        for name, layer in self._running():
-            if torch.isnan(layer.weight).any():
-                raise ValueError(f"the weight of {name or 'the model'} contains NaN: its training has diverged")
-            bits[name] = pack_bits(layer.recipe.mask(layer.weight))
-        for name, layer in self._running():
-            mask = unpack_bits(bits[name], layer.in_features)
-            layer.weight.masked_fill_(~mask, 0)
-            set_mask(layer, mask, INFO)
-            stop(layer)
+        running = self._running()
+        if not running:
+            if all(get_mask_bits(layer) is None for layer in self._layers.values()):
+                raise ValueError("the sparse training of this model was undone: there is nothing to finish")
+            return
+        called = {name: layer for name, layer in running.items() if layer.called} or running
+        bits = {name: _mask_bits(name, layer) for name, layer in called.items()}
+        with undoing() as undo:
+            undo.callback(setattr, self, "_left", self._left)
+            self._left = dict.fromkeys(running.keys() - called.keys(), UNCALLED)
+            for name, layer in running.items():
+                if name in bits:
+                    dropped, weight = ~unpack_bits(bits[name], layer.in_features), layer.weight.detach()
+                    undo.callback(_refill, weight, bits[name], weight[dropped])
+                    weight.masked_fill_(dropped, 0)
+                    _change(undo, layer, State(None, False, bits[name], INFO))
+                else:
+                    _change(undo, layer, get_state(layer)._replace(recipe=None, called=False))
+            undo.commit()
+        torch.clear_autocast_cache()
 
     def undo(self) -> None:
         """Makes the layers plain ones again, with their dense weights as they are now."""
-        for _, layer in self._running():
-            stop(layer)
+        with undoing() as undo:
+            for layer in self._running().values():
+                _change(undo, layer, get_state(layer)._replace(recipe=None, called=False))
+            undo.commit()
 
     def __enter__(self) -> "SparseTraining":
         return self
@@ -84,8 +104,26 @@ class SparseTraining:
     ) -> None:
         self.undo()
 
-    def _running(self) -> list[tuple[str, MaskedLinear]]:
-        return [(name, layer) for name, layer in self._layers.items() if isinstance(layer, MaskedLinear)]
+    def _running(self) -> dict[str, MaskedLinear]:
+        return {name: layer for name, layer in self._layers.items() if isinstance(layer, MaskedLinear)}
+
+
+def _change(undo: Undo, layer: nn.Linear, state: State) -> None:
+    undo.callback(set_state, layer, get_state(layer))
+    set_state(layer, state)
+
+
+def _mask_bits(name: str, layer: MaskedLinear) -> Tensor:
+    """The packed mask by which a layer multiplies now."""
+    if not torch.isfinite(layer.weight).all():
+        kind = "NaN" if torch.isnan(layer.weight).any() else "Inf"
+        raise ValueError(f"the weight of {name or 'the model'} contains {kind}: its training has diverged")
+    return pack_bits(layer.recipe.mask(layer.weight))
+
+
+def _refill(weight: Tensor, bits: Tensor, dropped: Tensor) -> None:
+    """Puts back what was dropped."""
+    weight.masked_scatter_(~unpack_bits(bits, weight.shape[1]), dropped)
 
 
 def sparse_training_(
@@ -152,10 +190,12 @@ def sparse_training_(
         who = "the model has" if where is None else "where selects"
         reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
         raise ValueError(f"nothing to train: {who} no layer that can be trained sparse{reasons}")
-    for layer in layers.values():
-        start(layer, recipe)
-        remove_mask(layer)
-    return SparseTraining(model, layers, skipped)
+    training = SparseTraining(model, layers, skipped)
+    with undoing() as undo:
+        for layer in layers.values():
+            _change(undo, layer, State(recipe, get_state(layer).called, None, None))
+        undo.commit()
+    return training
 
 
 def _find(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], tuple[LayerReport, ...]]:
@@ -186,15 +226,18 @@ def _unfit(layer: nn.Module) -> str | None:
         return "its forward is replaced"
     if type(layer) is nn.Linear and (reason := unsupported_reason(layer, prepare=True)):
         return reason
-    cols = layer.get_parameter("weight").shape[1]
+    weight = layer.get_parameter("weight")
+    if weight.dim() != 2:
+        return f"its weight has {weight.dim()} dimensions: FSDP flattens it, call sparse_training_ before"
+    cols = weight.shape[1]
     return f"its {cols} inputs do not fill one group of 2:4" if cols < 4 else None
 
 
-def _report(name: str, layer: nn.Linear) -> LayerReport:
-    """How a layer is multiplied now."""
+def _report(name: str, layer: nn.Linear, left: str | None) -> LayerReport:
+    """How a layer is multiplied now; ``left`` says why it was left dense."""
     weight, shape = layer.weight, tuple(layer.weight.shape)
     if not isinstance(layer, MaskedLinear):
-        return LayerReport(name, shape, "plain", "its sparse training is over")
+        return LayerReport(name, shape, "plain", left or "its sparse training is over")
     dtype = autocast_dtype(weight) or weight.dtype
     layout, reason = hardware_layout(weight.device, dtype, weight.shape, layer.recipe.transposable)
     if layout is None:
