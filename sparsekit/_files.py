@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import secrets
 import stat
@@ -58,6 +59,20 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
         file.write(text.encode())
 
 
+def try_folder(folder: Path) -> None:
+    """Makes a folder, and sees that files can be written to it: before the work whose result is to go there.
+
+    Raises:
+        OSError: they cannot; the message names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _temporary(folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
+
+
 def parse_json(text: str) -> Any:
     """Parses JSON as its standard has it: without NaN and infinities, and every name of an object once.
 
@@ -68,6 +83,11 @@ def parse_json(text: str) -> Any:
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is no number of JSON")
 
+    def finite(text: str) -> float:
+        if math.isinf(value := float(text)):
+            raise ValueError(f"{text} is too large")
+        return value
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -75,7 +95,7 @@ def parse_json(text: str) -> Any:
         return found
 
     try:
-        return json.loads(text, parse_constant=no_constant, object_pairs_hook=once)
+        return json.loads(text, parse_constant=no_constant, parse_float=finite, object_pairs_hook=once)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

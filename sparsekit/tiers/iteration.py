@@ -108,7 +108,7 @@ def tier_iteration(
     ranks = Ranks(group, statistic)
 
     def work(undo: Undo) -> tuple[dict[str, TierMap], IterationReport]:
-        layers = _linear_layers(model, where)
+        layers = linear_layers(model, where)
         check_weights(layers)
         ranks.agree({"step": step, "criterion": criterion, "allocation": allocation, "goal": goal}, layers)
         before = _starting_maps(layers, tier_maps, block, k)
@@ -153,7 +153,13 @@ def tier_iteration(
     return change(model, "pruned", ranks.together(work))
 
 
-def _linear_layers(model: nn.Module, where: Where | None) -> list[Layer]:
+def linear_layers(model: nn.Module, where: Where | None) -> list[Layer]:
+    """The layers that ``where`` selects and that can be pruned by tiers.
+
+    Raises:
+        ValueError: there are none.
+    """
+
     def linear(name: str, module: nn.Module) -> bool:
         return not isinstance(module, nn.Conv2d) and (where is None or where(name, module))
 

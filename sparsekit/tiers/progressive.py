@@ -1,22 +1,20 @@
 """Progressive pruning: demote, fine-tune, save; again and again, from wherever it stopped."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from torch import distributed, nn
+from torch import nn
 
-from .._batches import Forward, Progress, evaluating
-from .._files import write_json
+from .._batches import Forward, Progress, as_batches, evaluating
+from .._fingerprint import digest, digest_batches, digest_modules, digest_tensors, name_of
 from .._layers import Where, check_model
-from ..checkpoint import load, save
+from ..prune.ranks import Ranks
 from .demote import Criterion
-from .files import load_tier_maps, save_tier_maps
-from .iteration import IterationReport, tier_iteration
+from .iteration import IterationReport, linear_layers, tier_iteration
+from .kept import Kept
 from .planner import Allocation
 from .schedule import Step
 from .tier_map import Ratios, TierMap
@@ -58,8 +56,10 @@ def progressive_tiers(
         finetune: called with the model and the step after each demotion; it has to keep the masks.
         tier_maps: where earlier iterations left the blocks; None starts dense.
         folder: every finished iteration is kept in ``folder/iteration-N``: model, tier maps and report. The same call
-            after a kill loads the last one and goes on. Of several processes (torch.distributed) the first one writes,
-            and all read: give each the same calibration batches, since each decides for itself.
+            after a kill loads the last one and goes on; another one is refused: it needs the same weights and batches
+            at the start, in the same order, and the same arguments, of which ``forward`` counts by its name. What
+            ``finetune`` and ``evaluate`` do cannot be compared: name another folder when they change. Of several
+            processes (torch.distributed) the first one writes, and all read.
         criterion, allocation, reconstruct, goal, block, k, where, forward, progress: as in ``tier_iteration``.
         evaluate: gives a number for the report, say perplexity, after every iteration; in evaluation mode, without
             gradients.
@@ -68,14 +68,32 @@ def progressive_tiers(
         The tier maps by layer name, and a report for each iteration, also of those that were found in ``folder``.
 
     Raises:
-        ValueError: the schedule is empty, or ``folder`` holds iterations of another one; and what ``tier_iteration``
-            raises.
+        OSError: ``folder`` cannot be written to.
+        ValueError: the schedule is empty, or ``folder`` holds iterations of another call, or files that are damaged or
+            missing; and what ``tier_iteration`` raises.
     """
     check_model(model)
     if not schedule:
         raise ValueError("schedule must have at least one step, got none")
-    kept = _Folder(Path(folder), schedule) if folder is not None else None
-    reports = kept.reports() if kept else []
+    kept, reports = None, list[IterationReport]()
+    if folder is not None:
+        given = Ranks("world", None).exchange(digest_batches(as_batches(calibrate, reused=True)))
+        call = {
+            "criterion": criterion,
+            "allocation": allocation,
+            "reconstruct": reconstruct,
+            "goal": goal,
+            "block": block,
+            "k": k,
+            "layers": [layer.name for layer in linear_layers(model, where)],
+            "forward": name_of(forward),
+            "tier_maps": None if tier_maps is None else {name: digest(each) for name, each in tier_maps.items()},
+            "weights": digest_tensors(model),
+            "modules": digest_modules(model),
+            "batches": given,
+        }
+        kept = Kept(folder, call)
+        reports = kept.reports(schedule)
     maps = None if tier_maps is None else dict(tier_maps)
     if kept and reports:
         maps = kept.restore(model, reports[-1].step)
@@ -112,50 +130,3 @@ def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float] | None) -
         return None
     with evaluating(model):
         return float(evaluate(model))
-
-
-class _Folder:
-    """The finished iterations: ``iteration-N/{model,tier_maps}.safetensors`` and, written last, ``report.json``."""
-
-    def __init__(self, folder: Path, schedule: Sequence[Step]) -> None:
-        self._folder, self._schedule = folder, schedule
-
-    def _path(self, step: Step, name: str) -> Path:
-        return self._folder / f"iteration-{step.iteration}" / name
-
-    def reports(self) -> list[IterationReport]:
-        """The reports of the iterations that are finished, up to the first that is not."""
-        found = []
-        for step in self._schedule:
-            path = self._path(step, "report.json")
-            if not path.exists():
-                break
-            try:
-                report = _parse(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} is not the report of an iteration: {error}") from error
-            if report.step != step:
-                raise ValueError(f"{path} belongs to another schedule: {report.step}, not {step}; name another folder")
-            found.append(report)
-        return found
-
-    def restore(self, model: nn.Module, step: Step) -> dict[str, TierMap]:
-        load(model, self._path(step, "model.safetensors"))
-        return load_tier_maps(self._path(step, "tier_maps.safetensors"))
-
-    def add(self, model: nn.Module, tier_maps: Mapping[str, TierMap], report: IterationReport) -> None:
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
-            return
-        self._path(report.step, "").mkdir(parents=True, exist_ok=True)
-        save(model, self._path(report.step, "model.safetensors"))
-        save_tier_maps(tier_maps, self._path(report.step, "tier_maps.safetensors"))
-        write_json(self._path(report.step, "report.json"), asdict(report))
-
-
-def _parse(data: dict[str, Any]) -> IterationReport:
-    step = Step(**{**data["step"], "ratios": Ratios(*data["step"]["ratios"])})
-    demoted = {name: (first, second) for name, (first, second) in data["demoted"].items()}
-    seconds = (data["seconds"][0], data["seconds"][1])
-    return IterationReport(
-        **{**data, "step": step, "ratios": Ratios(*data["ratios"]), "demoted": demoted, "seconds": seconds}
-    )
