@@ -1,15 +1,15 @@
 """Runs a sample through a model, and sees how many tokens each linear layer gets, and in what dtype."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from .._batches import Forward, as_batches, eagerly, evaluating, layer_input, run_batch
+from .._forwards import around_forwards
 from .._trees import copied
-from .._undo import restoring
 from ..nn import autocast_dtype
 from . import clock
 from .candidates import unfit
@@ -69,21 +69,17 @@ def passes(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _watching(sites: list[LinearSite], count: Callable[..., None]) -> Iterator[None]:
+def _watching(sites: list[LinearSite], count: Callable[..., None]) -> AbstractContextManager[None]:
     """Shows ``count`` the arguments of every call of these layers."""
-    hooks = {site.layer: lambda _, args, kwargs, site=site: count(site, args, kwargs) for site in sites}
-    with restoring(lambda: _unwatch(hooks)):
-        for layer, hook in hooks.items():
-            layer.register_forward_pre_hook(hook, with_kwargs=True)
-        yield
 
+    def around(site: LinearSite) -> Callable[..., Any]:
+        def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            count(site, args, kwargs)
+            return forward(*args, **kwargs)
 
-def _unwatch(hooks: Mapping[nn.Linear, Callable[..., None]]) -> None:
-    for layer, own in hooks.items():
-        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is own]:
-            layer._forward_pre_hooks_with_kwargs.pop(key, None)
-            layer._forward_pre_hooks.pop(key, None)
+        return run
+
+    return around_forwards({site.layer: around(site) for site in sites})
 
 
 def _ruled_out(site: LinearSite, other_dtypes: set[torch.dtype]) -> str | None:

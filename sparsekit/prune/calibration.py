@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._batches import Forward, Progress, as_batches, eagerly, run_batch
 from .._trees import copied
-from .inputs import Gather, Inputs
+from .inputs import Exchange, Gather, Inputs
 from .layers import Layer
 from .observe import observe
 from .passes import Passes, check_count
@@ -28,12 +28,13 @@ def calibrated(
     forward: Forward | None,
     progress: Progress,
     finished: Collection[str] = (),
+    exchange: Exchange = lambda value: [value],
 ) -> Iterator[tuple[Sequence[Layer], Sequence[Inputs]]]:
     """Yields layers when their inputs are known; with ``sequential`` they must be pruned before the next are asked for.
 
     ``gather(layer)`` makes what a layer's inputs are summed up in. Stages with a layer in ``finished`` are pruned
-    already, and are run as they are. While it waits, nothing hangs on the model. All ranks of a process group get the
-    same layers in the same order, also those that none of their batches reached.
+    already, and are run as they are. While it waits, nothing hangs on the model. All processes that ``exchange`` joins
+    get the same layers in the same order, also those that none of their own batches reached.
     """
     batches = as_batches(batches, reused=sequential)
     if not sequential:
@@ -41,9 +42,9 @@ def calibrated(
         return
     with closing(Store()) as store:
         passes = Passes(model, batches, forward, store)
-        found = survey(split_stages(model, layers), passes)
+        found = survey(split_stages(model, layers), passes, exchange)
         done = {i for i, stage in enumerate(found.stages) if {layer.name for layer in stage.layers} & set(finished)}
-        replay = Replay(found, passes, store, done)
+        replay = Replay(found, passes, store, done, exchange)
         for index in progress([index for index in range(len(found.stages)) if index not in done]):
             yield found.stages[index].layers, replay.collect(index, gather)
             replay.finish(index)

@@ -102,7 +102,7 @@ def prune_(
         done = finished and sorted(finished.names)
         ranks.agree({"method": repr(method), "axis": axis, "finished": done}, layers)
         reports: list[LayerReport] = []
-        shown = _shown(model, method, layers, batches, sequential, forward, progress or iter, finished)
+        shown = _shown(model, method, layers, batches, sequential, forward, progress or iter, finished, ranks)
         with evaluating(model), closing(shown):
             if finished is not None:
                 reports += _restore(finished, layers, undo)
@@ -145,6 +145,7 @@ def _shown(
     forward: Forward | None,
     progress: Progress,
     finished: Finished | None,
+    ranks: Ranks,
 ) -> Generator[tuple[Sequence[Layer], Sequence[Inputs | None]]]:
     if batches is None:
         yield from (([layer], [None]) for layer in progress(layers))
@@ -158,6 +159,7 @@ def _shown(
         forward=forward,
         progress=progress,
         finished=() if finished is None else finished.names,
+        exchange=ranks.exchange,
     )
 
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from .._forwards import around_forwards
 from .._trees import tensors_in
-from .inputs import Gather, Inputs
+from .inputs import Exchange, Gather, Inputs
 from .layers import Layer
 from .lineage import Source
 from .observe import observe
 from .partial_pass import Done, PartialPass, Stale
 from .passes import Passes
 from .store import Kept, Store
-from .survey import Route, Survey, gathered
+from .survey import Route, Survey
 
 SAMPLE = 4096  # entries of an output that are compared
 
@@ -32,13 +32,15 @@ SAMPLE = 4096  # entries of an output that are compared
 class Replay:
     """The partial passes of all batches, stage after stage; a stage is finished when its layers are pruned."""
 
-    def __init__(self, found: Survey, passes: Passes, store: Store, finished: Collection[int]) -> None:
+    def __init__(
+        self, found: Survey, passes: Passes, store: Store, finished: Collection[int], exchange: Exchange
+    ) -> None:
         self._stages, self._routes, self._passes, self._store = found.stages, found.routes, passes, store
         self._finished = set(finished)
         self._now: PartialPass | _Outputs | None = None
         first = {route: index for index, route in reversed(list(enumerate(self._routes)))}
         fit = {route: self._pays(route) and self._can_be_replayed(route, index) for route, index in first.items()}
-        if not all(gathered(all(fit.values()))):  # ranks that share weights must run in step
+        if not all(exchange(all(fit.values()))):  # processes that share weights must run in step
             fit = dict.fromkeys(fit, False)
         self._kept: list[dict[Source, Kept] | None] = [{} if fit[route] else None for route in self._routes]
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import distributed, nn
+from torch import nn
 
 from .._forwards import around_forwards
+from .inputs import Exchange
 from .passes import Passes
 from .stages import Stage, split_layers
 
@@ -23,14 +24,14 @@ class Survey:
     routes: list[Route]
 
 
-def survey(stages: list[Stage], passes: Passes) -> Survey:
+def survey(stages: list[Stage], passes: Passes, exchange: Exchange) -> Survey:
     """Runs every batch once, and finds the order in which stages can be pruned.
 
     A stage comes after those that any batch enters before it. A stage whose layers run without it, because its parts
-    are called one by one, falls apart into its layers. All ranks of a process group find the same.
+    are called one by one, falls apart into its layers. All processes that ``exchange`` joins find the same.
 
     Raises:
-        ValueError: there is no batch, or the ranks have other layers.
+        ValueError: there is no batch.
     """
     owner = {layer.module: stage for stage in stages for layer in stage.layers}
     watched = list(dict.fromkeys([*(stage.module for stage in stages), *owner]))
@@ -60,18 +61,15 @@ def survey(stages: list[Stage], passes: Passes) -> Survey:
             passes.run(index)
             path = tuple(number[module] for module in entered)
             paths.append(known.setdefault(path, path))
-    names = [layer.name for stage in stages for layer in stage.layers]
-    ranks = gathered((names, {number[module] for module in apart}, list(known)))
-    if any(other != names for other, _, _ in ranks):
-        raise ValueError("the ranks of the process group have different layers to prune: they must all have the same")
-    broken = {watched[index] for _, broken, _ in ranks for index in broken}
+    ranks = exchange(({number[module] for module in apart}, list(known)))
+    broken = {watched[index] for indices, _ in ranks for index in indices}
     found = [part for stage in stages for part in (split_layers(stage.layers) if stage.module in broken else [stage])]
     place = {number[stage.module]: index for index, stage in enumerate(found)}
 
     def route(path: tuple[int, ...]) -> Route:
         return tuple(place[index] for index in path if index in place)
 
-    order = _order(len(found), [route(path) for _, _, all_paths in ranks for path in all_paths])
+    order = _order(len(found), [route(path) for _, all_paths in ranks for path in all_paths])
     rank = {stage: index for index, stage in enumerate(order)}
     routes = {path: tuple(rank[stage] for stage in route(path)) for path in known}
     return Survey([found[index] for index in order], [routes[path] for path in paths])
@@ -96,12 +94,3 @@ def _order(count: int, routes: Iterable[Route]) -> list[int]:
         order.append(ready)
         del left[ready]
     return order
-
-
-def gathered(value: Any) -> list[Any]:
-    """What every rank of the process group has, in the order of the ranks; the value alone where there is no group."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return [value]
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values

@@ -113,7 +113,15 @@ def tier_iteration(
         ranks.agree({"step": step, "criterion": criterion, "allocation": allocation, "goal": goal}, layers)
         before = _starting_maps(layers, tier_maps, block, k)
         planner = Planner(before, step, goal, criterion, statistic)
-        show = partial(calibrated, model, layers, batches=calibrate, forward=forward, progress=progress or iter)
+        show = partial(
+            calibrated,
+            model,
+            layers,
+            batches=calibrate,
+            forward=forward,
+            progress=progress or iter,
+            exchange=ranks.exchange,
+        )
         after: dict[str, TierMap] = {}
         demoted: dict[str, tuple[int, int]] = {}
         errors: list[float] = []
