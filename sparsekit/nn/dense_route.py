@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._define import is_jit_tracing
 from ..ops.prepacked import prepack, prepacked_linear
 from .compressed import Compressed
 from .linear24 import Linear24
@@ -60,8 +61,8 @@ class DenseRoute(Compressed):
         return prepacked_linear(input, copy, self.bias) if self.reordered else F.linear(input, copy, self.bias)
 
     def _takes_dense(self, input: Tensor) -> bool:
-        if input.shape[-1:] != (self.in_features,) or self.in_features == 0:
-            return False  # the sparse layer rejects it
+        if is_jit_tracing() or input.shape[-1:] != (self.in_features,) or self.in_features == 0:
+            return False  # a trace holds one kernel for any number of tokens; the sparse layer rejects the others
         tokens = input.numel() // self.in_features
         return next((dense for most, dense in self.routes if tokens <= most), self.routes[-1][1])
 

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import get_mask
-from ..ops import linear24, nm_mask, pack24, unpack24, unpack_bits
+from ..ops import linear24, nm_mask, pack24, unpack_bits
+from ..ops._define import call_op, is_jit_tracing
 from .compressed import Compressed
 from .shared import autocast_dtype, carry_mask, oriented
 
+UNPACK24 = torch.ops.sparsekit.unpack24.default
+LINEAR24 = torch.ops.sparsekit.linear24.default
 Layer = TypeVar("Layer", bound="Linear24")
 
 
@@ -97,10 +100,12 @@ class Linear24(Compressed):
 
     def _unpack(self, *parts: Tensor) -> Tensor:
         values, bitmask = parts
-        return unpack24(values, bitmask, self.in_features)
+        return call_op(UNPACK24, values, bitmask, self.in_features)
 
     def _multiply(self, input: Tensor) -> Tensor:
-        values, bias = self.values, self.bias
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
         if (dtype := autocast_dtype(input)) is not None:
-            return linear24(input.to(dtype), values.to(dtype), self.bitmask, None if bias is None else bias.to(dtype))
-        return linear24(input, values, self.bitmask, bias)
+            input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+        multiply = LINEAR24 if is_jit_tracing() else linear24
+        return multiply(input, values, self.bitmask, bias)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._define import is_jit_tracing
 from ..ops.prepacked import prepack, prepacked_dense, prepacked_linear
 from .compressed import Compressed, weight_shape
 from .shared import autocast_dtype, carry_mask, oriented
@@ -64,6 +65,11 @@ class PrepackedLinear(Compressed):
 
     def _multiply(self, input: Tensor) -> Tensor:
         self._check_training()
+        if self.reordered and is_jit_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot hold a weight that oneDNN has reordered: use torch.export, or call "
+                "sparsekit.decompress_(model) first"
+            )
         if not self.reordered or autocast_dtype(input) is not None:
             return F.linear(input, self._dense() if self.reordered else self.packed, self.bias)
         return prepacked_linear(input, self.packed, self.bias)

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import pack_hardware24
-from ..ops._define import call_op
+from ..ops._define import call_op, is_jit_tracing
 from ..ops.hardware_linear24 import padded_shape
 from ..ops.layouts import device_name
-from .linear24 import Linear24
+from .linear24 import LINEAR24, Linear24
 from .shared import autocast_dtype
 
-LINEAR24 = torch.ops.sparsekit.linear24.default
 HARDWARE = torch.ops.sparsekit.hardware_linear24.default
 
 
@@ -125,6 +124,7 @@ class RoutedLinear24(Linear24):
             or input.dtype != plan.dtype
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(self.device_type)
+            or is_jit_tracing()
         ):
             return self._multiply_elsewhere(input)
         return self._route(plan, input)
@@ -134,7 +134,7 @@ class RoutedLinear24(Linear24):
         self._check_training()
         dtype = autocast_dtype(input) or input.dtype
         trained = self.values.requires_grad and torch.is_grad_enabled()
-        if self.plan is None or not self.ready or trained or dtype != self.plan.dtype:
+        if self.plan is None or not self.ready or trained or dtype != self.plan.dtype or is_jit_tracing():
             return super()._multiply(input)
         return self._route(self.plan, input.to(dtype))
 

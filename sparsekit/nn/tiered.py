@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered
-from ..ops._define import DTYPES, call_op
+from ..ops._define import DTYPES, call_op, is_jit_tracing
 from ..ops.tiered import block_starts, check_packed, check_size, unpack_blocks
 from .compressed import Compressed
 from .shared import autocast_dtype, carry_mask, oriented
@@ -144,7 +144,7 @@ class TieredLinear(Compressed):
         tensors: list[Any] = [input, *map(self._parameters.get, (*TRAINED, "bias"))]
         if (dtype := autocast_dtype(input)) is not None:
             tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-        if not self._fits(*tensors):
+        if not is_jit_tracing() and not self._fits(*tensors):
             if input.shape[-1:] != (self.in_features,):  # linear_tiered knows the columns up to the padding of a block
                 raise ValueError(f"x must have {self.in_features} columns, got shape {tuple(input.shape)}")
             return linear_tiered(input, self.packed, self.bias, out_features=self.out_features)  # which rejects it

@@ -5,8 +5,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.jit._trace import is_tracing
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
+
+from ..ops._define import is_jit_tracing
 
 Unpack = Callable[..., Tensor]
 
@@ -133,7 +134,7 @@ def show_weight(
         stride: of the weight.
         refusal: why a gradient of the weight is an error; None where it is none.
     """
-    if torch.compiler.is_compiling() or is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or is_jit_tracing() or torch._C._are_functorch_transforms_active():
         return unpack(*parts)
     # Under no_grad too, as a Parameter does, the weight says that it is trained, and takes a gradient later.
     with torch.inference_mode(False), torch.enable_grad():

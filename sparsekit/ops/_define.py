@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.jit._trace import is_tracing
 
 LIBRARY = torch.library.Library("sparsekit", "FRAGMENT")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,6 +23,11 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     op = getattr(torch.ops.sparsekit, name).default
     _REFERENCES[op] = reference
     return op
+
+
+def is_jit_tracing() -> bool:
+    """Whether ``torch.jit.trace`` runs, to which sizes are tensors and a comparison of them is a warning."""
+    return torch._C._get_tracing_state() is not None
 
 
 def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -66,5 +70,5 @@ def check_like(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, 
 def check_ints(**values: int) -> None:
     """Rejects what is not an int, or what stands for one while a graph is traced."""
     for name, value in values.items():
-        if not isinstance(value, int | torch.SymInt) and not is_tracing():
+        if not isinstance(value, int | torch.SymInt) and not is_jit_tracing():
             raise TypeError(f"{name} must be an int, got {value!r}")

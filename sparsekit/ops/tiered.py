@@ -104,11 +104,20 @@ def order_of(packed: TieredWeight) -> tuple[Tensor, Tensor, Tensor]:
     return dense, sparse24, topk
 
 
+def _spread(topk: Tensor, positions: Tensor, size: int) -> Tensor:
+    """``[n_topk, size]`` with every value at its position, the sign of a zero too; padding takes no gradient."""
+    stored = (positions != 0) | (topk != 0)
+    first = torch.arange(topk.shape[1], device=topk.device) == 0  # positions ascend: behind it, 0 is padding
+    target = torch.where(stored | first, positions.long(), size)
+    values = torch.where(stored, topk, topk.detach())
+    return topk.new_zeros(len(topk), size + 1).scatter(1, target, values)[:, :size]
+
+
 def unpack_blocks(packed: TieredWeight, rows: int, cols: int) -> Tensor:
     tiers, dense, values, bitmask, topk, positions, _ = packed
     block_rows, block_cols = packed.block
     sparse24 = call_op(_unpack24, values.flatten(0, 1), bitmask.flatten(0, 1), block_cols)
-    few = topk.new_zeros(len(topk), block_rows * block_cols).scatter_add(1, positions.long(), topk)
+    few = _spread(topk, positions, block_rows * block_cols)
     shape = tiers.numel(), block_rows, block_cols
     forms = torch.cat([dense.flatten(), sparse24.flatten(), few.flatten()]).view(shape)
     blocks = torch.empty_like(forms).index_copy(0, torch.cat(order_of(packed)), forms)
