@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops._define import DTYPES
 from .shared import carry_mask, oriented
-from .weight import show_weight
+from .weight import show_weight, shows
 
 
 class Compressed(nn.Module):
@@ -106,8 +106,9 @@ class Compressed(nn.Module):
         return show_weight(self._unpack_oriented, self._parts(), shape, stride, self._refusal())
 
     @weight.setter
-    def weight(self, value: Any) -> NoReturn:
-        _refuse_weight("weight")
+    def weight(self, value: Any) -> None:
+        if not shows(value, self._parts()):  # its own weight is no change: PEFT hands a layer what it took from it
+            _refuse_weight("weight")
 
     @weight.deleter
     def weight(self) -> NoReturn:

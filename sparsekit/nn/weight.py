@@ -23,6 +23,7 @@ class WeightView(Tensor):
     _make: Callable[[], Tensor]  # the plain tensor that this one shows
     _meta: Tensor | None  # the same without data: of which shape and strides a view is
     _whole: bool  # whether it is ``layer.weight`` itself, no view of it
+    _parts: tuple[Tensor, ...] = ()  # of the layer whose weight it is
 
     @staticmethod
     def of(
@@ -143,8 +144,14 @@ def show_weight(
         else:
             wanted = None if refusal is None else torch.empty(0, device=parts[0].device, requires_grad=True)
             view = _Unpack.apply(unpack, shape, stride, refusal, wanted, *parts)
-    view._whole = True
+    view._whole, view._parts = True, parts
     return view
+
+
+def shows(value: object, parts: tuple[Tensor, ...]) -> bool:
+    """Whether ``value`` is the weight that is packed in these very tensors."""
+    known = value._parts if isinstance(value, WeightView) else ()
+    return len(known) == len(parts) and all(one is other for one, other in zip(known, parts, strict=True))
 
 
 def _show(unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int]) -> WeightView:

@@ -1,0 +1,286 @@
+"""LoRA beside pruned and compressed layers, which keeps their zeros: https://arxiv.org/abs/2106.09685."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .._layers import input_dim
+from ..masks import MaskInfo, Pattern, get_mask, get_mask_bits, get_mask_info, set_mask
+from ..nn import Compressed, Linear24, PrepackedLinear, TieredLinear
+from ..nn.shared import oriented
+
+Model = TypeVar("Model", bound=nn.Module)
+INITIAL = (True, False, "gaussian", "orthogonal")  # the ways to begin that leave the weight of the layer alone
+
+
+class _Pruned(type):
+    """The class of ``PrunedLayer``, which PEFT asks whether a layer is one."""
+
+    def __instancecheck__(cls, layer: Any) -> bool:
+        if isinstance(layer, Compressed):
+            return True
+        return isinstance(layer, nn.Module) and input_dim(layer) is not None and get_mask_bits(layer) is not None
+
+
+class PrunedLayer(metaclass=_Pruned):
+    """Any compressed layer; any ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` that has a stored mask."""
+
+
+def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraConfig:
+    """Returns a ``LoraConfig`` by which PEFT takes pruned and compressed layers, and keeps their zeros.
+
+    Beside such a layer the adapter is ``mask * (B @ A)``: it learns where the mask keeps and nowhere else, so merging
+    changes nothing that the model computes, and the zeros stay::
+
+        model = get_peft_model(model, lora_config(r=8, target_modules=["q_proj", "v_proj"]))
+        ...
+        model = model.merge_and_unload()
+
+    The masked product is dense: a step costs about as much as with a dense layer more. It is made anew in the backward
+    pass, so no dense copy of a weight is kept. Other layers get PEFT's own adapters. A saved adapter does not remember
+    this: ``PeftModel.from_pretrained(model, folder, config=lora_config(LoraConfig.from_pretrained(folder)))``.
+
+    Args:
+        config: is changed and returned; None makes one.
+        **arguments: those of ``LoraConfig`` where there is no ``config``. ``init_lora_weights`` must leave the layer's
+            own weight alone (True, False, ``"gaussian"`` or ``"orthogonal"``); DoRA and the other variants of LoRA are
+            refused beside such a layer.
+
+    Raises:
+        TypeError: ``config`` is no ``LoraConfig``, or there are ``arguments`` beside it.
+    """
+    if config is None:
+        config = LoraConfig(**arguments)
+    elif arguments or not isinstance(config, LoraConfig):
+        raise TypeError(f"lora_config takes a LoraConfig or its arguments, got {config!r} and {arguments!r}")
+    config._register_custom_module({PrunedLayer: _adapter})  # type: ignore[dict-item]
+    return config
+
+
+def keep_zeros_(model: Model) -> Model:
+    """Makes the LoRA adapters that a model has keep the zeros of pruned and compressed layers; returns the model.
+
+    For a model that was given its adapters without ``lora_config``, or that was pruned or compressed since then. From
+    now on adapters act through the mask, as ``lora_config`` describes: what they learned elsewhere has no effect, so
+    call it before the training rather than after it. ``merge_and_unload()`` then keeps the zeros.
+
+    Raises:
+        ValueError: an adapter beside such a layer is merged already, or no plain LoRA (DoRA, another method); nothing
+            is changed then.
+    """
+    found: list[Any] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or not isinstance(layer.get_base_layer(), PrunedLayer):
+            continue
+        if isinstance(layer, _MaskedAdapter):
+            continue
+        if type(layer) not in MASKED or getattr(layer, "lora_variant", None):
+            kind = type(layer).__name__
+            raise ValueError(f"{name}: its adapter is a {kind} that is no plain LoRA, which would fill the zeros")
+        if layer.merged:
+            raise ValueError(f"{name}: its adapter is merged already: call unmerge_adapter() first")
+        found.append(layer)
+    for layer in found:
+        layer.__class__ = MASKED[type(layer)]
+    return model
+
+
+def merge_lora(model: Any) -> nn.Module:
+    """Merges the LoRA adapters of a PEFT model into its layers, pruned and compressed ones too, and returns the model.
+
+    It is ``keep_zeros_(model).merge_and_unload()``: zeros stay, and compressed layers stay compressed. An adapter that
+    was trained without its mask (a plain ``LoraConfig``) loses what it learned where the weight is zero.
+
+    Raises:
+        ValueError: as ``keep_zeros_``.
+    """
+    merged: nn.Module = keep_zeros_(model).merge_and_unload()
+    return merged
+
+
+class _MaskedAdapter(nn.Module):
+    """Mixed into PEFT's adapters: the product is masked as the layer beside it, and whole where that has no mask."""
+
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_bias: dict[str, bool]
+    lora_dropout: Any
+    scaling: dict[str, float]
+    merged_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+    active_adapters: list[str]
+    get_base_layer: Callable[[], Any]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+
+    @property
+    def lora_variants(self) -> dict[Any, Any]:
+        return {(): None}  # PEFT refuses all others
+
+    def _get_in_out_features(self, module: nn.Module) -> Any:
+        if isinstance(module, Compressed):
+            return module.in_features, module.out_features
+        return super()._get_in_out_features(module)  # type: ignore[misc]
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **arguments: Any) -> None:
+        if config.init_lora_weights not in INITIAL:
+            raise ValueError(
+                f"init_lora_weights must be one of {INITIAL} beside a pruned layer, whose weight others change, "
+                f"got {config.init_lora_weights!r}"
+            )
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **arguments)  # type: ignore[misc]
+        base = self.get_base_layer()
+        if isinstance(base, Compressed):
+            base.frozen = False  # as PEFT freezes the parameters of all layers: this one trains beside its weight
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging adds to the weight of the layer, in its shape."""
+        delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
+        mask = kept_entries(self.get_base_layer())
+        return delta if mask is None else delta.masked_fill(~mask, 0)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapter_names is not supported beside pruned layers: set_adapter chooses one for all")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                given = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
+                # Made again in the backward pass: kept, the masked products would be a dense copy of the model.
+                keep = not torch.is_grad_enabled()
+                result = result + (
+                    self._product(given, adapter)
+                    if keep
+                    else checkpoint(self._product, given, adapter, use_reentrant=False)
+                )
+        return result.to(dtype)
+
+    def _product(self, x: Tensor, adapter: str) -> Tensor:
+        first, second = self.lora_A[adapter], self.lora_B[adapter]
+        x = self.lora_dropout[adapter](x)
+        if not _drops(self.get_base_layer()):
+            return second(first(x)) * self.scaling[adapter]
+        bias = second.bias * self.scaling[adapter] if self.lora_bias[adapter] else None
+        return self._multiply(x, self.get_delta_weight(adapter), bias)
+
+    def _multiply(self, x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for adapter in check_adapters_to_merge(self, adapter_names):  # type: ignore[arg-type]
+            if adapter in self.lora_A:
+                self._add(adapter, 1)
+                self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        while self.merged_adapters:
+            if self.merged_adapters[-1] in self.lora_A:
+                self._add(self.merged_adapters[-1], -1)
+            self.merged_adapters.pop()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _add(self, adapter: str, sign: int) -> None:
+        """Adds the adapter to the layer, or takes it away."""
+        base, second = self.get_base_layer(), self.lora_B[adapter]
+        if self.lora_bias[adapter] and base.bias is None:
+            raise ValueError(f"the adapter {adapter!r} has a bias (lora_bias), and the layer has none to add it to")
+        weight = _dense_weight(base)
+        with torch.autocast(weight.device.type, enabled=False):
+            merged = weight + sign * self.get_delta_weight(adapter).to(weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"the adapter {adapter!r} makes a weight NaN or infinite: it was not merged")
+        if isinstance(base, Compressed):
+            store_weight(base, merged)
+        else:
+            base.weight.copy_(merged)
+        if self.lora_bias[adapter]:
+            base.bias.add_(second.bias, alpha=sign * self.scaling[adapter])
+
+
+class MaskedLoraLinear(_MaskedAdapter, lora.Linear):  # type: ignore[misc, unused-ignore]
+    """LoRA of a linear layer."""
+
+    def _multiply(self, x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, oriented(delta, self.fan_in_fan_out), bias)
+
+
+class MaskedLoraConv2d(_MaskedAdapter, lora.Conv2d):  # type: ignore[misc, unused-ignore]
+    """LoRA of a convolution."""
+
+    def _multiply(self, x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+        return self.get_base_layer()._conv_forward(x, delta, bias)
+
+
+MASKED: dict[type[BaseTunerLayer], type[_MaskedAdapter]] = {
+    lora.Linear: MaskedLoraLinear,
+    lora.Conv2d: MaskedLoraConv2d,
+}
+
+
+def _adapter(target: nn.Module, adapter_name: str, *, config: LoraConfig, **arguments: Any) -> _MaskedAdapter:
+    """The adapter for a pruned layer, as PEFT makes one."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, nn.Conv2d):
+        return MaskedLoraConv2d(target, adapter_name, config=config, **arguments)
+    adapter = MaskedLoraLinear(target, adapter_name, config=config, **arguments)
+    adapter.fan_in_fan_out = base.transposed if isinstance(base, Compressed) else input_dim(base) == 0
+    return adapter
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether a layer keeps only some entries of its weight."""
+    return get_mask_bits(layer) is not None or isinstance(layer, Linear24 | TieredLinear)
+
+
+def kept_entries(layer: nn.Module) -> Tensor | None:
+    """Which entries of its weight a layer keeps, bool in the weight's shape; None where it keeps all."""
+    mask = get_mask(layer)
+    if mask is not None or not _drops(layer):
+        return mask
+    if isinstance(layer, Linear24):
+        return oriented(layer._unpack(torch.ones_like(layer.values), layer.bitmask) != 0, layer.transposed)
+    return _dense_weight(layer) != 0  # which is what TieredLinear packs of a weight without a mask
+
+
+def _dense_weight(layer: nn.Module) -> Tensor:
+    """The weight of a layer as a dense tensor, without a gradient."""
+    if isinstance(layer, Compressed):
+        return oriented(layer._dense(), layer.transposed)
+    return layer.get_parameter("weight").detach()
+
+
+def store_weight(layer: Compressed, weight: Tensor) -> None:
+    """Stores another dense weight in a compressed layer, in the same form: its zeros are those of the layer.
+
+    Args:
+        layer: keeps its tensors, which get new values.
+        weight: in the shape of ``layer.weight``.
+    """
+    state = {"weight": weight}
+    if not isinstance(layer, PrepackedLinear):
+        mask = kept_entries(layer)
+        assert mask is not None
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(oriented(weight, layer.transposed))
+        set_mask(linear, oriented(mask, layer.transposed), get_mask_info(layer) or MaskInfo(Pattern(2, 4), 1))
+        if isinstance(layer, TieredLinear):
+            state = TieredLinear.from_linear(linear, k=layer.k, block=layer.block).state_dict()
+        else:
+            state = Linear24.from_linear(linear).state_dict()
+    if layer.bias is not None:
+        state["bias"] = layer.bias
+    layer.load_state_dict(state)
