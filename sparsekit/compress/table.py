@@ -51,8 +51,8 @@ def summary(report: "CompressReport") -> Iterator[str]:
         yield f"{_bytes('sparse (2:4 or tiered)', sparse)}; {_bytes('only prepacked, dense', packed)}"
         share = report.speedup / report.dense_speedup
         yield (
-            f"linear layers alone: {report.speedup:.2f}x plain; prepacked they would be {report.dense_speedup:.2f}x "
-            f"without any sparsity, which itself brings {share:.2f}x"
+            f"linear layers alone: {report.speedup:.2f}x plain; prepacked, without any sparsity, they would be "
+            f"{report.dense_speedup:.2f}x, so sparsity itself brings {share:.2f}x"
         )
     elif layers and not report.undecided:
         yield "nothing is faster than dense on this machine: every layer stays as it is"
