@@ -161,13 +161,14 @@ def test_rejects():
 
 
 @compiles
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pruned", [True, False], ids=["sparse", "dense"])
-def test_compressed_model_compiles_whole(ratios, pruned):
+def test_compressed_model_compiles_whole(ratios, pruned, backend):
     torch._dynamo.reset()
     model, x = blocks(1, pruned), torch.randn(3, 16)
     sk.compress_(model, x)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
 
 
 def test_report_reads_and_saves(ratios, tmp_path):
