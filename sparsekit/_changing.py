@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from typing import TypeVar
-from weakref import WeakValueDictionary
+from weakref import ref
 
 from torch import nn
 
@@ -41,25 +41,24 @@ class _Claim:
     def __init__(self, doing: str) -> None:
         self._doing = doing
         self._thread = threading.get_ident()
-        self._held: list[int] = []
+        self._own = ref(self)
+        self._parts: list[int] = []
 
     def take(self, model: nn.Module) -> None:
-        held = [id(part) for part in (*model.modules(), *model.parameters())]
-        with _lock:
-            for other in filter(None, map(_claims.get, held)):
-                who = "already" if other._thread == self._thread else "by another thread"
-                raise RuntimeError(f"the model is being {other._doing} {who}; it can be changed again after that")
-            self._held = held
-            for part in held:
-                _claims[part] = self
+        self._parts = [id(part) for part in (*model.modules(), *model.parameters())]
+        for part in self._parts:
+            while (holder := _claims.setdefault(part, self._own)) is not self._own:
+                other = holder()
+                if other is not None:
+                    who = "already" if other._thread == self._thread else "by another thread"
+                    raise RuntimeError(f"the model is being {other._doing} {who}; it can be changed when that is done")
+                _claims.pop(part, None)  # left behind by an interrupt
 
     def release(self) -> None:
-        with _lock:
-            for part in self._held:
-                if _claims.get(part) is self:
-                    del _claims[part]
+        for part in self._parts:
+            if _claims.get(part) is self._own:
+                del _claims[part]
 
 
-_lock = threading.RLock()
-# Weak, so that a claim ends with its caller even where an interrupt kept it from being released.
-_claims: WeakValueDictionary[int, _Claim] = WeakValueDictionary()
+# Who holds what, by id. Without a lock, which an interrupt could leave locked: to set a key of a dict is one step.
+_claims: dict[int, ref[_Claim]] = {}

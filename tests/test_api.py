@@ -24,8 +24,8 @@ SIGNATURES = {
     "pack_tiered": "weight, mask=None, *, k=10, block=(16, 16)",
     "unpack_tiered": "packed, rows, cols",
     "linear_tiered": "x, packed, bias=None, *, out_features",
-    "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', group='world', "
-    "progress=None, resume=None",
+    "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', "
+    "token_mask=None, group='world', progress=None, resume=None",
     "Magnitude": "pattern",
     "Wanda": "pattern",
     "RIA": "pattern, power=0.5",

@@ -1,6 +1,7 @@
 """Puts a pruned weight and its mask into a layer, and knows how to get the layer back."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def apply_mask(layer: Layer, pruned: Tensor, mask: Tensor, pattern: Pattern, und
     """Writes a weight and its mask, both of the weight's own shape; ``undo`` takes the way back."""
     weight = layer.weight.detach()
     undo.callback(_way_back(layer, weight, pruned))
-    with torch.inference_mode(weight.is_inference()):
+    with _writing(weight):
         weight.copy_(pruned)
     torch.clear_autocast_cache()  # it may hold the weight as it was, in another dtype
     set_mask(layer.module, mask, MaskInfo(pattern, layer.axis), layer.parameter)
@@ -38,7 +39,7 @@ def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None
 
     def restore() -> None:
         start = 0
-        with torch.inference_mode(weight.is_inference()):
+        with _writing(weight):
             for part, packed in zip(_chunks(weight), where.split(_rows(weight)), strict=True):
                 changed = unpack_bits(packed, part.shape[1:].numel()).view(part.shape)
                 end = start + int(changed.sum())
@@ -51,6 +52,11 @@ def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None
             set_mask_bits(module, mask, info, parameter)
 
     return restore
+
+
+def _writing(weight: Tensor) -> AbstractContextManager[None]:
+    """What a weight that was made in inference mode can only be written in."""
+    return torch.inference_mode() if weight.is_inference() else nullcontext()
 
 
 def _chunks(weight: Tensor) -> Iterator[Tensor]:

@@ -2,15 +2,15 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 
+from .._undo import restoring
+
+_DEVICES = ("cpu", "cuda")
 _SETTINGS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 _FULL = ("none", "ieee")  # "none" asks for nothing else
-_lock = threading.Lock()
-_users = 0  # the settings belong to the process, so the first user changes them and the last one restores them
-_before: list[str] = []
 
 
 @contextmanager
@@ -19,43 +19,55 @@ def full_precision() -> Iterator[None]:
 
     Tensors made inside are ordinary ones, which can be trained and changed later. All of it is restored.
     """
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_full_products())
+    grad, casting = torch.is_grad_enabled(), [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+    user = object()
+
+    def restore() -> None:
+        _lower_products(user)
+        if inference is not None and not torch.is_inference_mode_enabled():
+            inference.__exit__(None, None, None)
+        torch.set_grad_enabled(grad)
+        for device in casting:
+            torch.set_autocast_enabled(device, True)
+
+    with restoring(restore):
+        for device in casting:
+            torch.set_autocast_enabled(device, False)
+        if inference is not None:
+            inference.__enter__()
+        torch.set_grad_enabled(False)
+        _raise_products(user)
         yield
 
 
-@contextmanager
-def _full_products() -> Iterator[None]:
-    global _users, _before
-    counted = False
-    try:
-        with _lock:
-            if _users == 0:
-                _before = [each.fp32_precision for each in _SETTINGS]
-                for each, before in zip(_SETTINGS, _before, strict=True):
-                    if before not in _FULL:
-                        each.fp32_precision = "ieee"
-            _users += 1
-            counted = True
-        yield
-    finally:
-        if counted:
-            with _lock:
-                _users -= 1
-                if _users == 0:
-                    for each, before in zip(_SETTINGS, _before, strict=True):
-                        _restore(each, before)
+# The settings of products belong to the process: the first user raises them, and the last one restores them.
+_lock = threading.RLock()
+_users: set[object] = set()
+_before: list[str] = []
 
 
-def _restore(setting: object, before: str) -> None:
-    """Restores a setting; one that only followed a wider one does so again."""
-    if setting.fp32_precision == before:  # type: ignore[attr-defined]
+def _raise_products(user: object) -> None:
+    global _before
+    if not _users and all(each.fp32_precision in _FULL for each in _SETTINGS):
         return
-    setting.fp32_precision = "none"  # type: ignore[attr-defined]
-    if setting.fp32_precision != before:  # type: ignore[attr-defined]
-        setting.fp32_precision = before  # type: ignore[attr-defined]
+    with _lock:
+        if not _users:
+            _before = [each.fp32_precision for each in _SETTINGS]
+        _users.add(user)
+        for each in _SETTINGS:
+            if each.fp32_precision not in _FULL:
+                each.fp32_precision = "ieee"
+
+
+def _lower_products(user: object) -> None:
+    if user not in _users:
+        return
+    with _lock:
+        if _users == {user}:
+            for each, before in zip(_SETTINGS, _before, strict=True):
+                if each.fp32_precision != before:
+                    each.fp32_precision = "none"  # what only followed a wider setting does so again
+                if each.fp32_precision != before:
+                    each.fp32_precision = before
+        _users.discard(user)

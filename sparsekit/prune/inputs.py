@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .full_precision import full_precision
 from .layers import Layer
+from .padding import TokenMask, real_tokens
 from .statistics import Reduce, Statistic
 
 Gather = Callable[[Layer], "Inputs"]  # makes what gathers the inputs of one layer
@@ -17,9 +18,16 @@ CHUNK = 2**22  # weights whose products are compared at a time
 
 
 class Inputs:
-    """What one layer's calibration inputs amounted to."""
+    """What one layer's calibration inputs amounted to.
 
-    def __init__(self, layer: Layer, statistic: type[Statistic] | None) -> None:
+    Args:
+        layer: the layer.
+        statistic: what is summed up beside the sample; None where the method needs nothing.
+        token_mask: says what is padding, which does not count; see ``real_tokens``.
+    """
+
+    def __init__(self, layer: Layer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None) -> None:
+        self._layer, self._token_mask = layer, token_mask
         with full_precision():
             self.sample = InputSample(layer)
             self.statistic = None if statistic is None else statistic(layer)
@@ -27,6 +35,9 @@ class Inputs:
     def update(self, x: Tensor, batch: Any) -> None:
         """Takes in one input ``x`` of the layer, as the layer was called with it while ``batch`` ran."""
         with full_precision():
+            x = real_tokens(x, self._layer, batch, self._token_mask)
+            if x.numel() == 0:
+                return
             self.sample.update(x)
             if self.statistic is not None:
                 self.statistic.update(x)

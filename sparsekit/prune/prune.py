@@ -18,9 +18,10 @@ from ..masks import Pattern, grouped, ungrouped
 from .apply import apply_mask
 from .calibration import calibrated
 from .full_precision import full_precision
-from .inputs import Inputs
+from .inputs import Gather, Inputs
 from .layers import Layer, check_result, check_weights, find_layers, nothing_to
 from .methods import Method
+from .padding import TokenMask
 from .ranks import Group, Ranks
 from .report import LayerReport, PruneReport, Skipped
 from .resume import Finished, call_of
@@ -35,6 +36,7 @@ def prune_(
     sequential: bool = True,
     forward: Forward | None = None,
     axis: Literal["input", "flatten"] = "input",
+    token_mask: TokenMask | None = None,
     group: Group = "world",
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -63,6 +65,10 @@ def prune_(
         forward: ``forward(model, batch)`` runs a batch in place of the calls above.
         axis: what the groups of a Conv2d run along: ``"input"`` channels, which hardware needs, or ``"flatten"`` for
             (channels, height, width) read as one, as some published systems do. The masks remember it.
+        token_mask: ``token_mask(batch)`` returns which tokens of a batch count, ``[batch, tokens]`` with 0 for padding,
+            or None where all do. By default a batch that is a mapping says so by its ``attention_mask``, and for a
+            decoder by its ``decoder_attention_mask``, where that is ``[batch, tokens]``; a mask of another shape says
+            nothing about padding. What a convolution sees counts whole.
         group: the processes that prune the model together where ``torch.distributed`` is initialized, each with batches
             of its own: all of them call ``prune_``, their statistics are added up, and all get the same masks and
             weights. ``"world"`` is all processes, ``"alone"`` this one without the others; or a process group.
@@ -98,11 +104,12 @@ def prune_(
         read = ranks.exchange(None if resume is None else digest_batches(as_batches(batches, reused=True)))
         finished = None
         if resume is not None:
-            finished = Finished(resume, call_of(model, method, layers, read, forward, axis), layers)
+            finished = Finished(resume, call_of(model, method, layers, read, forward, token_mask, axis), layers)
         done = finished and sorted(finished.names)
         ranks.agree({"method": repr(method), "axis": axis, "finished": done}, layers)
         reports: list[LayerReport] = []
-        shown = _shown(model, method, layers, batches, sequential, forward, progress or iter, finished, ranks)
+        gather = partial(Inputs, statistic=method.statistic, token_mask=token_mask)
+        shown = _shown(model, gather, layers, batches, sequential, forward, progress or iter, finished, ranks)
         with evaluating(model), closing(shown):
             if finished is not None:
                 reports += _restore(finished, layers, undo)
@@ -138,7 +145,7 @@ def _check(model: nn.Module, method: Method, batches: Any, axis: str) -> None:
 
 def _shown(
     model: nn.Module,
-    method: Method,
+    gather: Gather,
     layers: list[Layer],
     batches: Any,
     sequential: bool,
@@ -153,7 +160,7 @@ def _shown(
     yield from calibrated(
         model,
         layers,
-        partial(Inputs, statistic=method.statistic),
+        gather,
         batches,
         sequential=sequential,
         forward=forward,

@@ -16,17 +16,24 @@ from ..masks import get_mask_bits
 from ..ops import unpack_bits
 from .layers import Layer
 from .methods import Method
+from .padding import TokenMask
 from .report import LayerReport
 
 VERSION, KEY = 2, "sparsekit.block"
 
 
 def call_of(
-    model: nn.Module, method: Method, layers: Sequence[Layer], batches: list[Any], forward: Forward | None, axis: str
+    model: nn.Module,
+    method: Method,
+    layers: Sequence[Layer],
+    batches: list[Any],
+    forward: Forward | None,
+    token_mask: TokenMask | None,
+    axis: str,
 ) -> dict[str, Any]:
     """All that the result of a run depends on, as JSON: equal calls are gone on with, others refused.
 
-    ``batches`` is what ``digest_batches`` says of those of each process. Of ``forward`` the name counts: what a
+    ``batches`` is what ``digest_batches`` says of those of each process. Of functions the name counts: what a
     function does cannot be compared between processes.
     """
     tensors = digest_tensors(model)
@@ -36,6 +43,7 @@ def call_of(
         "method": without_addresses(repr(method)),
         "axis": axis,
         "forward": name_of(forward),
+        "token_mask": name_of(token_mask),
         "layers": {layer: tensors.get(name) for layer, name in own.items()},
         "other weights": {name: each for name, each in tensors.items() if name not in own.values()},
         "modules": digest_modules(model),

@@ -17,6 +17,7 @@ from ..prune.apply import apply_mask
 from ..prune.calibration import calibrated
 from ..prune.full_precision import full_precision
 from ..prune.layers import Layer, check_result, check_weights, find_layers, nothing_to
+from ..prune.padding import TokenMask
 from ..prune.ranks import Group, Ranks
 from ..prune.statistics import Gram, InputNorm
 from .demote import Criterion
@@ -65,6 +66,7 @@ def tier_iteration(
     k: int = 10,
     where: Where | None = None,
     forward: Forward | None = None,
+    token_mask: TokenMask | None = None,
     group: Group = "world",
     progress: Progress | None = None,
 ) -> tuple[dict[str, TierMap], IterationReport]:
@@ -89,6 +91,7 @@ def tier_iteration(
         k: weights that a top-k block keeps. Without ``tier_maps``.
         where: ``where(name, module)`` selects layers; None selects all linear ones.
         forward: ``forward(model, batch)`` in place of calling the model on a batch.
+        token_mask: which tokens of a batch count, as for ``prune_``.
         group: the processes that do it together, as for ``prune_``.
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
 
@@ -112,7 +115,7 @@ def tier_iteration(
         check_weights(layers)
         ranks.agree({"step": step, "criterion": criterion, "allocation": allocation, "goal": goal}, layers)
         before = _starting_maps(layers, tier_maps, block, k)
-        planner = Planner(before, step, goal, criterion, statistic)
+        planner = Planner(before, step, goal, criterion, statistic, token_mask)
         show = partial(
             calibrated,
             model,

@@ -15,6 +15,7 @@ from ..prune.full_precision import full_precision
 from ..prune.inputs import Inputs
 from ..prune.layers import Layer
 from ..prune.methods import Method
+from ..prune.padding import TokenMask
 from ..prune.ranks import Ranks
 from ..prune.refine import LeastSquares
 from ..prune.statistics import Gram, InputNorm
@@ -45,6 +46,7 @@ class Planner:
         goal: the shares after the last step; None marks nothing to fade.
         criterion: see ``demote``.
         statistic: ``Gram`` gives the kept weights new values.
+        token_mask: which tokens of a batch count.
     """
 
     before: Mapping[str, TierMap]
@@ -52,22 +54,33 @@ class Planner:
     goal: Ratios | None
     criterion: Criterion
     statistic: type[InputNorm]
+    token_mask: TokenMask | None = None
 
     def plans(self, show: Any, ranks: Ranks, allocation: Allocation) -> Generator[tuple[Layer, Inputs, Plan]]:
         """Yields layers to prune; each must be pruned before the next is asked for."""
         if allocation == "layer":
-            for layer, inputs in _reached(show, ranks, self.statistic, sequential=True):
+            for layer, inputs in self._reached(show, ranks, self.statistic, sequential=True):
                 yield layer, inputs, self._plan([(layer, inputs)])[0]
             return
-        together = list(_reached(show, ranks, InputNorm, sequential=False))
+        together = list(self._reached(show, ranks, InputNorm, sequential=False))
         plans = self._plan(together)
         if self.statistic is InputNorm:
             yield from ((*each, plan) for each, plan in zip(together, plans, strict=True))
             return
         by_name = {layer.name: plan for (layer, _), plan in zip(together, plans, strict=True)}
-        for layer, inputs in _reached(show, ranks, self.statistic, sequential=True):
+        for layer, inputs in self._reached(show, ranks, self.statistic, sequential=True):
             if layer.name in by_name:  # a router may choose other experts once the blocks before it are pruned
                 yield layer, inputs, by_name[layer.name]
+
+    def _reached(
+        self, show: Any, ranks: Ranks, statistic: type[InputNorm], *, sequential: bool
+    ) -> Generator[tuple[Layer, Inputs]]:
+        """The layers that any calibration batch reached."""
+        with closing(
+            show(gather=partial(Inputs, statistic=statistic, token_mask=self.token_mask), sequential=sequential)
+        ) as shown:
+            for members, gathered in shown:
+                yield from (each for each in zip(members, ranks.share(gathered), strict=True) if len(each[1].sample))
 
     def _plan(self, group: list[tuple[Layer, Inputs]]) -> list[Plan]:
         """Demotes layers that share their numbers of blocks."""
@@ -137,12 +150,3 @@ class _Tiers(Method):
 def _norm(inputs: Inputs) -> InputNorm:
     assert isinstance(inputs.statistic, InputNorm)
     return inputs.statistic
-
-
-def _reached(
-    show: Any, ranks: Ranks, statistic: type[InputNorm], *, sequential: bool
-) -> Generator[tuple[Layer, Inputs]]:
-    """The layers that any calibration batch reached."""
-    with closing(show(gather=partial(Inputs, statistic=statistic), sequential=sequential)) as shown:
-        for members, gathered in shown:
-            yield from (each for each in zip(members, ranks.share(gathered), strict=True) if len(each[1].sample))

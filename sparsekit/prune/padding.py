@@ -1,0 +1,73 @@
+"""Which of a layer's inputs are real tokens, and which only fill up a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layer
+
+TokenMask = Callable[[Any], Tensor | None]
+ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
+
+
+def real_tokens(x: Tensor, layer: Layer, batch: Any, token_mask: TokenMask | None = None) -> Tensor:
+    """The part of a layer's input that is no padding; ``x`` itself where all of it is real.
+
+    A mask is ``[batch, tokens]``, and 0 marks padding. Inputs ``[batch, tokens, ...]``, ``[tokens, batch, ...]`` and
+    ``[batch * tokens, inputs]`` come back as ``[real tokens, ...]``. Other inputs count whole, but for sentences
+    without any real token, and so do masks of other shapes, which say what attends to what.
+
+    Args:
+        x: what the layer was called with.
+        layer: the layer. With ``decoder`` in its name it takes the mask of the decoder, where both have one shape.
+        batch: what the model was called with. A mapping is asked for ``attention_mask`` and, for the tokens of a
+            decoder, ``decoder_attention_mask``.
+        token_mask: ``token_mask(batch)`` gives the mask in place of the batch.
+
+    Raises:
+        TypeError, ValueError: ``token_mask`` returns something else, or a mask has negative entries.
+    """
+    masks = _masks(batch, token_mask)
+    order = (DECODER, ENCODER) if "decoder" in layer.name.split(".") else (ENCODER, DECODER)
+    known = [masks[side].to(x.device) for side in order if side in masks]
+    for mask in known:
+        if not isinstance(layer.module, nn.Conv2d) and (found := _select(x, mask)) is not None:
+            return found
+    for mask in known:
+        if x.dim() > 1 and len(x) == len(mask) and not (sentences := mask.any(1)).all():
+            return x[sentences]
+    return x
+
+
+def _select(x: Tensor, mask: Tensor) -> Tensor | None:
+    """The rows that a mask keeps; None where the input is not made of its tokens."""
+    for kept in (mask, mask.t(), mask.flatten()):
+        if x.dim() > kept.dim() and x.shape[: kept.dim()] == kept.shape and (x.dim() == 2 or kept.dim() == 2):
+            return x if kept.all() else x[kept]
+    return None
+
+
+def _masks(batch: Any, token_mask: TokenMask | None) -> dict[str, Tensor]:
+    if token_mask is not None:
+        mask = token_mask(batch)
+        if mask is None:
+            return {}
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"token_mask must return a tensor [batch, tokens] or None, got {got}")
+        return {ENCODER: _real("token_mask", mask)}
+    if not isinstance(batch, Mapping):
+        return {}
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim() == 2}
+    masks = {side: _real(side, tensors[side]) for side in (ENCODER, DECODER) if side in tensors}
+    if DECODER not in batch and "decoder_input_ids" in tensors:
+        masks[DECODER] = torch.ones_like(tensors["decoder_input_ids"], dtype=torch.bool)
+    return masks
+
+
+def _real(name: str, mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool and bool((mask < 0).any()):
+        raise ValueError(f"{name} has negative entries, and 0 should mark padding: pass token_mask=lambda batch: ...")
+    return mask != 0

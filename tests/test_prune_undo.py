@@ -1,0 +1,91 @@
+"""``prune_`` and ``tier_iteration``, interrupted anywhere or called twice at once, do all that they do or nothing."""
+
+import threading
+
+import pytest
+import torch
+from interrupts import assert_all_or_nothing, difference, model_state
+from pruning import stack
+from torch import nn
+
+import sparsekit as sk
+from sparsekit._changing import change
+from sparsekit.masks import get_mask
+from sparsekit.tiers import Ratios, Step, tier_iteration
+
+
+def model():
+    torch.manual_seed(0)
+    made = stack(16, 16, 16).train()
+    sk.prune_(made[2], sk.Magnitude("1:4"))  # a mask that must come back
+    return made
+
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+CALLS = {
+    "magnitude": lambda model: sk.prune_(model, sk.Magnitude("2:4")),
+    "one pass": lambda model: sk.prune_(model, sk.Wanda("2:4"), X, sequential=False),
+    "sequential": lambda model: sk.prune_(model, sk.SparseGPT("2:4"), [X, X]),
+    "tiers": lambda model: tier_iteration(model, STEP, X, goal=Ratios(0.0, 0.0, 1.0)),
+}
+STEP = Step(1, Ratios(0.0, 1.0, 0.0), 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["magnitude"])
+def test_an_interrupt_at_any_line(name):
+    assert_all_or_nothing(lambda: (model(),), CALLS[name], runs=40)
+
+
+def test_another_thread_is_refused():
+    made, entered, left = model(), threading.Event(), threading.Event()
+
+    def forward(model, x):
+        entered.set()
+        assert left.wait(10)
+        return model(x)
+
+    def first():
+        sk.prune_(made, sk.Wanda("2:4"), X, forward=forward, sequential=False)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert entered.wait(10)
+    try:
+        for part in (made, made[0], nn.Sequential(made[0]), nn.ParameterList([made[0].weight])):
+            with pytest.raises(RuntimeError, match="the model is being pruned by another thread"):
+                sk.prune_(part, sk.Magnitude("1:4"))
+        with pytest.raises(RuntimeError, match="the model is being pruned by another thread"):
+            tier_iteration(made, STEP, X)
+        sk.prune_(model(), sk.Magnitude("2:4"))  # another model is free
+    finally:
+        left.set()
+        thread.join()
+    assert torch.equal(get_mask(made[0]), made[0].weight != 0)
+    sk.prune_(made, sk.Magnitude("1:4"))
+
+
+def test_a_call_within_a_call_is_refused():
+    made = model()
+    before = model_state(made)
+
+    def forward(inner, x):
+        sk.prune_(inner, sk.Magnitude("1:4"))
+
+    with pytest.raises(RuntimeError, match="the model is being pruned already"):
+        sk.prune_(made, sk.Wanda("2:4"), X, forward=forward, sequential=False)
+    assert not difference(model_state(made), before)
+    sk.prune_(made, sk.Magnitude("2:4"))
+
+
+def test_what_an_interrupt_leaves_of_a_claim_is_free():
+    made = model()
+
+    class Lost(BaseException):
+        pass
+
+    def work(undo):
+        raise Lost
+
+    with pytest.raises(Lost):
+        change(made, "pruned", work)
+    assert change(made, "pruned", lambda undo: 3) == 3
