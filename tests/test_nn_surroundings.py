@@ -1,4 +1,4 @@
-"""Compressed layers where torch traces, transforms and converts them, and in modes that a caller may be in."""
+"""Compressed layers in modes that a caller may be in, converted, loaded, and called by several threads."""
 
 import copy
 import pickle
@@ -7,45 +7,11 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import sparse_linear
-from tiering import tiered_linear
+from layer_kinds import EACH, EVERY, SPARSE, Reads, make
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.nn import (
-    Linear24,
-    Linear24WithDense,
-    PrepackedLinear,
-    RoutedLinear24,
-    TieredLinear,
-    TieredLinearWithDense,
-)
-
-KINDS = {"linear24": Linear24, "tiered": TieredLinear, "prepacked": PrepackedLinear}
-ALL = KINDS | {"routed": RoutedLinear24, "24 dense": Linear24WithDense, "tiered dense": TieredLinearWithDense}
-DENSE = (Linear24WithDense, TieredLinearWithDense)
-EACH = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-EVERY = pytest.mark.parametrize("kind", ALL.values(), ids=ALL)
-SPARSE = pytest.mark.parametrize("kind", [Linear24, TieredLinear])
-compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def make(kind):
-    """A compressed layer of 80 inputs and 96 outputs, and the dense one it stands for."""
-    linear = tiered_linear().eval() if issubclass(kind, TieredLinear) else sparse_linear(80, 96)
-    layer = kind.from_linear(linear)
-    return (layer.follow(((8, False), (1, True)), 16) if kind in DENSE else layer), linear
-
-
-class Reads(nn.Module):
-    """Multiplies by the weight of a layer that it does not call."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return F.linear(x, self.layer.weight, self.layer.bias)
+from sparsekit.nn import Linear24, Linear24WithDense, PrepackedLinear, RoutedLinear24, TieredLinear
 
 
 @EVERY
@@ -57,102 +23,48 @@ def test_the_input_is_named_as_by_linear(kind):
 
 
 @EVERY
-def test_fx_keeps_the_layer_whole(kind):
-    layer, linear = make(kind)
-    traced = torch.fx.symbolic_trace(nn.Sequential(layer, nn.ReLU()))
-    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
-    x = torch.randn(3, 80)
-    torch.testing.assert_close(traced(x), linear(x).relu())
-    with pytest.raises(ValueError, match=r"torch\.fx cannot trace a compressed layer alone"):
-        torch.fx.symbolic_trace(layer)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in ALL.values() if kind is not PrepackedLinear])
-@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_jit_trace(kind, grad):
-    layer, linear = make(kind)
-    with torch.set_grad_enabled(grad):
-        for model in (layer, Reads(layer)):
-            traced = torch.jit.trace(model, torch.randn(20, 80), check_trace=False)
-            x = torch.randn(5, 80)
-            torch.testing.assert_close(traced(x), linear(x))
-
-
-@compiles
-def test_jit_trace_of_what_onednn_has_reordered():
-    layer, _ = make(PrepackedLinear)
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot .* sparsekit\.decompress_\(model\) first"):
-        torch.jit.trace(layer, torch.randn(20, 80), check_trace=False)
+def test_what_is_no_tensor_is_refused(kind):
+    with pytest.raises(TypeError, match="input must be a tensor, got list"):
+        make(kind)[0]([1.0])
 
 
 @EVERY
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
-def test_nested_inputs(kind, layout):
+def test_sparse_inputs(kind):
     layer, linear = make(kind)
-    parts = [torch.randn(2, 80), torch.randn(5, 80)]
-    x = torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
-    y = layer(x)
-    assert y.is_nested and y.layout == layout
-    for got, part in zip(y.unbind(), parts, strict=True):
-        torch.testing.assert_close(got, linear(part))
-    sum(part.sum() for part in y.unbind()).backward()
-    expected = linear.weight.sum(0).expand(2, 80)
-    torch.testing.assert_close(x.grad.unbind()[0], expected)
-    with pytest.raises(ValueError, match=r"80 columns|for a weight of 81"):
-        layer(torch.nested.nested_tensor([torch.randn(2, 81), torch.randn(3, 81)], layout=layout))
+    x = torch.randn(20, 80).relu()
+    torch.testing.assert_close(layer(x.to_sparse()), linear(x))
 
 
 @EACH
-@compiles
-def test_gradients_per_sample(kind):
-    layer, _ = make(kind)
-    parameters, x = dict(layer.named_parameters()), torch.randn(3, 80)
-
-    def loss(parameters, x):
-        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
-
-    gradients = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for index, row in enumerate(x):
-        expected = torch.autograd.grad(layer(row).square().sum(), parameters.values())
-        for got, grad in zip(gradients.values(), expected, strict=True):
-            torch.testing.assert_close(got[index], grad)
-    torch.testing.assert_close(torch.func.jacrev(layer)(x[0]), layer.weight.clone())
-    y, tangent = torch.func.jvp(layer, (x,), (x,))
-    torch.testing.assert_close(tangent, y - layer.bias)
-
-
-@SPARSE
-def test_an_ensemble_of_layers(kind):
-    layer, _ = make(kind)
-    stacked = {name: torch.stack([tensor, 2 * tensor]).detach() for name, tensor in layer.named_parameters()}
-    x = torch.randn(3, 80)
-    y = torch.vmap(lambda parameters: torch.func.functional_call(layer, parameters, (x,)))(stacked)
-    torch.testing.assert_close(y, torch.stack([layer(x), 2 * layer(x)]))
-
-
-@EACH
-@compiles
-@pytest.mark.parametrize("wrap", [nn.Sequential, Reads], ids=["calls", "reads"])
-def test_export(kind, wrap):
+def test_an_assigned_state_brings_its_device(kind):
     layer, linear = make(kind)
-    shapes = {0: torch.export.Dim("tokens", min=2, max=64)}
-    program = torch.export.export(wrap(layer), (torch.randn(3, 80),), dynamic_shapes=(shapes,))
-    x = torch.randn(7, 80)
-    torch.testing.assert_close(program.module()(x), linear(x))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@SPARSE
-def test_aot_inductor(kind, tmp_path):
-    layer, linear = make(kind)
+    empty = copy.deepcopy(layer).to("meta")
+    empty.load_state_dict(layer.state_dict(), assign=True)
     x = torch.randn(3, 80)
-    with torch.no_grad():
-        program = torch.export.export(nn.Sequential(layer, nn.ReLU()), (x,))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
-        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), linear(x).relu())
+    torch.testing.assert_close(empty(x), linear(x))
+
+
+@pytest.mark.parametrize("kind", [Linear24, RoutedLinear24, Linear24WithDense])
+@pytest.mark.parametrize(
+    "name, change, match",
+    [
+        ("values", torch.Tensor.double, r"values must be float32, float16 or bfloat16, got torch\.float64"),
+        ("bitmask", torch.Tensor.int, r"bitmask must be torch\.uint8, got torch\.int32"),
+        (
+            "bitmask",
+            lambda bits: bits | 1,
+            "bitmask must set two bits of every full group of four, and all of the tail",
+        ),
+        ("bitmask", torch.zeros_like, "bitmask must set two bits"),
+    ],
+)
+def test_a_state_that_is_not_24_is_refused_whole(kind, name, change, match):
+    model = nn.Sequential(make(kind)[0])
+    before = copy.deepcopy(model.state_dict())
+    state = before | {f"0.{name}": change(before[f"0.{name}"])}
+    with pytest.raises(RuntimeError, match=f"layer 0: {match}"):
+        model.load_state_dict(state, assign=True)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 @SPARSE

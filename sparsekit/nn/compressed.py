@@ -70,6 +70,8 @@ class Compressed(nn.Module):
             return self._multiply(input)
         if isinstance(input, torch.fx.Proxy):
             return self._as_node(input)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         return self._multiply_nested(input) if input.is_nested else self._multiply(input)
 
     def _as_node(self, input: torch.fx.Proxy) -> torch.fx.Proxy:

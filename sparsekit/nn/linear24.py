@@ -1,14 +1,14 @@
 """The linear layer on the packed 2:4 format."""
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..masks import get_mask
 from ..ops import linear24, nm_mask, pack24, unpack_bits
-from ..ops._define import call_op, is_jit_tracing
+from ..ops._define import call_op, check_like, check_weight, is_jit_tracing
 from .compressed import Compressed
 from .shared import autocast_dtype, carry_mask, oriented
 
@@ -109,3 +109,30 @@ class Linear24(Compressed):
             input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
         multiply = LINEAR24 if is_jit_tracing() else linear24
         return multiply(input, values, self.bitmask, bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        try:
+            self._check(
+                state_dict.get(prefix + "values"),
+                state_dict.get(prefix + "bitmask"),
+                local_metadata.get("assign_to_params_buffers", False),
+            )
+        except (TypeError, ValueError) as error:
+            rest[-1].append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _check(self, values: Any, bitmask: Any, assigned: bool) -> None:
+        """Rejects what would make another weight than a 2:4 one, or one of a dtype that no kernel takes."""
+        if assigned and isinstance(values, Tensor):
+            check_weight("values", values)
+        if not isinstance(bitmask, Tensor) or bitmask.is_meta or bitmask.shape != self.bitmask.shape:
+            return  # which torch knows how to handle
+        check_like("bitmask", bitmask, torch.uint8, bitmask.shape, bitmask)
+        full = self.in_features // 4 * 4
+        kept = unpack_bits(bitmask, self.in_features)
+        counts = kept[:, :full].reshape(len(kept), full // 4, 4).sum(-1)
+        if not bool((counts == 2).all()) or not bool(kept[:, full:].all()):
+            raise ValueError("bitmask must set two bits of every full group of four, and all of the tail")

@@ -101,7 +101,9 @@ class PrepackedLinear(Compressed):
         elif weight.shape != (shape := weight_shape(self)):
             error_msgs.append(f"{key} must have shape {shape}, got {tuple(weight.shape)}")
         else:
-            self._keep(oriented(weight, self.transposed).to(self.packed.device, self.packed.dtype, copy=True))
+            dense = oriented(weight, self.transposed)
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            self._keep(dense if assigned else dense.to(self.packed.device, self.packed.dtype, copy=True))
         rest = {name: tensor for name, tensor in state_dict.items() if name != key}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

@@ -79,7 +79,7 @@ def prepacked_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> T
     """Computes ``x @ W.T + bias`` from the opaque form of ``W``; differentiable in ``x`` and ``bias``, not in ``W``.
 
     Args:
-        x: ``[..., cols]`` of the weight's dtype, any strides.
+        x: ``[..., cols]`` of the weight's dtype, any strides, or sparse as ``F.linear`` takes it.
         packed: what ``prepack`` returned, reordered.
         bias: ``[rows]`` or None.
 
@@ -91,6 +91,8 @@ def prepacked_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> T
         raise TypeError(f"x must be {packed.dtype} as the weight is, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != packed.shape[1]:
         raise ValueError(f"x must have {packed.shape[1]} columns, got shape {tuple(x.shape)}")
+    if x.layout is not torch.strided:
+        return F.linear(x, prepacked_dense(packed), bias)
     grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if grad or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return call_op(_prepacked_linear, x, packed, bias)

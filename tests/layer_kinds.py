@@ -1,0 +1,42 @@
+"""Every kind of compressed layer, and how to make one."""
+
+import pytest
+import torch.nn.functional as F
+from helpers import sparse_linear
+from tiering import tiered_linear
+from torch import nn
+
+from sparsekit.nn import (
+    Linear24,
+    Linear24WithDense,
+    PrepackedLinear,
+    RoutedLinear24,
+    TieredLinear,
+    TieredLinearWithDense,
+)
+
+KINDS = {"linear24": Linear24, "tiered": TieredLinear, "prepacked": PrepackedLinear}
+ALL = KINDS | {"routed": RoutedLinear24, "24 dense": Linear24WithDense, "tiered dense": TieredLinearWithDense}
+DENSE = (Linear24WithDense, TieredLinearWithDense)
+EACH = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+EVERY = pytest.mark.parametrize("kind", ALL.values(), ids=ALL)
+SPARSE = pytest.mark.parametrize("kind", [Linear24, TieredLinear])
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about its own use of torch.jit
+
+
+def make(kind):
+    """A compressed layer of 80 inputs and 96 outputs, and the dense one it stands for."""
+    linear = tiered_linear().eval() if issubclass(kind, TieredLinear) else sparse_linear(80, 96)
+    layer = kind.from_linear(linear)
+    return (layer.follow(((8, False), (1, True)), 16) if kind in DENSE else layer), linear
+
+
+class Reads(nn.Module):
+    """Multiplies by the weight of a layer that it does not call."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return F.linear(x, self.layer.weight, self.layer.bias)
