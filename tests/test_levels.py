@@ -28,7 +28,13 @@ def test_best_level_is_the_default():
 
 @native
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux for the CPU's features")
-@pytest.mark.parametrize("level, features", [("avx2", {"avx2", "fma", "bmi2"}), ("avx512", {"avx512f", "avx512bw"})])
+@pytest.mark.parametrize(
+    "level, features",
+    [
+        ("avx2", {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"}),
+        ("avx512", {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    ],
+)
 def test_level_is_there_where_the_cpu_has_it(level, features):
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     assert (level in simd_levels()) == (features <= set(flags.split()))

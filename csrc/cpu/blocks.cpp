@@ -11,6 +11,7 @@ int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) 
 
 Tensor block_scores(Tensor weight, int64_t block_rows, int64_t block_cols, std::optional<Tensor> scale,
                     std::optional<Tensor> mask) {
+  const FloatMode exact(FloatMode::kExact);
   const int64_t tall = ceil_div(weight.size(0), block_rows), wide = ceil_div(weight.size(1), block_cols);
   Tensor scores = empty(weight, {tall, wide}, ScalarType::Float);
   if (tall * wide == 0) return scores;
@@ -26,12 +27,13 @@ Tensor block_scores(Tensor weight, int64_t block_rows, int64_t block_cols, std::
                              .block_cols = block_cols,
                              .dtype = dtype_of(weight)};
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, tall, row_grain(rows.cols * block_rows),
-                              [&](int64_t begin, int64_t end) { table.block_scores(args, begin, end); });
+  parallel_for(tall, row_grain(rows.cols * block_rows),
+               [&](int64_t begin, int64_t end) { table.block_scores(args, begin, end); });
   return scores;
 }
 
 Tensor block_topk_mask(Tensor score, int64_t k, int64_t block_rows, int64_t block_cols) {
+  const FloatMode exact(FloatMode::kExact);
   Tensor mask = empty(score, shape_of(score), ScalarType::Bool);
   if (score.numel() == 0) return mask;
   const Rows rows = rows_of(score);
@@ -45,14 +47,15 @@ Tensor block_topk_mask(Tensor score, int64_t k, int64_t block_rows, int64_t bloc
                            .k = k,
                            .dtype = dtype_of(score)};
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, ceil_div(rows.rows, block_rows), row_grain(rows.cols * block_rows),
-                              [&](int64_t begin, int64_t end) { table.block_topk(args, begin, end); });
+  parallel_for(ceil_div(rows.rows, block_rows), row_grain(rows.cols * block_rows),
+               [&](int64_t begin, int64_t end) { table.block_topk(args, begin, end); });
   return mask;
 }
 
 std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64_t k, int64_t block_rows,
                                               int64_t block_cols, std::optional<Tensor> scale,
                                               std::optional<Tensor> score_scale, bool nested) {
+  const FloatMode exact(FloatMode::kExact);
   Tensor pruned = empty(weight, shape_of(weight), weight.scalar_type());
   Tensor mask = empty(weight, shape_of(weight), ScalarType::Bool);
   Tensor scores = empty(weight, shape_of(tiers), ScalarType::Float);
@@ -76,13 +79,14 @@ std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64
                            .dtype = dtype_of(weight),
                            .stream = exceeds_caches(weight.numel() * (1 + weight.element_size()))};
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, ceil_div(rows.rows, block_rows), row_grain(rows.cols * block_rows),
-                              [&](int64_t begin, int64_t end) { table.tier_prune(args, begin, end); });
+  parallel_for(ceil_div(rows.rows, block_rows), row_grain(rows.cols * block_rows),
+               [&](int64_t begin, int64_t end) { table.tier_prune(args, begin, end); });
   return {pruned, mask, scores};
 }
 
 Tensor tier_scores(Tensor weight, int64_t k, int64_t block_rows, int64_t block_cols, std::optional<Tensor> scale,
                    std::optional<Tensor> score_scale, bool squared) {
+  const FloatMode exact(FloatMode::kExact);
   const int64_t tall = ceil_div(weight.size(0), block_rows), wide = ceil_div(weight.size(1), block_cols);
   Tensor scores = empty(weight, {3, tall, wide}, ScalarType::Float);
   if (tall * wide == 0) return scores;
@@ -100,8 +104,8 @@ Tensor tier_scores(Tensor weight, int64_t k, int64_t block_rows, int64_t block_c
                             .squared = squared,
                             .dtype = dtype_of(weight)};
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, tall, row_grain(rows.cols * block_rows),
-                              [&](int64_t begin, int64_t end) { table.tier_scores(args, begin, end); });
+  parallel_for(tall, row_grain(rows.cols * block_rows),
+               [&](int64_t begin, int64_t end) { table.tier_scores(args, begin, end); });
   return scores;
 }
 

@@ -15,6 +15,7 @@ inline Floats zeros() { return _mm512_setzero_ps(); }
 inline Floats broadcast(float value) { return _mm512_set1_ps(value); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
+inline bool any_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 
 // Four values to broadcast. Straight from memory: a shuffle would take the port of a multiply-add.
 using Quad = const float*;
@@ -80,6 +81,7 @@ inline Floats zeros() { return _mm256_setzero_ps(); }
 inline Floats broadcast(float value) { return _mm256_set1_ps(value); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
+inline bool any_nan(Floats a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
 
 // Four values to broadcast. One load and a shuffle each: loads are what these kernels are short of.
 using Quad = __m256;
@@ -148,6 +150,11 @@ inline Floats add(Floats a, Floats b) {
 inline Floats multiply_add(Floats a, Floats b, Floats sum) {
   for (int i = 0; i < kLanes; ++i) sum.at[i] += a.at[i] * b.at[i];
   return sum;
+}
+inline bool any_nan(Floats a) {
+  bool found = false;
+  for (int i = 0; i < kLanes; ++i) found |= std::isnan(a.at[i]);
+  return found;
 }
 
 using Quad = const float*;

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "float_mode.h"
 #include "kernels.h"
 
 namespace sparsekit {
@@ -80,6 +81,21 @@ const T* contiguous_data(std::optional<Tensor>& tensor) {
 
 // Whether an output is better written past the caches, which then keep what they hold.
 inline bool exceeds_caches(int64_t bytes) { return bytes > 8 << 20; }
+
+// torch's parallel_for, in which every thread computes in the floating-point mode of the caller.
+template <class Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body) {
+  const uint64_t mode = FloatMode::current();
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const FloatMode of_caller(mode);
+    body(begin, end);
+  });
+}
+
+// The same for kernels that share out their work themselves.
+inline void parallel_ranges(int64_t count, int64_t grain, RangeBody body, void* context) {
+  parallel_for(count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
 
 // How many rows are worth a thread: torch's own grain, 32768 elements.
 inline int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols)); }

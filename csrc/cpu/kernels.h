@@ -155,6 +155,7 @@ struct SparsegptArgs {
 
 struct Kernels {
   const char* level;
+  const char* features;  // what a processor must have, as the compiler names it, separated by commas
   // Rows [begin, end).
   void (*nm)(const NmArgs&, int64_t begin, int64_t end);
   // Block rows [begin, end).
@@ -176,7 +177,7 @@ struct Kernels {
 
 extern const Kernels kernels_plain;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;         // AVX2, FMA, F16C, BMI2
+extern const Kernels kernels_avx2;         // AVX2, FMA, F16C, BMI, BMI2, LZCNT
 extern const Kernels kernels_avx512;       // AVX-512 F, BW, DQ, VL
 extern const Kernels kernels_avx512_bf16;  // and VBMI, VBMI2, BF16
 #endif

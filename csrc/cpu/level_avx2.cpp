@@ -4,7 +4,8 @@
 #if defined(__x86_64__)
 #define SPARSEKIT_LEVEL avx2
 #define SPARSEKIT_AVX2
-SPARSEKIT_TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
+#define SPARSEKIT_FEATURES "avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
+SPARSEKIT_TARGET_BEGIN(SPARSEKIT_FEATURES)
 #include "level_table.h"
 SPARSEKIT_TARGET_END
 #endif

@@ -4,7 +4,8 @@
 #if defined(__x86_64__)
 #define SPARSEKIT_LEVEL avx512
 #define SPARSEKIT_AVX512
-SPARSEKIT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
+#define SPARSEKIT_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
+SPARSEKIT_TARGET_BEGIN(SPARSEKIT_FEATURES)
 #include "level_table.h"
 SPARSEKIT_TARGET_END
 #endif

@@ -2,4 +2,5 @@
 #include "level_headers.h"
 
 #define SPARSEKIT_LEVEL plain
+#define SPARSEKIT_FEATURES ""
 #include "level_table.h"

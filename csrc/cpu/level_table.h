@@ -1,5 +1,6 @@
-// One level: the kernel templates under its target, and its table. SPARSEKIT_LEVEL names it. SPARSEKIT_AVX2 or
-// SPARSEKIT_AVX512 is defined where its instructions may be used, SPARSEKIT_AVX512_BF16 besides the latter.
+// One level: the kernel templates under its target, and its table. SPARSEKIT_LEVEL names it, SPARSEKIT_FEATURES are
+// those of the target. SPARSEKIT_AVX2 or SPARSEKIT_AVX512 is defined where its instructions may be used,
+// SPARSEKIT_AVX512_BF16 besides the latter.
 #include "blocks_kernel.h"
 #include "linear24_kernel.h"
 #include "linear_tiered_kernel.h"
@@ -20,6 +21,7 @@ namespace sparsekit {
 
 extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .level = SPARSEKIT_TEXT(SPARSEKIT_LEVEL),
+    .features = SPARSEKIT_FEATURES,
     .nm = SPARSEKIT_LEVEL::nm,
     .block_scores = SPARSEKIT_LEVEL::block_scores,
     .block_topk = SPARSEKIT_LEVEL::block_topk,

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu_features.h"
 #include "kernels.h"
 
 namespace sparsekit {
@@ -16,16 +17,8 @@ const std::vector<const Kernels*>& available() {
   static const std::vector<const Kernels*> levels = [] {
     std::vector<const Kernels*> found{&kernels_plain};
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("bmi2");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512vbmi") &&
-                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
-    if (avx2) found.push_back(&kernels_avx2);
-    if (avx512) found.push_back(&kernels_avx512);
-    if (bf16) found.push_back(&kernels_avx512_bf16);
+    for (const Kernels* level : {&kernels_avx2, &kernels_avx512, &kernels_avx512_bf16})
+      if (has_all(level->features, has_feature)) found.push_back(level);
 #endif
     return found;
   }();

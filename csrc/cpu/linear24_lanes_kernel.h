@@ -5,6 +5,7 @@
 // fp32: kTileBytes + kSumsBytes + kTileBytes at most, whatever the shape.
 #pragma once
 
+#include "dropped_inputs.h"
 #include "linear24_tile.h"
 #include "token_lanes.h"
 
@@ -34,17 +35,23 @@ struct LanesBlock {
   void run() {
     const KeptOffsets offsets(width * static_cast<int64_t>(sizeof(float)));
     const auto times_tile = kTimesTile<kRun, kMaxVectors>[vectors - 1];
+    const T* x = static_cast<const T*>(a.x) + token * a.cols;
+    T* y = static_cast<T*>(a.y) + token * a.rows + row;
+    bool finite = true;
     if (a.cols == 0) std::fill_n(scratch.sums, rows * width, 0.0f);
     for (int64_t col = 0; col < a.cols; col += most_inputs) {
       const int64_t inputs = std::min(most_inputs, a.cols - col);
-      load_tile(static_cast<const T*>(a.x) + token * a.cols + col, a.cols, tokens, vectors, inputs, scratch.tile);
+      finite &= load_tile(x + col, a.cols, tokens, vectors, inputs, scratch.tile);
       const int64_t step = std::is_same_v<T, float> ? rows : kRowsConverted;
       for (int64_t r = 0; r < rows; r += step)
         times_tile(piece(r, std::min(step, rows - r), col, inputs), scratch.tile, offsets, col == 0,
                    scratch.sums + r * width);
     }
-    store_sums(scratch.sums, width, rows, tokens, a.bias ? static_cast<const T*>(a.bias) + row : nullptr,
-               static_cast<T*>(a.y) + token * a.rows + row, a.rows);
+    store_sums(scratch.sums, width, rows, tokens, a.bias ? static_cast<const T*>(a.bias) + row : nullptr, y, a.rows);
+    if (!finite)
+      multiply_dropped(x, tokens, a.cols, y, rows, a.rows, [this](int64_t r, int64_t col) {
+        return a.bitmask[(row + r) * bytes + col / 8] >> col % 8 & 1;
+      });
   }
 
   WeightPiece piece(int64_t first, int64_t count, int64_t col, int64_t inputs) const {

@@ -78,9 +78,10 @@ void rows_times_tokens(const Linear24Args& a, const typename Strip<T>::Input* in
     for (int t = 0; t < kTokens; ++t) {
       const T* x = static_cast<const T*>(a.x) + (token + t) * a.cols + col;
       float sum = S::total(sums[r][t]);
-      for (int64_t i = 0, next = 0; i < a.cols - col; ++i)
-        if (bits[r][i / 8] >> i % 8 & 1 && next < stored - col / 2)
-          sum += to_float(values[r][next++]) * to_float(x[i]);
+      for (int64_t i = 0, next = 0; i < a.cols - col; ++i) {
+        const bool kept = bits[r][i / 8] >> i % 8 & 1 && next < stored - col / 2;
+        sum += (kept ? to_float(values[r][next++]) : 0.0f) * to_float(x[i]);
+      }
       if (a.bias) sum += to_float(static_cast<const T*>(a.bias)[row + r]);
       static_cast<T*>(a.y)[(token + t) * a.rows + row + r] = from_float<T>(sum);
     }

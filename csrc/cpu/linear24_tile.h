@@ -87,8 +87,11 @@ inline __attribute__((always_inline)) void rows_times_tile(const WeightPiece& pi
     for (int r = 0; r < kRows; ++r) {
       values[r] += 4 * bytes;
       bits[r] += bytes;
-      for (int64_t i = 0; i < columns % 8; ++i)
-        if (*bits[r] >> i & 1) add_products(r, broadcast(*values[r]++), inputs + i * kTokens * sizeof(float));
+      const int64_t rest = columns % 8;
+      int64_t left = rest / 4 * 2 + rest % 4;  // values, whatever the bits say
+      for (int64_t i = 0; i < rest; ++i)
+        if (*bits[r] >> i & 1 && left-- > 0)
+          add_products(r, broadcast(*values[r]++), inputs + i * kTokens * sizeof(float));
       for (int v = 0; v < kVectors; ++v) {
         float* to = sums + r * kTokens + v * kLanes;
         store_lanes(to, first && start == 0 ? sum[r][v] : add(load_lanes(to), sum[r][v]));

@@ -5,6 +5,7 @@
 // allocates a tile of x, the sums of some rows of blocks, and a run's blocks in fp32.
 #pragma once
 
+#include "dropped_inputs.h"
 #include "linear_tiered_tile.h"
 #include "token_lanes.h"
 
@@ -48,12 +49,15 @@ struct TieredLanesBlock {
   void run() {
     const KeptOffsets offsets(width * static_cast<int64_t>(sizeof(float)));
     const auto times_tile = kRunTimesTile<kMaxVectors>[vectors - 1];
+    const T* x = static_cast<const T*>(a.x) + token * a.cols;
+    T* y = static_cast<T*>(a.y) + token * a.rows + row;
+    bool finite = true;
     std::fill_n(scratch.sums, block_rows * a.block_rows * width, 0.0f);
     std::copy_n(a.starts + kTiers * block_row, kTiers * (block_rows + 1), scratch.cursors);
     for (int64_t block = 0; block < plan.blocks; block += plan.run_blocks) {
       const int64_t blocks = std::min(plan.run_blocks, plan.blocks - block), col = block * a.block_cols;
       const int64_t inputs = std::min(blocks * a.block_cols, a.cols - col);
-      load_tile(static_cast<const T*>(a.x) + token * a.cols + col, a.cols, tokens, vectors, inputs, scratch.tile);
+      finite &= load_tile(x + col, a.cols, tokens, vectors, inputs, scratch.tile);
       std::fill(scratch.tile + inputs * width, scratch.tile + blocks * a.block_cols * width, 0.0f);
       BlockRun now = listed(0, block, blocks);
       for (int64_t i = 0; i < block_rows; ++i) {
@@ -65,8 +69,10 @@ struct TieredLanesBlock {
         now = next;
       }
     }
-    store_sums(scratch.sums, width, rows, tokens, a.bias ? static_cast<const T*>(a.bias) + row : nullptr,
-               static_cast<T*>(a.y) + token * a.rows + row, a.rows);
+    store_sums(scratch.sums, width, rows, tokens, a.bias ? static_cast<const T*>(a.bias) + row : nullptr, y, a.rows);
+    if (!finite)
+      multiply_dropped(x, tokens, a.cols, y, rows, a.rows,
+                       [this](int64_t r, int64_t col) { return stores(a, row + r, col); });
   }
 
   // The run of the i-th row of blocks, without its blocks.
@@ -80,6 +86,7 @@ struct TieredLanesBlock {
     list_tiers(a.tiers + (block_row + i) * plan.blocks + block, blocks, static_cast<int32_t>(a.block_cols * width), lists,
                run.counts);
     const int32_t* cursor = scratch.cursors + kTiers * i;
+    limit_counts(a, block_row + i, cursor, run.counts);
     run.bits = a.bitmask + cursor[kSparse24] * (size / 8);
     for (int64_t byte = 0; byte < run.counts[kSparse24] * (size / 8); byte += 64) __builtin_prefetch(run.bits + byte);
     return run;
@@ -104,13 +111,14 @@ struct TieredLanesBlock {
     run.entries = scratch.entries;
     run.entry_count = run.counts[kTopk] * a.k;
     with_positions(a, [&](const auto* positions) {
-      const Places places(a.block_cols);
+      const Places places(a.block_rows, a.block_cols);
       const T* topk = static_cast<const T*>(a.topk) + cursor[kTopk] * a.k;
       positions += cursor[kTopk] * a.k;
       TopkEntry* entry = scratch.entries;
       for (int64_t b = 0; b < run.counts[kTopk]; ++b)
         for (int64_t e = 0; e < a.k; ++e, ++topk, ++positions) {
-          const int64_t row = places.row(*positions), col = *positions - row * a.block_cols;
+          const int64_t position = places.inside(*positions), row = places.row(position);
+          const int64_t col = position - row * a.block_cols;
           *entry++ = {to_float(*topk), static_cast<int32_t>(row * width),
                       run.inputs[kTopk][b] + static_cast<int32_t>(col * width)};
         }

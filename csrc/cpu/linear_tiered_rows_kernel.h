@@ -2,6 +2,7 @@
 // L1 cache.
 #pragma once
 
+#include "dropped_inputs.h"
 #include "float_lanes.h"
 #include "linear24_strip.h"
 #include "tiered_blocks.h"
@@ -125,16 +126,16 @@ struct BlockRowTimesTokens {
   // Neighboring entries often share a row: they go to different lanes of its sum, so that none waits for the other.
   template <class Position>
   void add_topk(const T* topk, const Position* positions, int64_t begin, int64_t end) const {
-    const Places places(block_cols);
+    const Places places(block_rows, block_cols);
     const int64_t k = a.k;
     for (int64_t i = begin; i < end; ++i) {
       const float* inputs = x + scratch.lists[kTopk][i];
       const T* values = topk + i * k;
       const Position* at = positions + i * k;
       for (int64_t e = 0; e < k; ++e) {
-        const int64_t row = places.row(at[e]);
+        const int64_t position = places.inside(at[e]), row = places.row(position);
         const float weight = to_float(values[e]);
-        const float* input = inputs + at[e] - row * block_cols;
+        const float* input = inputs + position - row * block_cols;
         float* sum = scratch.sums + row * kTokens * kCols + e % kCols;
         for (int t = 0; t < kTokens; ++t) sum[t * kCols] += weight * input[t * stride];
       }
@@ -213,6 +214,7 @@ void block_row_pieces(int64_t begin, int64_t end, void* context) {
   const TokenChunks chunks(a.tokens);
   for (int64_t row = plan.first_row(begin); row < plan.first_row(end); ++row) {
     list_tiers(a.tiers + row * blocks, blocks, static_cast<int32_t>(a.block_cols), scratch.lists, scratch.counts);
+    limit_counts(a, row, a.starts + kTiers * row, scratch.counts);
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
       const int64_t token = chunks.begin(chunk);
       const float* x = inputs.x + token * inputs.stride;
@@ -245,6 +247,10 @@ void linear_tiered_rows(const LinearTieredArgs& a, ParallelFor parallel_for) {
   }
   BlockRowTask<T> task{a, BlockRowPlan(a), inputs};
   parallel_for(task.plan.pieces, 1, block_row_pieces<T, kTokens>, &task);
+  const T* x = static_cast<const T*>(a.x);
+  if (!all_finite(x, a.tokens * a.cols))
+    multiply_dropped(x, a.tokens, a.cols, static_cast<T*>(a.y), a.rows, a.rows,
+                     [&a](int64_t row, int64_t col) { return stores(a, row, col); });
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ void run_flat(NmArgs args, int64_t count) {
   const int64_t width = 16384 / (8 * args.m) * (8 * args.m), pieces = count / width;
   const Kernels& table = kernels();
   args.cols = args.weight_stride = args.pruned_stride = width;
-  torch::stable::parallel_for(0, pieces, 2, [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
+  parallel_for(pieces, 2, [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
   const int64_t size = args.dtype == DType::F32 ? 4 : 2, done = pieces * width;
   args.weight = static_cast<const char*>(args.weight) + done * size;
   if (args.pruned) args.pruned = static_cast<char*>(args.pruned) + done * size;
@@ -27,12 +27,13 @@ void run(const NmArgs& args, int64_t rows) {
   if (!args.scale && whole && args.weight_stride == args.cols && args.pruned_stride == args.cols)
     return run_flat(args, rows * args.cols);
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, rows, row_grain(args.cols),
-                              [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
+  parallel_for(rows, row_grain(args.cols),
+               [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
 }
 
 // The mask of `weight`; where `pruned` is given, contiguous or the weight itself, it gets what the mask keeps.
 Tensor masked(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale, Tensor* pruned) {
+  const FloatMode exact(FloatMode::kExact);
   Tensor mask = empty(weight, shape_of(weight), ScalarType::Bool);
   const Rows rows = rows_of(weight);
   const bool in_place = pruned && pruned->const_data_ptr() == weight.const_data_ptr();
@@ -55,6 +56,7 @@ Tensor masked(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale, 
 Tensor nm_mask(Tensor score, int64_t n, int64_t m) { return masked(score, n, m, std::nullopt, nullptr); }
 
 Tensor nm_mask_bits(Tensor score, int64_t n, int64_t m) {
+  const FloatMode exact(FloatMode::kExact);
   std::vector<int64_t> shape = shape_of(score);
   shape.back() = (shape.back() + 7) / 8;
   Tensor bits = empty(score, shape, ScalarType::Byte);

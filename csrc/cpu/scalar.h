@@ -84,6 +84,14 @@ int32_t magnitude_key(T value) {
   return std::min(value.bits & 0x7fff, kNanKey<T>);
 }
 
+// Whether all are neither Inf nor NaN.
+template <class T>
+bool all_finite(const T* values, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max<int32_t>(largest, magnitude_key(values[i]));
+  return largest < kNanKey<T> - 1;
+}
+
 // Calls body with a null pointer of the element type.
 template <class Body>
 auto dispatch(DType dtype, Body body) {

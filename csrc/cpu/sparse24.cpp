@@ -29,6 +29,7 @@ std::string broken_group(const Pack24Args& args, int64_t bad) {
 }
 
 std::tuple<Tensor, Tensor> pack24(Tensor weight, std::optional<Tensor> mask, bool check) {
+  const FloatMode exact(FloatMode::kExact);
   const int64_t cols = weight.size(1);
   Tensor values = empty(weight, {weight.size(0), values_per_row(cols)}, weight.scalar_type());
   Tensor bitmask = empty(weight, {weight.size(0), bytes_per_row(cols)}, ScalarType::Byte);
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor> pack24(Tensor weight, std::optional<Tensor> mask, boo
                         .stream = exceeds_caches(values.numel() * values.element_size())};
   const Kernels& table = kernels();
   std::atomic<int64_t> first_bad = INT64_MAX;
-  torch::stable::parallel_for(0, rows.rows, row_grain(cols), [&](int64_t begin, int64_t end) {
+  parallel_for(rows.rows, row_grain(cols), [&](int64_t begin, int64_t end) {
     const int64_t bad = table.pack24(args, begin, end);
     int64_t seen = first_bad.load();
     while (bad >= 0 && bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
@@ -55,6 +56,7 @@ std::tuple<Tensor, Tensor> pack24(Tensor weight, std::optional<Tensor> mask, boo
 }
 
 std::tuple<Tensor, Tensor> prune_pack24(Tensor weight, std::optional<Tensor> scale) {
+  const FloatMode exact(FloatMode::kExact);
   const int64_t cols = weight.size(1);
   Tensor values = empty(weight, {weight.size(0), values_per_row(cols)}, weight.scalar_type());
   Tensor bitmask = empty(weight, {weight.size(0), bytes_per_row(cols)}, ScalarType::Byte);
@@ -68,8 +70,8 @@ std::tuple<Tensor, Tensor> prune_pack24(Tensor weight, std::optional<Tensor> sca
                              .dtype = dtype_of(weight),
                              .stream = exceeds_caches(values.numel() * values.element_size())};
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, rows.rows, row_grain(cols),
-                              [&](int64_t begin, int64_t end) { table.prune_pack24(args, begin, end); });
+  parallel_for(rows.rows, row_grain(cols),
+               [&](int64_t begin, int64_t end) { table.prune_pack24(args, begin, end); });
   return {values, bitmask};
 }
 
@@ -85,13 +87,9 @@ Tensor unpack24(Tensor values, Tensor bitmask, int64_t cols) {
                           .dtype = dtype_of(values),
                           .stream = exceeds_caches(weight.numel() * weight.element_size())};
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, values.size(0), row_grain(cols),
-                              [&](int64_t begin, int64_t end) { table.unpack24(args, begin, end); });
+  parallel_for(values.size(0), row_grain(cols),
+               [&](int64_t begin, int64_t end) { table.unpack24(args, begin, end); });
   return weight;
-}
-
-void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 Tensor linear24(Tensor x, Tensor values, Tensor bitmask, std::optional<Tensor> bias) {
@@ -113,7 +111,7 @@ Tensor linear24(Tensor x, Tensor values, Tensor bitmask, std::optional<Tensor> b
                           .cols = cols,
                           .threads = static_cast<int>(torch::stable::get_num_threads()),
                           .dtype = dtype_of(x)};
-  kernels().linear24(args, parallel_for);
+  kernels().linear24(args, parallel_ranges);
   return y;
 }
 

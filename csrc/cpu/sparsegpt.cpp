@@ -6,6 +6,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> sparsegpt_block(Tensor weight, Tensor factor, std::optional<Tensor> given, int64_t n,
                                                    int64_t m) {
+  const FloatMode exact(FloatMode::kExact);
   weight = torch::stable::contiguous(weight);
   factor = torch::stable::contiguous(factor);
   const std::vector<int64_t> shape = shape_of(weight);
@@ -21,8 +22,8 @@ std::tuple<Tensor, Tensor, Tensor> sparsegpt_block(Tensor weight, Tensor factor,
                            .n = static_cast<int>(n),
                            .m = static_cast<int>(m)};
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, shape[0], row_grain(shape[1] * shape[1] / 4),
-                              [&](int64_t begin, int64_t end) { table.sparsegpt(args, begin, end); });
+  parallel_for(shape[0], row_grain(shape[1] * shape[1] / 4),
+               [&](int64_t begin, int64_t end) { table.sparsegpt(args, begin, end); });
   return {pruned, error, mask};
 }
 

@@ -1,16 +1,25 @@
 // The linear layer on the tiered format: linear_tiered.
+#include <array>
+#include <stdexcept>
+
 #include "glue.h"
 
 namespace sparsekit {
 namespace {
 
-void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
 const void* data(Tensor& tensor) {
   tensor = torch::stable::contiguous(tensor);
   return tensor.const_data_ptr();
+}
+
+// Whether `starts` rises from zeros to the numbers of blocks that are stored: kernels index by it.
+bool counts_blocks(const int32_t* starts, int64_t rows, const std::array<int64_t, 3>& stored) {
+  bool right = true;
+  for (int form = 0; form < 3; ++form) {
+    right &= starts[form] == 0 && starts[3 * rows + form] == stored[form];
+    for (int64_t row = 0; row < rows; ++row) right &= starts[3 * row + form] <= starts[3 * (row + 1) + form];
+  }
+  return right;
 }
 
 Tensor linear_tiered(Tensor x, Tensor tiers, Tensor dense, Tensor values, Tensor bitmask, Tensor topk, Tensor positions,
@@ -20,6 +29,10 @@ Tensor linear_tiered(Tensor x, Tensor tiers, Tensor dense, Tensor values, Tensor
   shape.back() = out_features;
   Tensor y = empty(x, shape, x.scalar_type());
   if (y.numel() == 0) return y;
+  starts = torch::stable::contiguous(starts);
+  const auto* counts = static_cast<const int32_t*>(starts.const_data_ptr());
+  if (!counts_blocks(counts, tiers.size(0), {dense.size(0), values.size(0), topk.size(0)}))
+    throw std::invalid_argument("linear_tiered: starts must count the stored blocks, from 0, row by row of blocks");
   const LinearTieredArgs args{.x = data(x),
                               .tiers = static_cast<const uint8_t*>(data(tiers)),
                               .dense = data(dense),
@@ -27,7 +40,7 @@ Tensor linear_tiered(Tensor x, Tensor tiers, Tensor dense, Tensor values, Tensor
                               .bitmask = static_cast<const uint8_t*>(data(bitmask)),
                               .topk = data(topk),
                               .positions = data(positions),
-                              .starts = static_cast<const int32_t*>(data(starts)),
+                              .starts = counts,
                               .bias = contiguous_data<void>(bias),
                               .y = y.mutable_data_ptr(),
                               .tokens = y.numel() / out_features,
@@ -38,7 +51,7 @@ Tensor linear_tiered(Tensor x, Tensor tiers, Tensor dense, Tensor values, Tensor
                               .k = topk.size(1),
                               .threads = static_cast<int>(torch::stable::get_num_threads()),
                               .dtype = dtype_of(x)};
-  kernels().linear_tiered(args, parallel_for);
+  kernels().linear_tiered(args, parallel_ranges);
   return y;
 }
 

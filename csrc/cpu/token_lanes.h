@@ -42,9 +42,12 @@ struct LanesPlan {
 };
 
 // `inputs` columns of x, whose tokens are `stride` apart, as [input][token]; the lanes past the last token repeat it.
+// Returns whether all are finite.
 template <class T>
-void load_tile(const T* from, int64_t stride, int64_t tokens, int vectors, int64_t inputs, float* tile) {
+bool load_tile(const T* from, int64_t stride, int64_t tokens, int vectors, int64_t inputs, float* tile) {
   const int64_t width = vectors * kLanes;
+  Floats times_zero[4] = {zeros(), zeros(), zeros(), zeros()};  // NaN where an input was not finite
+  float rest_times_zero = 0;
   for (int v = 0; v < vectors; ++v) {
     const T* x[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) x[lane] = from + std::min<int64_t>(v * kLanes + lane, tokens - 1) * stride;
@@ -52,13 +55,21 @@ void load_tile(const T* from, int64_t stride, int64_t tokens, int vectors, int64
     int64_t i = 0;
     for (; i + kLanes <= inputs; i += kLanes) {
       Floats square[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(x[lane] + i);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        square[lane] = load_lanes(x[lane] + i);
+        times_zero[lane % 4] = multiply_add(square[lane], zeros(), times_zero[lane % 4]);
+      }
       transpose(square);
       for (int lane = 0; lane < kLanes; ++lane) store_lanes(to + (i + lane) * width, square[lane]);
     }
     for (; i < inputs; ++i)
-      for (int lane = 0; lane < kLanes; ++lane) to[i * width + lane] = to_float(x[lane][i]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        to[i * width + lane] = to_float(x[lane][i]);
+        rest_times_zero += to[i * width + lane] * 0.0f;
+      }
   }
+  const Floats all = add(add(times_zero[0], times_zero[1]), add(times_zero[2], times_zero[3]));
+  return !any_nan(all) && !std::isnan(rest_times_zero);
 }
 
 // Sums [row][token], rows `width` apart, to y [token][row], tokens `stride` apart, with the bias.

@@ -5,6 +5,7 @@ namespace sparsekit {
 namespace {
 
 Tensor transposable_mask(Tensor score) {
+  const FloatMode exact(FloatMode::kExact);
   Tensor mask = empty(score, shape_of(score), ScalarType::Bool);
   if (score.numel() == 0) return mask;
   const Rows rows = rows_of(score);
@@ -16,8 +17,8 @@ Tensor transposable_mask(Tensor score) {
                               .dtype = dtype_of(score),
                               .stream = exceeds_caches(mask.numel())};
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, (rows.rows + 3) / 4, row_grain(4 * rows.cols),
-                              [&](int64_t begin, int64_t end) { table.transposable(args, begin, end); });
+  parallel_for((rows.rows + 3) / 4, row_grain(4 * rows.cols),
+               [&](int64_t begin, int64_t end) { table.transposable(args, begin, end); });
   return mask;
 }
 

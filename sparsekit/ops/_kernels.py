@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import _native
-from ._define import LIBRARY
+from ._define import LIBRARY, without_autocast
 
 NATIVE = _native.load()
 # The file of triton_kernels whose launcher, named as the op, answers it on GPUs.
@@ -60,7 +60,7 @@ def register_vendor() -> None:
     """Lets the libraries that PyTorch ships answer on GPUs."""
     vendor = import_module("sparsekit.ops._vendor")
     for op in VENDOR:
-        LIBRARY.impl(op, getattr(vendor, op), "CUDA")
+        LIBRARY.impl(op, without_autocast(getattr(vendor, op)), "CUDA")
 
 
 def register_triton() -> None:
@@ -77,7 +77,7 @@ def _launcher(family: str, op: str) -> Callable[..., Any]:
         launcher: Callable[..., Any] = getattr(import_module(f"sparsekit.triton_kernels.{family}"), op)
         return launcher
 
-    return lambda *args: find()(*args)
+    return without_autocast(lambda *args: find()(*args))
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -12,6 +12,12 @@ def pack_bits(mask: Tensor) -> Tensor:
     return (padded.unflatten(-1, (padded.shape[-1] // 8, 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
+def nonzero(tensor: Tensor) -> Tensor:
+    """Where a float tensor is neither 0.0 nor -0.0, by its bits: comparisons that flush denormals take them for 0."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().view(integer) & torch.iinfo(integer).max != 0
+
+
 def unpack_bits(bits: Tensor, cols: int) -> Tensor:
     """The bool mask ``[..., cols]`` of ``pack_bits``."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)

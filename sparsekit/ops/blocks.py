@@ -102,7 +102,7 @@ def block_scores(
         check_like("scale", scale, torch.float32, weight.shape[-1:], weight)
     if mask is not None:
         check_like("mask", mask, torch.bool, weight.shape, weight)
-    return _block_scores(weight, *block, scale, mask)
+    return _block_scores(weight, *fit_block(block, weight), scale, mask)
 
 
 def block_topk_mask(score: Tensor, k: int, block: tuple[int, int] = (16, 16)) -> Tensor:
@@ -126,7 +126,7 @@ def block_topk_mask(score: Tensor, k: int, block: tuple[int, int] = (16, 16)) ->
     check_weight("score", score, 2)
     check_block(block)
     check_kept(k, block)
-    return _block_topk_mask(score, k, *block)
+    return _block_topk_mask(score, k, *fit_block(block, score))
 
 
 def check_block(block: tuple[int, int]) -> None:
@@ -134,6 +134,15 @@ def check_block(block: tuple[int, int]) -> None:
         raise TypeError(f"block must be two ints (rows, cols), got {block!r}")
     if len(block) != 2 or min(block) < 1:
         raise ValueError(f"block must be two positive sides (rows, cols), got {tuple(block)}")
+
+
+def fit_block(block: tuple[int, int], matrix: Tensor) -> tuple[int, int]:
+    """The block, or a smaller one that gives the same where it is far larger than the matrix: kernels make room for it.
+
+    What is left of it beyond the matrix keeps the order of the additions: a row of zeros below, and a half of columns.
+    """
+    rows, cols = matrix.shape
+    return (block[0] if block[0] <= rows + 1 else rows + 1), (block[1] if block[1] <= 4 * cols + 4 else 4 * cols + 4)
 
 
 def check_kept(k: int, block: tuple[int, int]) -> None:

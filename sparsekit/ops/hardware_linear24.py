@@ -1,10 +1,9 @@
 """The linear layer on a weight that is packed for a GPU's sparse tensor cores."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, call_op, check_ints, check_like, check_weight, define
+from ._define import call_op, check_ints, check_like, check_weight, define, define_gradient, linear_fp32
 from .hardware24 import from_hardware24_reference, hardware_multiple
 from .sparse24 import _unpack24, unpack24_reference
 
@@ -24,7 +23,7 @@ def hardware_linear24_reference(
     hardware_multiple(layout)  # nothing here can read another
     shape = padded_shape(rows, x.shape[-1], layout)
     weight = unpack24_reference(*from_hardware24_reference(packed, *shape, layout), shape[1])[:rows, : x.shape[-1]]
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return linear_fp32(x, weight, bias)
 
 
 def _fake(
@@ -44,7 +43,7 @@ _hardware_linear24 = define(
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, packed, _, ctx.rows, ctx.layout, *_ = inputs
     ctx.cols = x.shape[-1]
-    ctx.save_for_backward(packed)
+    ctx.save_for_backward(packed if ctx.needs_input_grad[0] else None)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -65,7 +64,7 @@ def _dense(packed: Tensor, rows: int, cols: int, layout: str) -> Tensor:
     return _unpack24(values, bitmask, shape[1])[:rows, :cols]
 
 
-torch.library.register_autograd("sparsekit::hardware_linear24", _backward, setup_context=_setup, lib=LIBRARY)
+define_gradient("hardware_linear24", _setup, _backward)
 
 
 def hardware_linear24(
@@ -81,7 +80,8 @@ def hardware_linear24(
 ) -> Tensor:
     """Computes ``x @ W.T + bias`` on a GPU's sparse tensor cores, by cuSPARSELt or CUTLASS.
 
-    Differentiable in ``x`` and ``bias``. On a CPU the layouts of ``to_hardware24`` are decoded, slowly.
+    Differentiable in ``x`` and ``bias``. The tensor cores leave out the inputs of dropped weights, Inf and NaN
+    too. On a CPU the layouts of ``to_hardware24`` are decoded, slowly.
 
     Args:
         x: ``[..., cols]``, float16 or bfloat16, any strides.

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, call_op, check_ints, check_like, check_weight, define
+from ._define import call_op, check_ints, check_like, check_weight, define, define_gradient, linear_fp32
+from .bits import nonzero
 from .sparse24 import _pack_at
 from .tiered import TieredWeight, check_packed, check_size, order_of, to_blocks, unpack_blocks
 
@@ -24,8 +24,7 @@ def linear_tiered_reference(
     out_features: int,
 ) -> Tensor:
     packed = TieredWeight(tiers, dense, values, bitmask, topk, positions, starts)
-    weight = unpack_blocks(packed, out_features, x.shape[-1]).float()
-    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+    return linear_fp32(x, unpack_blocks(packed, out_features, x.shape[-1]), bias)
 
 
 def _linear_fake(x: Tensor, *inputs: Any) -> Tensor:
@@ -41,8 +40,10 @@ _linear_tiered = define(
 
 
 def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:8])
-    ctx.out_features = inputs[9]
+    x, *parts, _, ctx.out_features = inputs
+    of_weight, of_x = any(ctx.needs_input_grad[2:6]), ctx.needs_input_grad[0]
+    ctx.cols = x.shape[-1]
+    ctx.save_for_backward(x if of_weight else None, *(part if of_weight or of_x else None for part in parts))
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -51,27 +52,33 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     tokens = torch.atleast_2d(grad).flatten(0, -2)  # [tokens, rows]
     grad_x = grad_dense = grad_values = grad_topk = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ unpack_blocks(packed, ctx.out_features, x.shape[-1])
+        grad_x = grad @ unpack_blocks(packed, ctx.out_features, ctx.cols)
     if any(ctx.needs_input_grad[2:6]):
         blocks = to_blocks(tokens.t() @ torch.atleast_2d(x).flatten(0, -2), packed.block)
         dense, sparse24, few = (blocks[order] for order in order_of(packed))
         grad_dense = dense
         grad_values = _pack_at(sparse24.flatten(0, 1), packed.bitmask.flatten(0, 1)).view_as(packed.values)
-        stored = (packed.positions != 0) | (packed.topk != 0)  # padding stays zero
+        stored = (packed.positions != 0) | nonzero(packed.topk)  # padding stays zero
         grad_topk = torch.where(stored, few.flatten(1).gather(1, packed.positions.long()), 0)
     if ctx.needs_input_grad[8]:
         grad_bias = tokens.sum(0)
     return grad_x, None, grad_dense, grad_values, None, grad_topk, None, None, grad_bias, None
 
 
-torch.library.register_autograd("sparsekit::linear_tiered", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)
+define_gradient("linear_tiered", _linear_setup, _linear_backward)
 
 
 def linear_tiered(x: Tensor, packed: TieredWeight, bias: Tensor | None = None, *, out_features: int) -> Tensor:
     """Computes ``x @ W.T + bias`` straight from the packed form of ``W``.
 
     Sums run in fp32 whatever the dtype. Differentiable in ``x``, ``packed.dense``, ``packed.values``, ``packed.topk``
-    and ``bias``; the padding of ``topk``, which is value 0 at position 0, has no gradient.
+    and ``bias``; the padding of ``topk``, which is value 0 at position 0, has no gradient. What is not stored counts as
+    0, as in the dense product: times an input that is Inf or NaN it is NaN. Not so in the blocks of top-k on a GPU:
+    there an input that is not finite may reach other rows of its block than in the dense product.
+
+    A token's result has the same bits whatever other tokens come with it and however many threads run, as long as the
+    same kernel answers. Which one does changes on a CPU at 16 tokens with AVX-512 and at 7 without, and on a GPU past
+    32 (64 where blocks are 32 rows high), where PyTorch's dense product takes the unpacked weight.
 
     Args:
         x: ``[..., cols]``, float32, float16 or bfloat16, any strides.
@@ -84,7 +91,7 @@ def linear_tiered(x: Tensor, packed: TieredWeight, bias: Tensor | None = None, *
 
     Raises:
         TypeError: a wrong dtype, or dtypes that differ.
-        ValueError: shapes that do not fit together, or two devices.
+        ValueError: shapes that do not fit together, or two devices; on a CPU, ``starts`` that do not count the blocks.
     """
     check_weight("x", x)
     check_ints(out_features=out_features)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._define import LIBRARY, check_ints, check_like, check_weight, define
+from ._define import check_ints, check_like, check_weight, define, define_gradient
 from .bits import pack_bits
 
 MAX_M = 32
@@ -71,7 +71,7 @@ def _prune_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     return torch.where(mask, grad, 0), None, None, None
 
 
-torch.library.register_autograd("sparsekit::nm_prune", _prune_backward, setup_context=_save_mask, lib=LIBRARY)
+define_gradient("nm_prune", _save_mask, _prune_backward)
 
 
 def nm_mask(score: Tensor, n: int, m: int) -> Tensor:

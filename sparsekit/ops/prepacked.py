@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, call_op, define
+from ._define import call_op, define, define_gradient
 
 # Inductor insists that the weight of torch's own op is a constant of the graph, and that op has no gradient: hence
 # `prepacked_linear`. Tracing takes a reordered weight for a plain one and drops its conversion: hence
@@ -36,7 +36,7 @@ _prepacked_dense = define(
 
 
 def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(inputs[1])
+    ctx.save_for_backward(inputs[1] if ctx.needs_input_grad[0] else None)
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -46,9 +46,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_x, None, grad_bias
 
 
-torch.library.register_autograd(
-    "sparsekit::prepacked_linear", _linear_backward, setup_context=_linear_setup, lib=LIBRARY
-)
+define_gradient("prepacked_linear", _linear_setup, _linear_backward)
 
 
 def prepack(weight: Tensor, tokens: int) -> Tensor:

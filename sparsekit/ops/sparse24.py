@@ -1,11 +1,10 @@
 """The packed 2:4 format: two values and four bits for every group of four weights."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import LIBRARY, call_op, check_ints, check_like, check_weight, define
-from .bits import pack_bits, unpack_bits
+from ._define import call_op, check_ints, check_like, check_weight, define, define_gradient, linear_fp32
+from .bits import nonzero, pack_bits, unpack_bits
 from .nm import nm_prune_reference
 
 # What a group with fewer than two non-zeros keeps, by its four non-zero bits (lowest first): the completion that
@@ -21,7 +20,7 @@ def values_per_row(cols: int) -> int:
 def pack24_reference(weight: Tensor, mask: Tensor | None, check: bool) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     full = cols // 4 * 4
-    kept = (weight != 0) if mask is None else mask.clone()
+    kept = nonzero(weight) if mask is None else mask.clone()
     kept[:, full:] = True
     groups = kept[:, :full].unflatten(1, (full // 4, 4))
     if check:
@@ -56,8 +55,7 @@ def unpack24_reference(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
 
 
 def linear24_reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
-    weight = unpack24_reference(values, bitmask, x.shape[-1]).float()
-    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+    return linear_fp32(x, unpack24_reference(values, bitmask, x.shape[-1]), bias)
 
 
 def _pack24_fake(weight: Tensor, mask: Tensor | None, check: bool = False) -> tuple[Tensor, Tensor]:
@@ -115,7 +113,9 @@ def _unpack_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, values, bitmask, _ = inputs
-    ctx.save_for_backward(x, values, bitmask)
+    of_x, of_values, *_ = ctx.needs_input_grad
+    ctx.cols = x.shape[-1]
+    ctx.save_for_backward(x if of_values else None, values if of_x else None, bitmask if of_x or of_values else None)
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -123,7 +123,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     tokens = torch.atleast_2d(grad).flatten(0, -2)  # [tokens, rows]
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ _unpack24(values, bitmask, x.shape[-1])
+        grad_x = grad @ _unpack24(values, bitmask, ctx.cols)
     if ctx.needs_input_grad[1]:
         grad_values = _pack_at(tokens.t() @ torch.atleast_2d(x).flatten(0, -2), bitmask)
     if ctx.needs_input_grad[3]:
@@ -131,10 +131,10 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_x, grad_values, None, grad_bias
 
 
-torch.library.register_autograd("sparsekit::pack24", _pack_backward, setup_context=_pack_setup, lib=LIBRARY)
-torch.library.register_autograd("sparsekit::prune_pack24", _prune_pack_backward, setup_context=_pack_setup, lib=LIBRARY)
-torch.library.register_autograd("sparsekit::unpack24", _unpack_backward, setup_context=_unpack_setup, lib=LIBRARY)
-torch.library.register_autograd("sparsekit::linear24", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)
+define_gradient("pack24", _pack_setup, _pack_backward)
+define_gradient("prune_pack24", _pack_setup, _prune_pack_backward)
+define_gradient("unpack24", _unpack_setup, _unpack_backward)
+define_gradient("linear24", _linear_setup, _linear_backward)
 
 
 def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -208,12 +208,18 @@ def unpack24(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
 def linear24(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes ``x @ W.T + bias`` straight from the packed form of ``W``.
 
-    Sums run in fp32 whatever the dtype. Differentiable in ``x``, ``values`` and ``bias``.
+    Sums run in fp32 whatever the dtype. Differentiable in ``x``, ``values`` and ``bias``. A dropped weight counts as 0,
+    as in the dense product: times an input that is Inf or NaN it is NaN.
+
+    A token's result has the same bits whatever other tokens come with it and however many threads run, as long as the
+    same kernel answers. Which one does changes at 16 tokens on a CPU, and past 64 on a GPU, where PyTorch's dense
+    product takes the unpacked weight.
 
     Args:
         x: ``[..., cols]``, float32, float16 or bfloat16, any strides.
         values: ``[rows, 2 * (cols // 4) + cols % 4]`` as ``pack24`` returns them, of ``x``'s dtype.
-        bitmask: uint8 ``[rows, ceil(cols / 8)]``.
+        bitmask: uint8 ``[rows, ceil(cols / 8)]`` with two bits set in every full group of four; with others the result
+            means nothing.
         bias: ``[rows]`` of ``x``'s dtype, or None.
 
     Returns:

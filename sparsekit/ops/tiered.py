@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import call_op, check_ints, check_like, check_weight
-from .bits import unpack_bits
+from ._define import call_op, check_ints, check_like, check_weight, no_autocast
+from .bits import nonzero, unpack_bits
 from .blocks import block_scores, check_block, check_kept, split_blocks
 from .nm import nm_mask
 from .sparse24 import _pack24, _unpack24
@@ -155,7 +155,13 @@ def pack_tiered(
         check_like("mask", mask, torch.bool, weight.shape, weight)
     _check_block(block)
     check_kept(k, block)
-    mask, weight = (weight != 0, weight) if mask is None else (mask, torch.where(mask, weight, 0))
+    with no_autocast(weight):
+        if mask is None:
+            return _pack(weight, nonzero(weight), k, block)
+        return _pack(torch.where(mask, weight, 0), mask, k, block)
+
+
+def _pack(weight: Tensor, mask: Tensor, k: int, block: tuple[int, int]) -> TieredWeight:
     tiers = smallest_tiers(mask, block, k)
     kept, blocks = to_blocks(mask, block), to_blocks(weight, block)
     dense, sparse24, few = ((tiers.flatten() == tier).nonzero().squeeze(1) for tier in (DENSE, SPARSE24, TOPK))
@@ -196,7 +202,8 @@ def unpack_tiered(packed: TieredWeight, rows: int, cols: int) -> Tensor:
     check_ints(rows=rows, cols=cols)
     check_packed(packed)
     check_size(packed, rows, cols)
-    return unpack_blocks(packed, rows, cols)
+    with no_autocast(packed.dense):
+        return unpack_blocks(packed, rows, cols)
 
 
 def _position_dtype(block: tuple[int, int]) -> torch.dtype:

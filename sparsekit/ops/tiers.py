@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._define import LIBRARY, check_like, check_weight, define
-from .blocks import block_scores_reference, block_topk_mask_reference, check_block, check_kept, sum_blocks
+from ._define import check_like, check_weight, define, define_gradient
+from .bits import nonzero
+from .blocks import block_scores_reference, block_topk_mask_reference, check_block, check_kept, fit_block, sum_blocks
 from .nm import nm_mask_reference
 
 DENSE, SPARSE24, TOPK = 0, 1, 2
@@ -26,7 +27,7 @@ def tier_prune_reference(
     sparse24 = nm_mask_reference(score, 2, 4)
     if nested:
         left = torch.where(sparse24, score, 0)
-        topk = block_topk_mask_reference(left, k, block_rows, block_cols) & (left != 0)
+        topk = block_topk_mask_reference(left, k, block_rows, block_cols) & nonzero(left)
     else:
         topk = block_topk_mask_reference(score, k, block_rows, block_cols)
     mask = torch.where(tier == SPARSE24, sparse24, topk) | (tier == DENSE)
@@ -67,7 +68,7 @@ def _prune_backward(ctx, grad, _mask, _scores):  # type: ignore[no-untyped-def]
     return torch.where(mask, grad, 0), None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("sparsekit::tier_prune", _prune_backward, setup_context=_save_mask, lib=LIBRARY)
+define_gradient("tier_prune", _save_mask, _prune_backward)
 
 
 def tier_prune(
@@ -116,7 +117,7 @@ def tier_prune(
     rows, cols = block
     shape = -(-weight.shape[0] // rows), -(-weight.shape[1] // cols)
     check_like("tiers", tiers, torch.uint8, shape, weight)
-    return _tier_prune(weight, tiers, k, rows, cols, scale, score_scale, nested)
+    return _tier_prune(weight, tiers, k, *fit_block(block, weight), scale, score_scale, nested)
 
 
 def tier_scores_reference(
@@ -193,7 +194,7 @@ def tier_scores(
             out of range, or ``scale`` or ``score_scale`` has the wrong shape or device.
     """
     _check(weight, k, block, scale=scale, score_scale=score_scale)
-    return _tier_scores(weight, k, *block, scale, score_scale, squared)
+    return _tier_scores(weight, k, *fit_block(block, weight), scale, score_scale, squared)
 
 
 def _check(weight: Tensor, k: int, block: tuple[int, int], **scales: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._define import LIBRARY, check_like, check_weight, define
+from ._define import check_like, check_weight, define, define_gradient
 from .hardware24 import _prune_both_to_hardware24, _prune_to_hardware24
 from .hardware_linear24 import _hardware_linear24
 from .nm import _nm_prune
@@ -91,8 +91,8 @@ def _linear_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     return grad_x, grad_weight, grad_bias, None, None
 
 
-torch.library.register_autograd("sparsekit::train_prune24", _prune_backward, setup_context=_prune_setup, lib=LIBRARY)
-torch.library.register_autograd("sparsekit::train_linear24", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)
+define_gradient("train_prune24", _prune_setup, _prune_backward)
+define_gradient("train_linear24", _linear_setup, _linear_backward)
 
 
 def train_prune24(weight: Tensor, *, transposable: bool = False, decay: float = 0.0) -> Tensor:

@@ -145,3 +145,5 @@ void test_transposable();
 void test_linear24();
 void test_tiered();
 void test_sparsegpt();
+void test_malformed();
+void test_features();

@@ -1,0 +1,274 @@
+"""Every op gives the same bits whatever the caller's surroundings are: modes, defaults, threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers import assert_same, sparse24
+
+import sparsekit as sk
+from sparsekit.ops.linear_tiered import _linear_tiered
+from sparsekit.ops.prepacked import prepack, prepacked_linear
+from sparsekit.ops.sparse24 import _linear24
+from sparsekit.ops.train24 import train_linear24, train_prune24
+
+OPS = torch.ops.sparsekit
+REFERENCE = torch._C.DispatchKey.CompositeExplicitAutograd
+
+
+@contextmanager
+def undone(change, back):
+    change()
+    try:
+        yield
+    finally:
+        back()
+
+
+@contextmanager
+def matmul_precision(precision):
+    before = torch.get_float32_matmul_precision()
+    with undone(
+        lambda: torch.set_float32_matmul_precision(precision), lambda: torch.set_float32_matmul_precision(before)
+    ):
+        yield
+
+
+@contextmanager
+def thread_count(count):
+    before = torch.get_num_threads()
+    with undone(lambda: torch.set_num_threads(count), lambda: torch.set_num_threads(before)):
+        yield
+
+
+@contextmanager
+def flushed():
+    with undone(lambda: torch.set_flush_denormal(True), lambda: torch.set_flush_denormal(False)):
+        yield
+
+
+SURROUNDINGS = {
+    "autocast_bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast_float16": lambda: torch.autocast("cpu", torch.float16),
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "default_float64": lambda: undone(
+        lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)
+    ),
+    "default_bfloat16": lambda: undone(
+        lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_dtype(torch.float32)
+    ),
+    "default_meta": lambda: torch.device("meta"),
+    "deterministic": lambda: undone(
+        lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False)
+    ),
+    "matmul_medium": lambda: matmul_precision("medium"),
+    "one_thread": lambda: thread_count(1),
+    "four_threads": lambda: thread_count(4),
+    "flushed": flushed,
+}
+
+
+def op_calls(dtype):
+    """Every op, as a function without arguments whose inputs are made already."""
+    weight, (pruned, mask) = torch.randn(9, 20).to(dtype), sparse24(9, 20, dtype)
+    x, many, bias = torch.randn(3, 20).to(dtype), torch.randn(40, 20).to(dtype), torch.randn(9).to(dtype)
+    scale, tiers = torch.rand(20), torch.tensor([[0, 1, 2]], dtype=torch.uint8)
+    values, bits = sk.pack24(pruned, mask)
+    tiered = sk.pack_tiered(torch.randn(20, 20).to(dtype) * (torch.rand(20, 20) < 0.3), block=(8, 8))
+    single, factor = torch.randn(6, 8), torch.linalg.cholesky(torch.eye(8) + 0.1).t().contiguous()
+    calls = {
+        "nm_mask": lambda: sk.nm_mask(weight, 2, 4),
+        "nm_mask_bits": lambda: sk.nm_mask_bits(weight, 3, 7),
+        "nm_prune": lambda: sk.nm_prune(weight, 2, 4, scale=scale),
+        "nm_prune_": lambda: sk.nm_prune_(weight.clone(), 2, 4),
+        "transposable_mask": lambda: sk.transposable_mask(weight),
+        "block_scores": lambda: sk.block_scores(weight, (4, 4), scale=scale),
+        "block_topk_mask": lambda: sk.block_topk_mask(weight, 3, (4, 8)),
+        "tier_prune": lambda: sk.tier_prune(weight, tiers, 5, (16, 8), scale=scale),
+        "tier_scores": lambda: sk.tier_scores(weight, 5, (16, 8), score_scale=scale),
+        "pack24": lambda: sk.pack24(pruned),
+        "prune_pack24": lambda: sk.prune_pack24(weight, scale=scale),
+        "unpack24": lambda: sk.unpack24(values, bits, 20),
+        "linear24": lambda: sk.linear24(x, values, bits, bias),
+        "linear24_many": lambda: sk.linear24(many, values, bits, bias),
+        "linear24_reference": lambda: _linear24._op_dk(REFERENCE, x, values, bits, bias),
+        "pack_tiered": lambda: sk.pack_tiered(weight, block=(8, 8)),
+        "unpack_tiered": lambda: sk.unpack_tiered(tiered, 20, 20),
+        "linear_tiered": lambda: sk.linear_tiered(x, tiered, out_features=20),
+        "linear_tiered_many": lambda: sk.linear_tiered(many, tiered, out_features=20),
+        "linear_tiered_reference": lambda: _linear_tiered._op_dk(REFERENCE, x, *tiered, None, 20),
+        "sparsegpt_block": lambda: sk.ops.sparsegpt_block(single, factor),
+        "train_prune24": lambda: train_prune24(weight, transposable=True),
+        "pack_bits": lambda: sk.ops.pack_bits(mask),
+        "unpack_bits": lambda: sk.ops.unpack_bits(bits, 20),
+    }
+    if dtype == torch.float32:
+        packed = prepack(weight, 3)
+        return {**calls, "prepacked_linear": lambda: prepacked_linear(x, packed, bias)}
+    wide, (high, _) = torch.randn(2, 64).to(dtype), sparse24(32, 64, dtype)
+    hardware, square = sk.ops.prune_to_hardware24(high, "cutlass_sm80"), torch.randn(64, 64).to(dtype)
+    return {
+        **calls,
+        "to_hardware24": lambda: sk.ops.to_hardware24(*sk.pack24(high), 64, "cutlass_sm80"),
+        "from_hardware24": lambda: sk.ops.from_hardware24(hardware, 32, 64, "cutlass_sm80"),
+        "prune_to_hardware24": lambda: sk.ops.prune_to_hardware24(high, "cutlass_sm80"),
+        "prune_both_to_hardware24": lambda: sk.ops.prune_both_to_hardware24(square, "cutlass_sm80"),
+        "hardware_linear24": lambda: sk.ops.hardware_linear24(wide, hardware, None, 32, "cutlass_sm80"),
+        "train_linear24": lambda: train_linear24(wide, high, None, layout="cutlass_sm80"),
+    }
+
+
+def results(call):
+    found = call()
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_op_gives_the_same_bits(surroundings, dtype):
+    for name, call in op_calls(dtype).items():
+        expected = results(call)
+        with SURROUNDINGS[surroundings]():
+            got = results(call)
+        assert len(got) == len(expected), name
+        for mine, plain in zip(got, expected, strict=True):
+            assert mine.device.type == "cpu", name
+            if name.endswith("_reference"):  # PyTorch's own product rounds as it likes
+                torch.testing.assert_close(mine, plain)
+            else:
+                assert_same(mine, plain)
+
+
+def test_every_op_gives_the_same_bits_in_another_thread():
+    calls = op_calls(torch.float32)
+    expected = {name: results(call) for name, call in calls.items()}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: (name, results(calls[name])), [*calls] * 4))
+    for name, got in found:
+        for mine, plain in zip(got, expected[name], strict=True):
+            assert_same(mine, plain)
+
+
+def with_gradients(call, *inputs):
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    y = call(*inputs)
+    y.backward(torch.ones_like(y))
+    return [y.detach(), *(tensor.grad for tensor in inputs)]
+
+
+def product_calls(dtype):
+    values, bits = sk.pack24(*sparse24(9, 20, dtype))
+    tiered = sk.pack_tiered(torch.randn(20, 20).to(dtype) * (torch.rand(20, 20) < 0.3), block=(8, 8))
+    x, bias = torch.randn(3, 20).to(dtype), torch.randn(9).to(dtype)
+
+    def linear_tiered(x, dense, values, topk):
+        return sk.linear_tiered(x, tiered._replace(dense=dense, values=values, topk=topk), out_features=20)
+
+    yield lambda x, values, bias: sk.linear24(x, values, bits, bias), (x, values, bias)
+    yield linear_tiered, (x, tiered.dense, tiered.values, tiered.topk)
+    yield lambda values: sk.unpack24(values, bits, 20), (values,)
+    if dtype == torch.float32:
+        packed = prepack(torch.randn(9, 20), 3)
+        yield lambda x, bias: prepacked_linear(x, packed, bias), (x, bias)
+    else:
+        high, _ = sparse24(64, 64, dtype)
+        layout = "cutlass_sm80"
+        hardware = sk.ops.prune_to_hardware24(high, layout)
+        wide = torch.randn(3, 64).to(dtype)
+        yield lambda x: sk.ops.hardware_linear24(x, hardware, None, 64, layout), (wide,)
+        for both in (False, True):
+            yield lambda x, w, both=both: train_linear24(x, w, None, transposable=both, layout=layout), (wide, high)
+
+
+@pytest.mark.parametrize("name", ["autocast_bfloat16", "autocast_float16", "default_float64", "default_meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gradients_are_the_same_bits(name, dtype):
+    for call, inputs in product_calls(dtype):
+        expected = with_gradients(call, *inputs)
+        with SURROUNDINGS[name]():
+            got = with_gradients(call, *inputs)
+        for mine, plain in zip(got, expected, strict=True):
+            assert mine.dtype == plain.dtype and torch.equal(mine, plain)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_references_multiply_all_digits_of_float32(precision):
+    """What PyTorch may round float32 factors to; whether it does, depends on the processor."""
+    dtypes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function._schema.name in ("aten::mm", "aten::addmm", "aten::linear"):
+                dtypes.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    values, bits = sk.pack24(*sparse24(9, 20))
+    x = torch.randn(3, 20)
+    with matmul_precision(precision), Watch():
+        got = _linear24._op_dk(REFERENCE, x, values, bits, None)
+    assert dtypes == [torch.float64] and got.dtype == torch.float32
+
+
+def saved(output):
+    return [tensor for tensor in output.grad_fn.saved_tensors if tensor is not None]
+
+
+def test_products_save_x_only_for_the_gradient_of_the_weight():
+    values, bits = sk.pack24(*sparse24(9, 20))
+    tiered = sk.pack_tiered(torch.randn(20, 20) * (torch.rand(20, 20) < 0.3), block=(8, 8))
+    x = torch.randn(3, 20)
+
+    def keeps(output, tensor):
+        return any(each is tensor or each.data_ptr() == tensor.data_ptr() for each in saved(output))
+
+    frozen = x.clone().requires_grad_()
+    assert not keeps(sk.linear24(frozen, values, bits), frozen)
+    assert not keeps(sk.linear_tiered(frozen, tiered, out_features=20), frozen)
+    trained = values.clone().requires_grad_()
+    output = sk.linear24(x, trained, bits)
+    assert keeps(output, x) and not keeps(output, trained)
+    bias = torch.zeros(9, requires_grad=True)
+    assert not saved(sk.linear24(x, values, bits, bias))
+    assert keeps(sk.linear_tiered(x, tiered._replace(dense=tiered.dense.clone().requires_grad_()), out_features=20), x)
+
+    weight, wide = sparse24(64, 64, torch.bfloat16)[0], torch.randn(3, 64).bfloat16()
+    for both in (False, True):
+        frozen = wide.clone().requires_grad_()
+        assert not keeps(train_linear24(frozen, weight, None, transposable=both, layout="cutlass_sm80"), frozen)
+        trained = weight.clone().requires_grad_()
+        output = train_linear24(wide, trained, None, transposable=both, layout="cutlass_sm80")
+        assert len(saved(output)) == 1 and keeps(output, wide)
+
+
+def test_what_is_written_in_place_is_known_to_autograd():
+    weight = torch.randn(4, 8, requires_grad=True)
+    doubled = weight * 2
+    output = (doubled**2).sum()  # saves `doubled`
+    before = doubled._version
+    sk.nm_prune_(doubled, 2, 4)
+    assert doubled._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+    strided = torch.randn(8, 4).t()
+    before = strided._version
+    OPS.nm_prune_(strided, 2, 4, None)
+    assert strided._version > before
+    with torch.inference_mode():
+        sk.nm_prune_(torch.randn(4, 8), 2, 4)  # such tensors have no version
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["autocast_bfloat16", "no_grad", "default_float64", "deterministic"])
+def test_compiled_ops_give_the_same_bits(name):
+    def run(weight, x, values, bits):
+        return sk.nm_mask(weight, 2, 4), sk.linear24(x, values, bits), sk.block_scores(weight, (4, 4))
+
+    inputs = torch.randn(9, 20), torch.randn(3, 20), *sk.pack24(*sparse24(9, 20))
+    expected = run(*inputs)
+    torch._dynamo.reset()
+    with SURROUNDINGS[name]():
+        got = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs)
+    for mine, plain in zip(got, expected, strict=True):
+        assert_same(mine, plain)
