@@ -13,6 +13,8 @@ from .ops.nm import MAX_M
 
 Axis = int | Literal["flatten"]
 BLOCK, K = (16, 16), 10  # of tiers, as the three-tier pruner has them
+LOST_ZEROS = "is not zero where its mask drops it"
+WAY_BACK = "it was trained or merged without keep_masks; prune_ it again, or zero it by keep_masks"
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,19 @@ def outdated_mask(module: nn.Module, parameter: str = "weight") -> str | None:
     if own is not None and tuple(own.shape) != info.shape:
         return f"its {parameter} has the shape {tuple(own.shape)}, and the stored mask has {info.shape}: {way}"
     return None
+
+
+def lost_zeros(module: nn.Module, parameter: str = "weight") -> str | None:
+    """Why a parameter does not obey its stored mask; None where it does, or where there is none.
+
+    Training it without ``keep_masks``, or merging LoRA into it, fills what the mask drops.
+    """
+    mask = get_mask(module, parameter)
+    if mask is None:
+        return None
+    dropped = module.get_parameter(parameter).detach()[~mask]
+    filled = int(dropped.count_nonzero())
+    return f"its {parameter} {LOST_ZEROS} ({filled} of {dropped.numel()}): {WAY_BACK}" if filled else None
 
 
 def check_masks(model: nn.Module) -> None:

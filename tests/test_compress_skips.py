@@ -84,6 +84,10 @@ def test_not_24_and_masks_that_lie(ratios):
     report = sk.compress_(model)
     assert "2:4: its weight is not zero where its mask drops it" in report.layers[0].reason
     assert decisions(report) == {"0.up": "prepacked", "0.down": "2:4"}
+    assert (
+        "tiered: its weight is not zero where its mask drops it (8 of 256): it was trained" in report.layers[0].reason
+    )
+    assert "\n1 with a stored mask whose weight is not zero where its mask drops it: it was trained or" in str(report)
     report = sk.compress_(blocks(1, pruned=False))
     assert "2:4: not 2:4" in report.layers[0].reason
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layers import is_transposed, unsupported_reason
-from ..masks import get_mask, outdated_mask, tier_sizes
+from ..masks import lost_zeros, outdated_mask, tier_sizes
 from ..nn import (
     Compressed,
     DenseRoute,
@@ -88,14 +88,7 @@ def unsupported_with_dense(layer: nn.Linear) -> str | None:
 
 
 def _unsupported_weight(layer: nn.Linear) -> str | None:
-    return _unsupported_mask(layer) or (None if _is_24(kept_matrix(layer)) else "not 2:4")
-
-
-def _unsupported_mask(layer: nn.Linear) -> str | None:
-    mask = get_mask(layer)
-    if mask is not None and bool((layer.weight.detach()[~mask] != 0).any()):
-        return "its weight is not zero where its mask drops it"
-    return None
+    return lost_zeros(layer) or (None if _is_24(kept_matrix(layer)) else "not 2:4")
 
 
 def _is_24(kept: Tensor) -> bool:
@@ -105,6 +98,8 @@ def _is_24(kept: Tensor) -> bool:
 
 def unsupported_tiered(layer: nn.Linear) -> str | None:
     """Why a layer cannot become a ``TieredLinear``, or is not worth measuring as one; None where it is."""
+    if reason := lost_zeros(layer):
+        return reason
     kept = kept_matrix(layer)
     if int(kept.count_nonzero()) > MOST_BYTES * kept.numel():
         return "hardly sparse"
@@ -119,7 +114,7 @@ def unsupported_tiered(layer: nn.Linear) -> str | None:
         return str(error)
     if (share := Tiers.of(layer).bytes_of_dense(layer.weight.itemsize)) > MOST_BYTES:
         return f"its blocks take {share:.0%} of the dense bytes"
-    return _unsupported_mask(layer)
+    return None
 
 
 def _unsupported_prepacked(layer: nn.Linear) -> str | None:

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..masks import LOST_ZEROS, WAY_BACK
 from .tune import Timing
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def summary(report: "CompressReport") -> Iterator[str]:
     layers = report.layers
     if any(layer.timings for layer in layers):
         yield "ratios: times the plain layer (times the best dense); of what a layer became, or of the runner-up"
+    if filled := sum(LOST_ZEROS in layer.reason for layer in layers):
+        yield f"{filled} with a stored mask whose weight {LOST_ZEROS}: {WAY_BACK}"
     if report.swapped:
         sparse = [layer for layer in layers if layer.sparse]
         packed = [layer for layer in layers if layer.decision == "prepacked"]
