@@ -35,6 +35,7 @@ from .prune import Swaps as Swaps
 from .prune import Wanda as Wanda
 from .prune import keep_masks as keep_masks
 from .prune import prune_ as prune_
+from .prune import reestimate_batchnorm_ as reestimate_batchnorm_
 from .semi_structured import from_sparse_semi_structured as from_sparse_semi_structured
 from .semi_structured import to_sparse_semi_structured as to_sparse_semi_structured
 from .train import SparseTraining as SparseTraining

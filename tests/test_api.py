@@ -25,7 +25,7 @@ SIGNATURES = {
     "unpack_tiered": "packed, rows, cols",
     "linear_tiered": "x, packed, bias=None, *, out_features",
     "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', "
-    "token_mask=None, group='world', progress=None, resume=None",
+    "token_mask=None, batchnorm=True, group='world', progress=None, resume=None",
     "Magnitude": "pattern",
     "Wanda": "pattern",
     "RIA": "pattern, power=0.5",
@@ -33,6 +33,7 @@ SIGNATURES = {
     "ADMM": "pattern, iterations=20, ramp=15, damp=0.1",
     "Swaps": "method, *, passes=20",
     "LeastSquares": "method, *, iterations=100, damp=0.01, tolerance=0.0003",
+    "reestimate_batchnorm_": "model, batches, *, forward=None, group='world'",
     "keep_masks": "model, optimizer",
     "compress_": "model, sample=None, *, tokens=None, objective='speed', where=None, forward=None, budget=0.5, "
     "graphs=False, keep_dense=False, progress=None",

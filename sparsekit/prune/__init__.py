@@ -1,6 +1,7 @@
 """Makes models sparse: methods, calibration, ``prune_``, and fine-tuning that keeps the masks."""
 
 from .admm import ADMM as ADMM
+from .batchnorm import reestimate_batchnorm_ as reestimate_batchnorm_
 from .finetune import MaskKeeper as MaskKeeper
 from .finetune import keep_masks as keep_masks
 from .methods import RIA as RIA

@@ -19,7 +19,7 @@ def apply_mask(layer: Layer, pruned: Tensor, mask: Tensor, pattern: Pattern, und
     """Writes a weight and its mask, both of the weight's own shape; ``undo`` takes the way back."""
     weight = layer.weight.detach()
     undo.callback(_way_back(layer, weight, pruned))
-    with _writing(weight):
+    with writing(weight):
         weight.copy_(pruned)
     torch.clear_autocast_cache()  # it may hold the weight as it was, in another dtype
     set_mask(layer.module, mask, MaskInfo(pattern, layer.axis), layer.parameter)
@@ -39,7 +39,7 @@ def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None
 
     def restore() -> None:
         start = 0
-        with _writing(weight):
+        with writing(weight):
             for part, packed in zip(_chunks(weight), where.split(_rows(weight)), strict=True):
                 changed = unpack_bits(packed, part.shape[1:].numel()).view(part.shape)
                 end = start + int(changed.sum())
@@ -54,7 +54,7 @@ def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None
     return restore
 
 
-def _writing(weight: Tensor) -> AbstractContextManager[None]:
+def writing(weight: Tensor) -> AbstractContextManager[None]:
     """What a weight that was made in inference mode can only be written in."""
     return torch.inference_mode() if weight.is_inference() else nullcontext()
 

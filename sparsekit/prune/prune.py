@@ -16,13 +16,14 @@ from .._layers import Where, check_model, count_weights
 from .._undo import Undo
 from ..masks import Pattern, grouped, ungrouped
 from .apply import apply_mask
+from .batchnorm import reestimate, tracked_batchnorms
 from .calibration import calibrated
 from .full_precision import full_precision
 from .inputs import Gather, Inputs
 from .layers import Layer, check_result, check_weights, find_layers, nothing_to
 from .methods import Method
 from .padding import TokenMask
-from .ranks import Group, Ranks
+from .ranks import Group, Ranks, local_buffers
 from .report import LayerReport, PruneReport, Skipped
 from .resume import Finished, call_of
 
@@ -37,6 +38,7 @@ def prune_(
     forward: Forward | None = None,
     axis: Literal["input", "flatten"] = "input",
     token_mask: TokenMask | None = None,
+    batchnorm: bool = True,
     group: Group = "world",
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -69,6 +71,8 @@ def prune_(
             or None where all do. By default a batch that is a mapping says so by its ``attention_mask``, and for a
             decoder by its ``decoder_attention_mask``, where that is ``[batch, tokens]``; a mask of another shape says
             nothing about padding. What a convolution sees counts whole.
+        batchnorm: whether every BatchNorm that runs after a pruned layer gets the statistics that its inputs have then,
+            in one more pass over the batches (``reestimate_batchnorm_``): those of the dense model are wrong by then.
         group: the processes that prune the model together where ``torch.distributed`` is initialized, each with batches
             of its own: all of them call ``prune_``, their statistics are added up, and all get the same masks and
             weights. ``"world"`` is all processes, ``"alone"`` this one without the others; or a process group.
@@ -101,6 +105,9 @@ def prune_(
         if not layers:
             raise ValueError(nothing_to("prune", "layer that can be pruned", where, skipped))
         check_weights(layers)
+        batchnorms = tracked_batchnorms(model) if batchnorm and batches is not None else {}
+        if batchnorms:
+            as_batches(batches, reused=True)  # rejected before the work
         read = ranks.exchange(None if resume is None else digest_batches(as_batches(batches, reused=True)))
         finished = None
         if resume is not None:
@@ -110,7 +117,7 @@ def prune_(
         reports: list[LayerReport] = []
         gather = partial(Inputs, statistic=method.statistic, token_mask=token_mask)
         shown = _shown(model, gather, layers, batches, sequential, forward, progress or iter, finished, ranks)
-        with evaluating(model), closing(shown):
+        with evaluating(model), local_buffers(model), closing(shown):
             if finished is not None:
                 reports += _restore(finished, layers, undo)
                 if ranks.rank == 0:
@@ -127,8 +134,13 @@ def prune_(
                     finished.add(block)
             if not reports:
                 raise ValueError("no calibration batch reached any of the selected layers")
+            norms: tuple[str, ...] = ()
+            if batchnorms:
+                pruned = {report.name for report in reports}
+                after = {layer.module for layer in layers if layer.name in pruned}
+                norms = reestimate(model, batchnorms, as_batches(batches), forward, ranks, undo, after)
         seconds = time.perf_counter() - started
-        return PruneReport(repr(method), tuple(reports), tuple(skipped), seconds, count_weights(model))
+        return PruneReport(repr(method), tuple(reports), tuple(skipped), seconds, count_weights(model), norms)
 
     return change(model, "pruned", ranks.together(work))
 

@@ -1,14 +1,16 @@
 """Several processes that calibrate one model together, each with its own batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .._undo import Undo
+from .._undo import Undo, restoring
 from .apply import BITS
 from .inputs import Inputs
 from .layers import Layer
@@ -82,8 +84,13 @@ class Ranks:
             self.exchange()
             for inputs in gathered:
                 if inputs is not None:
-                    inputs.reduce(self.exchange, self._all_reduce)
+                    inputs.reduce(self.exchange, self.all_reduce)
         return gathered
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sums a tensor over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self._group)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The first process's tensor, for all: of the same shape and dtype everywhere."""
@@ -109,9 +116,6 @@ class Ranks:
                 self._exchange(f"{type(error).__name__}: {error}", None)
             raise
 
-    def _all_reduce(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self._group)
-
     def _exchange(self, failure: str | None, value: Any) -> list[Any]:
         given: list[Any] = [None] * self.size
         dist.all_gather_object(given, (failure, value), group=self._group)
@@ -120,6 +124,22 @@ class Ranks:
                 if message is not None:
                     raise RankFailed(f"the model is as it was: rank {rank} failed with {message}")
         return [value for _, value in given]
+
+
+@contextmanager
+def local_buffers(model: nn.Module) -> Iterator[None]:
+    """Keeps DistributedDataParallel from sending buffers round in every pass: ranks may have more batches or fewer."""
+    wrapped = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    synced = [module.require_forward_param_sync for module in wrapped]
+
+    def restore() -> None:
+        for module, before in zip(wrapped, synced, strict=True):
+            module.require_forward_param_sync = before
+
+    with restoring(restore):
+        for module in wrapped:
+            module.require_forward_param_sync = False
+        yield
 
 
 def _fingerprint(weight: Tensor) -> tuple[Any, ...]:

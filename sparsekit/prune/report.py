@@ -51,6 +51,7 @@ class PruneReport:
             two dimensions and one group.
         seconds: wall-clock time of the whole call.
         model_weights: the number of all parameters of the model, biases and embeddings too, shared ones once.
+        batchnorm: the BatchNorm modules that have new statistics.
     """
 
     method: str
@@ -58,6 +59,7 @@ class PruneReport:
     skipped: tuple[Skipped, ...]
     seconds: float
     model_weights: int
+    batchnorm: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -97,6 +99,8 @@ class PruneReport:
         ]
         lines.insert(-1, "-" * len(lines[0]))
         lines += [f"skipped {_names(names)}: {reason}" for reason, names in self._reasons().items()]
+        if self.batchnorm:
+            lines.append(f"re-estimated the statistics of {_names(list(self.batchnorm))}")
         lines.append(f"of the whole model: {self.model_sparsity:.2%} of {self.model_weights:,} parameters")
         return "\n".join([*lines, f"{self.method}, {self.seconds:.1f} s"])
 

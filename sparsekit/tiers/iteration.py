@@ -18,7 +18,7 @@ from ..prune.calibration import calibrated
 from ..prune.full_precision import full_precision
 from ..prune.layers import Layer, check_result, check_weights, find_layers, nothing_to
 from ..prune.padding import TokenMask
-from ..prune.ranks import Group, Ranks
+from ..prune.ranks import Group, Ranks, local_buffers
 from ..prune.statistics import Gram, InputNorm
 from .demote import Criterion
 from .fade import fading_of, mark_fading
@@ -129,7 +129,7 @@ def tier_iteration(
         demoted: dict[str, tuple[int, int]] = {}
         errors: list[float] = []
         dropped = 0
-        with evaluating(model), closing(planner.plans(show, ranks, allocation)) as plans:
+        with evaluating(model), local_buffers(model), closing(planner.plans(show, ranks, allocation)) as plans:
             for layer, inputs, plan in plans:
                 with full_precision():
                     parts = planner.prune(layer, inputs, plan)

@@ -1,0 +1,177 @@
+"""Running statistics of BatchNorm: stale once weights before it are pruned, and estimated anew from batches."""
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+
+from .._batches import Forward, as_batches, eagerly, evaluating, layer_input, run_batch
+from .._changing import change
+from .._layers import check_model
+from .._trees import copied
+from .._undo import Undo, restoring
+from .apply import writing
+from .full_precision import full_precision
+from .passes import check_count
+from .ranks import Group, Ranks, local_buffers
+
+
+def reestimate_batchnorm_(
+    model: nn.Module, batches: Any, *, forward: Forward | None = None, group: Group = "world"
+) -> tuple[str, ...]:
+    """Gives every BatchNorm of a model the statistics that its inputs have now, in place.
+
+    ``prune_`` does so by itself; this is for weights that were changed in another way. All batches go through the model
+    once, in evaluation mode but with every BatchNorm normalizing by the batch, as in training. The new
+    ``running_mean`` and ``running_var`` are the plain averages of the batches' means and unbiased variances, each batch
+    counting the same whatever ``momentum`` is; ``num_batches_tracked`` is their number. Padding counts.
+
+    Left as they are: a BatchNorm that no batch reaches or that tracks no statistics, and one in evaluation mode inside
+    a model in training mode, which was frozen on purpose. Inputs of a single value per channel have no variance: they
+    are normalized as before and do not count. Whatever fails, the model is as it was.
+
+    Args:
+        model: any tree of modules.
+        batches: as for ``prune_``, but read only once. Some hundred samples in batches of some size are enough.
+        forward: ``forward(model, batch)`` in place of calling the model on a batch.
+        group: the processes that do it together, each with batches of its own, as for ``prune_``.
+
+    Returns:
+        The names of the modules that have new statistics.
+
+    Raises:
+        TypeError: ``model`` is no module or ``batches`` are none.
+        ValueError: there is no batch, or an input of a BatchNorm is NaN or infinite, or too large for its dtype.
+        RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
+    """
+    check_model(model)
+    found, ranks = tracked_batchnorms(model), Ranks(group, None)
+
+    def work(undo: Undo) -> tuple[str, ...]:
+        ranks.agree({"batchnorms": sorted(found)}, [])
+        with evaluating(model), local_buffers(model):
+            return reestimate(model, found, as_batches(batches), forward, ranks, undo)
+
+    return change(model, "re-estimated", ranks.together(work))
+
+
+def tracked_batchnorms(model: nn.Module) -> dict[str, nn.Module]:
+    """The BatchNorm modules with running statistics, but for frozen ones: in evaluation mode in a model that trains."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and not is_lazy(module.running_mean)
+        and not module.running_mean.is_meta
+        and (module.training or not model.training)
+    }
+
+
+def reestimate(
+    model: nn.Module,
+    batchnorms: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    ranks: Ranks,
+    undo: Undo,
+    after: Collection[nn.Module] | None = None,
+) -> tuple[str, ...]:
+    """``reestimate_batchnorm_`` of a model in evaluation mode; ``undo`` takes the way back.
+
+    With ``after`` only where one of those modules has run before in the same pass: the inputs of the others are what
+    they were.
+    """
+    estimates = {name: _Estimate(name, module) for name, module in batchnorms.items()}
+    changed = after is None
+
+    def ran(*_: Any) -> None:
+        nonlocal changed
+        changed = True
+
+    hooks: list[RemovableHandle] = []
+
+    def restore() -> None:
+        for hook in hooks:
+            hook.remove()
+        for estimate in estimates.values():
+            estimate.leave()
+
+    with restoring(restore), eagerly():
+        for module in after or ():
+            hooks.append(module.register_forward_hook(ran))
+        for estimate in estimates.values():
+            enter = partial(estimate.enter, lambda: changed)
+            hooks.append(estimate.module.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(estimate.module.register_forward_hook(lambda *_, estimate=estimate: estimate.leave()))
+        count = 0
+        for count, batch in enumerate(batches, start=1):  # noqa: B007
+            changed = after is None
+            run_batch(model, copied(batch), forward)
+        check_count(count)
+    ranks.exchange()
+    with full_precision():
+        return tuple(name for name, estimate in estimates.items() if estimate.write(ranks, undo))
+
+
+class _Estimate:
+    """The statistics of one BatchNorm, which normalizes by them while it runs."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.module = module
+        self._name = name
+        self._own = module.get_buffer("running_mean"), module.get_buffer("running_var")
+        with full_precision():
+            self._mean, self._var = (torch.zeros_like(own, dtype=torch.float32) for own in self._own)
+        self._count = 0
+
+    def enter(self, counts: Any, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Takes in an input and lets the module normalize by it."""
+        if not counts():
+            return
+        x = layer_input(args, kwargs)
+        values = x.numel() // max(len(self._mean), 1)
+        if values < 2:
+            return
+        with full_precision():
+            channels = x.movedim(1, 0).flatten(1).float() if x.dim() > 1 else x.float()[None]
+            var, mean = torch.var_mean(channels, 1, correction=0)
+            self._mean += mean
+            self._var += var * (values / (values - 1))
+            self._count += 1
+            self._show(mean.to(self._own[0].dtype), var.to(self._own[1].dtype))
+
+    def leave(self) -> None:
+        """Gives the module its own statistics back."""
+        self._show(*self._own)
+
+    def _show(self, mean: Tensor, var: Tensor) -> None:
+        self.module._buffers.update(running_mean=mean, running_var=var)
+
+    def write(self, ranks: Ranks, undo: Undo) -> bool:
+        """Stores the averages over all batches of all processes; False where none came."""
+        count = torch.tensor(self._count, dtype=torch.int64, device=self._mean.device)
+        for each in (self._mean, self._var, count):
+            ranks.all_reduce(each)
+        if count == 0:
+            return False
+        tracked = self.module._buffers.get("num_batches_tracked")
+        new = [
+            (own, mean.div_(count).to(own.dtype)) for own, mean in zip(self._own, (self._mean, self._var), strict=True)
+        ]
+        if not all(torch.isfinite(value).all() for _, value in new):
+            raise ValueError(f"an input of the BatchNorm {self._name or 'model'} is NaN, infinite or too large")
+        for own, value in [*new, *([] if tracked is None else [(tracked, count)])]:
+            undo.callback(_copy, own, own.clone())
+            _copy(own, value)
+        return True
+
+
+def _copy(own: Tensor, value: Tensor) -> None:
+    with writing(own):
+        own.copy_(value)
