@@ -206,14 +206,14 @@ def outdated_mask(module: nn.Module, parameter: str = "weight") -> str | None:
 
 
 def lost_zeros(module: nn.Module, parameter: str = "weight") -> str | None:
-    """Why a parameter does not obey its stored mask; None where it does, or where there is none.
+    """Why a parameter does not obey its stored mask; None where it does, where there is none, or where nobody can look.
 
     Training it without ``keep_masks``, or merging LoRA into it, fills what the mask drops.
     """
-    mask = get_mask(module, parameter)
-    if mask is None:
+    mask, weight = get_mask(module, parameter), module._parameters.get(parameter)
+    if mask is None or weight is None or weight.is_meta or hasattr(weight, "to_local"):
         return None
-    dropped = module.get_parameter(parameter).detach()[~mask]
+    dropped = weight.detach()[~mask]
     filled = int(dropped.count_nonzero())
     return f"its {parameter} {LOST_ZEROS} ({filled} of {dropped.numel()}): {WAY_BACK}" if filled else None
 

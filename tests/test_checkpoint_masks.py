@@ -89,3 +89,13 @@ def test_a_model_without_masks_has_none_to_save(path):
     with pytest.raises(ValueError, match="the model has no masks to be saved"):
         sk.save(make(), path, format="masks")
     assert not path.exists()
+
+
+def test_weights_that_lost_their_zeros_are_not_those_of_the_masks(path):
+    model = prune(make(tied=False))
+    model.second.weight.data.add_(1)
+    with pytest.raises(
+        ValueError, match=r"layer 'second': its weight is not zero where its mask drops it \(72 of 72\)"
+    ):
+        sk.save(model, path, format="masks")
+    assert not path.exists()

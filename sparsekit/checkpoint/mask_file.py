@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._archive import seal, write
 from .._layers import input_dim
-from ..masks import MaskInfo, check_masks, get_mask_info, remove_mask, set_mask_bits
+from ..masks import MaskInfo, check_masks, get_mask_info, lost_zeros, remove_mask, set_mask_bits
 from ..nn import weight_shape
 from .structure import Layer, dump, join
 
@@ -16,12 +16,14 @@ def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     """The pruned layers of a model, and their masks.
 
     Raises:
-        ValueError: it has none, or one that does not belong to its weight any more.
+        ValueError: it has none, or one that its weight does not belong to, or does not obey, any more.
     """
     check_masks(model)
     layers, tensors = dict[str, Layer](), dict[str, Tensor]()
     for name, module in model.named_modules(remove_duplicate=False):
         if info := get_mask_info(module):
+            if reason := lost_zeros(module):
+                raise ValueError(f"layer {name!r}: {reason}")
             layers[name] = Layer("dense", weight_shape(module), mask=info)
             tensors[join(name, "weight_mask")] = module.weight_mask
     if not layers:
