@@ -62,19 +62,28 @@ def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, shared
 
 
+def check_holds_data(name: str, tensor: Tensor) -> None:
+    """Rejects a tensor that is only a part, or a promise, of what it stands for.
+
+    Raises:
+        ValueError: it is sharded over processes, or not initialized.
+    """
+    if hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id"):  # a DTensor, a parameter of DeepSpeed's ZeRO
+        raise ValueError(
+            f"{name} is sharded over processes: gather the model first, as get_model_state_dict of "
+            "torch.distributed.checkpoint.state_dict does with full_state_dict=True, into a model of one process"
+        )
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{name} is not initialized: run the model on an input first")
+
+
 def _check(name: str, tensor: Any) -> None:
     """Rejects what has no bytes to write."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor to be saved, got {type(tensor).__name__}")
-    if hasattr(tensor, "device_mesh"):
-        raise ValueError(
-            f"{name} is sharded over processes (a DTensor): gather the model first, as get_model_state_dict of "
-            "torch.distributed.checkpoint.state_dict does with full_state_dict=True, and save a model that loaded it"
-        )
+    check_holds_data(name, tensor)
     if is_traceable_wrapper_subclass(tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}, which holds other tensors: only plain ones are saved")
-    if torch.nn.parameter.is_lazy(tensor):
-        raise ValueError(f"{name} is not initialized and has no data to save: run the model once")
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device and has no data to save")
     if tensor.layout != torch.strided:

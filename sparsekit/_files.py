@@ -9,8 +9,11 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ._undo import restoring
 
 try:
     import fcntl
@@ -123,14 +126,19 @@ def _temporary(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
     while True:
         # Known before it is made, so that an interrupt at any point finds it; short, whatever the target is called.
         path = folder / TEMPORARY.replace("*", secrets.token_hex(8))
-        try:
-            with open(path, "xb") as file:
-                if _lock(file.fileno()) is False or os.fstat(file.fileno()).st_nlink == 0:
-                    continue  # it was taken for an abandoned one before it was locked
-                yield file, path
-                return
-        finally:
-            path.unlink(missing_ok=True)
+        opened: list[BinaryIO] = []
+        with restoring(partial(_remove, path, opened)):
+            opened.append(open(path, "xb"))
+            if _lock(opened[0].fileno()) is False or os.fstat(opened[0].fileno()).st_nlink == 0:
+                continue  # it was taken for an abandoned one before it was locked
+            yield opened[0], path
+            return
+
+
+def _remove(path: Path, opened: list[BinaryIO]) -> None:
+    for file in opened:
+        file.close()
+    path.unlink(missing_ok=True)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit import _archive
-from sparsekit.checkpoint import checkpoint
+from sparsekit.checkpoint import rebuild
 from sparsekit.nn import Linear24
 
 
@@ -173,7 +173,7 @@ def test_a_failure_while_loading_leaves_the_model_whole(path, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "remove_mask", fail)
+    monkeypatch.setattr(rebuild, "forget_masks", fail)
     with pytest.raises(KeyboardInterrupt):
         sk.load(model, path)
     assert contents(model) == before
@@ -190,7 +190,7 @@ def test_a_failure_while_loading_leaves_a_compressed_model_whole(ratios, path, m
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "guard_saving", fail)
+    monkeypatch.setattr(rebuild, "guard_saving", fail)
     with pytest.raises(KeyboardInterrupt):
         sk.load(model, path)
     assert contents(model) == before and list(model.modules()) == modules

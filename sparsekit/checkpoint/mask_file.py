@@ -1,15 +1,14 @@
 """Files of masks alone, to lie beside weights that another library keeps: a thirty-second of those in fp32."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from .._archive import seal, write
-from .._layers import input_dim
-from ..masks import MaskInfo, check_masks, get_mask_info, lost_zeros, remove_mask, set_mask_bits
-from ..nn import weight_shape
-from .structure import Layer, dump, join
+from .._archive import check_holds_data, seal, write
+from ..masks import MaskInfo, lost_zeros, masked_parameters, remove_mask, set_mask_bits
+from ..nn import Compressed
+from .structure import Layer, dump, join, layers_of
 
 
 def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
@@ -18,14 +17,14 @@ def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     Raises:
         ValueError: it has none, or one that its weight does not belong to, or does not obey, any more.
     """
-    check_masks(model)
     layers, tensors = dict[str, Layer](), dict[str, Tensor]()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if info := get_mask_info(module):
-            if reason := lost_zeros(module):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer, bits in layers_of(model):
+        if bits is not None:
+            if reason := lost_zeros(modules[layer.module(name)], layer.parameter):
                 raise ValueError(f"layer {name!r}: {reason}")
-            layers[name] = Layer("dense", weight_shape(module), mask=info)
-            tensors[join(name, "weight_mask")] = module.weight_mask
+            layers[name] = Layer("dense", layer.shape, mask=layer.mask, parameter=layer.parameter)
+            tensors[layer.mask_name(name)] = bits
     if not layers:
         raise ValueError("the model has no masks to be saved")
     return layers, tensors
@@ -44,7 +43,7 @@ def save_masks(path: Path, masks: Mapping[str, tuple[Tensor, tuple[int, ...], Ma
 
 def only_masks(layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file holds nothing but the masks of its layers."""
-    masked = {join(name, "weight_mask") for name, layer in layers.items() if layer.mask}
+    masked = {layer.mask_name(name) for name, layer in layers.items() if layer.mask}
     return len(masked) == len(layers) > 0 and tensors.keys() == masked
 
 
@@ -57,20 +56,28 @@ def assign_masks(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
         kept = layer.check_mask(name, tensors)
-        module = modules.get(name)
-        if module is None or input_dim(module) is None:
+        module = modules.get(layer.module(name))
+        # A weight that is computed from others is not read: reading may change them.
+        weight = None if module is None or isinstance(module, Compressed) else module._parameters.get(layer.parameter)
+        if weight is None:
             raise ValueError(f"the model has no dense layer {name!r} for its mask")
-        weight: Tensor = module.weight
+        check_holds_data(f"layer {name!r}", weight)
         if layer.shape != weight.shape:
             raise ValueError(f"layer {name!r} has shape {layer.shape}, the model's has {tuple(weight.shape)}")
         if weight.is_meta:
             raise ValueError(f"layer {name!r} is on the meta device: masks alone need a model that has its weights")
         if weight.detach()[~kept.view(weight.shape).to(weight.device)].any():
             raise ValueError(f"layer {name!r} has weights that its mask drops: these are not the weights it belongs to")
-    for module in modules.values():
-        remove_mask(module)
+    forget_masks(modules.values())
     for name, layer in layers.items():
-        module = modules[name]
-        bits = tensors[join(name, "weight_mask")].to(module.weight.device)
+        module = modules[layer.module(name)]
+        bits = tensors[layer.mask_name(name)].to(module.get_parameter(layer.parameter).device)
         assert layer.mask is not None
-        set_mask_bits(module, bits, layer.mask)
+        set_mask_bits(module, bits, layer.mask, layer.parameter)
+
+
+def forget_masks(modules: Iterable[nn.Module]) -> None:
+    """Removes the stored masks of all parameters of modules."""
+    for module in modules:
+        for parameter in masked_parameters(module):
+            remove_mask(module, parameter)

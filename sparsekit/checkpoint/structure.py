@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..masks import Axis, MaskInfo, Pattern, get_mask_info
+from .._files import parse_json
+from ..masks import Axis, MaskInfo, Pattern, check_masks, get_mask_bits, get_mask_info, masked_parameters
 from ..nn import Linear24, PrepackedLinear, TieredLinear, weight_shape
 from ..ops import TieredWeight, pack_bits, unpack24, unpack_bits, unpack_tiered
 from ..ops._define import DTYPES
@@ -23,7 +24,10 @@ _MAX_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Layer:
-    """What the structure says of a layer that is compressed or pruned."""
+    """What the structure says of a layer that is compressed or pruned.
+
+    Its name is that of its module; where its weight has another name, as those of experts have, the weight's.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -32,9 +36,11 @@ class Layer:
     mask: MaskInfo | None = None
     block: tuple[int, int] = (0, 0)  # and k: of a tiered layer
     k: int = 0
+    parameter: str = "weight"
 
     @staticmethod
     def of(module: nn.Module) -> "Layer | None":
+        """The layer that a compressed module is; None for another module."""
         mask = get_mask_info(module)
         if isinstance(module, Linear24):
             return Layer("linear24", weight_shape(module), module.transposed, mask=mask)
@@ -43,7 +49,19 @@ class Layer:
             return Layer("tiered", shape, module.transposed, mask=mask, block=module.block, k=module.k)
         if isinstance(module, PrepackedLinear):
             return Layer("prepacked", weight_shape(module), module.transposed, module.tokens, mask)
-        return Layer("dense", weight_shape(module), mask=mask) if mask else None
+        return None
+
+    def module(self, name: str) -> str:
+        """The name of its module."""
+        return name if self.parameter == "weight" else name.removesuffix(self.parameter).removesuffix(".")
+
+    def weight(self, name: str) -> str:
+        """The name of its weight in a state dict."""
+        return join(self.module(name), self.parameter)
+
+    def mask_name(self, name: str) -> str:
+        """The name of its mask in a file."""
+        return f"{self.weight(name)}_mask"
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -66,6 +84,7 @@ class Layer:
             "transposed": self.transposed,
             "tokens": self.tokens,
             "mask": mask,
+            **({} if self.parameter == "weight" else {"parameter": self.parameter}),
             **tiers,
         }
 
@@ -88,7 +107,10 @@ class Layer:
         mask = data.get("mask")
         info = None if mask is None else _parse_mask(f"the mask of {where}", mask, shape)
         block, k = _parse_tiers(where, data) if kind == "tiered" else ((0, 0), 0)
-        return Layer(kind, shape, _field(where, data, "transposed", bool), tokens, info, block, k)
+        parameter = _field(where, data, "parameter", str) if "parameter" in data else "weight"
+        if parameter != "weight" and (kind != "dense" or (name != parameter and not name.endswith(f".{parameter}"))):
+            raise ValueError(f"{where} has the weight {parameter!r}, and is not dense and called like it")
+        return Layer(kind, shape, _field(where, data, "transposed", bool), tokens, info, block, k, parameter)
 
     def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Verifies that the layer's own tensors are there, have its shape, and are well-formed bits."""
@@ -110,15 +132,15 @@ class Layer:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"layer {name!r} is not packed as pack_tiered does: {error}") from error
         else:
-            weight = _tensor(tensors, join(name, "weight"), self.shape)
+            weight = _tensor(tensors, self.weight(name), self.shape)
             if not weight.is_floating_point():
-                raise ValueError(f"{join(name, 'weight')} is {weight.dtype}, not floating point")
+                raise ValueError(f"{self.weight(name)} is {weight.dtype}, not floating point")
         if self.mask:
             self.check_mask(name, tensors)
 
     def check_mask(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """The bool mask ``[rows, columns]`` of the layer, verified to be there and well-formed."""
-        return _bits(tensors, join(name, "weight_mask"), (self.shape[0], math.prod(self.shape[1:])))
+        return _bits(tensors, self.mask_name(name), (self.shape[0], math.prod(self.shape[1:])))
 
     def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
         """The packed weight of a tiered layer."""
@@ -134,9 +156,26 @@ class Layer:
             for part in PARTS:
                 del tensors[join(name, part)]
         else:
-            return Layer("dense", self.shape, mask=self.mask)
+            return Layer("dense", self.shape, mask=self.mask, parameter=self.parameter)
         tensors[join(name, "weight")] = weight.t().contiguous() if self.transposed else weight
         return Layer("dense", self.shape, mask=self.mask)
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, Layer, Tensor | None]]:
+    """Yields every compressed or pruned layer of a model: its name, itself, and its bit-packed mask.
+
+    Raises:
+        ValueError: a mask does not belong to its weight any more.
+    """
+    check_masks(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if layer := Layer.of(module):
+            yield name, layer, get_mask_bits(module)
+            continue
+        for parameter in masked_parameters(module):
+            shape = tuple(module.get_parameter(parameter).shape)
+            layer = Layer("dense", shape, mask=get_mask_info(module, parameter), parameter=parameter)
+            yield name if parameter == "weight" else join(name, parameter), layer, get_mask_bits(module, parameter)
 
 
 def dump(layers: Mapping[str, Layer], shared: Mapping[str, str]) -> str:
@@ -152,8 +191,8 @@ def parse(structure: str) -> tuple[dict[str, Layer], dict[str, str]]:
         ValueError: it is not what ``dump`` wrote.
     """
     try:
-        root = json.loads(structure)
-    except (ValueError, RecursionError) as error:
+        root = parse_json(structure)
+    except ValueError as error:
         raise ValueError(f"its structure is not JSON ({error})") from error
     version = _field("the structure", root, "version", int)
     if version != VERSION:

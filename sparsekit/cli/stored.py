@@ -92,16 +92,17 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
             raise ValueError("it holds masks alone, their weights are in the other files of its folder")
         for name, layer in layers.items():
             layer.check(name, tensors)
-            bits = tensors.pop(join(name, "weight_mask"), None)
-            bias = tensors.get(join(name, "bias"))
-            held = {key for key in tensors if key.rpartition(".")[0] == name}
-            stored = sum(tensors[key].nbytes for key in held) - (0 if bias is None else bias.nbytes)
+            bits = tensors.pop(layer.mask_name(name), None)
+            held = {key for key in tensors if key.rpartition(".")[0] == name} - {join(name, "bias")}
+            if layer.kind == "dense":
+                held = {layer.weight(name)}
+            stored = sum(tensors[key].nbytes for key in held)
             layer.densify(name, tensors)
             axis: Axis = layer.mask.axis if layer.mask else 0 if layer.transposed else 1
             role = roles.get(name)
             role = Role(axis, role.exempt if role else "")
             mask = None if bits is None else _mask(bits, layer.shape)
-            yield Matrix(name, tensors.pop(join(name, "weight")), role, stored, mask, layer.mask)
+            yield Matrix(name, tensors.pop(layer.weight(name)), role, stored, mask, layer.mask)
         for key, weight in tensors.items():
             name, _, part = key.rpartition(".")
             role = roles.get(name)

@@ -1,0 +1,172 @@
+"""Makes the modules of a model what a file says: their kinds, and the tensors that they hold."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..compress.swap import check_known, get_original, guard_saving, refill, set_original
+from ..masks import remove_mask, set_mask_bits
+from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, TieredLinear
+from ..ops import TieredWeight
+from .mask_file import forget_masks
+from .structure import Layer, join
+
+
+def rebuild(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+    """Puts a module of the kind that the file says in every place, and gives all of them their tensors.
+
+    Args:
+        model: its layers have the shapes of ``layers``.
+        layers: the compressed or pruned layers by name, verified against ``tensors``.
+        tensors: the state dict and the masks, each name with its tensor.
+
+    Raises:
+        ValueError: the file does not fit the model, which is half changed then.
+    """
+    _swap(model, layers, tensors)
+    _assign(model, layers, tensors)
+    _check_all_is_here(model)
+    guard_saving(model)
+
+
+def _swap(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+    """Puts a module of the kind that the file says in every place."""
+    made: dict[nn.Module, nn.Module] = {}
+    make: Callable[[], nn.Module]
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        layer = layers.get(name)
+        if layer is not None and layer.kind != "dense":
+            make = partial(_compressed, name, module, layer, tensors)
+        elif isinstance(module, Compressed):
+            make = partial(_dense, name, module)
+        else:
+            continue
+        if not name:
+            raise ValueError("the model is a single layer, which cannot be replaced within it: put it in a Sequential")
+        if module not in made:
+            made[module] = make()
+        model.set_submodule(name, made[module])
+
+
+def _dense(name: str, module: Compressed) -> nn.Module:
+    check_known(name, module)
+    return refill(module)
+
+
+def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str, Tensor]) -> Compressed:
+    """The compressed layer to put in place of ``module``, which is emptied if it is dense."""
+    if not isinstance(module, Compressed) and not (
+        isinstance(module, nn.Linear) is not layer.transposed
+        and isinstance(module._parameters.get("weight"), Tensor)
+        and hasattr(module, "bias")
+    ):
+        raise ValueError(f"layer {name!r} is {layer.kind!r} in the file and {type(module).__name__} in the model")
+    device, trainable = _device(_stored(module)), _trainable(module)
+    new: Compressed
+    if layer.kind == "linear24":
+        rows, cols = layer.matrix
+        values, bitmask = (tensors[join(name, part)].to(device) for part in ("values", "bitmask"))
+        plan = module.plan if isinstance(module, RoutedLinear24) else None
+        kind = Linear24 if plan is None else RoutedLinear24
+        new = kind(cols, rows, False, transposed=layer.transposed, device="meta", dtype=values.dtype)
+        new.values, new.bitmask = nn.Parameter(values, requires_grad=trainable), bitmask
+        if isinstance(new, RoutedLinear24) and plan is not None:
+            new.follow(plan)
+    elif layer.kind == "tiered":
+        rows, cols = layer.matrix
+        packed = TieredWeight(*(part.to(device) for part in layer.tiered(name, tensors)))
+        new = TieredLinear(
+            packed, in_features=cols, out_features=rows, transposed=layer.transposed, requires_grad=trainable
+        )
+    else:
+        weight = tensors[join(name, "weight")].to(device)
+        weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)
+        new = PrepackedLinear(weight, None, tokens=layer.tokens, transposed=layer.transposed)
+    new.bias = module.bias  # type: ignore[assignment]
+    original = get_original(module) if isinstance(module, Compressed) else module
+    if original is module:
+        module.weight = nn.Parameter(_stored(module).detach().new_empty(0), requires_grad=trainable)
+        remove_mask(module)
+    if original is not None:
+        set_original(new, original)
+    return new.train(module.training)
+
+
+def _assign(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+    """Gives every parameter, buffer and mask its tensor: one object per stored tensor, so that what was shared is
+    shared again, and nothing else is.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    state = dict(tensors)
+    masks = {name: state.pop(layer.mask_name(name)) for name, layer in layers.items() if layer.mask}
+    current = model.state_dict()
+    _check_names(set(current), set(state))
+    for key, tensor in current.items():
+        if tensor.shape != state[key].shape:
+            raise ValueError(f"{key} has shape {tuple(state[key].shape)}, the model's {tuple(tensor.shape)}")
+        if tensor.is_floating_point() is not state[key].is_floating_point():
+            raise ValueError(f"{key} is {state[key].dtype}, the model's {tensor.dtype}")
+    for name, layer in layers.items():
+        if layer.kind == "prepacked":
+            del state[join(name, "weight")]  # it is there already, reordered
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    objects: dict[tuple[int, bool, torch.device], Tensor] = {}
+
+    def placed(tensor: Tensor, device: torch.device, parameter: bool) -> Tensor:
+        key = (id(tensor), parameter, device)
+        if key not in objects:
+            moved = tensor.to(device)
+            objects[key] = nn.Parameter(moved, requires_grad=False) if parameter else moved
+        return objects[key]
+
+    own = {key: placed(tensor, _device(current[key]), key in parameters) for key, tensor in state.items()}
+    model.load_state_dict(own, strict=False, assign=True)
+    forget_masks(modules.values())
+    for name, bits in masks.items():
+        layer, module = layers[name], modules[layers[name].module(name)]
+        if layer.mask is not None:
+            device = _device(_stored(module, layer.parameter))
+            set_mask_bits(module, placed(bits, device, False), layer.mask, layer.parameter)
+
+
+def _check_all_is_here(model: nn.Module) -> None:
+    """Rejects what is still on the meta device: it would compute garbage, or fail far from here."""
+    left = [name for name, tensor in model.named_buffers(remove_duplicate=False) if tensor.is_meta]
+    for name, module in model.named_modules(remove_duplicate=False):
+        left += [join(name, key) for key, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
+    if left:
+        raise ValueError(
+            f"{', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} would stay on the meta "
+            "device, since no state dict has it: make the model on the CPU, or its buffers there, as "
+            "accelerate.init_empty_weights() does"
+        )
+
+
+def _check_names(model: set[str], file: set[str]) -> None:
+    wrong = [
+        f"{what} {', '.join(sorted(names)[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+        for what, names in (("missing", model - file), ("unexpected", file - model))
+        if names
+    ]
+    if wrong:
+        raise ValueError(f"it does not fit the model: {'; '.join(wrong)}")
+
+
+def _stored(module: nn.Module, parameter: str = "weight") -> Tensor:
+    """The tensor that the layer holds its weight in."""
+    if isinstance(module, PrepackedLinear):
+        return module.packed
+    if isinstance(module, TieredLinear):
+        return module.dense
+    return module.values if isinstance(module, Linear24) else module.get_parameter(parameter)
+
+
+def _trainable(module: nn.Module) -> bool:
+    return module.trainable if isinstance(module, Compressed) else _stored(module).requires_grad
+
+
+def _device(tensor: Tensor) -> torch.device:
+    """Where a tensor that replaces this one goes."""
+    return torch.device("cpu") if tensor.is_meta else tensor.device
