@@ -86,12 +86,12 @@ def expert_axes(module: nn.Module) -> dict[str, int]:
     parameters of three dimensions of a module fit together one way only, because one of them gives gates beside
     values, so that it has twice as many outputs as the other has inputs.
     """
-    stacks = {key: p for key, p in module._parameters.items() if p is not None and _is_stack(p)}
+    stacks = {key: parameter for key, parameter in module._parameters.items() if is_stack(parameter)}
     transposed = getattr(module, "is_transposed", None)
     if isinstance(transposed, bool):
         return dict.fromkeys(stacks, 1 if transposed else 2)
     if len(stacks) == 2:
-        (_, *one), (_, *other) = (tuple(p.shape) for p in stacks.values())
+        (_, *one), (_, *other) = (tuple(parameter.shape) for parameter in stacks.values() if parameter is not None)
         for (a, b), (c, d) in ((one, other), (other, one)):
             if (a, b) == (2 * d, c):
                 return dict.fromkeys(stacks, 2)
@@ -100,8 +100,9 @@ def expert_axes(module: nn.Module) -> dict[str, int]:
     return {}
 
 
-def _is_stack(parameter: Tensor) -> bool:
-    return not is_lazy(parameter) and parameter.dim() == 3
+def is_stack(parameter: Tensor | None) -> bool:
+    """Whether a parameter could hold one matrix per expert, by its dimensions."""
+    return parameter is not None and not is_lazy(parameter) and parameter.dim() == 3
 
 
 def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare: bool = False) -> str | None:

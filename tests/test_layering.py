@@ -39,6 +39,7 @@ LAYERS = [
         "sparsekit._fingerprint",
         "sparsekit._record",
         "sparsekit._layers",
+        "sparsekit._reads",
         "sparsekit._optimizers",
     ],
     ["sparsekit.nn"],

@@ -9,6 +9,7 @@ from torch import nn
 
 from .._batches import Forward, as_batches, eagerly, evaluating, layer_input, run_batch
 from .._forwards import around_forwards
+from .._reads import watch_reads
 from .._trees import copied
 from ..nn import autocast_dtype
 from . import clock
@@ -41,7 +42,8 @@ def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forwa
             counts.add((site.name, found))
 
     runs = 0
-    with passes(model), _watching([site for site in sites if site.reason is None], count):
+    free = [site for site in sites if site.reason is None]
+    with passes(model), _watching(free, count), watch_reads(model, [site.layer for site in free]) as reads:
         for batch in as_batches(sample):
             known = len(counts)
             run_batch(model, copied(batch), forward)
@@ -50,9 +52,9 @@ def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forwa
                 kept.append(batch)
     if runs == 0:
         raise ValueError("sample must hold at least one batch, got none")
-    for site in sites:
-        if site.reason is None:  # a pass may also have changed the layer, by a hook of its own for one
-            site.reason = unfit(site.layer) or _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
+    for site in free:  # a pass may also have changed the layer, by a hook of its own for one
+        ruled_out = reads.get(site.layer) or _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
+        site.reason = unfit(site.layer) or ruled_out
     return kept
 
 

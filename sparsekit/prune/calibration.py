@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .._batches import Forward, Progress, as_batches, eagerly, run_batch
 from .._trees import copied
@@ -56,7 +56,7 @@ def _all_at_once(
     inputs = {layer: gather(layer) for layer in layers}
     batch: Any = None
 
-    def record(layer: Layer, x: Tensor) -> None:
+    def record(layer: Layer, x: Any) -> None:
         inputs[layer].update(x, batch)
 
     count = 0

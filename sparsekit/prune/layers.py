@@ -55,6 +55,11 @@ class Layer:
         return self.name if self.parameter == "weight" and not self.experts else self.name[: -len(self.parameter) - 1]
 
     @property
+    def weight_name(self) -> str:
+        """The name of the weight in the model."""
+        return f"{self.path}.{self.parameter}".lstrip(".")
+
+    @property
     def experts(self) -> tuple["Layer", ...]:
         """The layers that this one holds in a parameter of three dimensions, one per expert; else none."""
         weight = self.module.get_parameter(self.parameter)
@@ -166,8 +171,12 @@ def _unfit(layer: Layer, pattern: Pattern) -> str | None:
 def nothing_to(do: str, what: str, where: Where | None, skipped: Sequence[Skipped]) -> str:
     """What is to be said where a model has nothing for a verb: who left it out, and the first reasons."""
     who = "the model has" if where is None else "where selects"
-    reasons = "".join(f"; {layer.name or 'the model'}: {layer.reason}" for layer in skipped[:3])
-    return f"nothing to {do}: {who} no {what}{reasons}"
+    return f"nothing to {do}: {who} no {what}{first_reasons(skipped)}"
+
+
+def first_reasons(skipped: Sequence[Skipped]) -> str:
+    """The end of a sentence that names a few of what was left, each with its reason."""
+    return "".join(f"; {layer.name or 'the model'}: {layer.reason}" for layer in skipped[:3])
 
 
 def check_weights(layers: list[Layer]) -> None:

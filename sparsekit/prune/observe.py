@@ -4,26 +4,40 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from .._batches import layer_input
 from .._forwards import around_forwards
+from .experts import watch_experts
 from .layers import Layer
 
-Record = Callable[[Layer, Tensor], None]
+Record = Callable[[Layer, Any], None]
 
 
 @contextmanager
 def observe(layers: Iterable[Layer], record: Record) -> Iterator[None]:
-    """Calls ``record(layer, x)`` with every input ``x`` that a layer has been run on, until the end."""
+    """Calls ``record(layer, x)`` with every input ``x`` that a layer has been run on, until the end.
 
-    def around(layer: Layer) -> Callable[..., Any]:
+    Of experts ``x`` is a ``Routed``, one for every product of one of them.
+    """
+    of: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        of.setdefault(layer.module, []).append(layer)
+
+    def around(module: nn.Module, own: list[Layer]) -> Callable[..., Any]:
+        experts = [layer for layer in own if layer.experts]
+
         def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            record(layer, layer_input(args, kwargs))
+            for layer in own:
+                record(layer, layer_input(args, kwargs))
             return output
 
-        return run
+        def run_experts(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with watch_experts(module, experts, record):
+                return forward(*args, **kwargs)
 
-    with around_forwards({layer.module: around(layer) for layer in layers}):
+        return run_experts if experts else run
+
+    with around_forwards({module: around(module, own) for module, own in of.items()}):
         yield

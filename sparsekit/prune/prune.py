@@ -7,20 +7,23 @@ from contextlib import closing
 from functools import partial
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from .._batches import Forward, Progress, as_batches, evaluating
+from .._batches import Forward, Progress, as_batches, eagerly, evaluating, first_batch, run_batch
 from .._changing import change
 from .._fingerprint import digest_batches
 from .._layers import Where, check_model, count_weights
+from .._reads import watch_reads
+from .._trees import copied
 from .._undo import Undo
 from ..masks import Pattern, grouped, ungrouped
 from .apply import apply_mask
 from .batchnorm import reestimate, tracked_batchnorms
 from .calibration import calibrated
+from .experts import find_experts, gather_inputs, prune_experts
 from .full_precision import full_precision
 from .inputs import Gather, Inputs
-from .layers import Layer, check_result, check_weights, find_layers, nothing_to
+from .layers import Layer, check_result, check_weights, find_layers, first_reasons, nothing_to
 from .methods import Method
 from .padding import TokenMask
 from .ranks import Group, Ranks, local_buffers
@@ -97,11 +100,14 @@ def prune_(
     _check(model, method, batches, axis)
     if resume is not None and (batches is None or not sequential):
         raise ValueError("resume goes on block by block: it needs batches and sequential=True")
+    if batches is not None:
+        first, batches = first_batch(as_batches(batches, reused=sequential))
     ranks = Ranks("alone" if batches is None else group, method.statistic)
 
     def work(undo: Undo) -> PruneReport:
         pattern = Pattern.parse(method.pattern)
-        layers, skipped = find_layers(model, pattern, axis, where)
+        observed = None if batches is None else find_experts(model, first, forward)
+        layers, skipped = find_layers(model, pattern, axis, where, observed)
         if not layers:
             raise ValueError(nothing_to("prune", "layer that can be pruned", where, skipped))
         check_weights(layers)
@@ -115,8 +121,9 @@ def prune_(
         done = finished and sorted(finished.names)
         ranks.agree({"method": repr(method), "axis": axis, "finished": done}, layers)
         reports: list[LayerReport] = []
-        gather = partial(Inputs, statistic=method.statistic, token_mask=token_mask)
+        gather = partial(gather_inputs, statistic=method.statistic, token_mask=token_mask)
         shown = _shown(model, gather, layers, batches, sequential, forward, progress or iter, finished, ranks)
+        missed: list[Layer] = []
         with evaluating(model), local_buffers(model), closing(shown):
             if finished is not None:
                 reports += _restore(finished, layers, undo)
@@ -128,12 +135,15 @@ def prune_(
                     if inputs is None or len(inputs.sample) or method.statistic is None:
                         block.append((layer, _prune_layer(layer, method, pattern, inputs, ranks, undo)))
                     else:
-                        skipped.append(Skipped(layer.name, "no calibration batch reached it"))
+                        missed.append(layer)
                 reports += [report for _, report in block]
                 if finished is not None and block and ranks.rank == 0:
                     finished.add(block)
+            if missed:
+                reasons = _why_missed(model, missed, first(), forward)
+                skipped += [Skipped(layer.name, reasons[layer]) for layer in missed]
             if not reports:
-                raise ValueError("no calibration batch reached any of the selected layers")
+                raise ValueError(f"no calibration batch reached any of the selected layers{first_reasons(skipped)}")
             norms: tuple[str, ...] = ()
             if batchnorms:
                 pruned = {report.name for report in reports}
@@ -182,6 +192,16 @@ def _shown(
     )
 
 
+def _why_missed(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], forward: Forward | None
+) -> dict[Layer, str]:
+    """Why no batch reached these layers: a pass may read their weights without calling them."""
+    with eagerly(), watch_reads(model, [layer.module for layer in layers]) as reads:
+        for batch in batches:
+            run_batch(model, copied(batch), forward)
+    return {layer: reads.get(layer.module, "no calibration batch reached it") for layer in layers}
+
+
 def _restore(finished: Finished, layers: list[Layer], undo: Undo) -> Iterable[LayerReport]:
     """Gives the layers of finished blocks what an earlier run found."""
     by_name = {layer.name: layer for layer in layers}
@@ -197,19 +217,30 @@ def _restore(finished: Finished, layers: list[Layer], undo: Undo) -> Iterable[La
 def _prune_layer(
     layer: Layer, method: Method, pattern: Pattern, inputs: Inputs | None, ranks: Ranks, undo: Undo
 ) -> LayerReport:
-    weight, started = layer.weight.detach(), time.perf_counter()
+    weight, started, remark = layer.weight.detach(), time.perf_counter(), ""
     with full_precision():
-        dense = grouped(weight, layer.axis)
-        pruned, mask = method.prune(dense, None if inputs is None else inputs.statistic)
-        if pruned.shape != dense.shape or mask.shape != dense.shape:
-            shapes = f"a weight {tuple(pruned.shape)} and a mask {tuple(mask.shape)}"
-            raise ValueError(f"{method!r} must return both of the shape {tuple(dense.shape)} that it got, got {shapes}")
+        if layer.experts:
+            pruned, mask, remark = prune_experts(layer, method, inputs, _prune_matrix)
+        else:
+            pruned, mask = _prune_matrix(layer, method, inputs)
         ranks.exchange()  # one that could not prune the layer says so here
-        pruned = ranks.broadcast(ungrouped(pruned, layer.axis, weight.shape).to(weight.dtype))
-        mask = ranks.broadcast(ungrouped(mask, layer.axis, weight.shape))
+        pruned, mask = ranks.broadcast(pruned), ranks.broadcast(mask)
         check_result(layer, pruned, method)
         error = None if inputs is None else inputs.sample.relative_error(weight, pruned)
         apply_mask(layer, pruned, mask, pattern, undo)
         dropped = mask.numel() - int(mask.sum())
     seconds = time.perf_counter() - started
-    return LayerReport(layer.name, tuple(weight.shape), str(pattern), dropped, weight.numel(), error, seconds)
+    shape, weights = tuple(weight.shape), weight.numel()
+    return LayerReport(layer.name, shape, str(pattern), dropped, weights, error, seconds, remark)
+
+
+def _prune_matrix(layer: Layer, method: Method, inputs: Inputs | None) -> tuple[Tensor, Tensor]:
+    """The new weight of a layer, and its mask, as the layer keeps them."""
+    weight = layer.weight.detach()
+    dense = grouped(weight, layer.axis)
+    pruned, mask = method.prune(dense, None if inputs is None else inputs.statistic)
+    if pruned.shape != dense.shape or mask.shape != dense.shape:
+        shapes = f"a weight {tuple(pruned.shape)} and a mask {tuple(mask.shape)}"
+        raise ValueError(f"{method!r} must return both of the shape {tuple(dense.shape)} that it got, got {shapes}")
+    new = ungrouped(pruned, layer.axis, weight.shape).to(weight.dtype)
+    return new, ungrouped(mask, layer.axis, weight.shape)

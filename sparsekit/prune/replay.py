@@ -48,7 +48,7 @@ class Replay:
         """Runs every batch that enters the stage as far as that, and returns what its layers were shown, in order."""
         inputs = {layer: gather(layer) for layer in self._stages[stage].layers}
 
-        def record(layer: Layer, x: Tensor) -> None:
+        def record(layer: Layer, x: Any) -> None:
             inputs[layer].update(x, self._passes.current)
 
         with observe(inputs, record), self._passing():

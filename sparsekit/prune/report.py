@@ -1,6 +1,7 @@
 """What ``prune_`` did."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ class LayerReport:
 
     ``error`` is the relative output error ``||X (W - W')^T|| / ||X W^T||`` on up to 256 calibration inputs ``X``, drawn
     evenly from all; None without batches, or where none reached the layer. ``seconds`` is what pruning it took, without
-    the forward passes that showed it its inputs.
+    the forward passes that showed it its inputs. ``remark`` says what is special about it, if anything.
     """
 
     name: str
@@ -25,6 +26,7 @@ class LayerReport:
     weights: int
     error: float | None
     seconds: float = field(default=0.0, compare=False)
+    remark: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -99,16 +101,17 @@ class PruneReport:
         ]
         lines.insert(-1, "-" * len(lines[0]))
         lines += [f"skipped {_names(names)}: {reason}" for reason, names in self._reasons().items()]
+        lines += [f"{_names(names)}: {remark}" for remark, names in self._remarks().items()]
         if self.batchnorm:
             lines.append(f"re-estimated the statistics of {_names(list(self.batchnorm))}")
         lines.append(f"of the whole model: {self.model_sparsity:.2%} of {self.model_weights:,} parameters")
         return "\n".join([*lines, f"{self.method}, {self.seconds:.1f} s"])
 
     def _reasons(self) -> dict[str, list[str]]:
-        reasons: dict[str, list[str]] = {}
-        for layer in self.skipped:
-            reasons.setdefault(layer.reason, []).append(layer.name or "(model)")
-        return reasons
+        return _by_text((layer.reason, layer.name) for layer in self.skipped)
+
+    def _remarks(self) -> dict[str, list[str]]:
+        return _by_text((layer.remark, layer.name) for layer in self.layers if layer.remark)
 
     def to_json(self) -> dict[str, Any]:
         """The report and its totals as what JSON can hold."""
@@ -124,6 +127,14 @@ class PruneReport:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the report as JSON, whole or not at all."""
         write_json(path, self.to_json())
+
+
+def _by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The names of the layers of which the same is said."""
+    names: dict[str, list[str]] = {}
+    for text, name in pairs:
+        names.setdefault(text, []).append(name or "(model)")
+    return names
 
 
 def _names(names: list[str]) -> str:

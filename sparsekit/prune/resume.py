@@ -37,7 +37,7 @@ def call_of(
     function does cannot be compared between processes.
     """
     tensors = digest_tensors(model)
-    own = {layer.name: f"{layer.name}.weight".lstrip(".") for layer in layers}
+    own = {layer.name: layer.weight_name for layer in layers}
     return {
         "version": VERSION,
         "method": without_addresses(repr(method)),
@@ -117,7 +117,7 @@ class Finished:
         """Writes the weights and masks of a block that has just been pruned."""
         tensors = {}
         for layer, row in block:
-            bits = get_mask_bits(layer.module)
+            bits = get_mask_bits(layer.module, layer.parameter)
             assert bits is not None
             tensors[f"{row.name}.weight"] = layer.weight.detach().cpu().contiguous()
             tensors[f"{row.name}.mask"] = bits.cpu()

@@ -24,7 +24,7 @@ def split_stages(model: nn.Module, layers: Iterable[Layer]) -> list[Stage]:
     """
     stages: dict[nn.Module, list[Layer]] = {}
     for layer in layers:
-        stages.setdefault(_stage_module(model, layer.name), []).append(layer)
+        stages.setdefault(_stage_module(model, layer.path), []).append(layer)
     return [Stage(module, tuple(members)) for module, members in stages.items()]
 
 

@@ -175,6 +175,7 @@ def linear_layers(model: nn.Module, where: Where | None) -> list[Layer]:
         return not isinstance(module, nn.Conv2d) and (where is None or where(name, module))
 
     layers, skipped = find_layers(model, Pattern.parse("0%"), "input", linear)
+    layers = [layer for layer in layers if not layer.experts]
     if not layers:
         raise ValueError(nothing_to("prune", "linear layer that can be pruned", where, skipped))
     return layers

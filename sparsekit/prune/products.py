@@ -1,0 +1,183 @@
+"""Sees what the matrices in parameters of three dimensions are multiplied by, however a module writes the product."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+See = Callable[[str, int, int, Tensor], None]  # parameter, its dimension that is summed over, expert, [tokens, inputs]
+
+COPIES = frozenset("to type type_as float half bfloat16 contiguous clone".split())
+PICKS = frozenset(("__getitem__", "index_select"))
+PRODUCTS = frozenset("matmul __matmul__ mm bmm mv".split())
+SUMS = frozenset("addmm baddbmm addmv".split())  # of a first argument and a product
+GROUPED = frozenset("grouped_mm _grouped_mm grouped_mm_fallback".split())
+RECENT = 16  # copies of matrices that are known at a time
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Matrices that a tensor is a view of.
+
+    Args:
+        key: the parameter.
+        experts: which of its matrices: one per entry of the tensor's first dimension, a single one of a matrix.
+        dims: which dimension of the parameter each of the tensor's last two is.
+    """
+
+    key: str
+    experts: list[int]
+    dims: tuple[int, int]
+
+
+class _Stack:
+    """``[experts, rows, cols]`` in memory: a parameter, or a copy of some of its matrices."""
+
+    def __init__(self, key: str, tensor: Tensor, experts: Sequence[int]) -> None:
+        self.key, self.tensor, self.experts = key, tensor, list(experts)
+        self.address, self.start = _address(tensor), tensor.storage_offset()
+        self.strides = tensor.stride()
+        # Of a single matrix the first stride says nothing: one past all that it spans finds it at every offset.
+        self.step = self.strides[0] if len(tensor) > 1 else 1 << 62
+
+    def find(self, tensor: Tensor) -> _Found | None:
+        """Which of the matrices a tensor is a view of; None where it is none, or another part of them."""
+        if _address(tensor) != self.address or tensor.dtype != self.tensor.dtype:
+            return None
+        while tensor.dim() > 3 and len(tensor) == 1:
+            tensor = tensor[0]
+        if tensor.dim() not in (2, 3):
+            return None
+        first = (tensor.storage_offset() - self.start) // self.step
+        steps = [0] if tensor.dim() == 2 else [index * tensor.stride(0) // self.step for index in range(len(tensor))]
+        if first < 0 or first + max(steps, default=0) >= len(self.experts):
+            return None
+        if not (dims := self._dims(tensor)):
+            return None
+        return _Found(self.key, [self.experts[first + step] for step in steps], dims)
+
+    def _dims(self, tensor: Tensor) -> tuple[int, int] | None:
+        last = list(zip(tensor.shape[-2:], tensor.stride()[-2:], strict=True))
+        for dims in ((1, 2), (2, 1)):
+            if all(size == 1 or stride == self.strides[dim] for (size, stride), dim in zip(last, dims, strict=True)):
+                return dims
+        return None
+
+
+class Products(TorchFunctionMode):
+    """While the mode is on, calls ``see`` with every input of a product with matrices of the parameters.
+
+    Products are those of ``F.linear``, ``@``, ``torch.bmm`` and its kin, ``einsum`` of two operands and grouped
+    products, with a matrix on either side: as a view of the parameter, transposed or not, as a copy in another dtype,
+    or among matrices that were picked by their indices.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], see: See) -> None:
+        super().__init__()
+        self._stacks = [_Stack(key, tensor.detach(), range(len(tensor))) for key, tensor in parameters.items()]
+        self._copies: deque[_Stack] = deque(maxlen=RECENT)
+        self._see = see
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        given = [*args, *kwargs.values()]
+        if name in COPIES or name in PICKS:
+            self._follow(given, result, picked=name in PICKS)
+        elif name == "linear":
+            self._product(given[0], given[1].mT)
+        elif name in PRODUCTS:
+            self._product(given[0], given[1])
+        elif name == "__rmatmul__":
+            self._product(given[1], given[0])
+        elif name in SUMS:
+            self._product(given[1], given[2])
+        elif name in GROUPED:
+            self._grouped(given[0], given[1], kwargs["offs"] if "offs" in kwargs else (*args, None, None)[2])
+        elif name == "einsum":
+            self._einsum(*given)
+        return result
+
+    def _find(self, tensor: Any) -> _Found | None:
+        if not isinstance(tensor, Tensor) or not 2 <= tensor.dim():
+            return None
+        return next((found for stack in (*self._stacks, *self._copies) if (found := stack.find(tensor))), None)
+
+    def _follow(self, given: Sequence[Any], result: Any, *, picked: bool) -> None:
+        """Notes a copy of matrices as what it is."""
+        found = self._find(given[0])
+        if found is None or not isinstance(result, Tensor) or self._find(result) is not None:
+            return
+        experts = found.experts
+        if picked:
+            index = given[-1]
+            if not isinstance(index, Tensor) or index.dim() != 1 or given[0].dim() != 3 or result.dim() != 3:
+                return
+            chosen = index.nonzero().flatten() if index.dtype == torch.bool else index
+            experts = [experts[each] for each in chosen.tolist()]
+        matrices = result if result.dim() == 3 else result.unsqueeze(0)
+        if matrices.dim() == 3 and len(matrices) == len(experts):
+            straight = matrices if found.dims == (1, 2) else matrices.transpose(1, 2)
+            self._copies.append(_Stack(found.key, straight.detach(), experts))
+
+    def _product(self, left: Any, right: Any) -> None:
+        if found := self._find(right):
+            self._note(found, found.dims[0], left, -3)
+        elif (found := self._find(left)) and isinstance(right, Tensor):
+            self._note(found, found.dims[1], right.mT if right.dim() > 1 else right, -3)
+
+    def _note(self, found: _Found, along: int, x: Tensor, experts_at: int | None) -> None:
+        """Calls ``see`` for every matrix; ``x [..., inputs]`` may have a dimension with a part for each of them."""
+        each: Iterable[Tensor] = [x] * len(found.experts)
+        if experts_at is not None and len(found.experts) > 1 and x.dim() >= -experts_at and x.shape[experts_at] > 1:
+            each = x.movedim(experts_at, 0)
+        parts: dict[int, list[Tensor]] = {}
+        for expert, part in zip(found.experts, each, strict=True):
+            parts.setdefault(expert, []).append(part.reshape(-1, part.shape[-1]))
+        for expert, rows in parts.items():
+            if rows[0].numel():
+                self._see(found.key, along, expert, rows[0] if len(rows) == 1 else torch.cat(rows))
+
+    def _grouped(self, x: Tensor, matrices: Tensor, ends: Tensor | None) -> None:
+        found = self._find(matrices)
+        if found is None or ends is None or x.dim() != 2:
+            return self._product(x, matrices)
+        start = 0
+        for expert, end in zip(found.experts, ends.tolist(), strict=True):
+            if end > start:
+                self._see(found.key, found.dims[0], expert, x[start:end])
+            start = end
+
+    def _einsum(self, equation: Any, *operands: Any) -> None:
+        operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+        if not isinstance(equation, str) or len(operands) != 2 or "." in equation:
+            return
+        left, _, out = equation.replace(" ", "").partition("->")
+        names = left.split(",")
+        if "->" not in equation:
+            out = "".join(letter for letter in left if left.count(letter) == 1)
+        for own, other in ((1, 0), (0, 1)):
+            summed = [letter for letter in names[own] if letter in names[other] and letter not in out]
+            if (found := self._find(operands[own])) and len(summed) == 1:
+                at = names[own].index(summed[0]) - len(names[own])
+                if at in (-1, -2):
+                    x = operands[other].movedim(names[other].index(summed[0]), -1)
+                    rest = names[other].replace(summed[0], "")
+                    expert = rest.find(names[own][0]) if len(names[own]) == 3 else -1
+                    self._note(found, found.dims[at], x, expert - x.dim() if expert >= 0 else None)
+                return
+
+
+def _address(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        try:
+            return tensor.untyped_storage().data_ptr()
+        except (NotImplementedError, RuntimeError):  # a wrapper without memory of its own
+            return -id(tensor)
