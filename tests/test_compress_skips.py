@@ -92,6 +92,15 @@ def test_not_24_and_masks_that_lie(ratios):
     assert "2:4: not 2:4" in report.layers[0].reason
 
 
+def test_what_is_24_only_by_chance(ratios):
+    model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Linear(8, 8, bias=False)).eval()
+    model[1].weight.data.zero_()
+    report = sk.compress_(model)
+    assert set(decisions(report).values()) == {"prepacked"}
+    assert "2:4: 3 inputs are less than a group of four" in report.layers[0].reason
+    assert "2:4: all zeros, and has no mask that says so" in report.layers[1].reason
+
+
 def test_without_a_compiled_kernel_24_is_not_offered(ratios, monkeypatch):
     none = {"cpu": "reference"}
     monkeypatch.setattr(candidates, "backends", lambda: {"linear24": none, "linear_tiered": none})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layers import is_transposed, unsupported_reason
-from ..masks import lost_zeros, outdated_mask, tier_sizes
+from ..masks import get_mask, lost_zeros, outdated_mask, tier_sizes
 from ..nn import (
     Compressed,
     DenseRoute,
@@ -88,7 +88,14 @@ def unsupported_with_dense(layer: nn.Linear) -> str | None:
 
 
 def _unsupported_weight(layer: nn.Linear) -> str | None:
-    return lost_zeros(layer) or (None if _is_24(kept_matrix(layer)) else "not 2:4")
+    if reason := lost_zeros(layer):
+        return reason
+    kept = kept_matrix(layer)
+    if kept.shape[1] < 4:
+        return f"{kept.shape[1]} inputs are less than a group of four"
+    if get_mask(layer) is None and not kept.any():  # as LoRA's begins: in training all of it has to move
+        return "all zeros, and has no mask that says so"
+    return None if _is_24(kept) else "not 2:4"
 
 
 def _is_24(kept: Tensor) -> bool:

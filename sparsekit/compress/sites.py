@@ -19,6 +19,8 @@ from .candidates import unfit
 
 EXPERTS = "experts in one parameter stay dense: no kernel multiplies by them"
 
+SHARDED = "its weight is sharded (FSDP), a DTensor between two passes: compress before sharding"
+
 Slots = list[tuple[nn.Module, str]]
 
 
@@ -37,7 +39,7 @@ class LinearSite:
 def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
     """Every linear layer, and every parameter of experts, that ``where`` selects, in the order of ``named_modules``."""
     check_where(where)
-    slots, shared = parent_slots(model), shared_weight_reasons(model)
+    slots, shared, sharded = parent_slots(model), shared_weight_reasons(model), _sharded(model)
     sites = []
     for name, layer in model.named_modules():
         if input_dim(layer) is None and (experts := _experts(layer)) and selects(where, name, layer):
@@ -46,13 +48,20 @@ def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
             ]
         if input_dim(layer) is None or isinstance(layer, nn.Conv2d) or not selects(where, name, layer):
             continue
-        reason = shared.get((layer, "weight")) or unfit(layer)
+        reason = shared.get((layer, "weight")) or (SHARDED if layer in sharded else None) or unfit(layer)
         if layer is model:
             reason = "it is the model itself: use from_linear of Linear24, TieredLinear or PrepackedLinear"
         rows, cols = declared_shape(layer)
         shape = (cols, rows) if input_dim(layer) == 0 else (rows, cols)
         sites.append(LinearSite(name, layer, slots.get(layer, []), reason, shape))
     return sites
+
+
+def _sharded(model: nn.Module) -> set[nn.Module]:
+    """The modules whose parameters FSDP keeps: after a pass they may look like any others, until the next one."""
+    kinds = {"FSDPModule", "FullyShardedDataParallel"}
+    parents = [module for module in model.modules() if kinds & {base.__name__ for base in type(module).__mro__}]
+    return {module for parent in parents for module in parent.modules()}
 
 
 def _experts(module: nn.Module) -> dict[str, tuple[int, ...]]:
