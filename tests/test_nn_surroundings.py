@@ -197,3 +197,42 @@ def test_threads_call_one_layer_at_once(kind):
     for thread in threads:
         thread.join()
     assert results == [True] * 80
+
+
+@EVERY
+def test_autocast_leaves_double_and_integers_alone_as_linear_does(kind):
+    layer, linear = make(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        for x in (torch.ones(20, 80).double(), torch.ones(20, 80).long()):
+            for module in (linear, layer):
+                with pytest.raises((TypeError, RuntimeError), match=r"dtype|x must be .*float32"):
+                    module(x)
+        assert layer(torch.ones(20, 80).half()).dtype == linear(torch.ones(20, 80).half()).dtype == torch.bfloat16
+
+
+@EACH
+def test_a_compressed_layer_is_made_of_another(kind):
+    for other in (Linear24, PrepackedLinear):
+        source, linear = other.from_linear(make(Linear24)[1]), make(Linear24)[1]
+        linear.weight.data = source.weight.clone().detach()
+        layer = kind.from_linear(source)
+        assert torch.equal(layer.weight, linear.weight) and layer.trainable
+        assert all(type(part) in (torch.Tensor, nn.Parameter) for part in layer._parts())
+
+
+@EVERY
+def test_from_linear_takes_linear_layers(kind):
+    for other, error, match in (
+        (nn.ReLU(), TypeError, "linear must have a weight and a bias as nn.Linear has them, got ReLU"),
+        (nn.Embedding(4, 4), TypeError, "got Embedding"),
+        (nn.Conv2d(4, 4, 3), ValueError, r"linear must have a matrix as its weight, got shape \(4, 4, 3, 3\)"),
+        (nn.LazyLinear(4), ValueError, "linear must be initialized, got a LazyLinear"),
+    ):
+        with pytest.raises(error, match=match):
+            kind.from_linear(other)
+
+
+def test_a_new_linear24_of_another_dtype_is_refused():
+    for given in ({"dtype": torch.float64}, {"dtype": torch.int32}):
+        with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16, got"):
+            Linear24(8, 8, **given)

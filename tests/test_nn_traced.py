@@ -105,3 +105,10 @@ def test_aot_inductor(kind, tmp_path):
         program = torch.export.export(nn.Sequential(layer, nn.ReLU()), (x,))
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
         torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), linear(x).relu())
+
+
+@EVERY
+@compiles
+def test_jit_script_says_what_to_do(kind):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot .* use torch\.export"):
+        torch.jit.script(nn.Sequential(make(kind)[0]))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..ops._define import DTYPES
 from .shared import carry_mask, oriented
@@ -155,6 +156,12 @@ class Compressed(nn.Module):
             "call sparsekit.decompress_(model) first"
         )
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.jit.script cannot compile a compressed layer: use torch.export, or call "
+            "sparsekit.decompress_(model) first"
+        )
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
@@ -166,6 +173,27 @@ def _refuse_weight(name: str) -> NoReturn:
     )
 
 
+def weight_of(layer: nn.Module, transposed: bool) -> tuple[Tensor, bool]:
+    """Returns the weight of a linear layer, plain or compressed, as ``[outputs, inputs]``, and whether it is trained.
+
+    Raises:
+        TypeError: ``layer`` has no weight and bias, as ``nn.Linear`` has them.
+        ValueError: the weight is no matrix, or was not initialized.
+    """
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", layer)
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
+        raise TypeError(f"linear must have a weight and a bias as nn.Linear has them, got {type(layer).__name__}")
+    if is_lazy(weight):
+        raise ValueError(f"linear must be initialized, got a {type(layer).__name__} that was not called yet")
+    if weight.dim() != 2:
+        raise ValueError(f"linear must have a matrix as its weight, got shape {tuple(weight.shape)}")
+    if isinstance(layer, Compressed):
+        return oriented(
+            layer._unpack_oriented(*(part.detach() for part in layer._parts())), transposed
+        ), layer.trainable
+    return oriented(weight.detach(), transposed), weight.requires_grad
+
+
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of ``layer.weight``, of a compressed layer without unpacking it."""
+    """Returns the shape of ``layer.weight`` as a tuple."""
     return tuple(layer.weight.shape)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..masks import get_mask
 from ..ops import linear24, nm_mask, pack24, unpack_bits
-from ..ops._define import call_op, check_like, check_weight, is_jit_tracing
-from .compressed import Compressed
+from ..ops._define import DTYPES, call_op, check_like, check_weight, is_jit_tracing
+from .compressed import Compressed, weight_of
 from .shared import autocast_dtype, carry_mask, oriented
 
 UNPACK24 = torch.ops.sparsekit.unpack24.default
@@ -33,6 +33,9 @@ class Linear24(Compressed):
             one stands for keeps it (the ``Conv1D`` of transformers).
         device: where the tensors are made.
         dtype: float32, float16 or bfloat16; None is torch's default.
+
+    Raises:
+        TypeError: another dtype.
     """
 
     values: nn.Parameter
@@ -49,6 +52,8 @@ class Linear24(Compressed):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if (dtype or torch.get_default_dtype()) not in DTYPES:
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype or torch.get_default_dtype()}")
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
         bound = 1 / math.sqrt(in_features) if in_features else 0.0
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype).uniform_(-bound, bound)
@@ -72,10 +77,10 @@ class Linear24(Compressed):
             transposed: whether ``linear.weight`` is ``[in_features, out_features]``.
 
         Raises:
-            TypeError: the weight is not float32, float16 or bfloat16.
+            TypeError: the weight is not float32, float16 or bfloat16, or ``linear`` is no linear layer.
             ValueError: a group of four keeps more than two; the message names the first one.
         """
-        weight, mask = oriented(linear.weight.detach(), transposed), get_mask(linear)
+        (weight, trained), mask = weight_of(linear, transposed), get_mask(linear)
         if mask is None:
             values, bitmask = pack24(weight, check=True)
         else:
@@ -83,7 +88,7 @@ class Linear24(Compressed):
             values, bitmask = pack24(weight, unpack_bits(completed, weight.shape[1]))
         rows, cols = weight.shape
         layer = cls(cols, rows, False, transposed=transposed, device="meta", dtype=weight.dtype)
-        layer.values = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
+        layer.values = nn.Parameter(values, requires_grad=trained)
         layer.bitmask = bitmask
         layer.bias = linear.bias
         carry_mask(linear, layer)

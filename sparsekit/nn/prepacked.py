@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops._define import is_jit_tracing
 from ..ops.prepacked import prepack, prepacked_dense, prepacked_linear
-from .compressed import Compressed, weight_shape
+from .compressed import Compressed, weight_of, weight_shape
 from .shared import autocast_dtype, carry_mask, oriented
 
 
@@ -26,6 +26,9 @@ class PrepackedLinear(Compressed):
         bias: the layer's bias Parameter, kept as it is, or None.
         tokens: the number of rows of ``x`` that the layout is chosen for. It is fast for fewer, less so for more.
         transposed: whether ``.weight`` and the state dict show ``[in_features, out_features]``, as in ``Linear24``.
+
+    Raises:
+        ValueError: ``weight`` is no matrix.
     """
 
     packed: Tensor
@@ -35,6 +38,8 @@ class PrepackedLinear(Compressed):
         self, weight: Tensor, bias: nn.Parameter | None = None, *, tokens: int = 128, transposed: bool = False
     ):
         super().__init__()
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be a matrix, got shape {tuple(weight.shape)}")
         self.out_features, self.in_features = weight.shape
         self.tokens, self.transposed = tokens, transposed
         self.frozen = weight.requires_grad
@@ -43,8 +48,14 @@ class PrepackedLinear(Compressed):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, tokens: int = 128, transposed: bool = False) -> "PrepackedLinear":
-        """Reorders the weight of a layer; the bias is its own Parameter, and a stored mask comes along."""
-        layer = cls(oriented(linear.weight, transposed), linear.bias, tokens=tokens, transposed=transposed)
+        """Reorders the weight of a layer; the bias is its own Parameter, and a stored mask comes along.
+
+        Raises:
+            TypeError: ``linear`` is no linear layer.
+        """
+        weight, trained = weight_of(linear, transposed)
+        layer = cls(weight, linear.bias, tokens=tokens, transposed=transposed)
+        layer.frozen = trained
         carry_mask(linear, layer)
         return layer.train(linear.training)
 

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import get_mask_bits, get_mask_info, set_mask_bits
+from ..ops._define import DTYPES
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes linear layers in on ``x``'s device; None where it is off."""
+    """The dtype that autocast computes a linear layer on ``x`` in; None where it is off, or leaves ``x`` as it is."""
     device = x.device.type
-    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    enabled = device != "meta" and torch.is_autocast_enabled(device) and x.dtype in DTYPES
     return torch.get_autocast_dtype(device) if enabled else None
 
 

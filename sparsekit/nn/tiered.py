@@ -9,7 +9,7 @@ from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered
 from ..ops._define import DTYPES, call_op, is_jit_tracing
 from ..ops.tiered import block_starts, check_packed, check_size, unpack_blocks
-from .compressed import Compressed
+from .compressed import Compressed, weight_of
 from .shared import autocast_dtype, carry_mask, oriented
 
 LINEAR_TIERED = torch.ops.sparsekit.linear_tiered.default
@@ -89,10 +89,10 @@ class TieredLinear(Compressed):
             transposed: whether ``linear.weight`` is ``[in_features, out_features]``; blocks are of its transpose.
 
         Raises:
-            TypeError: the weight is not float32, float16 or bfloat16.
+            TypeError: the weight is not float32, float16 or bfloat16, or ``linear`` is no linear layer.
             ValueError: ``pack_tiered`` has no such block or ``k``.
         """
-        weight, mask = oriented(linear.weight.detach(), transposed), get_mask(linear)
+        (weight, trained), mask = weight_of(linear, transposed), get_mask(linear)
         found_block, found_k = tier_sizes(linear)
         packed = pack_tiered(
             weight,
@@ -107,7 +107,7 @@ class TieredLinear(Compressed):
             in_features=cols,
             out_features=rows,
             transposed=transposed,
-            requires_grad=linear.weight.requires_grad,
+            requires_grad=trained,
         )
         carry_mask(linear, layer)
         return layer.train(linear.training)
