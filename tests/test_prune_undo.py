@@ -31,7 +31,7 @@ CALLS = {
 STEP = Step(1, Ratios(0.0, 1.0, 0.0), 1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["magnitude"])
+@pytest.mark.parametrize("name", CALLS)
 def test_an_interrupt_at_any_line(name):
     assert_all_or_nothing(lambda: (model(),), CALLS[name], runs=40)
 

@@ -1,7 +1,6 @@
 """Puts a pruned weight and its mask into a layer, and knows how to get the layer back."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ def apply_mask(layer: Layer, pruned: Tensor, mask: Tensor, pattern: Pattern, und
     """Writes a weight and its mask, both of the weight's own shape; ``undo`` takes the way back."""
     weight = layer.weight.detach()
     undo.callback(_way_back(layer, weight, pruned))
-    with writing(weight):
-        weight.copy_(pruned)
+    weight.copy_(pruned)
     torch.clear_autocast_cache()  # it may hold the weight as it was, in another dtype
     set_mask(layer.module, mask, MaskInfo(pattern, layer.axis), layer.parameter)
 
@@ -39,12 +37,11 @@ def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None
 
     def restore() -> None:
         start = 0
-        with writing(weight):
-            for part, packed in zip(_chunks(weight), where.split(_rows(weight)), strict=True):
-                changed = unpack_bits(packed, part.shape[1:].numel()).view(part.shape)
-                end = start + int(changed.sum())
-                part.masked_scatter_(changed, values[start:end])
-                start = end
+        for part, packed in zip(_chunks(weight), where.split(_rows(weight)), strict=True):
+            changed = unpack_bits(packed, part.shape[1:].numel()).view(part.shape)
+            end = start + int(changed.sum())
+            part.masked_scatter_(changed, values[start:end])
+            start = end
         torch.clear_autocast_cache()
         if mask is None or info is None:
             remove_mask(module, parameter)
@@ -52,11 +49,6 @@ def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None
             set_mask_bits(module, mask, info, parameter)
 
     return restore
-
-
-def writing(weight: Tensor) -> AbstractContextManager[None]:
-    """What a weight that was made in inference mode can only be written in."""
-    return torch.inference_mode() if weight.is_inference() else nullcontext()
 
 
 def _chunks(weight: Tensor) -> Iterator[Tensor]:

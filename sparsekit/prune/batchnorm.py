@@ -1,6 +1,7 @@
 """Running statistics of BatchNorm: stale once weights before it are pruned, and estimated anew from batches."""
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,6 @@ from .._changing import change
 from .._layers import check_model
 from .._trees import copied
 from .._undo import Undo, restoring
-from .apply import writing
 from .full_precision import full_precision
 from .passes import check_count
 from .ranks import Group, Ranks, local_buffers
@@ -173,5 +173,5 @@ class _Estimate:
 
 
 def _copy(own: Tensor, value: Tensor) -> None:
-    with writing(own):
+    with torch.inference_mode() if own.is_inference() else nullcontext():  # it can be written in no other mode
         own.copy_(value)

@@ -68,8 +68,7 @@ class InputSample:
         keys = torch.cat([self._keys, new_keys])
         chosen = keys.topk(min(self._size, len(keys))).indices
         is_new = chosen >= len(self._keys)
-        new = torch.unravel_index((chosen[is_new] - len(self._keys)).to(x.device), positions)
-        rows = windows[new].flatten(1)
+        rows = windows[_unravel((chosen[is_new] - len(self._keys)).to(x.device), positions)].flatten(1)
         if self._rows is not None:
             rows = torch.cat([self._rows[chosen[~is_new].to(x.device)], rows])
         self._rows, self._keys = rows, torch.cat([keys[chosen[~is_new]], keys[chosen[is_new]]])
@@ -106,6 +105,15 @@ class InputSample:
         if lost == 0:
             return 0.0  # also where all is 0
         return math.sqrt(lost / whole) if whole > 0 else math.inf if whole == 0 else math.nan
+
+
+def _unravel(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """``torch.unravel_index``, which imports sympy for its checks: a second."""
+    parts = []
+    for size in reversed(shape):
+        parts.append(index % size)
+        index = index // size
+    return tuple(reversed(parts))
 
 
 def _square_sum(matrix: Tensor) -> float:
