@@ -1,8 +1,9 @@
-"""Sparse training in two processes: the same masks and gradients as in one."""
+"""Training in two processes: sparse, by the same masks and gradients as in one; and with masks that are kept."""
 
 import os
 import traceback
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekit as sk
@@ -65,6 +67,28 @@ def fully_sharded(rank, x, expected):
             torch.testing.assert_close(state[name], tensor)
 
 
+def _cut(dim, parameter):
+    return Shard(min(dim, parameter.dim() - 1))
+
+
+def masks_kept(rank, x):
+    """Cut as the weights are, by rows, also where these do not divide, or by columns."""
+    for cut in (0, 1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 33 + cut), nn.Tanh(), nn.Linear(33 + cut, 8))
+        sk.prune_(model, sk.Magnitude("2:4"))
+        masks = [get_mask(model[0]), get_mask(model[2])]
+        mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
+        for module in (model[0], model):
+            fully_shard(module, mesh=mesh, shard_placement_fn=partial(_cut, cut))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        with sk.keep_masks(model, optimizer):
+            train(model, optimizer, x.chunk(RANKS)[rank])
+        for layer, mask in zip((model[0], model[2]), masks, strict=True):
+            layer.reshard() if hasattr(layer, "reshard") else model.reshard()
+            assert torch.equal(layer.weight.full_tensor() != 0, mask)
+
+
 def _sharded_state(model):
     for module in model.modules():
         if hasattr(module, "reshard"):
@@ -77,6 +101,7 @@ def _work(rank, rendezvous, x, expected, errors):
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS, timeout=LIMIT)
         data_parallel(rank, x, expected)
         fully_sharded(rank, x, expected)
+        masks_kept(rank, x)
         dist.destroy_process_group()
     except BaseException:
         errors.put(traceback.format_exc())
