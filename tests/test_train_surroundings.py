@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import sparsekit as sk
 from sparsekit.masks import get_mask
@@ -98,7 +99,7 @@ def running():
 
 @pytest.mark.parametrize("make", [masked, running])
 def test_an_interrupted_start_changes_nothing(make):
-    assert_all_or_nothing(make, sk.sparse_training_, _look)
+    assert_all_or_nothing(make, sk.sparse_training_, _look, runs=50)
 
 
 @pytest.mark.parametrize("act", ["finish", "undo"])
@@ -109,7 +110,7 @@ def test_an_interrupted_end_changes_nothing(act):
         model(X)
         return model, training
 
-    assert_all_or_nothing(make, lambda _, training: getattr(training, act)(), _look)
+    assert_all_or_nothing(make, lambda _, training: getattr(training, act)(), _look, runs=60)
 
 
 def _look(model, *_):
@@ -140,6 +141,20 @@ def test_what_is_infinite_is_refused(model):
     with pytest.raises(ValueError, match="the weight of 2 contains Inf"):
         training.finish()
     assert get_mask(model[0]) is None
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [nn.utils.parametrizations.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)],
+    ids=["parametrized", "torch-prune"],
+)
+def test_a_weight_that_is_computed_since(model, compute):
+    training = sk.sparse_training_(model)
+    compute(model[2])
+    for end in (training.finish, training.undo):
+        with pytest.raises(ValueError, match="the weight of 2 is computed since its training began: remove its param"):
+            end()
+    assert type(model[0]) is not nn.Linear and get_mask(model[0]) is None and model(X).shape == (5, 4)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

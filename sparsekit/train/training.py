@@ -7,23 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._layers import (
-    Where,
-    check_model,
-    check_where,
-    declared_shape,
-    input_dim,
-    selects,
-    shared_weight_reasons,
-    unsupported_reason,
-)
+from .._layers import Where, check_model
 from .._optimizers import sharding
 from .._undo import Undo, undoing
 from ..compress.tune import RATIO
 from ..masks import MaskInfo, Pattern, get_mask_bits
-from ..nn import Compressed, autocast_dtype, weight_shape
+from ..nn import autocast_dtype
 from ..ops import pack_bits, unpack_bits
 from .choose import RATIOS, Kind
+from .find import find_layers
 from .hardware import hardware_layout
 from .layer import MaskedLinear, State, get_state, set_state
 from .product import Recipe
@@ -63,8 +55,8 @@ class SparseTraining:
         on from there. Finished once more, it does nothing.
 
         Raises:
-            ValueError: a weight contains NaN or Inf, FSDP has sharded the model, or the training was undone; nothing is
-                changed then.
+            ValueError: a weight contains NaN or Inf or is computed since the training began, FSDP has sharded the
+                model, or the training was undone; nothing is changed then.
         """
         if sharding(self._model):
             raise ValueError("the model is sharded by FSDP: finish a plain copy that has loaded its full state dict")
@@ -80,7 +72,8 @@ class SparseTraining:
             self._left = dict.fromkeys(running.keys() - called.keys(), UNCALLED)
             for name, layer in running.items():
                 if name in bits:
-                    dropped, weight = ~unpack_bits(bits[name], layer.in_features), layer.weight.detach()
+                    weight = layer.weight.detach()
+                    dropped = ~unpack_bits(bits[name], weight.shape[1])
                     undo.callback(_refill, weight, bits[name], weight[dropped])
                     weight.masked_fill_(dropped, 0)
                     _change(undo, layer, State(None, False, bits[name], INFO))
@@ -90,7 +83,11 @@ class SparseTraining:
         torch.clear_autocast_cache()
 
     def undo(self) -> None:
-        """Makes the layers plain ones again, with their dense weights as they are now."""
+        """Makes the layers plain ones again, with their dense weights as they are now.
+
+        Raises:
+            ValueError: a weight is computed since the training began; nothing is changed then.
+        """
         with undoing() as undo:
             for layer in self._running().values():
                 _change(undo, layer, get_state(layer)._replace(recipe=None, called=False))
@@ -102,10 +99,21 @@ class SparseTraining:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.undo()
+        try:
+            self.undo()
+        except ValueError:
+            if error is None:  # what the caller raised says more
+                raise
 
     def _running(self) -> dict[str, MaskedLinear]:
-        return {name: layer for name, layer in self._layers.items() if isinstance(layer, MaskedLinear)}
+        running = {name: layer for name, layer in self._layers.items() if isinstance(layer, MaskedLinear)}
+        for name, layer in running.items():
+            if type(layer) is not MaskedLinear or layer._parameters.get("weight") is None:
+                raise ValueError(
+                    f"the weight of {name or 'the model'} is computed since its training began: remove its "
+                    "parametrizations first"
+                )
+        return running
 
 
 def _change(undo: Undo, layer: nn.Linear, state: State) -> None:
@@ -185,7 +193,7 @@ def sparse_training_(
     if not 0 <= decay < math.inf:
         raise ValueError(f"decay must be a number from 0, got {decay!r}")
     recipe = Recipe(backward, decay)
-    layers, skipped = _find(model, where)
+    layers, skipped = find_layers(model, where)
     if not layers:
         who = "the model has" if where is None else "where selects"
         reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
@@ -196,41 +204,6 @@ def sparse_training_(
             _change(undo, layer, State(recipe, get_state(layer).called, None, None))
         undo.commit()
     return training
-
-
-def _find(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], tuple[LayerReport, ...]]:
-    """The layers that ``where`` selects and that can train sparse, by name; and those that cannot."""
-    layers: dict[str, nn.Linear] = {}
-    check_where(where)
-    skipped, shared = [], shared_weight_reasons(model)
-    for name, module in model.named_modules():
-        compressed = isinstance(module, Compressed)
-        if not (compressed or input_dim(module) is not None) or not selects(where, name, module):
-            continue
-        if reason := shared.get((module, "weight")) or _unfit(module):
-            skipped.append(
-                LayerReport(name, weight_shape(module) if compressed else declared_shape(module), "plain", reason)
-            )
-        else:
-            layers[name] = module
-    return layers, tuple(skipped)
-
-
-def _unfit(layer: nn.Module) -> str | None:
-    """Why a layer must train dense; None where it can train sparse."""
-    if isinstance(layer, Compressed):
-        return unsupported_reason(layer)
-    if type(layer) not in (nn.Linear, MaskedLinear):
-        return f"it is a {type(layer).__name__}, only nn.Linear trains sparse"
-    if "forward" in layer.__dict__:
-        return "its forward is replaced"
-    if type(layer) is nn.Linear and (reason := unsupported_reason(layer, prepare=True)):
-        return reason
-    weight = layer.get_parameter("weight")
-    if weight.dim() != 2:
-        return f"its weight has {weight.dim()} dimensions: FSDP flattens it, call sparse_training_ before"
-    cols = weight.shape[1]
-    return f"its {cols} inputs do not fill one group of 2:4" if cols < 4 else None
 
 
 def _report(name: str, layer: nn.Linear, left: str | None) -> LayerReport:
