@@ -129,7 +129,7 @@ def _temporary(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
         opened: list[BinaryIO] = []
         with restoring(partial(_remove, path, opened)):
             opened.append(open(path, "xb"))
-            if _lock(opened[0].fileno()) is False or os.fstat(opened[0].fileno()).st_nlink == 0:
+            if lock(opened[0].fileno()) is False or os.fstat(opened[0].fileno()).st_nlink == 0:
                 continue  # it was taken for an abandoned one before it was locked
             yield opened[0], path
             return
@@ -146,7 +146,7 @@ def _remove_abandoned(folder: Path) -> None:
     for path in folder.glob(TEMPORARY):
         with suppress(OSError):  # somebody else's, or gone in the meantime
             with open(path, "r+b", opener=_open_itself) as file:
-                free = _lock(file.fileno())
+                free = lock(file.fileno())
                 if free:
                     path.unlink()
             if free is None and time.time() - path.stat().st_mtime > ABANDONED:
@@ -158,7 +158,7 @@ def _open_itself(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
-def _lock(descriptor: int) -> bool | None:
+def lock(descriptor: int) -> bool | None:
     """Locks a file until it is closed; False where another has, None where the file system knows no locks."""
     if fcntl is None:
         return None

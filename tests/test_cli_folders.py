@@ -1,5 +1,6 @@
 """The folders that the commands write: what may be replaced, and what is there after a failure."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from commands import prune, refusal, results, write_model
 
 from sparsekit.cli.errors import UsageError
-from sparsekit.cli.folders import check_out, new_folder
+from sparsekit.cli.folders import check_out
 
 for package in ("tyro", "rich", "PIL", "transformers"):
     pytest.importorskip(package)
@@ -80,47 +81,31 @@ def test_what_cannot_be_made_is_refused_first(model, tmp_path, capsys, monkeypat
             check_out(out, overwrite=False)
 
 
-def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "disk" / "real").mkdir(parents=True)
-    (tmp_path / "disk" / "real" / "old").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
-    with new_folder(tmp_path / "link") as folder:
-        assert folder.parent == tmp_path / "disk"  # a rename never leaves the disk
-        (folder / "new").touch()
-    assert (tmp_path / "link").is_symlink()
-    assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["real", "new"]
+@pytest.mark.parametrize("out", ["/proc/out", "/proc/deep/out", "/sys/out"])
+def test_folders_that_cannot_be_written_to_whatever_they_say_are_refused_first(out, model, capsys):
+    code, line = refusal(prune(model, Path(out)), capsys)
+    assert code == 2 and f"{out} cannot be made: {out[:4]}" in line
+    assert not Path(out).exists()
 
 
-def test_the_old_folder_outlives_a_failure_to_put_it_back(tmp_path, monkeypatch):
-    out, rename = tmp_path / "out", Path.rename
-    out.mkdir()
-    (out / "weights").write_text("old")
-
-    def fails(path, target):
-        if target == out:
-            raise OSError("input/output error")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="input/output error"), new_folder(out) as folder:
-        (folder / "weights").write_text("new")
-    assert [path.read_text() for path in tmp_path.rglob("weights")] == ["old"]
+def test_a_link_that_leads_to_itself_is_refused_first(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match="loop cannot be made"):
+        check_out(tmp_path / "loop", overwrite=False)
+    check_out(tmp_path / "deep" / "out", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_failed_rename_leaves_what_was_there(there, tmp_path, monkeypatch):
-    out, rename = tmp_path / "out", Path.rename
-    if there:
-        out.mkdir()
-        (out / "weights").write_text("old")
+@pytest.mark.parametrize("arguments", [["compress", "--tokens", 4], ["bench", "--tokens", 4, "--report"]])
+def test_a_folder_that_cannot_be_added_to_is_refused_first(arguments, model, capsys, monkeypatch):
+    from sparsekit import _files
+    from sparsekit.cli import models
 
-    def fails(path, target):
-        if path.suffix == ".tmp":
-            raise KeyboardInterrupt
-        return rename(path, target)
+    def fail(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(KeyboardInterrupt), new_folder(out) as folder:
-        (folder / "weights").write_text("new")
-    assert [path.name for path in tmp_path.rglob("*")] == (["out", "weights"] if there else [])
-    assert not there or (out / "weights").read_text() == "old"
+    monkeypatch.setattr(_files, "_temporary", fail)
+    monkeypatch.setattr(models, "read_config", lambda *_: pytest.fail("the work began"))
+    command, *rest = arguments
+    code, line = refusal([command, model, *rest], capsys)
+    assert code and f"Permission denied: '{model}'" in line

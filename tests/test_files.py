@@ -150,7 +150,7 @@ def test_a_killed_writer_leaves_what_the_next_one_removes(write, tmp_path):
 
 
 def test_without_locks_age_tells_what_was_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(_files, "_lock", lambda descriptor: None)
+    monkeypatch.setattr(_files, "lock", lambda descriptor: None)
     for name, age in ((".sk-0.tmp", 7200), (".sk-1.tmp", 60)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age,) * 2)

@@ -36,6 +36,7 @@ LAYERS = [
         "sparsekit._batches",
         "sparsekit._archive",
         "sparsekit._files",
+        "sparsekit._folders",
         "sparsekit._fingerprint",
         "sparsekit._record",
         "sparsekit._layers",

@@ -10,7 +10,7 @@ import tyro
 from torch import nn
 
 from .. import load
-from .._files import write_json
+from .._files import try_folder, write_json
 from ..compress.cache import machine
 from ..compress.clock import cache_bytes
 from ..compress.tune import PARITY_RATIO, Timing
@@ -82,6 +82,8 @@ class Bench:
     def models(self) -> dict[str, Any]:
         """The plain model, the one that oneDNN prepacks where it does, and the compressed one."""
         check_folder(self.folder)
+        if self.report:
+            try_folder(self.folder)
         device = device_of(self.device)
         if (self.folder / COMPRESSED).exists() and device.type == "cpu":
             config = read_config(str(self.folder))

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from .. import CompressReport, compress_, save
-from .._files import write_json
+from .._files import try_folder, write_json
 from ..compress.cache import machine
 from ..compress.decide import Objective
 from ..compress.table import grouped_rows, summary
@@ -72,6 +72,8 @@ class Compress:
             check_out(self.out, overwrite=self.overwrite)
         elif (self.folder / COMPRESSED).exists() and not self.overwrite:
             raise UsageError(f"{self.folder / COMPRESSED} is there: name another folder with --out, or --overwrite")
+        else:
+            try_folder(self.folder)
         model: Any = load_dense(str(self.folder), self.device, self.dtype)
         check_tokens(model, self.tokens)
         with without_cache(model):

@@ -1,12 +1,10 @@
 """What the commands write, and how: a folder appears whole or not at all."""
 
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from .._folders import new_folder as new_folder
+from .._folders import try_new_folder
 from .errors import UsageError
 from .stored import is_ours
 
@@ -51,10 +49,13 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, a folder is needed")
-    whole = Path(os.path.realpath(out))
-    parent = next((path for path in whole.parents if path.exists()), whole)
+    parent = next((path for path in Path(os.path.realpath(out)).parents if path.exists()), out)
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise UsageError(f"{out} cannot be made: {parent} is no folder that can be written to")
+    try:  # some folders, /proc for one, say that they can be written to, and cannot
+        try_new_folder(out)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be made: {error.filename}: {error.strerror}") from error
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
@@ -66,29 +67,3 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     if strange or not (pruned or packed):
         what = min(strange, default=out)
         raise UsageError(f"{what} was not written by sparsekit, which overwrites nothing else")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` to write to, which takes its place when the block has ended.
-
-    If the block fails, or is interrupted, ``out`` is what it was and nothing else is left; what ``out`` was is removed
-    only when the new folder stands in its place. A link stays one: what it points to is replaced.
-    """
-    out = Path(os.path.realpath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    old = temporary.with_suffix(".old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""Folders that appear whole or not at all."""
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from ._files import ABANDONED, lock
+from ._undo import restoring
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes a hidden folder beside ``path`` to write to, which takes the place of ``path`` once the block has ended.
+
+    If the block fails, or is interrupted, ``path`` is what it was and nothing else is left. Where ``path`` is a link,
+    what it leads to is replaced. On Linux both folders change names in one step. Elsewhere the old one leaves first,
+    and what a kill between the two steps took away comes back with the next call beside it, which also removes what
+    killed processes have left.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    target = _target(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target.parent)
+    # Known before they are made, so that an interrupt at any point finds them.
+    new = target.parent / f".sk-{secrets.token_hex(8)}.tmp"
+    with restoring(partial(_clean, new)):
+        new.mkdir()
+        descriptor, _ = _open_locked(new)
+        try:
+            if not new.is_dir():  # it was taken for an abandoned one before it was locked
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(new))
+            yield new
+            if not target.exists():
+                new.rename(target)
+            elif not _exchange(new, target):
+                _put_aside(target, _old(new))
+                new.rename(target)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def try_new_folder(path: str | os.PathLike[str]) -> None:
+    """Sees that ``new_folder`` can make ``path``, without making it: before the work whose result is to go there.
+
+    Raises:
+        OSError: it cannot; ``filename`` is what no folder can be made in, or what leads nowhere.
+    """
+    parent = next(each for each in _target(path).parents if each.exists())
+    trial = parent / f".sk-{secrets.token_hex(8)}.tmp"
+    with restoring(partial(_clean, trial)):
+        try:
+            trial.mkdir()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(parent)) from error
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The folder that ``path`` is, or leads to."""
+    try:
+        return Path(os.path.realpath(path, strict=True))
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two folders change names in one step; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library from before 2018
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # an old kernel, or a share
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(other))
+
+
+def _old(new: Path) -> Path:
+    return new.with_suffix(".old")
+
+
+def _put_aside(target: Path, aside: Path) -> None:
+    """Moves ``target`` into a folder that says where it was."""
+    aside.mkdir()
+    (aside / "name").write_text(target.name, encoding="utf-8")
+    target.rename(aside / "folder")
+
+
+def _bring_back(aside: Path) -> None:
+    """Undoes ``_put_aside`` where nothing has taken the place of what was there, and forgets it."""
+    with suppress(FileNotFoundError):
+        target = aside.with_name((aside / "name").read_text(encoding="utf-8"))
+        if not target.exists():
+            (aside / "folder").rename(target)
+    if not (aside / "folder").exists() or target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clean(new: Path) -> None:
+    """Removes a hidden folder, and what was put aside for it, once it is decided which one stays."""
+    try:
+        _bring_back(_old(new))
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _recover(parent: Path) -> None:
+    """Brings back, or removes, what killed processes have left."""
+    for left in {each.with_suffix(".tmp") for suffix in ("tmp", "old") for each in parent.glob(f".sk-*.{suffix}")}:
+        with suppress(OSError):
+            if not left.exists():
+                _clean(left)
+            elif left.is_dir():
+                descriptor, free = _open_locked(left)
+                try:
+                    if free or (free is None and time.time() - left.stat().st_mtime > ABANDONED):
+                        _clean(left)
+                finally:
+                    if descriptor is not None:
+                        os.close(descriptor)
+
+
+def _open_locked(folder: Path) -> tuple[int | None, bool | None]:
+    """Opens a folder and locks it, see ``lock``."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return None, None
+    return descriptor, lock(descriptor)
