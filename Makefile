@@ -70,5 +70,5 @@ sanitize: $(INSTALLED)
 	$(MAKE) -C tests/cpp sanitize
 
 clean:
-	rm -rf build dist *.egg-info sparsekit/_C.* .pytest_cache .hypothesis .mypy_cache .ruff_cache tests/cpp/build \
+	rm -rf build dist *.egg-info sparsekit/_C.* sparsekit/_build.json .pytest_cache .hypothesis .mypy_cache .ruff_cache tests/cpp/build \
 	  $(INSTALLED)

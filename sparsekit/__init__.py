@@ -1,8 +1,11 @@
 """Kernels for sparse neural networks: fast to make sparse, never slower to run."""
 
+from . import _foreign as _foreign
 from . import nn as nn
 from . import ops as ops
 from . import tiers as tiers
+from ._config import show_config as show_config
+from ._version import VERSION as _VERSION
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .compress import CompressReport as CompressReport
@@ -40,3 +43,5 @@ from .semi_structured import from_sparse_semi_structured as from_sparse_semi_str
 from .semi_structured import to_sparse_semi_structured as to_sparse_semi_structured
 from .train import SparseTraining as SparseTraining
 from .train import sparse_training_ as sparse_training_
+
+__version__ = _VERSION

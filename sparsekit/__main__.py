@@ -1,8 +1,11 @@
-"""``python -m sparsekit`` is the command ``sparsekit``."""
+"""``python -m sparsekit`` prints what runs where; with arguments it is the command ``sparsekit``."""
 
 import sys
 
+from ._config import show_config
 from .cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if len(sys.argv) > 1:
+        sys.exit(main())
+    show_config()

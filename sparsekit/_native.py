@@ -1,12 +1,23 @@
-"""Finds and loads the compiled extension.
+"""Finds and loads the compiled extension, and says why it is missing and what brings it.
 
 ``SPARSEKIT_NATIVE=1`` makes a missing extension an error, ``0`` never loads it, unset loads it if it is there.
 """
 
+import json
 import os
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
+
+from ._version import DISTRIBUTION
+
+PACKAGE = Path(__file__).parent
+SWITCHED_OFF = "switched off by SPARSEKIT_NATIVE=0"
+
+
+class SlowKernelsWarning(UserWarning):
+    """Plain PyTorch answers on the CPU, many times slower, since the compiled extension is missing."""
 
 
 def load() -> str:
@@ -15,8 +26,8 @@ def load() -> str:
     if wanted not in ("", "0", "1"):
         raise ImportError(f"SPARSEKIT_NATIVE must be 0, 1 or unset, got {wanted!r}")
     if wanted == "0":
-        return "switched off by SPARSEKIT_NATIVE=0"
-    built = sorted(Path(__file__).parent.glob("_C.*"))
+        return SWITCHED_OFF
+    built = sorted(PACKAGE.glob("_C.*"))
     if not built:
         reason = "not built"
     else:
@@ -24,10 +35,49 @@ def load() -> str:
             torch.ops.load_library(str(built[0]))
             return "loaded"
         except OSError as error:
-            reason = f"built for another torch than {torch.__version__}: {error}"
+            reason = f"built for torch {_record().get('torch', '?')}, not for {torch.__version__}: {error}"
     if wanted == "1":
+        why, command = remedy(PACKAGE)
         raise ImportError(
-            f"SPARSEKIT_NATIVE=1, but the compiled extension is {reason}. "
-            "Rebuild it with `pip install --no-build-isolation -e .`"
+            f"SPARSEKIT_NATIVE=1, but the compiled extension is {reason}. Rebuild it with `{command}`: {why}"
         )
     return reason
+
+
+def remedy(package: Path) -> tuple[str, str]:
+    """Why the extension that belongs to a package's folder is missing or does not load, and the command that mends it.
+
+    Tells apart a source checkout that hides an installed package, one that was not built, and an installation whose
+    build went on without the extension, which left its reason in ``_build.json``.
+    """
+    checkout = package.parent
+    is_checkout = (checkout / "setup.py").exists() and (checkout / "csrc").is_dir()
+    build = "pip install --no-build-isolation " + (
+        f"-e {checkout}" if is_checkout else f"--force-reinstall {DISTRIBUTION}"
+    )
+    if any(package.glob("_C.*")):
+        return "it has to be built anew for this torch", build
+    if is_checkout and (installed := _installed_elsewhere(package)) is not None:
+        return f"the source checkout {checkout} hides the package installed in {installed}", build
+    told = _record(package).get("reason")
+    if told:
+        return f"its build said: {told}", build
+    return f"{f'the checkout {checkout}' if is_checkout else f'the package in {package}'} was never built", build
+
+
+def _record(package: Path = PACKAGE) -> dict[str, str]:
+    """What ``setup.py`` wrote down when it built the package."""
+    try:
+        record = json.loads((package / "_build.json").read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _installed_elsewhere(package: Path) -> Path | None:
+    """Another folder that the installed package lies in, where it has its extension."""
+    try:
+        found = Path(str(distribution(DISTRIBUTION).locate_file("sparsekit")))
+    except PackageNotFoundError:
+        return None
+    return found if found.resolve() != package.resolve() and any(found.glob("_C.*")) else None

@@ -24,6 +24,7 @@ SIGNATURES = {
     "pack_tiered": "weight, mask=None, *, k=10, block=(16, 16)",
     "unpack_tiered": "packed, rows, cols",
     "linear_tiered": "x, packed, bias=None, *, out_features",
+    "show_config": "",
     "prune_": "model, method, batches=None, *, where=None, sequential=True, forward=None, axis='input', "
     "token_mask=None, batchnorm=True, group='world', progress=None, resume=None",
     "Magnitude": "pattern",

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 from commands import call, refusal
 
+import sparsekit as sk
 from sparsekit import cli
 from sparsekit.cli.arguments import unframed
 
@@ -51,12 +51,12 @@ def test_help_and_version(capsys):
     for name in ("prune", "inspect", "compress", "bench"):
         code, out, _ = call([name, "--help"], capsys)
         assert code == 0 and f"sparsekit {name}" in out and "--json" in out
-    assert call(["--version"], capsys) == (0, f"sparsekit {version('sparsekit')}\n", [])
+    assert call(["--version"], capsys) == (0, f"sparsekit {sk.__version__}\n", [])
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("rich", "PIL") else object())
-    line = "sparsekit: the command line needs rich, pillow: pip install 'sparsekit[cli]'"
+    line = "sparsekit: the command line needs rich, pillow: pip install 'sparsekit-kernels[cli]'"
     assert refusal(["inspect", "x"], capsys) == (1, line)
 
 

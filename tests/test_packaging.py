@@ -84,7 +84,9 @@ def run_installed(wheel, folder, **environment):
 def test_native_wheel(source, tmp_path, hasty):
     wheel, said = build(source, tmp_path / "dist", SPARSEKIT_NATIVE="1", CXX=hasty)
     assert wheel, said
-    assert "-cp310-abi3-" in wheel.name
+    assert wheel.name.startswith("sparsekit_kernels-0.1.0-cp310-abi3-")
+    record = json.loads(zipfile.ZipFile(wheel).read("sparsekit/_build.json"))
+    assert record == {"torch": torch.__version__}
     names = zipfile.ZipFile(wheel).namelist()
     assert "sparsekit/_C.abi3.so" in names and "sparsekit/py.typed" in names
     assert "sparsekit/triton_kernels/configs.json" in names
@@ -107,16 +109,19 @@ def test_pure_wheel_from_the_source_distribution(source, tmp_path):
         "constraints.txt",
         "LICENSE",
     } <= names
-    wheel, said = build(next(tmp_path.glob("sparsekit-*")), tmp_path / "dist", SPARSEKIT_NATIVE="0")
-    assert wheel and wheel.name.endswith("-py3-none-any.whl"), said
-    assert run_installed(wheel, tmp_path) == ["reference"]
+    wheel, said = build(next(tmp_path.glob("sparsekit_kernels-*")), tmp_path / "dist", SPARSEKIT_NATIVE="0")
+    assert wheel and wheel.name == "sparsekit_kernels-0.1.0+pure-py3-none-any.whl", said  # what pip shows
+    assert run_installed(wheel, tmp_path, SPARSEKIT_NATIVE="0") == ["reference"]
+    reason = json.loads(zipfile.ZipFile(wheel).read("sparsekit/_build.json"))["reason"]
+    assert reason == "SPARSEKIT_NATIVE=0 asked for plain PyTorch"
 
 
 def test_without_a_compiler_the_wheel_is_pure_and_says_so(source, tmp_path):
     wheel, said = build(source, tmp_path / "dist", CC="/bin/false", CXX="/bin/false")
     assert wheel and wheel.name.endswith("-py3-none-any.whl"), said
-    assert "sparsekit: installing without compiled kernels" in said
+    assert "sparsekit: installing without compiled kernels" in said and "+pure" in wheel.name
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_C" in name]
+    assert "/bin/false compiles no C++20" in zipfile.ZipFile(wheel).read("sparsekit/_build.json").decode()
 
 
 def test_a_build_that_breaks_off_leaves_a_pure_wheel(source, tmp_path):
@@ -136,6 +141,14 @@ def test_asked_for_and_impossible_is_one_clear_error(source, tmp_path):
     assert "sparsekit: SPARSEKIT_NATIVE=1, but the extension cannot be built" in said
 
 
+def test_without_torch_the_build_fails_and_names_both_ways(source, tmp_path):
+    (tmp_path / "torch.py").write_text('raise ImportError("as in an isolated build")\n')
+    wheel, said = build(source, tmp_path / "dist", PYTHONPATH=str(tmp_path))
+    assert wheel is None and "sparsekit: torch is not there while it is built" in said
+    wheel, said = build(source, tmp_path / "dist", PYTHONPATH=str(tmp_path), SPARSEKIT_NATIVE="0")
+    assert wheel and "+pure" in wheel.name, said
+
+
 def test_an_unknown_switch_is_an_error(source, tmp_path):
     wheel, said = build(source, tmp_path / "dist", SPARSEKIT_NATIVE="yes")
     assert wheel is None and "SPARSEKIT_NATIVE must be 0, 1 or unset, got 'yes'" in said
@@ -147,4 +160,6 @@ def test_asked_for_and_not_installed_is_one_clear_error(source):
         [sys.executable, "-c", "import sparsekit"], cwd=source, env=environment, capture_output=True, text=True
     )
     assert done.returncode
-    assert "ImportError: SPARSEKIT_NATIVE=1, but the compiled extension is not built. Rebuild it with" in done.stderr
+    assert (
+        "ImportError: SPARSEKIT_NATIVE=1, but the compiled extension is not built. Rebuild it with `pip" in done.stderr
+    )

@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
+
+from .._version import DISTRIBUTION, VERSION
 
 PACKAGES = {"tyro": "tyro", "rich": "rich", "transformers": "transformers", "PIL": "pillow"}  # the extra ``cli``
 
@@ -17,11 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if list(arguments) == ["--version"]:
-        sys.stdout.write(f"sparsekit {version('sparsekit')}\n")
+        sys.stdout.write(f"sparsekit {VERSION}\n")
         return 0
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:
-        sys.stderr.write(f"sparsekit: the command line needs {', '.join(missing)}: pip install 'sparsekit[cli]'\n")
+        sys.stderr.write(f"sparsekit: the command line needs {', '.join(missing)}: pip install '{DISTRIBUTION}[cli]'\n")
         return 1
     try:
         from .app import run

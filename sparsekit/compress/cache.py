@@ -32,7 +32,7 @@ def remembered(key: Mapping[str, Any], compute: Callable[[], Timings], device: t
     wrote, is written anew. What was measured on a busy machine, with a spread above one half, is used once and not
     kept. ``SPARSEKIT_TUNE_CACHE=0`` switches the cache off, a path moves it; delete the folder to measure again.
     """
-    if (folder := _cache_folder()) is None:
+    if (folder := cache_folder()) is None:
         return compute()
     full = _full(key, device)
     path = _path(folder, full)
@@ -46,7 +46,7 @@ def remembered(key: Mapping[str, Any], compute: Callable[[], Timings], device: t
 
 def forget(key: Mapping[str, Any], device: torch.device = CPU) -> None:
     """Removes the timings of ``key`` from the tune cache, so that they are measured again."""
-    if (folder := _cache_folder()) is not None:
+    if (folder := cache_folder()) is not None:
         with suppress(OSError):
             _path(folder, _full(key, device)).unlink()
 
@@ -64,7 +64,7 @@ def _path(folder: Path, full: dict[str, Any]) -> Path:
     return folder / f"{_hash(full)[:32]}.json"
 
 
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
     chosen = os.environ.get("SPARSEKIT_TUNE_CACHE", "")
     if chosen == "0":
         return None

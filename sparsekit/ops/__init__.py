@@ -1,7 +1,9 @@
 """The ops: plain functions on tensors, the same result on every device."""
 
+from ._kernels import SlowKernelsWarning as SlowKernelsWarning
 from ._kernels import backends as backends
 from ._kernels import force_simd as force_simd
+from ._kernels import register_slow as _register_slow
 from ._kernels import register_triton as _register_triton
 from ._kernels import register_vendor as _register_vendor
 from ._kernels import simd_level as simd_level
@@ -35,5 +37,6 @@ from .tiers import tier_prune as tier_prune
 from .tiers import tier_scores as tier_scores
 from .transposable import transposable_mask as transposable_mask
 
+_register_slow()
 _register_triton()
 _register_vendor()

@@ -33,6 +33,11 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     return op
 
 
+def reference_of(op: Any) -> Callable[..., Any]:
+    """What an op computes in plain PyTorch."""
+    return _REFERENCES[op]
+
+
 def is_jit_tracing() -> bool:
     """Whether ``torch.jit.trace`` runs, to which sizes are tensors and a comparison of them is a warning."""
     return torch._C._get_tracing_state() is not None
@@ -95,7 +100,7 @@ def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
     ``torch.func`` cannot transform an op that has a gradient of its own: there its reference answers.
     """
     if torch._C._are_functorch_transforms_active():
-        return _REFERENCES[op](*args)
+        return reference_of(op)(*args)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python: 9 us, a third of a small call

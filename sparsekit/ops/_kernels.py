@@ -1,16 +1,20 @@
 """The only place that joins ops to device kernels."""
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import _native
-from ._define import LIBRARY, without_autocast
+from .._native import SlowKernelsWarning as SlowKernelsWarning
+from ._define import LIBRARY, reference_of, without_autocast
 
 NATIVE = _native.load()
 # The file of triton_kernels whose launcher, named as the op, answers it on GPUs.
@@ -54,6 +58,51 @@ OPS = (
     "linear_tiered",
     "sparsegpt_block",
 )
+
+
+def register_slow() -> None:
+    """Lets the references answer on the CPU where the extension is missing; the first call says why, with a warning."""
+    if NATIVE not in ("loaded", _native.SWITCHED_OFF):
+        for op in OPS:
+            LIBRARY.impl(op, _slow(reference_of(getattr(torch.ops.sparsekit, op).default)), "CPU")
+
+
+def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        warn_slow()
+        return reference(*args)
+
+    return run
+
+
+@cache
+def warn_slow() -> None:
+    """Warns, once per process, that the compiled extension is missing: in the line that called this package."""
+    warnings.warn(
+        f"sparsekit computes in plain PyTorch, many times slower: the compiled extension is {missing_kernels()}, "
+        "or set SPARSEKIT_NATIVE=0 to do without it",
+        SlowKernelsWarning,
+        stacklevel=_depth_of_caller(),
+    )
+
+
+def missing_kernels() -> str:
+    """Why the compiled kernels do not answer on the CPU, and what brings them; empty where they do."""
+    if NATIVE == "loaded":
+        return ""
+    if NATIVE == _native.SWITCHED_OFF:
+        return f"{NATIVE}: unset it"
+    why, command = _native.remedy(_native.PACKAGE)
+    return f"{NATIVE}, {why}: get it with `{command}`"
+
+
+def _depth_of_caller() -> int:
+    """The stack level of the first caller that is neither this package nor PyTorch."""
+    inside = (str(_native.PACKAGE), str(Path(torch.__file__).parent))
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def register_vendor() -> None:
