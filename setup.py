@@ -153,6 +153,7 @@ OBSTACLE = obstacle()
 setup(
     version=VERSION + ("+pure" if OBSTACLE and "sdist" not in sys.argv else ""),
     packages=[*find_packages(include=["sparsekit", "sparsekit.*"]), "sparsekit.triton_kernels"],
+    py_modules=["sparsekit_command"],
     package_dir={"sparsekit.triton_kernels": "triton_kernels"},
     package_data={"sparsekit": ["py.typed"], "sparsekit.triton_kernels": ["configs.json"]},
     **({"cmdclass": COMMANDS} if OBSTACLE else native()),

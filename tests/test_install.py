@@ -13,6 +13,7 @@ import torch
 
 import sparsekit as sk
 from sparsekit import _foreign, _native
+from sparsekit.cli import app
 from sparsekit.ops import _kernels
 from sparsekit.ops.nm import nm_mask_reference
 
@@ -167,6 +168,31 @@ def test_import_is_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, *heavy = done.stdout.split()
     assert float(seconds) < 1 and not heavy
+
+
+@sources
+@pytest.mark.parametrize("argument", ["--version", "--help", "-h"])
+def test_the_command_says_what_it_is_before_torch_is_imported(argument):
+    code = (
+        "import sys, sparsekit_command; code = sparsekit_command.main();"
+        "sys.exit(code or bool(sys.modules.keys() & {'torch', 'sparsekit'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, argument], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if argument == "--version":
+        assert done.stdout == f"sparsekit {sk.__version__}\n"
+    else:
+        words = " ".join(done.stdout.split())
+        assert " ".join(app.DESCRIPTION.split()) in words
+        for name, command in app.COMMANDS.items():
+            assert f"{name} {' '.join((command.__doc__ or '').partition(chr(10) * 2)[0].split())}" in words
+
+
+@sources
+def test_the_command_runs_what_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["sparsekit", "inspect", str(tmp_path)])
+    assert runpy.run_path(str(ROOT / "sparsekit_command.py"))["main"]() == 2
+    assert capsys.readouterr().err == f"sparsekit: {tmp_path} has no safetensors file\n"
 
 
 def run_setup(monkeypatch, *arguments):

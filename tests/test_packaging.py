@@ -38,7 +38,15 @@ def source(tmp_path_factory):
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree")
     folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "constraints.txt",
+        "sparsekit_command.py",
+    ):
         shutil.copy(ROOT / name, folder)
     for name in ("sparsekit", "csrc", "triton_kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
@@ -91,6 +99,7 @@ def test_native_wheel(source, tmp_path, hasty):
     assert "sparsekit/_C.abi3.so" in names and "sparsekit/py.typed" in names
     assert "sparsekit/triton_kernels/configs.json" in names
     assert not [name for name in names if name.startswith(("tests", "bench", "csrc", "triton_kernels"))]
+    assert "sparsekit_command.py" in names
     kernels = run_installed(wheel, tmp_path, SPARSEKIT_NATIVE="1")
     assert len(kernels) == 1 and kernels != ["reference"]
 
