@@ -56,10 +56,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Writes ``data`` as indented JSON, whole or not at all."""
-    text = json.dumps(data, indent=2) + "\n"
+    """Writes ``data`` as indented JSON, see ``to_json``, whole or not at all."""
+    text = to_json(data) + "\n"
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def to_json(data: Any) -> str:
+    """Indented JSON that any reader takes: NaN and infinities, which it has not, are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(data), indent=2, allow_nan=False)
 
 
 def try_folder(folder: Path) -> None:

@@ -190,3 +190,8 @@ def test_the_folder_of_the_process_may_change(tmp_path, monkeypatch):
 def test_json_is_what_its_standard_says(text):
     with pytest.raises(ValueError):
         parse_json(text)
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    write_json(tmp_path / "file", {"a": [float("nan"), (1.5, -float("inf"))], 3: None})
+    assert parse_json((tmp_path / "file").read_text()) == {"a": [None, [1.5, None]], "3": None}

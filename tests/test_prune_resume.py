@@ -6,9 +6,11 @@ import random
 
 import pytest
 import torch
+from experts import HIDDEN, stacked_and_separate
 from pruning import assert_same, snapshot, stack
 
 import sparsekit as sk
+from sparsekit._record import write_record
 from sparsekit.masks import get_mask
 
 
@@ -174,3 +176,37 @@ def test_a_loader_that_shuffles_needs_a_seed(tmp_path):
     sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), loader(0), resume=tmp_path)
     with pytest.raises(ValueError, match="it differs in batches"):
         sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), loader(1), resume=tmp_path)
+
+
+def test_experts_are_gone_on_with(tmp_path):
+    x = [torch.randn(32, HIDDEN)]
+    whole, _ = stacked_and_separate()
+    first, second = copy.deepcopy(whole), copy.deepcopy(whole)
+    sk.prune_(first, sk.Wanda("2:4"), x, resume=tmp_path)
+    report = sk.prune_(second, sk.Wanda("2:4"), x, resume=tmp_path)
+    assert [layer.name for layer in report.layers] == ["0.experts.gate_up_proj", "0.experts.down_proj"]
+    for key in ("gate_up_proj", "down_proj"):
+        one, other = first[0].experts, second[0].experts
+        assert torch.equal(getattr(one, key), getattr(other, key))
+        assert torch.equal(get_mask(one, key), get_mask(other, key))
+
+
+WRONG = {
+    "name": "9",
+    "shape": [8, 9],
+    "pattern": "9:4",
+    "error": [],
+    "strange": 1,
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_records_of_wrong_types_are_refused(tmp_path, key):
+    dense, x = stack(8, 8), [torch.randn(9, 8)]
+    sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), x, resume=tmp_path)
+    data = json.loads((tmp_path / "run.json").read_text())
+    del data["sha256"]
+    for blocks in ([[{**data["blocks"][0][0], key: WRONG[key]}]], {"a": 1}, [3], [[3]]):
+        write_record(tmp_path / "run.json", {**data, "blocks": blocks})
+        with pytest.raises(ValueError, match=r"run\.json is not the record of a pruning run"):
+            sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), x, resume=tmp_path)

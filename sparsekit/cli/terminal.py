@@ -1,6 +1,5 @@
 """What a person sees: tables on stdout; progress, remarks and errors on stderr. With ``--json``, JSON on stdout."""
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .._batches import Progress as Wrapper
+from .._files import to_json
 
 WIDE = 10_000  # a file or a pipe gets every table in full
 
@@ -45,7 +45,7 @@ def write(text: str) -> None:
 
 def write_json(data: Any) -> None:
     """The results on stdout, for a program to read."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(to_json(data) + "\n")
 
 
 def say(text: str) -> None:

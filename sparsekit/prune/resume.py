@@ -1,7 +1,7 @@
 """What is kept of a pruning run, block by block, so that it goes on after a kill."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from .._archive import read, seal, write
 from .._batches import Forward
 from .._fingerprint import digest, digest_modules, digest_tensors, name_of, without_addresses
 from .._record import check_call, read_record, write_record
-from ..masks import get_mask_bits
+from ..masks import Pattern, get_mask_bits
 from ..ops import unpack_bits
 from .layers import Layer
 from .methods import Method
@@ -71,12 +71,12 @@ class Finished:
         if path.exists():
             what = "the record of a pruning run"
             record = read_record(path, what)
+            if record.get("blocks"):  # a run that has finished nothing yet is nobody's
+                check_call(path, record.get("call"), call)
             try:
-                blocks = [[_report(row) for row in rows] for rows in record["blocks"]]
+                blocks = [[_report(row, self._layers) for row in rows] for rows in record["blocks"]]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path} is not {what}: {error}") from error
-            if blocks:  # a run that has finished nothing yet is nobody's
-                check_call(path, record.get("call"), call)
             self._blocks = blocks
 
     def begin(self) -> None:
@@ -142,6 +142,10 @@ class Finished:
         write_record(self._folder / "run.json", {"call": self._call, "blocks": blocks})
 
 
-def _report(row: dict[str, Any]) -> LayerReport:
-    error = row["error"]
-    return LayerReport(**{**row, "shape": tuple(row["shape"]), "error": None if error is None else float(error)})
+def _report(row: dict[str, Any], layers: Mapping[str, Layer]) -> LayerReport:
+    """The report of a layer that a record holds; a number that JSON has not is a word there."""
+    error, layer = row["error"], layers[row["name"]]
+    if (shape := tuple(row["shape"])) != tuple(layer.weight.shape):
+        raise ValueError(f"layer {layer.name!r} has the shape {shape}, the model's has {tuple(layer.weight.shape)}")
+    Pattern.parse(row["pattern"])
+    return LayerReport(**{**row, "shape": shape, "error": None if error is None else float(error)})
