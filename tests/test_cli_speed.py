@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from commands import call, prune, refusal, results, write_model
+from helpers import sparse_linear
 
 import sparsekit as sk
 from sparsekit.compress.report import LayerReport
 from sparsekit.compress.tune import Timing
-from sparsekit.nn import Linear24, TieredLinear
+from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
 
 for package in ("tyro", "rich", "PIL", "transformers"):
     pytest.importorskip(package)
@@ -153,7 +154,40 @@ def test_bench_says_where_nothing_wins(pruned, capsys, ratios):
     ratios["2:4"] = ratios["prepacked"] = 0.9
     code, out, err = call(["bench", pruned, "--tokens", 2, "--seconds", 0.01], capsys)
     assert (code, err) == (0, []) and "no layer is compressed: on this machine nothing was faster than dense" in out
+    found = results(["bench", pruned, "--tokens", 2, "--seconds", 0.01], capsys)["models"]["2"]
+    assert found["compressed"] == found["plain"] and found["plain"]["ratio"] == 1  # it is the same model
     assert not (pruned / "bench.json").exists() and not (pruned / "compressed.safetensors").exists()
+
+
+def test_bench_does_not_time_the_best_dense_against_itself(tmp_path, capsys, ratios):
+    ratios |= {"2:4": 0.9, "compressed": 2.0}
+    found = results(["bench", write_model(tmp_path), "--tokens", 2, "--seconds", 0.01], capsys)
+    assert {layer["kind"] for layer in found["layers"]} == {"PrepackedLinear"}
+    timings = found["models"]["2"]
+    assert timings["compressed"] == timings["prepacked"] != timings["plain"]
+
+
+def test_layers_that_are_the_best_dense_are_compared_with_plain_alone(monkeypatch):
+    from sparsekit.cli import speed
+
+    asked = []
+
+    def measure(calls, plain, x, *, dense, clock, budget):
+        asked.append((sorted(calls), dense))
+        return dict.fromkeys(("plain", *calls), Timing(1.0, 1.0, 1.0, 1.0, 0.0))
+
+    monkeypatch.setattr(speed.tune, "measure", measure)
+    layers = [PrepackedLinear.from_linear(torch.nn.Linear(8, 8).eval()), Linear24.from_linear(sparse_linear(8, 8))]
+    speed.layer_speeds(torch.nn.Sequential(*layers), [4], evict_cache=False, budget=0.01, progress=lambda kinds: kinds)
+    assert asked == [(["compressed"], ("compressed",)), (["compressed", "prepacked"], ("prepacked",))]
+
+
+def test_for_size(pruned, tmp_path, capsys, ratios):
+    ratios |= {"2:4": 0.98, "prepacked": 2.0}
+    for objective, decision in (("speed", "prepacked"), ("size", "2:4")):
+        out = tmp_path / objective
+        found = results(["compress", pruned, "--out", out, "--tokens", 4, "--objective", objective], capsys)
+        assert {layer["decision"] for layer in found["layers"] if layer["name"] != "lm_head"} == {decision}
 
 
 def test_really_measured(pruned, tmp_path, capsys):

@@ -71,21 +71,6 @@ def show_speed(speeds: Speeds) -> None:
     print(f"  slower: {', '.join(slower)}" if slower else "  slower than dense: nowhere")
 
 
-def show_decisions(report: sk.CompressReport) -> None:
-    """Prints what became of the layers, one line per shape and decision, with the ratios that were measured."""
-    alike: dict[tuple[tuple[int, int], str, str], list[LayerReport]] = {}
-    for layer in report.layers:
-        alike.setdefault((layer.shape, layer.decision, layer.reason), []).append(layer)
-    buckets = sorted({count for layer in report.layers for count in layer.timings})
-    rows = []
-    for (shape, decision, reason), layers in alike.items():
-        timings = [layers[0].timing(count) for count in buckets]
-        ratios = ["-" if timing is None else f"{timing.ratio:.2f}x" for timing in timings]
-        rows.append((f"{len(layers)} of {shape[0]}x{shape[1]}", decision, *ratios, reason))
-    table(("linear layers", "now", *(f"at {count}" for count in buckets), ""), rows)
-    print(f"  {mebibytes(report.bytes_before)} in memory before, {mebibytes(report.bytes_after)} after\n")
-
-
 def figure(path: Path, quality: dict[str, float], small: Measured, big: Measured) -> Path:
     """Draws quality, speed, decisions and memory: of the model in the upper row, at realistic size in the lower one."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5})

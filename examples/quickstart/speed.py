@@ -7,7 +7,7 @@ import time
 
 import torch
 from model import logits
-from show import Reports, Speeds, show_decisions, show_speed
+from show import Reports, Speeds, show_speed
 from torch import nn
 from tqdm import tqdm
 
@@ -60,6 +60,6 @@ def compress_and_time(
             progress=lambda kinds: tqdm(kinds, "measure layers", leave=False, disable=None),
         )
         speeds[count] = tokens_per_second(models, count, vocabulary, seconds)
-        show_decisions(reports[count])
+        print(f"{reports[count]}\n")
     show_speed(speeds)
     return models["sparsekit"], reports, speeds

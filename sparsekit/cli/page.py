@@ -147,7 +147,7 @@ def _speed(timed: dict[str, Any]) -> str:
 def _packed(packed: dict[str, Any]) -> str:
     alike: dict[tuple[str, str, str], int] = {}
     for layer in packed["layers"]:
-        kind = "x".join(map(str, layer["shape"])), layer["decision"], layer["reason"]
+        kind = "x".join(map(str, layer["shape"])), layer["decision"], layer.get("why") or layer["reason"]
         alike[kind] = alike.get(kind, 0) + 1
     rows = [(f"{count} of {shape}", decision, reason) for (shape, decision, reason), count in alike.items()]
     sizes = f"{size(packed['bytes_before'])} → {size(packed['bytes_after'])} in memory"
