@@ -79,6 +79,44 @@ def test_it_is_really_timed(ratios, monkeypatch):
     assert "whole model:" in str(report)
 
 
+class Peeks(nn.Module):
+    """Reads what only a plain layer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = blocks(1)[0], nn.Linear(16, 16)
+
+    def forward(self, x):
+        assert isinstance(self.head, nn.Linear), "a plain head is needed"
+        return self.head(self.body(x))
+
+
+def test_layers_with_which_a_pass_fails_are_given_back(ratios, monkeypatch):
+    monkeypatch.setattr(whole, "compare_passes", REAL)
+    monkeypatch.setattr(whole, "PARITY_RATIO", 0.0)
+    model, x = Peeks().eval(), torch.randn(3, 16)
+    sk.prune_(model.body, sk.Magnitude("2:4"))
+    report = sk.compress_(model, x, budget=1e-9)
+    assert decisions(report) == {"body.up": "2:4", "body.down": "2:4", "head": "plain"}
+    assert report.layers[2].why == "given back: with it a pass fails: AssertionError: a plain head is needed"
+    model(x)
+
+
+def test_a_pass_that_cannot_be_repeated_is_not_timed(ratios):
+    once = iter([1])
+    report = sk.compress_(blocks(1), torch.randn(3, 16), forward=lambda model, x: model(x) * next(once))
+    assert len(report.swapped) == 2
+    assert report.remark == "not timed, since a second pass of it fails: StopIteration"
+
+
+def test_slow_passes_are_timed_on_fewer_batches(ratios, monkeypatch):
+    monkeypatch.setattr(whole, "compare_passes", REAL)
+    monkeypatch.setattr(whole, "PARITY_RATIO", 0.0)
+    batches, runs = [torch.randn(size, 16) for size in (1, 4, 16)], []
+    report = sk.compress_(blocks(1), batches, forward=lambda model, x: (model(x), runs.append(1)), budget=1e-9)
+    assert len(report.passes) == 1 and len(runs) == 3 + 1 + 1 + 2 * 3  # to see, to try, to warm up, and three rounds
+
+
 def test_every_kind_of_batch_is_timed(ratios):
     batches = [torch.randn(size, 16) for size in (1, 1, 4, 4, 16, 64, 256)]
     assert len(sk.compress_(blocks(1), batches).passes) == 4

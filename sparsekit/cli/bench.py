@@ -146,5 +146,7 @@ def show(found: dict[str, Any]) -> None:
         )
         for layer in found["layers"]
     ]
-    terminal.table(("layers", "now", *(f"{count} tokens" for count in whole)), rows, left=("now",))
+    terminal.table(
+        ("layers", "now", *(f"{count} token{'s' * (int(count) != 1)}" for count in whole)), rows, left=("now",)
+    )
     terminal.write("times the plain layer (times the best dense)")

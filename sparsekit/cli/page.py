@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replacing
+from ..compress.decide import at_tokens
 from .charts import bars, legend, speeds
 from .folders import BENCH_REPORT, COMPRESS_REPORT, MASKS, PAGE, REPORT
 from .pictures import mask_pictures
@@ -78,7 +79,7 @@ def _tiles(pruned: dict[str, Any] | None, packed: dict[str, Any] | None, timed: 
         tiles.append((f"{now} of {len(packed['layers'])}", "layers swapped for a faster one"))
     if timed and timed["layers"]:
         count, best = max(timed["models"].items(), key=lambda item: item[1]["compressed"]["ratio"])
-        tiles.append((f"{best['compressed']['ratio']:.2f}x", f"plain dense at best, at {count} tokens"))
+        tiles.append((f"{best['compressed']['ratio']:.2f}x", f"plain dense at best, {at_tokens(int(count))}"))
     shown = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles)
     return f'<div class="tiles">{"".join(shown)}</div>'
 
@@ -116,7 +117,7 @@ def _layer_table(pruned: dict[str, Any]) -> str:
 def _speed(timed: dict[str, Any]) -> str:
     rates = [
         (
-            f"{count} token{'s' * (count != '1')} a pass",
+            f"{count} token{'s' * (int(count) != 1)} a pass",
             {name: timing["tokens_per_second"] for name, timing in timings.items()},
         )
         for count, timings in timed["models"].items()
@@ -134,7 +135,7 @@ def _speed(timed: dict[str, Any]) -> str:
         )
         for layer in timed["layers"]
     ]
-    head = ("layers", "now", *(f"{count} tokens" for count in timed["models"]))
+    head = ("layers", "now", *(f"{count} token{'s' * (int(count) != 1)}" for count in timed["models"]))
     each = (
         table(head, layers, left=(1,))
         if layers

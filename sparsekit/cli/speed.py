@@ -14,6 +14,7 @@ from .._layers import input_dim, is_transposed, shared_weight_reasons
 from ..compress import tune
 from ..compress.candidates import CANDIDATES, unfit
 from ..compress.clock import clock
+from ..compress.decide import at_tokens
 from ..compress.tune import Timing
 from ..nn import Compressed, PrepackedLinear, TieredLinear
 from .errors import UsageError
@@ -129,7 +130,7 @@ def layer_speeds(
             timer = clock(weight.device, evict_cache=evict_cache)
             measured = tune.measure(calls, plain, x, dense=(best,), clock=timer, budget=budget)["compressed"]
             if measured is None:
-                raise RuntimeError(f"{members[0][0]} computes something else than its dense layer at {count} tokens")
+                raise RuntimeError(f"{members[0][0]} computes something else than its dense layer {at_tokens(count)}")
             timings[count] = asdict(measured)
         found.append({"kind": kind, "shape": [rows, cols], "layers": [name for name, _ in members], "timings": timings})
     return found

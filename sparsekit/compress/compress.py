@@ -1,5 +1,6 @@
 """Swaps linear layers for the fastest module that computes the same, never for a slower one."""
 
+import operator
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -58,8 +59,8 @@ def compress_(
     gave a wrong result once is refused. A call takes as long as the device or the host, whichever needs longer. A layer
     in tiers becomes ``nn.TieredLinear`` where that is faster at every count.
 
-    **The whole model** is then timed on batches of the sample, compressed and plain in turns: what makes a pass slower
-    is given back. Without a sample there is no pass to time.
+    **The whole model** is then timed on batches of the sample, compressed and plain in turns: what makes a pass slower,
+    or fail, is given back. Without a sample there is no pass to time.
 
     **A busy machine.** Where two measurements disagree, or one spreads by more than half of itself, the layer stays and
     the report says "undecided": run again on a quiet machine. Steady measurements are remembered for next time in
@@ -83,7 +84,7 @@ def compress_(
         where: a predicate on ``(name, module)`` that selects layers; None selects all.
         forward: ``forward(model, batch)``, in place of calling the model on a batch.
         budget: seconds that one shape may be measured at one token count, both times together, and that the whole
-            model may be; 9 rounds of a layer and 5 of the model are made however long they take.
+            model may be; 9 rounds of a layer and 3 of the model are made however long they take.
         graphs: whether the model will run under CUDA graphs, so that what the host needs for a call does not count.
         keep_dense: whether a sparse layer may hold its dense weight as well, to use it at those token counts at which
             dense is faster: it then gains at some and loses at none, for 13/8 of the bytes instead of 5/8. Without it
@@ -185,8 +186,9 @@ def _check(
     if isinstance(tokens, str | int) or not isinstance(tokens, Iterable):
         raise TypeError(f"tokens must be positive integers such as (1, 128), got {tokens!r}")
     counts = tuple(tokens)
-    if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
+    if not all(hasattr(count, "__index__") and not isinstance(count, bool) for count in counts):
         raise TypeError(f"tokens must be positive integers such as (1, 128), got {counts!r}")
+    counts = tuple(map(operator.index, counts))
     if not counts or min(counts) < 1:
         raise ValueError(f"tokens must be positive integers such as (1, 128), got {counts!r}")
     return counts
@@ -254,7 +256,7 @@ def _layer_report(site: LinearSite, choice: Choice | None, module: nn.Module | N
         return LayerReport(site.name, site.shape, "plain", reason, calls, bytes_before=weight, bytes_after=weight)
     decision, reason, names, why = choice.decision, choice.reason, choice.names, choice.why
     if module is not None and site.name not in verdict.names:
-        why = f"given back: with it a pass takes {1 / verdict.given_back[site.name]:.2f} times as long"
+        why = f"given back: {verdict.given_back[site.name]}"
         decision, reason, names, module = "plain", f"{why}; {decision}: {reason}", {}, None
     return LayerReport(
         site.name,

@@ -179,8 +179,9 @@ def decide(
             routes.pop()
         routes.append(route)
     ways = ", ".join(f"{name} at {tokens}" for tokens, name in plans[layout].items())
+    unit = "token" if max(plans[layout]) == 1 else "tokens"
     plan = Plan(device_name(device), dtype, layout, tuple(routes))
-    return Decision(plan, plans[layout], "; ".join([f"fastest: {ways} tokens", *remarks]))
+    return Decision(plan, plans[layout], "; ".join([f"fastest: {ways} {unit}", *remarks]))
 
 
 def _fastest(measured: Timings, layout: str | None, objective: Objective) -> str | None:

@@ -13,7 +13,7 @@ from .swap import Swap
 from .tune import PARITY_RATIO, Timing, compare, time_interleaved
 from .watch import passes
 
-LEAST = 5  # rounds: a pass of a whole model may take minutes
+LEAST = 3  # rounds: a pass of a whole model may take minutes
 TRIES = 2  # before it is believed that something does not pay
 
 
@@ -25,13 +25,13 @@ class Verdict:
         names: the layers that stay compressed.
         timings: of the compressed model against the plain one, by batch; none where no time was taken.
         remark: why no time was taken.
-        given_back: the ratio that a pass had with a layer that was given back, by name.
+        given_back: why a layer does not stay compressed, by name.
     """
 
     names: frozenset[str]
     timings: tuple[Timing, ...] = ()
     remark: str = ""
-    given_back: dict[str, float] = field(default_factory=dict)
+    given_back: dict[str, str] = field(default_factory=dict)
 
 
 class _Clock:
@@ -75,7 +75,7 @@ def judge(swap: Swap, kinds: Sequence[Collection[str]], work: Passes) -> Verdict
     """Times a model's own forward with and without its compressed layers, in turns.
 
     Where the whole is slower with all of them, kinds of layers are added one after the other, and one with which the
-    model is slower than without is given back.
+    model is slower than without is given back; so is one with which a pass fails.
 
     Args:
         swap: the compressed modules.
@@ -83,37 +83,58 @@ def judge(swap: Swap, kinds: Sequence[Collection[str]], work: Passes) -> Verdict
         work: what the model is timed on.
     """
     names = frozenset(swap.modules)
-
-    def pays(shown: frozenset[str], over: frozenset[str] = frozenset()) -> tuple[Timing, ...]:
-        """Of two tries the better: one may have been disturbed."""
-        best: tuple[Timing, ...] = ()
-        for _ in range(TRIES):
-            best = max(best, compare_passes(swap, shown, over, work), key=_slowest)
-            if _no_slower(best):
-                break
-        return best
-
     with passes(swap.model):
-        timings = pays(names)
-        if _no_slower(timings):
+        swap.show(())
+        try:
+            run_batch(swap.model, copied(work.batches[0]), work.forward)
+        except Exception as error:  # it consumes what it is given, say, or counts its calls
+            return Verdict(names, remark=f"not timed, since a second pass of it fails: {_line(error)}")
+        timings, loss = _pays(swap, names, frozenset(), work)
+        if loss is None:
             return Verdict(names, timings)
         kept: frozenset[str] = frozenset()
-        given_back: dict[str, float] = {}
+        given_back = dict.fromkeys(names, loss)
         for kind in kinds if len(kinds) > 1 else ():
-            added = pays(kept | {*kind}, over=kept)
-            if _no_slower(added):
+            _, lost = _pays(swap, kept | {*kind}, kept, work)
+            if lost is None:
                 kept |= {*kind}
             else:
-                given_back |= dict.fromkeys(kind, _slowest(added))
+                given_back |= dict.fromkeys(kind, lost)
         if kept:
-            timings = pays(kept)
-        if kept and _no_slower(timings):
-            return Verdict(kept, timings, given_back=given_back)
-        return Verdict(frozenset(), given_back=dict.fromkeys(names, _slowest(timings)) | given_back)
+            timings, loss = _pays(swap, kept, frozenset(), work)
+            if loss is None:
+                return Verdict(kept, timings, given_back={name: given_back[name] for name in names - kept})
+        return Verdict(frozenset(), given_back=given_back)
+
+
+def _pays(
+    swap: Swap, shown: frozenset[str], over: frozenset[str], work: Passes
+) -> tuple[tuple[Timing, ...], str | None]:
+    """The better of two tries, since one may have been disturbed; and what is lost, None where nothing is."""
+    best: tuple[Timing, ...] = ()
+    try:
+        for _ in range(TRIES):
+            best = max(best, compare_passes(swap, shown, over, work), key=_slowest)
+            if _slowest(best) >= PARITY_RATIO:
+                return best, None
+    except Exception as error:
+        return (), f"with it a pass fails: {_line(error)}"
+    return best, f"with it a pass takes {1 / _slowest(best):.2f} times as long"
+
+
+def _slowest(timings: tuple[Timing, ...]) -> float:
+    return min((timing.ratio for timing in timings), default=0.0)
+
+
+def _line(error: Exception) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def compare_passes(swap: Swap, shown: Collection[str], over: Collection[str], work: Passes) -> tuple[Timing, ...]:
-    """Times passes of the model with some layers compressed against those with others; one timing for each batch."""
+    """Times passes of the model with some layers compressed against those with others; one timing for each batch, as
+    far as the budget goes.
+    """
 
     def ready(names: Collection[str]) -> Callable[[Any], Callable[[], Any]]:
         def prepare(batch: Any) -> Callable[[], Any]:
@@ -125,16 +146,11 @@ def compare_passes(swap: Swap, shown: Collection[str], over: Collection[str], wo
 
     gpus = {tensor.device for tensor in swap.model.parameters() if tensor.is_cuda}
     calls, clock = {"plain": ready(over), "compressed": ready(shown)}, _Clock(gpus)
-    found = []
+    found: list[Timing] = []
+    begin = time.perf_counter()
     for batch in work.batches:
+        if found and time.perf_counter() - begin > work.budget:
+            break  # a pass may take minutes
         times = time_interleaved(calls, batch, clock, work.budget / len(work.batches), LEAST)
         found.append(compare(times["compressed"], times["plain"], times["plain"]))
     return tuple(found)
-
-
-def _slowest(timings: tuple[Timing, ...]) -> float:
-    return min((timing.ratio for timing in timings), default=0.0)
-
-
-def _no_slower(timings: tuple[Timing, ...]) -> bool:
-    return _slowest(timings) >= PARITY_RATIO
