@@ -1,5 +1,6 @@
 """What ``prune_`` did."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -15,8 +16,9 @@ class LayerReport:
     """One pruned layer.
 
     ``error`` is the relative output error ``||X (W - W')^T|| / ||X W^T||`` on up to 256 calibration inputs ``X``, drawn
-    evenly from all; None without batches, or where none reached the layer. ``seconds`` is what pruning it took, without
-    the forward passes that showed it its inputs. ``remark`` says what is special about it, if anything.
+    evenly from all; None without batches, or where none reached the layer; NaN where an input is not a number.
+    ``seconds`` is what pruning it took, without the forward passes that showed it its inputs. ``remark`` says what is
+    special about it, if anything.
     """
 
     name: str
@@ -114,14 +116,14 @@ class PruneReport:
         return _by_text((layer.remark, layer.name) for layer in self.layers if layer.remark)
 
     def to_json(self) -> dict[str, Any]:
-        """The report and its totals as what JSON can hold."""
+        """The report and its totals as what JSON can hold, which has no NaN: an error that cannot be known is None."""
         totals = {
             "weights": self.weights,
             "sparsity": self.sparsity,
             "model_sparsity": self.model_sparsity,
-            "error": self.error,
+            "error": _finite(self.error),
         }
-        layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
+        layers = [{**asdict(layer), "error": _finite(layer.error), "sparsity": layer.sparsity} for layer in self.layers]
         return {**asdict(self), "layers": layers, **totals}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -139,6 +141,10 @@ def _by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def _names(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= SHOWN else f"{', '.join(names[:SHOWN])} and {len(names) - SHOWN} more"
+
+
+def _finite(error: float | None) -> float | None:
+    return error if error is None or math.isfinite(error) else None
 
 
 def _number(error: float | None) -> str:
