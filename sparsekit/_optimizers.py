@@ -41,11 +41,12 @@ def stepping_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
     return tuple(found)
 
 
-def _wrapped(optimizer: Any) -> Iterator[Optimizer]:
+def _wrapped(optimizer: Any) -> Iterator[Any]:
     attributes = list(getattr(optimizer, "__dict__", {}).values())
     for value in (getattr(optimizer, "optimizer", None), *attributes):  # a property, too
         for each in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(each, Optimizer):
+            # A wrapper within a wrapper need not be an Optimizer itself.
+            if isinstance(each, Optimizer) or (hasattr(each, "param_groups") and hasattr(each, "step")):
                 yield each
 
 

@@ -242,6 +242,24 @@ def test_refuses():
         broken.base_model.model[2](torch.randn(2, 32), adapter_names=["default", "default"])
 
 
+def test_masks_of_other_modules_are_refused():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(2, 8, 8))
+
+        def forward(self, x):
+            return x @ self.up[0]
+
+    model = nn.Sequential(Experts(), nn.Linear(8, 8))
+    set_mask(model[0], torch.rand(2, 8, 8) > 0.5, MaskInfo(Pattern.parse("50%"), 2), "up")
+    arguments = {"r": 2, "target_modules": [], "target_parameters": ["0.up"]}
+    with pytest.raises(ValueError, match=r"0\.up has a stored mask, and an adapter beside it would fill the"):
+        peft.get_peft_model(model, lora_config(**arguments))
+    with pytest.raises(ValueError, match="its adapter is a ParamWrapper that is no plain LoRA"):
+        merge_lora(peft.get_peft_model(model, peft.LoraConfig(**arguments)))
+
+
 def test_masks_of_half_the_weight():
     model = network()
     mask = torch.rand(32, 32) > 0.5

@@ -119,6 +119,22 @@ def test_a_step_within_a_step(model, make):
                 assert not layer.weight[~get_mask(layer)].any()
 
 
+def test_an_optimizer_of_copies_is_refused(model):
+    """As DeepSpeed's, which steps on partitions of its own, in float32."""
+
+    class Engine:
+        def __init__(self, parameters):
+            self.copies = torch.cat([parameter.detach().flatten() for parameter in parameters]).requires_grad_()
+            self.param_groups = [{"params": [self.copies]}]
+            self.optimizer = torch.optim.SGD([self.copies], lr=0.1)
+            self.step, self.zero_grad = self.optimizer.step, self.optimizer.zero_grad
+
+    for optimizer in (Engine(model.parameters()), Slow(Engine(model.parameters()))):
+        with pytest.raises(ValueError, match=r"none of the masked weights: .* or holds copies of them, as DeepSpeed's"):
+            sk.keep_masks(model, optimizer)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
 def test_the_optimizers_that_call_hooks():
     parameter = nn.Parameter(torch.zeros(2))
     one, two = torch.optim.SGD([parameter]), torch.optim.SGD([parameter])
@@ -135,7 +151,7 @@ def test_the_optimizers_that_call_hooks():
     assert stepping_optimizers(several) == (one, two)
     outer = Slow(one)
     outer.base_optimizer, outer.myself = Slow(two), outer
-    assert stepping_optimizers(outer) == (one,)
+    assert stepping_optimizers(outer) == (one, two)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, or a wrapper .*, got list"):
         stepping_optimizers([parameter])
 

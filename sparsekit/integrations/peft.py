@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._layers import input_dim
-from ..masks import MaskInfo, Pattern, get_mask, get_mask_bits, get_mask_info, set_mask
+from ..masks import MaskInfo, Pattern, get_mask, get_mask_bits, get_mask_info, masked_parameters, set_mask
 from ..nn import Compressed, Linear24, PrepackedLinear, TieredLinear
 from ..nn.shared import oriented
 
@@ -26,11 +26,11 @@ class _Pruned(type):
     def __instancecheck__(cls, layer: Any) -> bool:
         if isinstance(layer, Compressed):
             return True
-        return isinstance(layer, nn.Module) and input_dim(layer) is not None and get_mask_bits(layer) is not None
+        return isinstance(layer, nn.Module) and bool(masked_parameters(layer))
 
 
 class PrunedLayer(metaclass=_Pruned):
-    """Any compressed layer; any ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` that has a stored mask."""
+    """Any compressed layer, and any module that has a stored mask."""
 
 
 def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraConfig:
@@ -55,6 +55,8 @@ def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraCo
 
     Raises:
         TypeError: ``config`` is no ``LoraConfig``, or there are ``arguments`` beside it.
+        ValueError: later, by PEFT: a target is another module with a stored mask (experts), beside which an adapter
+            would fill the zeros.
     """
     if config is None:
         config = LoraConfig(**arguments)
@@ -234,6 +236,12 @@ MASKED: dict[type[BaseTunerLayer], type[_MaskedAdapter]] = {
 def _adapter(target: nn.Module, adapter_name: str, *, config: LoraConfig, **arguments: Any) -> _MaskedAdapter:
     """The adapter for a pruned layer, as PEFT makes one."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    is_layer = isinstance(base, Compressed) or input_dim(base) is not None
+    if not is_layer or arguments.get("parameter_name") is not None:
+        raise ValueError(
+            f"{arguments.get('target_name') or type(base).__name__} has a stored mask, and an adapter beside it would "
+            "fill the zeros: only Linear, Conv2d and Conv1D layers keep them"
+        )
     if isinstance(base, nn.Conv2d):
         return MaskedLoraConv2d(target, adapter_name, config=config, **arguments)
     adapter = MaskedLoraLinear(target, adapter_name, config=config, **arguments)
