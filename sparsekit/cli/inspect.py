@@ -1,5 +1,6 @@
 """``sparsekit inspect``: what a stored model really holds."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,11 +14,21 @@ from ..checkpoint.shards import Shards
 from ..masks import Pattern, grouped
 from . import terminal
 from .errors import UsageError, regex, usage
-from .folders import COMPRESSED, MASKS, check_folder, model_files
+from .folders import COMPRESSED, MASKS, REPORT, check_folder, model_files
 from .models import load_dense
 from .patterns import first_break, found_pattern, packed_bytes, tier_shares
 from .roles import names_in, roles_of
-from .stored import Matrix, is_ours, matrices, model_matrices, not_understood, own_matrices, read_masks
+from .stored import (
+    Matrix,
+    Role,
+    is_ours,
+    matrices,
+    model_matrices,
+    not_understood,
+    own_matrices,
+    read_masks,
+    roles_without,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Inspected:
         name, shape, dtype: its weight.
         sparsity: the share of its weights that is zero.
         pattern: what it really has.
+        exempt: why ``--expect`` does not ask it, if so.
         asked: what it should have, by its stored mask or by ``--expect``; None where nothing is asked of it.
         problem: where it breaks that; None where it does not.
         dense_bytes, stored_bytes: of the weight, dense and as it is in the file.
@@ -40,6 +52,7 @@ class Inspected:
     zeros: int
     sparsity: float
     pattern: str
+    exempt: str | None
     asked: str | None
     problem: str | None
     dense_bytes: int
@@ -95,6 +108,10 @@ class Inspect:
             names = ", ".join(strange[:3]) + (" ..." if len(strange) > 3 else "")
             said = f"inspect does not know the form of {names} ({len(strange)} in all)"
             (terminal.fail if expected else terminal.say)(said)
+        spared = [layer.name for layer in layers if layer.exempt and layer.asked is None]
+        if expected and spared and not self.json:
+            names = ", ".join(spared[:3]) + (f" and {len(spared) - 3} more" if len(spared) > 3 else "")
+            terminal.write(f"not asked for {expected}: {names}; why is in brackets above")
         if broken:
             terminal.fail(f"{broken[0].name} breaks {broken[0].asked}: {broken[0].problem}")
         return 1 if broken or (expected and strange) else 0
@@ -117,33 +134,49 @@ def stored_layers(path: Path) -> tuple[Iterator[Matrix], list[str]]:
     check_folder(path)
     files = model_files(path)
     ours = [file for file in files if is_ours(file)] if files else [path / COMPRESSED]
+    left = _left_out(path)
+    roles: dict[str, Role | None] = {**roles_of(path, set() if ours else names_in(files))}
     if ours:
-        return own_matrices(ours[0], roles_of(path, set())), []
+        roles.update(roles_without(roles, roles, left or {}))
+        return own_matrices(ours[0], roles), []
     masks = read_masks(path / MASKS) if (path / MASKS).exists() else {}
     names = names_in(files)
+    if left is None and masks:  # prune_ gives every layer that it prunes a mask
+        left = {name: "no stored mask" for name in names | roles.keys() if name not in masks}
     if masks.keys() - names:  # transformers 5 writes some models, ViT for one, under other names than their modules'
-        return model_matrices(load_dense(str(path), "cpu", masks=False), roles_of(path, set()), masks), []
-    tensors, roles = Shards(files), roles_of(path, names)
+        roles.update(roles_without(roles, roles, left or {}))
+        return model_matrices(load_dense(str(path), "cpu", masks=False), roles, masks), []
+    tensors = Shards(files)
+    roles.update(roles_without(roles, names | roles.keys(), left or {}))
     return matrices(tensors, roles, masks), not_understood(tensors, roles)
+
+
+def _left_out(folder: Path) -> dict[str, str] | None:
+    """What the report of ``sparsekit prune`` says it left out, with the reasons; None where there is no such report."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        return {each["name"]: f"left out: {each['reason']}" for each in report["skipped"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
     """Looks at one layer; the mask that it was stored with is checked even where nothing is expected."""
     weight, axis = matrix.weight, matrix.role.axis
     small = weight.is_floating_point() and weight.element_size() == 1  # float8 cannot be compared
-    kept = grouped((weight.float() if small else weight) != 0, axis)
+    kept = _rows(grouped((weight.float() if small else weight) != 0, axis), matrix.role)
     flat = kept.flatten(1) if weight.dim() > 2 else kept
     dense = grouped(weight, axis)
     pattern, asked, problem = found_pattern(kept), None, None
     stored = matrix.info.pattern if matrix.info else None
     if stored is not None:
         assert matrix.mask is not None
-        asked, problem = str(stored), _stale(kept, grouped(matrix.mask, axis), stored)
+        asked, problem = str(stored), _stale(kept, _rows(grouped(matrix.mask, axis), matrix.role), stored)
         if stored.tiers:
             pattern = tier_shares(flat, stored)[1]
     exempt = matrix.role.exempt
     if expected is not None and expected.m and dense.shape[-1] < expected.m:
-        exempt = exempt or "too few inputs"
+        exempt = "too few inputs"
     if expected is not None and not exempt and problem is None:
         asked, problem = str(expected), first_break(kept, expected)
     zeros = weight.numel() - int(kept.sum())
@@ -154,12 +187,18 @@ def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
         zeros,
         zeros / max(weight.numel(), 1),
         pattern + (f" ({exempt})" if exempt else ""),
+        exempt or None,
         asked,
         problem,
         weight.nbytes,
         matrix.stored,
         packed_bytes(dense, flat, stored),
     )
+
+
+def _rows(kept: Tensor, role: Role) -> Tensor:
+    """The rows of all experts as those of one matrix; another layer's as they are."""
+    return kept.flatten(0, 1) if role.experts else kept
 
 
 def _stale(kept: Tensor, mask: Tensor, stored: Pattern) -> str | None:

@@ -177,10 +177,13 @@ def quality(model: nn.Module, held_out: Tensor | None, what: str) -> float | Non
 
 def report_of(model: Any, report: PruneReport) -> dict[str, Any]:
     """What ``prune_`` tells, with the bytes of every layer."""
-    found = report.to_json()
+    found, modules = report.to_json(), dict(model.named_modules())
     for layer in found["layers"]:
-        module = model.get_submodule(layer["name"])
-        mask, info, weight = get_mask(module), get_mask_info(module), module.weight.detach()
+        name, key = layer["name"], "weight"
+        if name not in modules:  # experts are a parameter
+            name, _, key = name.rpartition(".")
+        module = modules[name]
+        mask, info, weight = get_mask(module, key), get_mask_info(module, key), module.get_parameter(key).detach()
         assert mask is not None and info is not None
         rows, kept = grouped(weight, info.axis), grouped(mask, info.axis)
         layer |= {"dense_bytes": weight.nbytes, "packed_bytes": packed_bytes(rows, kept, info.pattern)}

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .._layers import input_dim, shared_weight_reasons
+from .._layers import expert_axes, input_dim, shared_weight_reasons, unsupported_reason
 from .models import empty_model, head_of, read_config
 from .stored import Role
 
@@ -22,7 +22,8 @@ def names_in(files: Iterable[Path]) -> set[str]:
 
 
 def roles_of(folder: Path, names: set[str]) -> Mapping[str, Role | None]:
-    """What every module is, by the ``names`` in the files: None for one that is neither linear nor a convolution.
+    """What every module is, by the ``names`` in the files: None for one that is neither linear nor a convolution; and
+    what the parameters of experts are, by their own names.
 
     Empty where the folder does not tell.
     """
@@ -40,7 +41,11 @@ def roles_of(folder: Path, names: set[str]) -> Mapping[str, Role | None]:
         exempt = "tied" if (module, "weight") in held else "output head" if module is head else ""
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             exempt = "a convolution in groups"
+        if axis is not None:
+            exempt = exempt or unsupported_reason(module, prepare=True) or ""
         roles[name] = None if axis is None else Role(axis, exempt)
+        for key, along in expert_axes(module).items():
+            roles[f"{name}.{key}".lstrip(".")] = Role(along, experts=True)
     prefix = f"{model.base_model_prefix}."  # a checkpoint of the base model lacks it, or alone has it
     for name in list(roles):
         for other in (name.removeprefix(prefix), prefix + name):

@@ -1,8 +1,8 @@
 """The weights and masks in safetensors files, one after the other; nothing is unpickled."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,10 +22,27 @@ INFO24 = MaskInfo(Pattern.parse("2:4"), 1)
 
 @dataclass(frozen=True)
 class Role:
-    """What a layer is in its model: the axis of its inputs, and why no pattern is asked of it, if so."""
+    """What a layer is in its model.
+
+    Args:
+        axis: the dimension of its inputs.
+        exempt: why no pattern is asked of it, if so.
+        experts: whether it is the matrices of experts, ``[experts, ...]``.
+    """
 
     axis: Axis
     exempt: str = ""
+    experts: bool = False
+
+
+def roles_without(roles: Mapping[str, Role | None], names: Iterable[str], left: Mapping[str, str]) -> dict[str, Role]:
+    """The roles of those of the ``names`` that nothing is asked of, since ``left`` has the reason why they are left."""
+    found = {}
+    for name in names:
+        role = roles.get(name, Role(1))
+        if name in left and role is not None:
+            found[name] = replace(role, exempt=role.exempt or left[name])
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,7 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
             layer.densify(name, tensors)
             axis: Axis = layer.mask.axis if layer.mask else 0 if layer.transposed else 1
             role = roles.get(name)
-            role = Role(axis, role.exempt if role else "")
+            role = Role(axis, role.exempt if role else "", experts=layer.parameter != "weight")
             mask = None if bits is None else _mask(bits, layer.shape)
             yield Matrix(name, tensors.pop(layer.weight(name)), role, stored, mask, layer.mask)
         for key, weight in tensors.items():
@@ -127,6 +144,9 @@ def matrices(tensors: Shards, roles: Mapping[str, Role | None], masks: Masks) ->
     packed = find_packed(tensors)
     for key in (*tensors, *packed):
         name, _, part = key.rpartition(".")
+        if (experts := roles.get(key)) is not None and experts.experts:
+            yield Matrix(key, tensors[key], experts, tensors[key].nbytes, *masks.get(key, (None, None)))
+            continue
         role = roles.get(name, Role(1))
         if part != "weight" or role is None:
             continue
@@ -150,7 +170,7 @@ def not_understood(tensors: Shards, roles: Mapping[str, Role | None]) -> list[st
 
     def strange(key: str) -> bool:
         name, _, part = key.rpartition(".")
-        return part != "weight" and bool(not roles or name not in roles or roles[name])
+        return part != "weight" and key not in roles and bool(not roles or name not in roles or roles[name])
 
     return [key for key in tensors if key not in parts and strange(key) and len(tensors.shape(key)) >= 2]
 
@@ -164,6 +184,10 @@ def model_matrices(model: nn.Module, roles: Mapping[str, Role | None], masks: Ma
         masks: stored masks, by layer.
     """
     for name, module in model.named_modules():
+        for key in module._parameters:
+            if (role := roles.get(join(name, key))) is not None and role.experts:
+                weight = module.get_parameter(key).detach()
+                yield Matrix(join(name, key), weight, role, weight.nbytes, *masks.get(join(name, key), (None, None)))
         if role := roles.get(name):
             weight = module.get_parameter("weight").detach()
             yield Matrix(name, weight, role, weight.nbytes, *masks.get(name, (None, None)))
