@@ -125,6 +125,7 @@ def test_pictures_of_masks(tmp_path):
     kept = torch.ones(16, 32, dtype=torch.bool)
     kept[:, 17:] = False
     kept[1:, 16] = False
+    layer.weight.data[~kept] = 0
     set_mask(layer, kept, MaskInfo(Pattern.parse("tiers 16x16 k=10"), 1))
     sk.save(nn.Sequential(layer), tmp_path / "masks.safetensors", format="masks")
     tiers, what = thumbnail(kept, layer.weight_mask_info)
