@@ -27,10 +27,9 @@ def partly(tmp_path):
 def test_without_a_report_what_has_no_mask_is_not_asked(partly, capsys):
     code, out, err = call(["inspect", partly, "--expect", "2:4"], capsys)
     assert (code, err) == (0, []) and out.count("2:4 holds") == 5 and out.count("dense (no stored mask)") == 2
-    assert f"not asked for 2:4: {DOWN}, {UP}" in out.replace(f"{UP}, {DOWN}", f"{DOWN}, {UP}").replace("lm_head, ", "")
-    found = {
-        layer["name"]: layer["exempt"] for layer in results(["inspect", partly, "--expect", "2:4"], capsys)["layers"]
-    }
+    assert "not asked for 2:4: " in out and out.splitlines()[-1].endswith("; why is in brackets above")
+    layers = results(["inspect", partly, "--expect", "2:4"], capsys)["layers"]
+    found = {layer["name"]: layer["exempt"] for layer in layers}
     assert found[UP] == found[DOWN] == "no stored mask" and found["lm_head"] == "output head"
     (partly / "masks.safetensors").unlink()
     assert call(["inspect", partly, "--expect", "2:4"], capsys)[0] == 1
@@ -54,7 +53,7 @@ def test_experts_are_pruned_written_inspected_and_loaded(tmp_path, capsys):
     experts = [layer for layer in found["layers"] if "experts" in layer["name"]]
     assert [layer["shape"] for layer in experts] == [[3, 80, 32], [3, 32, 40]]
     assert all(layer["sparsity"] == 0.5 and layer["error"] > 0 for layer in experts)
-    assert found["sparsity"] == 0.5 and 0.3 < found["model_sparsity"] < 0.5
+    assert found["sparsity"] == 0.5 and 0.2 < found["model_sparsity"] < 0.5
     inspected = {layer["name"]: layer for layer in results(["inspect", out, "--expect", "2:4"], capsys)["layers"]}
     assert all(inspected[layer["name"]]["asked"] == "2:4" for layer in experts)
     model = transformers.MixtralForCausalLM.from_pretrained(out)
