@@ -38,7 +38,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
         path: the file; an existing one is replaced.
         format: ``"sparse-24-bitmask"`` writes the weights as llm-compressor did, for tools that read those: every
             ``Linear24`` packed, all else dense, neither other masks nor a digest. ``"masks"`` writes the masks alone,
-            beside a folder of ``save_pretrained`` for one, which keeps the weights with their zeros.
+            beside a folder of ``save_pretrained`` for one, which keeps the weights with their zeros: ``load`` gives
+            them to no others.
 
     Raises:
         TypeError: ``model`` is not a module, or its state dict holds something that is not a tensor.

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .._archive import check_holds_data, seal, write
-from ..masks import MaskInfo, lost_zeros, masked_parameters, remove_mask, set_mask_bits
+from ..masks import MaskInfo, masked_parameters, remove_mask, set_mask_bits
 from ..nn import Compressed
 from .structure import Layer, dump, join, layers_of
 
@@ -15,14 +15,11 @@ def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     """The pruned layers of a model, and their masks.
 
     Raises:
-        ValueError: it has none, or one that its weight does not belong to, or does not obey, any more.
+        ValueError: it has none, or one that does not belong to its weight any more.
     """
     layers, tensors = dict[str, Layer](), dict[str, Tensor]()
-    modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer, bits in layers_of(model):
         if bits is not None:
-            if reason := lost_zeros(modules[layer.module(name)], layer.parameter):
-                raise ValueError(f"layer {name!r}: {reason}")
             layers[name] = Layer("dense", layer.shape, mask=layer.mask, parameter=layer.parameter)
             tensors[layer.mask_name(name)] = bits
     if not layers:
