@@ -1,6 +1,7 @@
 """Follows what a model computes between its stages: which outputs of stages the tensors come from that are alive."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from .._trees import tensors_in
+from .._undo import restoring
 
 Source = tuple[int, int]  # a call of a stage: which one, and how often it was entered before in the pass
 
@@ -20,7 +22,7 @@ SHAPES = frozenset(
 
 
 class Lineage(TorchFunctionMode):
-    """Which stages' outputs must be there for everything that is alive, while the mode is on and not ``paused``.
+    """Which stages' outputs must be there for everything that is alive, while the mode is on and not paused.
 
     By storage: views of an output come from it, and writing to a view changes what its base comes from. What leaves
     torch (a number, a NumPy array) may decide anything that follows: its sources stay needed for good.
@@ -28,9 +30,36 @@ class Lineage(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.paused = False
+        self._paused = self._taken_off = False
         self._pinned: set[Source] = set()
         self._sources: dict[StorageWeakRef, frozenset[Source]] = {}
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Switches the mode on, until the end."""
+        before = torch._C._len_torch_function_stack()
+
+        def restore() -> None:
+            while torch._C._len_torch_function_stack() > before:
+                self.__exit__(None, None, None)
+
+        with restoring(restore):
+            self.__enter__()
+            yield
+
+    def pause(self) -> None:
+        """Follows nothing until ``resume``; takes the mode off where no other one lies on it: that costs no time."""
+        top = torch._C._len_torch_function_stack() - 1
+        self._paused = True
+        self._taken_off = top >= 0 and torch._C._get_function_stack_at(top) is self
+        if self._taken_off:
+            self.__exit__(None, None, None)
+
+    def resume(self) -> None:
+        """Ends a ``pause``."""
+        if self._taken_off:
+            self.__enter__()
+        self._paused = self._taken_off = False
 
     def mark(self, value: Any, sources: Iterable[Source]) -> None:
         """Says that the tensors in ``value`` come from ``sources`` too."""
@@ -54,7 +83,7 @@ class Lineage(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
+        if self._paused:
             return func(*args, **kwargs)
         sources = self._of((args, kwargs))
         result = func(*args, **kwargs)

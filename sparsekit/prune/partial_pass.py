@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .lineage import Lineage, Source
@@ -44,7 +44,11 @@ class PartialPass:
         self._inside = False
         self._follows = kept is not None  # until a stage runs that is not finished: what comes after it will change
         self._returned = returned
-        self.lineage = Lineage() if self._follows else nullcontext()
+        self._lineage = Lineage()
+
+    def following(self) -> AbstractContextManager[None]:
+        """What surrounds the pass."""
+        return self._lineage.following() if self._follows else nullcontext()
 
     def enter(self, stage: int, call: Callable[[], Any]) -> Any:
         """Runs a stage, or gives what it returned before.
@@ -76,9 +80,8 @@ class PartialPass:
         return output
 
     def _replayed(self, key: Source, call: Callable[[], Any]) -> Any:
-        lineage = self.lineage
-        assert isinstance(lineage, Lineage)
-        lineage.paused = True
+        lineage = self._lineage
+        lineage.pause()
         if key in self._kept and key[0] in self._finished:
             output = self._kept[key].load()
             lineage.mark(output, [key])
@@ -96,5 +99,5 @@ class PartialPass:
             else:
                 self._kept[key] = kept
                 lineage.mark(output, [key])
-        lineage.paused = False
+        lineage.resume()
         return output

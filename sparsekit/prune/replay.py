@@ -65,7 +65,7 @@ class Replay:
     def _run(self, index: int, start: Callable[..., PartialPass], kept: dict[Source, Kept] | None) -> None:
         self._now = now = start(kept=kept)
         try:
-            with now.lineage:
+            with now.following():
                 self._passes.run(index)
         except Done:
             pass
