@@ -78,6 +78,7 @@ def assert_all_or_nothing(make, act, look=None, *, runs=None, error=Interrupt, l
         last: an interrupt in this many lines at the end may come too late to take anything back.
     """
     look = look or (lambda model, *_: model_state(model))
+    act(*make())  # what is done once in a process
     arguments = make()
     around = surroundings()
     lines = count_lines(lambda: act(*arguments))
@@ -87,8 +88,9 @@ def assert_all_or_nothing(make, act, look=None, *, runs=None, error=Interrupt, l
         arguments = make()
         before = look(*arguments)
         where = f"interrupted at line {line} of {lines}"
-        interrupted(lambda arguments=arguments: act(*arguments), line, error)
+        ended = not interrupted(lambda arguments=arguments: act(*arguments), line, error)
         assert surroundings() == around, where
+        assert not ended or line >= lines - last, f"{where}: it has become shorter"
         seen = look(*arguments)
         if line < lines - last or difference(seen, after, identity=False):
             assert not (found := difference(seen, before)), f"{where}: {found}"
@@ -104,8 +106,10 @@ def surroundings():
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "torch function": torch._C._is_torch_function_enabled(),
         "modes": torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack(),
         "threads of torch": torch.get_num_threads(),
+        "products": [each.fp32_precision for each in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)],
     }
 
 

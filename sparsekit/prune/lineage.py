@@ -104,7 +104,6 @@ class Lineage(TorchFunctionMode):
 
 def _storage(tensor: Tensor) -> StorageWeakRef | None:
     try:
-        with torch._C.DisableTorchFunction():
-            return StorageWeakRef(tensor.untyped_storage())
+        return StorageWeakRef(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):
         return None
