@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -73,8 +72,7 @@ def _by_address(layers: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
 
 
 def _address(tensor: Tensor) -> int:
-    with torch._C.DisableTorchFunction():
-        try:
-            return tensor.untyped_storage().data_ptr() or -id(tensor)
-        except (NotImplementedError, RuntimeError, ValueError):  # a wrapper, or a parameter that is not initialized
-            return -id(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr() or -id(tensor)
+    except (NotImplementedError, RuntimeError, ValueError):  # a wrapper, or a parameter that is not initialized
+        return -id(tensor)

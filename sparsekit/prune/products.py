@@ -176,8 +176,7 @@ class Products(TorchFunctionMode):
 
 
 def _address(tensor: Tensor) -> int:
-    with torch._C.DisableTorchFunction():
-        try:
-            return tensor.untyped_storage().data_ptr()
-        except (NotImplementedError, RuntimeError):  # a wrapper without memory of its own
-            return -id(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a wrapper without memory of its own
+        return -id(tensor)
