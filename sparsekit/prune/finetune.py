@@ -191,6 +191,9 @@ def keep_masks(model: nn.Module, optimizer: Any) -> MaskKeeper:
     such as a wrapper that moves them after the optimizer's step, the next step raises before it begins, and so does the
     end of the ``with``.
 
+    Make an average of weights (``AveragedModel``) after pruning. An older one has neither the masks nor the zeros, and
+    with ``use_buffers=True`` torch pairs its buffers with others of the model's.
+
     Unpacked once, the masks take one byte per weight that this process holds. A step costs a pass over the weights
     before and after it, and on a GPU waits for it once.
 
