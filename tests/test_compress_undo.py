@@ -241,3 +241,21 @@ def test_optimizer_keeps_its_parameters(ratios):
     model(x).sum().backward()
     optimizer.step()
     assert not torch.equal(model[0].up.weight, before)
+
+
+def test_one_caller_at_a_time(ratios):
+    model = blocks(1)
+    before = snapshot(model)
+
+    def again(items):
+        sk.compress_(model)
+        return items
+
+    with pytest.raises(
+        RuntimeError, match="the model is being compressed already; it can be changed when that is done"
+    ):
+        sk.compress_(model, progress=again)
+    with pytest.raises(RuntimeError, match="the model is being compressed already"):
+        sk.compress_(model, ["text"], forward=lambda model, batch: sk.decompress_(model))
+    assert_same(snapshot(model), before)
+    assert len(sk.compress_(model).swapped) == len(sk.decompress_(model)) == 2

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .._batches import Forward, Progress
+from .._changing import change
 from .._layers import Where, check_model
-from .._undo import restoring
+from .._undo import Undo, restoring
 from ..nn import autocast_dtype
 from . import clock
 from .choose import Settings, choose
@@ -101,46 +102,49 @@ def compress_(
         ValueError: ``budget`` or a token count is not positive, ``sample`` holds no batch, there is no such
             ``objective``, ``keep_dense`` is asked for with ``objective="size"``, or the model is, or holds, a
             ``DistributedDataParallel``.
+        RuntimeError: the model is being changed already, here or in another thread.
 
         Whatever is raised, also by the model or by an interrupt, leaves the model as it was.
     """
     check_model(model)
     counts = _check(model, tokens, objective, budget, keep_dense)
-    begin = time.perf_counter()
     before = resident_bytes(model)
-    sites = find_sites(model, where)
-    batches = [] if sample is None else watch(model, sites, sample, forward)
-    for site in sites:
-        if site.reason is None:
-            _count(site, None if sample is None and tokens is None else counts)
-    free = [site for site in sites if site.reason is None]
 
     def evict_cache(device: torch.device) -> bool:
         return before > clock.cache_bytes(device)
 
     settings = Settings(evict_cache, objective, budget, graphs, keep_dense, progress or iter)
-    with _own_tensors(free):
-        choices = choose(free, settings)
-        tuned = time.perf_counter()
-        built = {site.name: (site, build(site)) for site in free if (build := choices[site.name].build) is not None}
-    modules = {name: module for name, (_, module) in built.items()}
-    swap = Swap(model, {name: site for name, (site, _) in built.items()}, modules)
-    try:
-        converted = time.perf_counter()
-        verdict = _judge(swap, choices, batches, forward, budget, graphs)
+
+    def work(undo: Undo) -> CompressReport:
+        begin = time.perf_counter()
+        sites = find_sites(model, where)
+        batches = [] if sample is None else watch(model, sites, sample, forward)
+        for site in sites:
+            if site.reason is None:
+                _count(site, None if sample is None and tokens is None else counts)
+        free = [site for site in sites if site.reason is None]
+        with _own_tensors(free):
+            choices = choose(free, settings)
+            chosen = time.perf_counter()
+            builds = {site.name: (site, build) for site in free if (build := choices[site.name].build) is not None}
+            built = {name: (site, build(site)) for name, (site, build) in builds.items()}
+        swap = Swap(model, built)
+        undo.callback(swap.undo)
+        packed = time.perf_counter()
+        verdict = judge(swap, choices, Passes(batches, forward, budget, graphs))
         judged = time.perf_counter()
         swap.show(verdict.names)
-        layers = tuple(_layer_report(site, choices.get(site.name), modules.get(site.name), verdict) for site in sites)
-        seconds = tuned - begin + judged - converted
+        layers = tuple(
+            _layer_report(site, choices.get(site.name), swap.modules.get(site.name), verdict) for site in sites
+        )
+        tuning = chosen - begin + judged - packed
         after = resident_bytes(model)
-        report = CompressReport(layers, before, after, seconds, converted - tuned, verdict.timings, verdict.remark)
+        report = CompressReport(layers, before, after, tuning, packed - chosen, verdict.timings, verdict.remark)
         with _own_tensors(free):
             swap.commit(verdict.names)
         return report
-    except BaseException:
-        with _own_tensors(free):
-            swap.undo()
-        raise
+
+    return change(model, "compressed", work)
 
 
 def decompress_(model: nn.Module) -> tuple[str, ...]:
@@ -156,10 +160,17 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: a layer put there by hand stands for one of another class than ``nn.Linear``.
+        RuntimeError: the model is being changed already, here or in another thread.
+
+        Whatever is raised, also by an interrupt, leaves the model compressed.
     """
     check_model(model)
-    with _own_tensors(()):
-        return restore_all(model)
+
+    def work(undo: Undo) -> tuple[str, ...]:
+        with _own_tensors(()):
+            return restore_all(model, undo)
+
+    return change(model, "decompressed", work)
 
 
 def _check(
@@ -221,32 +232,6 @@ def _own_tensors(sites: Iterable[LinearSite]) -> Iterator[None]:
             for kind in autocast:
                 torch.set_autocast_enabled(kind, False)
             yield
-
-
-def _judge(
-    swap: Swap, choices: dict[str, Choice], batches: list[Any], forward: Forward | None, budget: float, graphs: bool
-) -> Verdict:
-    """Times the whole model where that says something."""
-    names = frozenset(swap.modules)
-    if not names:
-        return Verdict(names)
-    if not batches:
-        return Verdict(names, remark="not timed, since there is no sample to run it on")
-    if graphs:
-        return Verdict(names, remark="not timed, since it will run under CUDA graphs")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:  # all ranks would have to run equally often
-        return Verdict(names, remark="not timed, since other processes may take part in a pass")
-    if any(module._compiled_call_impl is not None or _is_compiled(module) for module in swap.model.modules()):
-        return Verdict(names, remark="not timed, since it is compiled")
-    kinds: dict[object, list[str]] = {}
-    for name in swap.modules:
-        kinds.setdefault((swap.sites[name].shape, choices[name].decision), []).append(name)
-    return judge(swap, list(kinds.values()), Passes(batches, forward, budget))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule"
 
 
 def _layer_report(site: LinearSite, choice: Choice | None, module: nn.Module | None, verdict: Verdict) -> LayerReport:

@@ -4,8 +4,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
+from .._undo import Undo
 from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
 from ..nn import Compressed, carry_mask, guard_conversions
 from .sites import LinearSite, Slots, parent_slots
@@ -47,8 +49,10 @@ class Swap:
     bit for bit.
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, LinearSite], modules: Mapping[str, Compressed]):
-        self.model, self.sites, self.modules = model, sites, modules
+    def __init__(self, model: nn.Module, built: Mapping[str, tuple[LinearSite, Compressed]]):
+        self.model = model
+        self.sites = {name: site for name, (site, _) in built.items()}
+        self.modules = {name: module for name, (_, module) in built.items()}
         self.emptied: list[_Emptied] = []
 
     def show(self, names: Collection[str]) -> None:
@@ -68,6 +72,7 @@ class Swap:
             empty(layer)
         guard_saving(self.model)
 
+    @torch.inference_mode(False)
     def undo(self) -> None:
         """Hangs the plain layers, as they were."""
         for each in self.emptied:
@@ -78,7 +83,7 @@ class Swap:
         guard_saving(self.model)
 
 
-def restore_all(model: nn.Module) -> tuple[str, ...]:
+def restore_all(model: nn.Module, undo: Undo) -> tuple[str, ...]:
     """Hangs the plain layer of every compressed one, all of them or none; returns their names.
 
     Raises:
@@ -88,20 +93,18 @@ def restore_all(model: nn.Module) -> tuple[str, ...]:
     for name, module in found.items():
         check_known(name, module)
     slots = parent_slots(model)
-    done: list[Compressed] = []
-    try:
-        for module in found.values():
-            done.append(module)
-            replace_module(refill(module), slots[module])
-        guard_saving(model)
-        return tuple(found)
-    except BaseException:
-        for module in done:
-            replace_module(module, slots[module])
-            if (layer := get_original(module)) is not None:
-                empty(layer)
-        guard_saving(model)
-        raise
+    undo.callback(guard_saving, model)
+    for module in found.values():
+        undo.callback(_put_back, module, slots[module])
+        replace_module(refill(module), slots[module])
+    guard_saving(model)
+    return tuple(found)
+
+
+def _put_back(module: Compressed, slots: Slots) -> None:
+    replace_module(module, slots)
+    if (layer := get_original(module)) is not None:
+        empty(layer)
 
 
 def check_known(name: str, module: Compressed) -> None:

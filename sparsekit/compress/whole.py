@@ -1,14 +1,16 @@
 """Times the whole model with compressed layers against the model as it was: what does not pay there is given back."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._batches import Forward, run_batch
 from .._trees import copied
+from .decide import Choice
 from .swap import Swap
 from .tune import PARITY_RATIO, Timing, compare, time_interleaved
 from .watch import passes
@@ -64,14 +66,16 @@ class Passes:
         batches: the model runs on each.
         forward: how, as in ``compress_``.
         budget: seconds of one measurement over all batches.
+        graphs: whether it will run under CUDA graphs.
     """
 
     batches: Sequence[Any]
     forward: Forward | None
     budget: float
+    graphs: bool = False
 
 
-def judge(swap: Swap, kinds: Sequence[Collection[str]], work: Passes) -> Verdict:
+def judge(swap: Swap, choices: Mapping[str, Choice], work: Passes) -> Verdict:
     """Times a model's own forward with and without its compressed layers, in turns.
 
     Where the whole is slower with all of them, kinds of layers are added one after the other, and one with which the
@@ -79,10 +83,12 @@ def judge(swap: Swap, kinds: Sequence[Collection[str]], work: Passes) -> Verdict
 
     Args:
         swap: the compressed modules.
-        kinds: the names of the layers that were decided together.
+        choices: what was decided for each of them; those of one shape and decision stay or go together.
         work: what the model is timed on.
     """
     names = frozenset(swap.modules)
+    if not names or (remark := _untimed(swap.model, work)):
+        return Verdict(names, remark=remark if names else "")
     with passes(swap.model):
         swap.show(())
         try:
@@ -92,12 +98,15 @@ def judge(swap: Swap, kinds: Sequence[Collection[str]], work: Passes) -> Verdict
         timings, loss = _pays(swap, names, frozenset(), work)
         if loss is None:
             return Verdict(names, timings)
+        kinds: dict[object, set[str]] = {}
+        for name in swap.modules:
+            kinds.setdefault((swap.sites[name].shape, choices[name].decision), set()).add(name)
         kept: frozenset[str] = frozenset()
         given_back = dict.fromkeys(names, loss)
-        for kind in kinds if len(kinds) > 1 else ():
-            _, lost = _pays(swap, kept | {*kind}, kept, work)
+        for kind in kinds.values() if len(kinds) > 1 else ():
+            _, lost = _pays(swap, kept | kind, kept, work)
             if lost is None:
-                kept |= {*kind}
+                kept |= kind
             else:
                 given_back |= dict.fromkeys(kind, lost)
         if kept:
@@ -105,6 +114,24 @@ def judge(swap: Swap, kinds: Sequence[Collection[str]], work: Passes) -> Verdict
             if loss is None:
                 return Verdict(kept, timings, given_back={name: given_back[name] for name in names - kept})
         return Verdict(frozenset(), given_back=given_back)
+
+
+def _untimed(model: nn.Module, work: Passes) -> str:
+    """Why it would say nothing to time a model, or could not be done; empty where it would."""
+    if not work.batches:
+        return "not timed, since there is no sample to run it on"
+    if work.graphs:
+        return "not timed, since it will run under CUDA graphs"
+    if any(module._compiled_call_impl is not None or _is_compiled(module) for module in model.modules()):
+        return "not timed, since it is compiled"
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:  # all ranks would have to run equally often
+        return "not timed, since other processes may take part in a pass"
+    return ""
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule"
 
 
 def _pays(
