@@ -1,5 +1,6 @@
 """How a batch is fed to a model, and what a layer is shown: one convention for every function that takes batches."""
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,14 +21,41 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
     anything else as one argument.
 
     ``forward(model, batch)`` overrides that.
+
+    Raises:
+        TypeError: the model cannot be called like that.
     """
     if forward is not None:
         return forward(model, batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
+    args: Iterable[Any] = () if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
+    kwargs: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        if (refused := _refused(model, args, kwargs)) is None:
+            raise
+        how = f"**batch) with the keys {', '.join(kwargs)}" if isinstance(batch, Mapping) else "batch)"
+        how = f"*batch) with a batch of {len(batch)}" if isinstance(batch, tuple | list) else how
+        raise TypeError(
+            f"{type(model).__name__} cannot be called as model({how}: {refused}; "
+            "pass forward=lambda model, batch: ... to call it otherwise"
+        ) from error
+
+
+def _refused(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Why a model's forward does not take these arguments; None where it does, or where nothing tells."""
+    inner: Any = model
+    while isinstance(wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None)), nn.Module):
+        inner = wrapped  # compiled, or in DistributedDataParallel
+    try:
+        signature = inspect.signature(inner.forward)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def as_batches(batches: Any, *, reused: bool = False) -> Iterable[Any]:

@@ -167,3 +167,29 @@ def test_a_run_goes_on_after_experts(tmp_path):
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, stopped.get_parameter(name))
     assert torch.equal(get_mask(whole[0].experts, "down_proj"), get_mask(stopped[0].experts, "down_proj"))
+
+
+class Sentences(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, attention_mask=None):
+        return self.block(x.flatten(0, 1)).view(x.shape)
+
+
+@pytest.mark.parametrize("how", ["loop", "picked", "grouped"])
+def test_padding_is_no_token_that_an_expert_saw(how):
+    short, long = (
+        torch.randn(1, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)) for tokens in (9, 14)
+    )
+    padded = torch.cat([torch.cat([torch.full((1, 5, HIDDEN), 9.0), short], 1), long])
+    mask = torch.ones(2, 14, dtype=torch.int64)
+    mask[0, :5] = 0
+    found = []
+    for given in ([{"x": padded, "attention_mask": mask}], [{"x": short}, {"x": long}]):
+        model = Sentences(stacked_and_separate(how=how)[0][0])
+        report = sk.prune_(model, sk.Wanda("2:4"), given)
+        found.append([get_mask(model.block.experts, key) for key in KEYS])
+        assert report.layers[0].remark.startswith("1 of 4")
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

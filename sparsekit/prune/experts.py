@@ -1,7 +1,7 @@
 """Experts that lie in one parameter: each is a matrix of its own, calibrated on the tokens that are routed to it."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +13,28 @@ from .._trees import copied
 from .inputs import Exchange, Inputs
 from .layers import ExpertAxes, Layer
 from .methods import Magnitude, Method
-from .padding import TokenMask
-from .products import Products
+from .padding import TokenMask, real_tokens
+from .products import Product, Products
 from .statistics import Reduce, Statistic
 
 Prune = Callable[[Layer, Method, Inputs | None], tuple[Tensor, Tensor]]  # to a new weight and its mask
-
-
-class Routed(NamedTuple):
-    """``[tokens, inputs]`` that one expert of a layer multiplied."""
-
-    expert: int
-    x: Tensor
 
 
 class ExpertInputs(Inputs):
     """What the experts of one layer were shown, each for itself."""
 
     def __init__(self, layer: Layer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None) -> None:
-        self.experts = [Inputs(each, statistic, lambda _: None) for each in layer.experts]
+        self._layer, self._token_mask = layer, token_mask
+        self.experts = [Inputs(each, statistic) for each in layer.experts]
         self.sample: Any = _Samples(self.experts)
         self.statistic = None
 
     def update(self, x: Any, batch: Any) -> None:
-        """Takes in what one expert multiplied: ``x`` is a ``Routed``. Which token is where is not known any more."""
-        self.experts[x.expert].update(x.x, None)
+        """Takes in what one expert multiplied: ``x`` is a ``Product``."""
+        every = torch.arange(x.of, device=x.x.device)[:, None]
+        real = real_tokens(every, self._layer, batch, self._token_mask)
+        rows = x.x if real is every else x.x[torch.isin(x.tokens, real[:, 0])]
+        self.experts[x.expert].update(rows, None)
 
     def reduce(self, exchange: Exchange, reduce: Reduce) -> None:
         for each in self.experts:
@@ -84,14 +81,14 @@ def prune_experts(layer: Layer, method: Method, inputs: Inputs | None, prune: Pr
     return weights, masks, remark
 
 
-def watch_experts(module: nn.Module, layers: Iterable[Layer], record: Callable[[Layer, Routed], None]) -> Products:
+def watch_experts(module: nn.Module, layers: Iterable[Layer], record: Callable[[Layer, Product], None]) -> Products:
     """A mode that calls ``record`` with what the experts of a module multiply, to be on while the module runs."""
     by_key = {layer.parameter: layer for layer in layers}
 
-    def see(key: str, along: int, expert: int, x: Tensor) -> None:
-        layer = by_key[key]
-        if along == layer.axis and x.shape[-1] == module.get_parameter(key).shape[along]:
-            record(layer, Routed(expert, x))
+    def see(product: Product) -> None:
+        layer = by_key[product.key]
+        if product.along == layer.axis and _is_whole(product, module):
+            record(layer, product)
 
     return Products({key: module.get_parameter(key) for key in by_key}, see)
 
@@ -105,9 +102,9 @@ def find_experts(model: nn.Module, first: Callable[[], list[Any]], forward: Forw
     found: dict[nn.Module, dict[str, int]] = {}
 
     def around(module: nn.Module, keys: list[str]) -> Callable[..., Any]:
-        def see(key: str, along: int, expert: int, x: Tensor) -> None:
-            if x.shape[-1] == module.get_parameter(key).shape[along]:
-                found.setdefault(module, {}).setdefault(key, along)
+        def see(product: Product) -> None:
+            if _is_whole(product, module):
+                found.setdefault(module, {}).setdefault(product.key, product.along)
 
         def run(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with Products({key: module.get_parameter(key) for key in keys}, see):
@@ -122,6 +119,11 @@ def find_experts(model: nn.Module, first: Callable[[], list[Any]], forward: Forw
             for batch in first():
                 run_batch(model, copied(batch), forward)
     return found
+
+
+def _is_whole(product: Product, module: nn.Module) -> bool:
+    """Whether the product is with all inputs of a matrix, not with a part of them."""
+    return product.x.shape[-1] == module.get_parameter(product.key).shape[product.along]
 
 
 def _unknown_stacks(module: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ Record = Callable[[Layer, Any], None]
 def observe(layers: Iterable[Layer], record: Record) -> Iterator[None]:
     """Calls ``record(layer, x)`` with every input ``x`` that a layer has been run on, until the end.
 
-    Of experts ``x`` is a ``Routed``, one for every product of one of them.
+    Of experts ``x`` is a ``Product``, one for each that one of them makes.
     """
     of: dict[nn.Module, list[Layer]] = {}
     for layer in layers:

@@ -3,13 +3,32 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-See = Callable[[str, int, int, Tensor], None]  # parameter, its dimension that is summed over, expert, [tokens, inputs]
+
+class Product(NamedTuple):
+    """One product of an input with one matrix of a parameter.
+
+    Args:
+        key: the parameter.
+        along: the dimension of the parameter that is summed over, 1 or 2.
+        expert: which of its matrices.
+        x: the input, ``[rows, inputs]``.
+        tokens: which row of what the module was given each row of ``x`` comes from, int64 ``[rows]``.
+        of: how many rows the module was given, as far as it can be seen.
+    """
+
+    key: str
+    along: int
+    expert: int
+    x: Tensor
+    tokens: Tensor
+    of: int
+
 
 COPIES = frozenset("to type type_as float half bfloat16 contiguous clone".split())
 PICKS = frozenset(("__getitem__", "index_select"))
@@ -76,11 +95,12 @@ class Products(TorchFunctionMode):
     or among matrices that were picked by their indices.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], see: See) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], see: Callable[[Product], None]) -> None:
         super().__init__()
         self._stacks = [_Stack(key, tensor.detach(), range(len(tensor))) for key, tensor in parameters.items()]
         self._copies: deque[_Stack] = deque(maxlen=RECENT)
         self._see = see
+        self._picked: tuple[Tensor, int] | None = None  # the rows that were picked last, and of how many
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,6 +111,9 @@ class Products(TorchFunctionMode):
         given = [*args, *kwargs.values()]
         if name in COPIES or name in PICKS:
             self._follow(given, result, picked=name in PICKS)
+            self._follow_rows(given, result)
+        elif name == "repeat_interleave":
+            self._follow_rows(given, result)
         elif name == "linear":
             self._product(given[0], given[1].mT)
         elif name in PRODUCTS:
@@ -127,6 +150,24 @@ class Products(TorchFunctionMode):
             straight = matrices if found.dims == (1, 2) else matrices.transpose(1, 2)
             self._copies.append(_Stack(found.key, straight.detach(), experts))
 
+    def _follow_rows(self, given: Sequence[Any], result: Any) -> None:
+        """Notes which rows of a matrix of inputs were picked, or how often each is repeated."""
+        source, index = given[0], given[-1]
+        if not isinstance(source, Tensor) or source.dim() != 2 or not isinstance(result, Tensor) or result.dim() != 2:
+            return
+        every = torch.arange(len(source), device=source.device)
+        if isinstance(index, Tensor) and index.dim() == 1 and source.is_floating_point():
+            self._picked = (every[index], len(source))
+        elif isinstance(index, int) and len(result) > len(source) and len(result) % len(source) == 0:
+            self._picked = (every.repeat_interleave(len(result) // len(source)), len(source))
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, int]:
+        """Which row of the module's input each row of ``x`` comes from, in the shape of ``x`` without its columns."""
+        rows = x.shape[:-1].numel()
+        if self._picked is not None and len(self._picked[0]) == rows:
+            return self._picked[0].view(x.shape[:-1]), self._picked[1]
+        return torch.arange(rows, device=x.device).view(x.shape[:-1]), rows
+
     def _product(self, left: Any, right: Any) -> None:
         if found := self._find(right):
             self._note(found, found.dims[0], left, -3)
@@ -135,24 +176,26 @@ class Products(TorchFunctionMode):
 
     def _note(self, found: _Found, along: int, x: Tensor, experts_at: int | None) -> None:
         """Calls ``see`` for every matrix; ``x [..., inputs]`` may have a dimension with a part for each of them."""
-        each: Iterable[Tensor] = [x] * len(found.experts)
+        tokens, of = self._tokens(x)
+        each: Iterable[tuple[Tensor, Tensor]] = [(x, tokens)] * len(found.experts)
         if experts_at is not None and len(found.experts) > 1 and x.dim() >= -experts_at and x.shape[experts_at] > 1:
-            each = x.movedim(experts_at, 0)
-        parts: dict[int, list[Tensor]] = {}
-        for expert, part in zip(found.experts, each, strict=True):
-            parts.setdefault(expert, []).append(part.reshape(-1, part.shape[-1]))
-        for expert, rows in parts.items():
-            if rows[0].numel():
-                self._see(found.key, along, expert, rows[0] if len(rows) == 1 else torch.cat(rows))
+            each = zip(x.movedim(experts_at, 0), tokens.movedim(experts_at + 1, 0), strict=True)
+        parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for expert, (part, own) in zip(found.experts, each, strict=True):
+            parts.setdefault(expert, []).append((part.reshape(-1, part.shape[-1]), own.flatten()))
+        for expert, pairs in parts.items():
+            rows, numbers = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*pairs, strict=True))
+            if rows.numel():
+                self._see(Product(found.key, along, expert, rows, numbers, of))
 
     def _grouped(self, x: Tensor, matrices: Tensor, ends: Tensor | None) -> None:
         found = self._find(matrices)
         if found is None or ends is None or x.dim() != 2:
             return self._product(x, matrices)
-        start = 0
+        (tokens, of), start = self._tokens(x), 0
         for expert, end in zip(found.experts, ends.tolist(), strict=True):
             if end > start:
-                self._see(found.key, found.dims[0], expert, x[start:end])
+                self._see(Product(found.key, found.dims[0], expert, x[start:end], tokens[start:end], of))
             start = end
 
     def _einsum(self, equation: Any, *operands: Any) -> None:
