@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 
 import sparsekit as sk
 from sparsekit.prune.ranks import RankFailed
-from sparsekit.tiers import Ratios, Step, tier_iteration
+from sparsekit.tiers import Ratios, Step, progressive_tiers, tier_iteration
 
 WANDA = sk.Wanda("2:4")
 METHODS = [sk.Magnitude("2:4"), WANDA, sk.SparseGPT("2:4"), sk.LeastSquares(sk.Swaps(WANDA))]
@@ -117,6 +117,46 @@ def test_tiers_agree(ranks):
     )
     assert_same(models[0], model_state(models[1]))
     assert all(torch.equal(maps[name].tiers, other[name].tiers) for name in maps) and report == expected
+
+
+def test_a_run_is_gone_on_with_by_all(ranks, tmp_path):
+    model, x = stack(32, 32, 32), data().repeat(1, 1, 2)
+
+    def prune(rank, x=x):
+        own = copy.deepcopy(model)
+        sk.prune_(own, WANDA, x[rank], resume=tmp_path / "run")
+        return own
+
+    first, again = ranks(prune), ranks(prune)
+    assert_same(first[0], model_state(again[1]))
+    other = x.flip(0)  # each rank has batches, and those of the other one
+    for error in ranks(lambda rank: prune(rank, other)):
+        assert "run.json belongs to another run: it differs in batches" in str(error)
+
+
+def test_iterations_are_gone_on_with_by_all(ranks, tmp_path):
+    model, x, steps = stack(32, 32, 32), data().repeat(1, 1, 2), [Step(1, Ratios(0.5, 0.5, 0.0), 0.5, 0.0, 0.0)]
+
+    def prune(rank, x=x):
+        own = copy.deepcopy(model)
+        progressive_tiers(own, steps, x[rank], lambda *_: None, folder=tmp_path / "run")
+        return own
+
+    first, again = ranks(prune), ranks(prune)
+    assert_same(first[0], model_state(again[1]))
+    other = x.flip(0)
+    for error in ranks(lambda rank: prune(rank, other)):
+        assert "call.json belongs to another run: it differs in batches" in str(error)
+    (tmp_path / "run" / "iteration-1" / "report.json").unlink()
+
+    def full(rank):
+        if rank == 0:
+            (tmp_path / "run" / "iteration-1" / "call.json").unlink()
+            (tmp_path / "run" / "iteration-1" / "call.json").mkdir()
+        return prune(rank)
+
+    zero, one = ranks(full)
+    assert isinstance(zero, IsADirectoryError) and "rank 0 failed with IsADirectoryError" in str(one)
 
 
 def test_batchnorm_averages_over_all(ranks):

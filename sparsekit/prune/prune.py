@@ -118,7 +118,7 @@ def prune_(
         finished = None
         if resume is not None:
             finished = Finished(resume, call_of(model, method, layers, read, forward, token_mask, axis), layers)
-        done = finished and sorted(finished.names)
+        done = None if finished is None else sorted(finished.names)
         ranks.agree({"method": repr(method), "axis": axis, "finished": done}, layers)
         reports: list[LayerReport] = []
         gather = partial(gather_inputs, statistic=method.statistic, token_mask=token_mask)

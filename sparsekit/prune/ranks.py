@@ -104,6 +104,10 @@ class Ranks:
         """``work`` that ends in all processes or in none: whatever it raises in one of them, it raises in all."""
         return partial(self._together, work)
 
+    def all_or_none(self, work: Callable[[], T]) -> T:
+        """``work()``; whatever it raises in one process, it raises in all."""
+        return self._together(lambda _: work(), Undo())
+
     def _together(self, work: Callable[[Undo], T], undo: Undo) -> T:
         try:
             result = work(undo)

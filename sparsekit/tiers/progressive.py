@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -76,8 +77,9 @@ def progressive_tiers(
     if not schedule:
         raise ValueError("schedule must have at least one step, got none")
     kept, reports = None, list[IterationReport]()
+    maps = None if tier_maps is None else dict(tier_maps)
+    ranks = Ranks("world", None)
     if folder is not None:
-        given = Ranks("world", None).exchange(digest_batches(as_batches(calibrate, reused=True)))
         call = {
             "criterion": criterion,
             "allocation": allocation,
@@ -90,13 +92,12 @@ def progressive_tiers(
             "tier_maps": None if tier_maps is None else {name: digest(each) for name, each in tier_maps.items()},
             "weights": digest_tensors(model),
             "modules": digest_modules(model),
-            "batches": given,
+            "batches": ranks.exchange(digest_batches(as_batches(calibrate, reused=True))),
         }
-        kept = Kept(folder, call)
-        reports = kept.reports(schedule)
-    maps = None if tier_maps is None else dict(tier_maps)
-    if kept and reports:
-        maps = kept.restore(model, reports[-1].step)
+        kept = ranks.all_or_none(lambda: Kept(folder, call))
+        reports = ranks.all_or_none(lambda: kept.reports(schedule))
+        if reports:
+            maps = ranks.all_or_none(lambda: kept.restore(model, reports[-1].step))
     for step in schedule[len(reports) :]:
         begin = time.perf_counter()
         maps, report = tier_iteration(
@@ -118,8 +119,8 @@ def progressive_tiers(
         finetune(model, step)
         seconds = (scored - begin, time.perf_counter() - scored)
         report = replace(report, seconds=seconds, metric=_evaluate(model, evaluate))
-        if kept:
-            kept.add(model, maps, report)
+        if kept is not None:
+            ranks.all_or_none(partial(kept.add, model, maps, report))
         reports.append(report)
     assert maps is not None
     return maps, reports
