@@ -51,7 +51,9 @@ def prune_pack24_reference(weight: Tensor, scale: Tensor | None) -> tuple[Tensor
 
 def unpack24_reference(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
     kept = unpack_bits(bitmask, cols)
-    return torch.where(kept, values.gather(1, (kept.cumsum(1) - 1).clamp(min=0)), 0)
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    # An index copies bits; torch.gather gives a bfloat16 NaN other ones.
+    return torch.where(kept, values[rows, (kept.cumsum(1) - 1).clamp(min=0)], 0)
 
 
 def linear24_reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
