@@ -22,13 +22,22 @@ def layer_of(module, axis="input"):
 
 def test_sums_stay_in_place():
     """As many batches as one likes: the tensors that hold the sums are the first ones."""
-    gram, x = Gram(layer_of(nn.Linear(8, 2))), torch.randn(20, 8)
-    gram.update(x[:1])
+    gram, x = Gram(layer_of(nn.Linear(8, 2))), torch.randn(1500, 8)
+    gram.update(x[:300])
     held = gram._sums.data_ptr(), gram._products.data_ptr()
-    for row in x[1:].split(1):
+    for row in x[300:].split(1):
         gram.update(row)
-    assert held == (gram._sums.data_ptr(), gram._products.data_ptr())
-    torch.testing.assert_close(gram.matrix, x.t() @ x / 20)
+        assert len(gram._waiting) < 256
+    torch.testing.assert_close(gram.matrix, x.t() @ x / 1500)
+    assert held == (gram._sums.data_ptr(), gram._products.data_ptr()) and not gram._waiting
+
+
+def test_inputs_may_be_written_to_afterwards():
+    gram, x = Gram(layer_of(nn.Linear(8, 2))), torch.randn(5, 8)
+    expected = x.t() @ x / 5
+    gram.update(x)
+    x.zero_()
+    torch.testing.assert_close(gram.matrix, expected)
 
 
 @pytest.mark.parametrize("axis", ["input", "flatten"])
@@ -45,6 +54,15 @@ def test_windows_of_any_part_size_add_up_alike(axis, size, monkeypatch):
     parts = [len(part) for part in layer.rows(x)]
     assert sum(parts) == 5 * 4 * 3
     assert parts == {1: [3] * 20, 200: [3] * 20, 5000: [24, 24, 12], 2**26: [60]}[size]
+
+
+def test_finite_is_what_isfinite_says():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for value in (math.nan, math.inf, -math.inf, 0.0, torch.finfo(dtype).max):
+            for where in (0, 17, 33):
+                weight = torch.randn(2, 17).to(dtype)
+                weight.view(-1)[where] = value
+                assert layers_module._is_finite(weight) == bool(torch.isfinite(weight).all())
 
 
 def test_empty_batches_count_nothing():

@@ -26,20 +26,25 @@ def apply_mask(layer: Layer, pruned: Tensor, mask: Tensor, pattern: Pattern, und
 def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None]:
     """Notes the values that change, with one bit for each weight, and the mask as it is stored."""
     bits = BITS[weight.element_size()]  # compared as bits: -0.0 must come back too
-    wheres, kept = [], []
-    for old, new in zip(_chunks(weight), _chunks(pruned), strict=True):
+    parts = list(zip(chunks(weight), chunks(pruned), strict=True))
+    counts = [torch.count_nonzero(old.view(bits) != new.view(bits)) for old, new in parts]
+    # Made whole before the small pieces, which would leave holes in the memory behind it.
+    values = weight.new_empty(int(sum(counts)))
+    where = torch.empty((len(weight), -(-weight.shape[1:].numel() // 8)), dtype=torch.uint8, device=weight.device)
+    start, rows = 0, where.split(_rows(weight))
+    for (old, new), count, packed in zip(parts, counts, rows, strict=True):
         changed = old.view(bits) != new.view(bits)
-        wheres.append(pack_bits(changed.flatten(1)))
-        kept.append(old[changed])
-    where, values = torch.cat(wheres), torch.cat(kept)
+        packed.copy_(pack_bits(changed.flatten(1)))
+        values[start : start + int(count)] = old[changed]
+        start += int(count)
     module, parameter = layer.module, layer.parameter
     mask, info = get_mask_bits(module, parameter), get_mask_info(module, parameter)
 
     def restore() -> None:
         start = 0
-        for part, packed in zip(_chunks(weight), where.split(_rows(weight)), strict=True):
+        for part, packed in zip(chunks(weight), where.split(_rows(weight)), strict=True):
             changed = unpack_bits(packed, part.shape[1:].numel()).view(part.shape)
-            end = start + int(changed.sum())
+            end = start + int(torch.count_nonzero(changed))
             part.masked_scatter_(changed, values[start:end])
             start = end
         torch.clear_autocast_cache()
@@ -51,7 +56,8 @@ def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None
     return restore
 
 
-def _chunks(weight: Tensor) -> Iterator[Tensor]:
+def chunks(weight: Tensor) -> Iterator[Tensor]:
+    """A weight in parts of whole rows, to look at in little memory."""
     yield from weight.split(_rows(weight))
 
 

@@ -7,6 +7,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .._batches import Forward, Progress, as_batches, eagerly, evaluating, first_batch, run_batch
@@ -228,7 +229,7 @@ def _prune_layer(
         check_result(layer, pruned, method)
         error = None if inputs is None else inputs.sample.relative_error(weight, pruned)
         apply_mask(layer, pruned, mask, pattern, undo)
-        dropped = mask.numel() - int(mask.sum())
+        dropped = mask.numel() - int(torch.count_nonzero(mask))
     seconds = time.perf_counter() - started
     shape, weights = tuple(weight.shape), weight.numel()
     return LayerReport(layer.name, shape, str(pattern), dropped, weights, error, seconds, remark)

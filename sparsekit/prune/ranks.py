@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .._undo import Undo, restoring
-from .apply import BITS
+from .apply import BITS, chunks
 from .inputs import Inputs
 from .layers import Layer
 from .statistics import Statistic
@@ -148,4 +148,5 @@ def local_buffers(model: nn.Module) -> Iterator[None]:
 
 def _fingerprint(weight: Tensor) -> tuple[Any, ...]:
     bits = BITS[weight.element_size()]
-    return tuple(weight.shape), str(weight.dtype), int(weight.view(bits).sum(dtype=torch.int64))
+    total = sum(int(part.view(bits).sum(dtype=torch.int64)) for part in chunks(weight))
+    return tuple(weight.shape), str(weight.dtype), total

@@ -9,6 +9,7 @@ from torch import Tensor
 from .layers import Layer
 
 Reduce = Callable[[Tensor], None]
+TOGETHER = 256  # rows of small batches that are multiplied at once: the product reads and writes all sums
 
 
 class Statistic(Protocol):
@@ -73,22 +74,31 @@ class Gram(InputNorm):
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
         self._products: Tensor | None = None  # made when the first input comes: of most layers that is much later
+        self._waiting: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
         super().update(x)
-        products = self._sum()
         for rows in self._layer.rows(x):
-            products.addmm_(rows.t(), rows)
+            if len(rows) >= TOGETHER:
+                self._add(rows)
+            else:
+                self._waiting.append(rows.clone())  # what it is a view of may be written to
+                if sum(map(len, self._waiting)) >= TOGETHER:
+                    self._sum()
 
     def reduce(self, reduce: Reduce) -> None:
         super().reduce(reduce)
         reduce(self._sum())
 
     def _sum(self) -> Tensor:
+        waiting, self._waiting = self._waiting, []
+        return self._add(torch.cat([self._sums.new_empty(0, self._sums.numel()), *waiting]))
+
+    def _add(self, rows: Tensor) -> Tensor:
         if self._products is None:
             cols = self._sums.numel()
             self._products = torch.zeros(cols, cols, dtype=torch.float32, device=self._sums.device)
-        return self._products
+        return self._products.addmm_(rows.t(), rows)
 
     @property
     def matrix(self) -> Tensor:

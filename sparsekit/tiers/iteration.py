@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._batches import Forward, Progress, evaluating
@@ -144,7 +145,7 @@ def tier_iteration(
                     mark_fading(layer.module, fading)
                 after[layer.name] = plan.tier_map
                 demoted[layer.name] = plan.demotion.dense_to_2_4, plan.demotion.mid_2_4_to_topk
-                dropped += int((~mask).sum())
+                dropped += mask.numel() - int(torch.count_nonzero(mask))
         if not after:
             raise ValueError("no calibration batch reached any of the selected layers")
         weights = [tier_map.shape[0] * tier_map.shape[1] for tier_map in after.values()]
