@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from helpers import sparse_linear
 from tiering import tiered_linear
+from torch import nn
 
+import sparsekit as sk
 from sparsekit.nn import DenseRoute, Linear24, Linear24WithDense, TieredLinear, TieredLinearWithDense, dense_route
 
 ROUTES = ((4, False), (16, True), (1 << 62, False))
@@ -155,3 +157,17 @@ def test_compiles_whole_for_any_token_count(kind):
         for tokens in (2, 9, 40):
             x = torch.randn(tokens, 40)
             close(compiled(x), linear(x))
+
+
+@KINDS
+def test_saved_as_the_sparse_layer_and_loaded_into_either(dense_calls, kind, tmp_path):
+    linear, layer = make(kind)
+    sk.save(nn.Sequential(layer), tmp_path / "model.safetensors")
+    other, x = nn.Sequential(make(kind)[1]), torch.randn(9, 40)
+    fresh = nn.Sequential(nn.Linear(40, 48))
+    for model in (other, fresh):
+        sk.load(model, tmp_path / "model.safetensors")
+        with torch.no_grad():
+            close(model(x), linear(x))
+    assert type(other[0]) is kind and other[0].routes == ROUTES and not isinstance(fresh[0], DenseRoute)
+    assert dense_calls == [9] and other[0].trainable

@@ -149,6 +149,7 @@ def test_gradients_of_gradients(backward):
 @backwards
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_checkpointing_and_compile_change_nothing(backward, autocast):
+    torch._dynamo.reset()
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
     sk.sparse_training_(model, backward=backward, decay=0.1)

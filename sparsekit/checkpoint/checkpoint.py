@@ -78,9 +78,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     ``decompress_`` makes the compressed layers dense again, as after ``compress_``.
 
     A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces; a tiered
-    one becomes a ``TieredLinear``. A file does not say what is fastest on another machine: on a GPU load with
-    ``dense=True``, and let ``compress_`` measure. A file of masks alone leaves the weights as they are: the model has
-    them already, with zeros wherever a mask drops one.
+    one becomes a ``TieredLinear``; one that takes the place of a layer with a dense copy has one too. A file does not
+    say what is fastest on another machine: on a GPU load with ``dense=True``, and let ``compress_`` measure. A file of
+    masks alone leaves the weights as they are: the model has them already, with zeros wherever a mask drops one.
 
     Args:
         model: the same architecture, freshly made, pruned or compressed; also on the meta device, where it holds

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from ..compress.swap import check_known, get_original, guard_saving, refill, set_original
 from ..masks import remove_mask, set_mask_bits
-from ..nn import Compressed, Linear24, PrepackedLinear, RoutedLinear24, TieredLinear
+from ..nn import (
+    Compressed,
+    DenseRoute,
+    Linear24,
+    Linear24WithDense,
+    PrepackedLinear,
+    RoutedLinear24,
+    TieredLinear,
+    TieredLinearWithDense,
+)
 from ..ops import TieredWeight
 from .mask_file import forget_masks
 from .structure import Layer, join
@@ -70,6 +79,7 @@ def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str
         values, bitmask = (tensors[join(name, part)].to(device) for part in ("values", "bitmask"))
         plan = module.plan if isinstance(module, RoutedLinear24) else None
         kind = Linear24 if plan is None else RoutedLinear24
+        kind = Linear24WithDense if isinstance(module, DenseRoute) else kind
         new = kind(cols, rows, False, transposed=layer.transposed, device="meta", dtype=values.dtype)
         new.values, new.bitmask = nn.Parameter(values, requires_grad=trainable), bitmask
         if isinstance(new, RoutedLinear24) and plan is not None:
@@ -77,13 +87,14 @@ def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str
     elif layer.kind == "tiered":
         rows, cols = layer.matrix
         packed = TieredWeight(*(part.to(device) for part in layer.tiered(name, tensors)))
-        new = TieredLinear(
-            packed, in_features=cols, out_features=rows, transposed=layer.transposed, requires_grad=trainable
-        )
+        tiered = TieredLinearWithDense if isinstance(module, DenseRoute) else TieredLinear
+        new = tiered(packed, in_features=cols, out_features=rows, transposed=layer.transposed, requires_grad=trainable)
     else:
         weight = tensors[join(name, "weight")].to(device)
         weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)
         new = PrepackedLinear(weight, None, tokens=layer.tokens, transposed=layer.transposed)
+    if isinstance(new, DenseRoute) and isinstance(module, DenseRoute):
+        new.follow(module.routes, module.tokens)
     new.bias = module.bias  # type: ignore[assignment]
     original = get_original(module) if isinstance(module, Compressed) else module
     if original is module:
