@@ -1,7 +1,6 @@
 """How a batch is fed to a model, and what a layer is shown: one convention for every function that takes batches."""
 
 import inspect
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,15 +78,6 @@ def as_batches(batches: Any, *, reused: bool = False) -> Iterable[Any]:
             f"batches must be iterable more than once, as a list or a DataLoader is, got {type(batches).__name__}"
         )
     return batches
-
-
-def first_batch(batches: Any) -> tuple[Callable[[], list[Any]], Iterable[Any]]:
-    """What lists the first batch alone; and all batches, which an iterator could not give after that."""
-    batches = as_batches(batches)
-    if not isinstance(batches, Iterator):
-        return lambda: list(itertools.islice(batches, 1)), batches
-    head = list(itertools.islice(batches, 1))
-    return lambda: head, itertools.chain(head, batches)
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .._batches import Forward, Progress, as_batches, eagerly, run_batch
-from .._trees import copied
+from .held import HeldBatches
 from .inputs import Exchange, Gather, Inputs
 from .layers import Layer
 from .observe import observe
@@ -36,12 +36,13 @@ def calibrated(
     already, and are run as they are. While it waits, nothing hangs on the model. All processes that ``exchange`` joins
     get the same layers in the same order, also those that none of their own batches reached.
     """
-    batches = as_batches(batches, reused=sequential)
-    if not sequential:
-        yield layers, _all_at_once(model, layers, gather, progress(batches), forward)
-        return
     with closing(Store()) as store:
-        passes = Passes(model, batches, forward, store)
+        if not isinstance(batches, HeldBatches):
+            batches = HeldBatches(as_batches(batches, reused=sequential), store if sequential else None)
+        if not sequential:
+            yield layers, _all_at_once(model, layers, gather, progress(batches), forward)
+            return
+        passes = Passes(model, batches, forward)
         found = survey(split_stages(model, layers), passes, exchange)
         done = {i for i, stage in enumerate(found.stages) if {layer.name for layer in stage.layers} & set(finished)}
         replay = Replay(found, passes, store, done, exchange)
@@ -61,8 +62,7 @@ def _all_at_once(
 
     count = 0
     with eagerly(), observe(inputs, record):
-        for count, each in enumerate(batches, start=1):  # noqa: B007
-            batch = copied(each)
+        for count, batch in enumerate(batches, start=1):  # noqa: B007
             run_batch(model, batch, forward)
     check_count(count)
     return list(inputs.values())

@@ -1,6 +1,6 @@
 """Runs a model on its calibration batches as often as it takes, every time in the same way."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,34 +8,28 @@ import torch
 from torch import nn
 
 from .._batches import Forward, eagerly, run_batch
-from .._trees import copied
 from .._undo import restoring
-from .store import Kept, Store
+from .held import HeldBatches
 
 
 class Passes:
-    """A model and its batches, which are read once: a loader that shuffles, or that can be read only once, will do."""
+    """A model and its batches, and how they are run."""
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], forward: Forward | None, store: Store) -> None:
-        self._model, self._batches, self._forward, self._store = model, batches, forward, store
-        self._held: list[Any] = []
+    def __init__(self, model: nn.Module, batches: HeldBatches, forward: Forward | None) -> None:
+        self._model, self._batches, self._forward = model, batches, forward
         self._seed = torch.initial_seed()
         self.current: Any = None  # the batch that runs
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def read(self) -> Iterator[int]:
-        """Reads the batches, and gives the index of each as soon as it is there.
+        """Gives the index of each batch as soon as it is there.
 
         Raises:
             ValueError: there is no batch.
         """
-        made = not isinstance(self._batches, list | tuple)  # one at a time, by a loader: held here alone
-        for index, batch in enumerate(self._batches):
-            self._held.append((self._store.keep(batch) if made else None) or batch)
+        count = 0
+        for count, index in enumerate(self._batches.arriving(), start=1):  # noqa: B007
             yield index
-        check_count(len(self._held))
+        check_count(count)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -54,8 +48,7 @@ class Passes:
 
     def run(self, index: int) -> None:
         """Runs a batch: a copy of it, with the same random numbers every time, and the weights as they are now."""
-        held = self._held[index]
-        self.current = held.load() if isinstance(held, Kept) else copied(held)
+        self.current = self._batches[index]
         torch.clear_autocast_cache()  # it may hold a weight as it was before it was pruned
         seed = (self._seed + index) % (1 << 63)
         torch.default_generator.manual_seed(seed)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, Progress, as_batches, eagerly, evaluating, first_batch, run_batch
+from .._batches import Forward, Progress, as_batches, eagerly, evaluating, run_batch
 from .._changing import change
 from .._fingerprint import digest_batches
 from .._layers import Where, check_model, count_weights
@@ -23,6 +23,7 @@ from .batchnorm import reestimate, tracked_batchnorms
 from .calibration import calibrated
 from .experts import find_experts, gather_inputs, prune_experts
 from .full_precision import full_precision
+from .held import HeldBatches
 from .inputs import Gather, Inputs
 from .layers import Layer, check_result, check_weights, find_layers, first_reasons, nothing_to
 from .methods import Method
@@ -30,6 +31,7 @@ from .padding import TokenMask
 from .ranks import Group, Ranks, local_buffers
 from .report import LayerReport, PruneReport, Skipped
 from .resume import Finished, call_of
+from .store import Store
 
 
 def prune_(
@@ -101,21 +103,21 @@ def prune_(
     _check(model, method, batches, axis)
     if resume is not None and (batches is None or not sequential):
         raise ValueError("resume goes on block by block: it needs batches and sequential=True")
+    batchnorms = tracked_batchnorms(model) if batchnorm and batches is not None else {}
+    store = Store()
     if batches is not None:
-        first, batches = first_batch(as_batches(batches, reused=sequential))
+        again = sequential or bool(batchnorms)
+        batches = HeldBatches(as_batches(batches, reused=again), store if again else None)
     ranks = Ranks("alone" if batches is None else group, method.statistic)
 
     def work(undo: Undo) -> PruneReport:
         pattern = Pattern.parse(method.pattern)
-        observed = None if batches is None else find_experts(model, first, forward)
+        observed = None if batches is None else find_experts(model, batches.first, forward)
         layers, skipped = find_layers(model, pattern, axis, where, observed)
         if not layers:
             raise ValueError(nothing_to("prune", "layer that can be pruned", where, skipped))
         check_weights(layers)
-        batchnorms = tracked_batchnorms(model) if batchnorm and batches is not None else {}
-        if batchnorms:
-            as_batches(batches, reused=True)  # rejected before the work
-        read = ranks.exchange(None if resume is None else digest_batches(as_batches(batches, reused=True)))
+        read = ranks.exchange(None if resume is None else digest_batches(batches))
         finished = None
         if resume is not None:
             finished = Finished(resume, call_of(model, method, layers, read, forward, token_mask, axis), layers)
@@ -125,7 +127,7 @@ def prune_(
         gather = partial(gather_inputs, statistic=method.statistic, token_mask=token_mask)
         shown = _shown(model, gather, layers, batches, sequential, forward, progress or iter, finished, ranks)
         missed: list[Layer] = []
-        with evaluating(model), local_buffers(model), closing(shown):
+        with evaluating(model), local_buffers(model), closing(store), closing(shown):
             if finished is not None:
                 reports += _restore(finished, layers, undo)
                 if ranks.rank == 0:
@@ -141,7 +143,7 @@ def prune_(
                 if finished is not None and block and ranks.rank == 0:
                     finished.add(block)
             if missed:
-                reasons = _why_missed(model, missed, first(), forward)
+                reasons = _why_missed(model, missed, [] if batches is None else batches.first(), forward)
                 skipped += [Skipped(layer.name, reasons[layer]) for layer in missed]
             if not reports:
                 raise ValueError(f"no calibration batch reached any of the selected layers{first_reasons(skipped)}")
@@ -149,7 +151,7 @@ def prune_(
             if batchnorms:
                 pruned = {report.name for report in reports}
                 after = {layer.module for layer in layers if layer.name in pruned}
-                norms = reestimate(model, batchnorms, as_batches(batches), forward, ranks, undo, after)
+                norms = reestimate(model, batchnorms, batches, forward, ranks, undo, after)
         seconds = time.perf_counter() - started
         return PruneReport(repr(method), tuple(reports), tuple(skipped), seconds, count_weights(model), norms)
 

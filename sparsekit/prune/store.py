@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._trees import map_tree
 
-MEMORY = 256 << 20  # bytes
+MEMORY = 128 << 20  # bytes
 DISK_SHARE = 4  # one in so many bytes that are free
 
 
