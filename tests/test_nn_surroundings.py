@@ -11,7 +11,14 @@ from layer_kinds import EACH, EVERY, SPARSE, Reads, make
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.nn import Linear24, Linear24WithDense, PrepackedLinear, RoutedLinear24, TieredLinear
+from sparsekit.nn import (
+    Linear24,
+    Linear24WithDense,
+    PrepackedLinear,
+    RoutedLinear24,
+    TieredLinear,
+    TieredLinearWithDense,
+)
 
 
 @EVERY
@@ -236,3 +243,41 @@ def test_a_new_linear24_of_another_dtype_is_refused():
     for given in ({"dtype": torch.float64}, {"dtype": torch.int32}):
         with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16, got"):
             Linear24(8, 8, **given)
+
+
+@EVERY
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("wrap", [nn.Sequential, Reads], ids=["called", "read"])
+def test_a_frozen_layer_keeps_no_activation(kind, autocast, wrap):
+    layer = make(kind)[0].requires_grad_(False)
+    model, saved = wrap(layer), []
+    x = torch.randn(20, 80, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x)
+    assert x.shape not in saved
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(20, 80).clone(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [Linear24WithDense, TieredLinearWithDense])
+def test_a_dense_copy_follows_what_is_written_to_the_weight(kind):
+    layer, linear = make(kind)
+    x = torch.randn(20, 80)  # so many that the copy answers
+    averaged = torch.optim.swa_utils.AveragedModel(layer)
+    with torch.no_grad():
+        for weight in layer._weights():
+            weight.mul_(3)
+        torch.testing.assert_close(layer(x) - layer.bias, 3 * (linear(x) - linear.bias))
+        for _ in range(3):
+            averaged.update_parameters(layer)
+        torch.testing.assert_close(averaged(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", [Linear24WithDense, TieredLinearWithDense])
+def test_a_dense_copy_leaves_gradients_to_the_sparse_weight(kind):
+    linear = make(kind)[1].requires_grad_(False)
+    layer = kind.from_linear(linear).follow(((1, True),), 16).train()
+    layer.requires_grad_(True)
+    layer(torch.randn(20, 80)).sum().backward()
+    assert all(weight.grad is not None for weight in layer._weights())

@@ -123,11 +123,11 @@ class Compressed(nn.Module):
             _refuse_weight(name)
         super().register_parameter(name, param)
 
+    @torch.inference_mode(False)  # what is made there could be neither trained nor used outside
     def to_linear(self) -> nn.Linear:
         """The dense ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        with torch.inference_mode(False):
-            linear.weight = nn.Parameter(self._dense(), requires_grad=self.trainable)
+        linear.weight = nn.Parameter(self._dense(), requires_grad=self.trainable)
         linear.register_parameter("bias", self.bias)
         if not self.transposed:
             carry_mask(self, linear)

@@ -11,7 +11,7 @@ from ..ops._define import is_jit_tracing
 from ..ops.prepacked import prepack, prepacked_linear
 from .compressed import Compressed
 from .linear24 import Linear24
-from .shared import autocast_dtype
+from .shared import autocast_dtype, has_changed, version_of
 from .tiered import TieredLinear
 
 Layer = TypeVar("Layer", bound="DenseRoute")
@@ -22,14 +22,17 @@ class DenseRoute(Compressed):
     """Mixed into a sparse layer: a dense copy of its weight answers some numbers of tokens.
 
     On a CPU the copy is reordered by oneDNN where it can be. The state dict is that of the sparse layer; loading,
-    copying and moving make the copy anew. It would not follow an optimizer: the weight gets no gradient, and a call in
-    training mode that would need it raises. Under autocast to another dtype the sparse weight answers every call.
+    copying and moving make the copy anew, and so does whatever else writes to the weight, such as an average of
+    weights. It costs too much to follow an optimizer: the weight gets no gradient, and a call in training mode that
+    would need it raises. Under autocast to another dtype, and where the weight requires a gradient all the same, the
+    sparse weight answers every call.
     """
 
     routes: Routes = ()
     tokens = 1  # that the copy is laid out for
     copy: Tensor | None = None
     reordered = False  # whether the copy is oneDNN's; tracing forgets it
+    version = 0  # of the weight that was copied
 
     def follow(self: Layer, routes: Routes, tokens: int) -> Layer:
         """Keeps a dense copy, laid out for ``tokens``, and takes these routes from now on; returns the layer itself."""
@@ -51,14 +54,21 @@ class DenseRoute(Compressed):
     def _keep(self) -> None:
         if self.routes:
             self.copy = prepack(self._dense(), self.tokens)
-            self.reordered = self.copy.is_mkldnn
+            self.reordered, self.version = self.copy.is_mkldnn, version_of(*self._weights())
 
     def _multiply(self, input: Tensor) -> Tensor:
         self._check_training()
+        if self.copy is None or not self._takes_dense(input):
+            return super()._multiply(input)
+        if has_changed(self.version, *self._weights()):
+            self._keep()
         copy = self.copy
-        if copy is None or not self._takes_dense(input) or input.dtype != copy.dtype or autocast_dtype(input):
+        if input.dtype != copy.dtype or autocast_dtype(input) or self._wants_gradient():
             return super()._multiply(input)
         return prepacked_linear(input, copy, self.bias) if self.reordered else F.linear(input, copy, self.bias)
+
+    def _wants_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in self._weights())
 
     def _takes_dense(self, input: Tensor) -> bool:
         if is_jit_tracing() or input.shape[-1:] != (self.in_features,) or self.in_features == 0:

@@ -13,7 +13,7 @@ from ..ops._define import call_op, is_jit_tracing
 from ..ops.hardware_linear24 import padded_shape
 from ..ops.layouts import device_name
 from .linear24 import LINEAR24, Linear24
-from .shared import autocast_dtype
+from .shared import autocast_dtype, has_changed, version_of
 
 HARDWARE = torch.ops.sparsekit.hardware_linear24.default
 
@@ -75,6 +75,7 @@ class RoutedLinear24(Linear24):
     dense: Tensor | None = None
     layout = ""  # that ``packed`` has
     device_type = ""
+    version = 0  # of the weight that was packed
     called = "a Linear24 with a dense copy"
     ready = False  # whether the plan is followed
 
@@ -96,6 +97,7 @@ class RoutedLinear24(Linear24):
         plan, values = self.plan, self.values
         return plan is not None and plan.dtype == values.dtype and plan.device == device_name(values.device)
 
+    @torch.inference_mode(False)  # what is made there could not be used outside
     @torch.no_grad()
     def _pack(self) -> None:
         packed, dense = self.packed, self.dense
@@ -113,6 +115,7 @@ class RoutedLinear24(Linear24):
             self.values.data = head[: self.out_features, : self.values.shape[1]]
         if self.plan.keeps_dense:
             self.dense = _kept(dense, self._dense())
+        self.version = version_of(self.values)
 
     # On a GPU a small call waits for the host, to which `nn.Linear` costs 3 us: what is read here comes from
     # dictionaries, and what linear24 and hardware_linear24 check of a weight was checked when it was packed.
@@ -156,6 +159,8 @@ class RoutedLinear24(Linear24):
             bias = bias.to(x.dtype)
         kernel = route.kernel
         if kernel == "dense" and self.dense is not None:
+            if has_changed(self.version, self.values):
+                self._pack()
             return F.linear(x, self.dense, bias)
         if kernel == "hardware" and self.packed is not None:
             _, _, alg_id, split_k, mode = route

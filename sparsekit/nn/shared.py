@@ -14,6 +14,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if enabled else None
 
 
+def version_of(*weights: Tensor) -> int:
+    """A number that rises whenever one of the weights is written to; inference tensors, which do not count, add 0."""
+    return sum(weight._version for weight in weights if not weight.is_inference())
+
+
+def has_changed(version: int, *weights: Tensor) -> bool:
+    """Whether one of the weights was written to since ``version``; a compiled graph takes them for constants."""
+    return not torch.compiler.is_compiling() and version_of(*weights) != version
+
+
 def oriented(weight: Tensor, transposed: bool) -> Tensor:
     """The weight as ``[outputs, inputs]``, or back as the layer keeps it."""
     return weight.t() if transposed else weight

@@ -30,10 +30,9 @@ class WeightView(Tensor):
         shape: Sequence[int], stride: Sequence[int], offset: int, like: Tensor, make: Callable[[], Tensor]
     ) -> "WeightView":
         """Makes one with the dtype and device of ``like``, of what ``make`` returns."""
-        with torch.inference_mode(False):  # torch wants a view of a normal tensor to be one
-            view: WeightView = Tensor._make_wrapper_subclass(
-                WeightView, shape, strides=stride, storage_offset=offset, dtype=like.dtype, device=like.device
-            )
+        view: WeightView = Tensor._make_wrapper_subclass(
+            WeightView, shape, strides=stride, storage_offset=offset, dtype=like.dtype, device=like.device
+        )
         view._make, view._meta, view._whole = make, None, False
         return view
 
@@ -48,8 +47,7 @@ class WeightView(Tensor):
         written = tree_iter(kwargs["out"]) if "out" in kwargs else ()
         if any(isinstance(leaf, cls) for leaf in written) or (args and _changes(func, *args[:2])):
             _refuse()
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
 
     # Here every call arrives as an op whose schema says what it writes to and what is a view.
     @classmethod
@@ -77,6 +75,7 @@ class WeightView(Tensor):
         ]
 
     @staticmethod
+    @torch.inference_mode(False)  # torch wants a view of a normal tensor to be one
     def _view(meta: Tensor, base: "WeightView", make: Callable[[], Tensor]) -> "WeightView":
         view = WeightView.of(meta.shape, meta.stride(), int(meta.storage_offset()), base, make)
         view._meta = meta
@@ -137,21 +136,22 @@ def show_weight(
     """
     if torch.compiler.is_compiling() or is_jit_tracing() or torch._C._are_functorch_transforms_active():
         return unpack(*parts)
-    # Under no_grad too, as a Parameter does, the weight says that it is trained, and takes a gradient later.
-    with torch.inference_mode(False), torch.enable_grad():
-        if refusal is None and not any(part.requires_grad for part in parts):
-            view = _show(unpack, parts, shape, stride)
-        else:
-            wanted = None if refusal is None else torch.empty(0, device=parts[0].device, requires_grad=True)
-            view = _Unpack.apply(unpack, shape, stride, refusal, wanted, *parts)
-    view._whole, view._parts = True, parts
+    view = _show_trained(unpack, parts, shape, stride, refusal)
+    view._whole = True
     return view
 
 
-def shows(value: object, parts: tuple[Tensor, ...]) -> bool:
-    """Whether ``value`` is the weight that is packed in these very tensors."""
-    known = value._parts if isinstance(value, WeightView) else ()
-    return len(known) == len(parts) and all(one is other for one, other in zip(known, parts, strict=True))
+# Under no_grad too, as a Parameter does, the weight says that it is trained, and takes a gradient later. Decorators, for
+# an interrupt may come just before a `with` block is left.
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _show_trained(
+    unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int], refusal: str | None
+) -> WeightView:
+    if refusal is None and not any(part.requires_grad for part in parts):
+        return _show(unpack, parts, shape, stride)
+    wanted = None if refusal is None else torch.empty(0, device=parts[0].device, requires_grad=True)
+    return _Unpack.apply(unpack, shape, stride, refusal, wanted, *parts)
 
 
 def _show(unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int]) -> WeightView:
