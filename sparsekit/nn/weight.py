@@ -22,8 +22,7 @@ class WeightView(Tensor):
 
     _make: Callable[[], Tensor]  # the plain tensor that this one shows
     _meta: Tensor | None  # the same without data: of which shape and strides a view is
-    _whole: bool  # whether it is ``layer.weight`` itself, no view of it
-    _parts: tuple[Tensor, ...] = ()  # of the layer whose weight it is
+    _parts: tuple[Tensor, ...] = ()  # of the layer whose weight it is; a view of that has none
 
     @staticmethod
     def of(
@@ -33,7 +32,7 @@ class WeightView(Tensor):
         view: WeightView = Tensor._make_wrapper_subclass(
             WeightView, shape, strides=stride, storage_offset=offset, dtype=like.dtype, device=like.device
         )
-        view._make, view._meta, view._whole = make, None, False
+        view._make, view._meta = make, None
         return view
 
     def plain(self) -> Tensor:
@@ -137,12 +136,18 @@ def show_weight(
     if torch.compiler.is_compiling() or is_jit_tracing() or torch._C._are_functorch_transforms_active():
         return unpack(*parts)
     view = _show_trained(unpack, parts, shape, stride, refusal)
-    view._whole = True
+    view._parts = parts
     return view
 
 
-# Under no_grad too, as a Parameter does, the weight says that it is trained, and takes a gradient later. Decorators, for
-# an interrupt may come just before a `with` block is left.
+def shows(value: object, parts: tuple[Tensor, ...]) -> bool:
+    """Whether ``value`` is the weight that is packed in these very tensors."""
+    known = value._parts if isinstance(value, WeightView) else ()
+    return len(known) == len(parts) and all(one is other for one, other in zip(known, parts, strict=True))
+
+
+# Under no_grad too, as a Parameter does, the weight says that it is trained, and takes a gradient later. By decorators,
+# for an interrupt may come just before a `with` block is left.
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _show_trained(
@@ -192,7 +197,7 @@ def _changes(func: Any, weight: Any, value: Any = None) -> bool:
     if not isinstance(weight, WeightView):
         return False
     if name in ("requires_grad_", "__set__") and getattr(func, "__self__", None) in (None, Tensor.requires_grad):
-        return weight._whole and weight.requires_grad != (value is not False)
+        return bool(weight._parts) and weight.requires_grad != (value is not False)
     return name == "__set__" or (name.endswith("_") and not name.endswith("__"))
 
 
