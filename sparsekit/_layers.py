@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from .masks import get_mask_info, masked_parameters
 from .ops._define import DTYPES
 
 Where = Callable[[str, nn.Module], bool]
@@ -84,8 +85,14 @@ def expert_axes(module: nn.Module) -> dict[str, int]:
 
     It is known of what transformers calls experts, since they say whether they are transposed; and where the two
     parameters of three dimensions of a module fit together one way only, because one of them gives gates beside
-    values, so that it has twice as many outputs as the other has inputs.
+    values, so that it has twice as many outputs as the other has inputs. Of what was pruned before the mask knows.
     """
+    masks = {key: info for key in masked_parameters(module) if (info := get_mask_info(module, key)) is not None}
+    pruned = {key: info.axis for key, info in masks.items() if is_stack(module._parameters.get(key))}
+    return {**_declared_axes(module), **{key: axis for key, axis in pruned.items() if isinstance(axis, int)}}
+
+
+def _declared_axes(module: nn.Module) -> dict[str, int]:
     stacks = {key: parameter for key, parameter in module._parameters.items() if is_stack(parameter)}
     transposed = getattr(module, "is_transposed", None)
     if isinstance(transposed, bool):

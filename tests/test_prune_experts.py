@@ -1,6 +1,7 @@
 """Experts in one parameter are pruned like layers of their own, each on the tokens that are routed to it."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -118,6 +119,14 @@ def test_what_is_added_or_convolved_is_no_expert():
     assert expert_axes(nn.Conv1d(8, 8, 3)) == expert_axes(nn.Bilinear(8, 8, 8)) == {}
 
 
+def test_what_a_pass_has_shown_is_known_from_its_mask_afterwards(tmp_path, ratios):
+    shape, axis, product = WAYS["inputs first"]
+    model = nn.Sequential(Unknown(shape, product))
+    sk.prune_(model, sk.Wanda("2:4"), batches())
+    assert expert_axes(model[0]) == {"table": axis} and sk.prune_(model, sk.Magnitude("1:4")).sparsity == 0.75
+    assert [layer.name for layer in sk.compress_(model).layers] == ["0.table"]
+
+
 def test_gated_shapes_fit_one_way_only():
     class Held(nn.Module):
         def __init__(self, *shapes):
@@ -193,3 +202,39 @@ def test_padding_is_no_token_that_an_expert_saw(how):
         found.append([get_mask(model.block.experts, key) for key in KEYS])
         assert report.layers[0].remark.startswith("1 of 4")
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+class Routed(nn.Module):
+    """Two of transformers' experts for every token."""
+
+    def __init__(self, kind, config):
+        super().__init__()
+        self.experts = kind(config)
+        for seed, parameter in enumerate(self.experts.parameters()):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, x):
+        weights, chosen = x[:, :EXPERTS].softmax(1).topk(2)
+        return self.experts(x, chosen, weights)
+
+
+@pytest.mark.parametrize("name", ["mixtral.MixtralExperts", "gpt_oss.GptOssExperts", "qwen3_moe.Qwen3MoeExperts"])
+def test_experts_of_transformers_are_the_same_by_all_of_its_implementations(name):
+    transformers = pytest.importorskip("transformers")
+    folder, _, kind = name.partition(".")
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "moe_intermediate_size": INNER}
+    modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    sizes |= {"num_local_experts": EXPERTS, "num_experts": EXPERTS}
+    config = getattr(transformers, kind.replace("Experts", "Config"))(**sizes)
+    found = []
+    for how in ("eager", "grouped_mm", "batched_mm"):
+        config._experts_implementation = how
+        model = Routed(getattr(modeling, kind), config)
+        report = sk.prune_(model, sk.Wanda("2:4"), batches())
+        assert [layer.name for layer in report.layers] == [f"experts.{key}" for key in KEYS] and report.error > 0
+        found.append([get_mask(model.experts, key) for key in KEYS])
+    along = 1 if folder == "gpt_oss" else 2
+    for key, *masks in zip(KEYS, *found, strict=True):
+        assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+        assert get_mask_info(model.experts, key).axis == along
+        assert masks[0].movedim(along, -1).unflatten(-1, (-1, 4)).sum(-1).eq(2).all()

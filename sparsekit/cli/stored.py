@@ -117,7 +117,7 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
             layer.densify(name, tensors)
             axis: Axis = layer.mask.axis if layer.mask else 0 if layer.transposed else 1
             role = roles.get(name)
-            role = Role(axis, role.exempt if role else "", experts=layer.parameter != "weight")
+            role = Role(axis, role.exempt if role else "", experts=len(layer.shape) == 3)
             mask = None if bits is None else _mask(bits, layer.shape)
             yield Matrix(name, tensors.pop(layer.weight(name)), role, stored, mask, layer.mask)
         for key, weight in tensors.items():
@@ -148,6 +148,9 @@ def matrices(tensors: Shards, roles: Mapping[str, Role | None], masks: Masks) ->
             yield Matrix(key, tensors[key], experts, tensors[key].nbytes, *masks.get(key, (None, None)))
             continue
         role = roles.get(name, Role(1))
+        mask, info = masks.get(name, (None, None))
+        if info is not None and mask is not None and mask.dim() == 3:  # experts that only a pass showed to be some
+            role = Role(info.axis, experts=True)
         if part != "weight" or role is None:
             continue
         if key in packed:

@@ -14,7 +14,6 @@ from .._layers import (
     selects,
     shared_weight_reasons,
 )
-from ..masks import masked_parameters
 from .candidates import unfit
 
 EXPERTS = "experts in one parameter stay dense: no kernel multiplies by them"
@@ -65,9 +64,8 @@ def _sharded(model: nn.Module) -> set[nn.Module]:
 
 
 def _experts(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of a module that are the matrices of experts, by what is known or was pruned."""
-    keys = expert_axes(module).keys() | {key for key in masked_parameters(module) if key != "weight"}
-    return {key: tuple(parameter.shape) for key, parameter in module.named_parameters(recurse=False) if key in keys}
+    """The shapes of the parameters of a module that are the matrices of experts, as far as that is known."""
+    return {key: tuple(module.get_parameter(key).shape) for key in expert_axes(module)}
 
 
 def parent_slots(model: nn.Module) -> dict[nn.Module, Slots]:

@@ -21,10 +21,10 @@ def leftovers(name: str, module: nn.Module, pattern: Pattern, layers: Collection
     if isinstance(module, Compressed | ParametrizationList):  # what the latter computes is listed where it is used
         return
     for key, parameter in module._parameters.items():
-        if parameter is None or key in layers:
+        if parameter is None or key in layers or "bias" in key:
             continue
         if is_lazy(parameter):
-            if key != "bias" and not isinstance(module, nn.modules.batchnorm._NormBase):
+            if not isinstance(module, nn.modules.batchnorm._NormBase):
                 yield Skipped(_shown(name, key), unsupported_reason(module, key) or "")
         elif parameter.dim() >= 2 and max(parameter.shape) >= (pattern.m or 1):
             yield Skipped(_shown(name, key), _reason(module, parameter.dim()))
