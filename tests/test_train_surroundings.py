@@ -173,6 +173,10 @@ def test_sharded_models_are_finished_elsewhere(model):
             sharded(X).sum().backward()
             with pytest.raises(ValueError, match="sharded by FSDP: finish a plain copy that has loaded its full state"):
                 training.finish()
+        training = sk.sparse_training_(alone := network())
+        fully_shard(alone[0], mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="sharded by FSDP"):
+            training.undo()
     finally:
         dist.destroy_process_group()
 

@@ -22,6 +22,7 @@ from .product import Recipe
 from .report import LayerReport, table
 
 INFO = MaskInfo(Pattern(2, 4), 1)
+SHARDED = "the model is sharded by FSDP: finish a plain copy that has loaded its full state dict"
 UNCALLED = "it was never called: what reads its weight instead goes on with the dense one"
 
 
@@ -59,7 +60,7 @@ class SparseTraining:
                 model, or the training was undone; nothing is changed then.
         """
         if sharding(self._model):
-            raise ValueError("the model is sharded by FSDP: finish a plain copy that has loaded its full state dict")
+            raise ValueError(SHARDED)
         running = self._running()
         if not running:
             if all(get_mask_bits(layer) is None for layer in self._layers.values()):
@@ -86,7 +87,8 @@ class SparseTraining:
         """Makes the layers plain ones again, with their dense weights as they are now.
 
         Raises:
-            ValueError: a weight is computed since the training began; nothing is changed then.
+            ValueError: a weight is computed since the training began, or FSDP has sharded a layer by itself; nothing is
+                changed then.
         """
         with undoing() as undo:
             for layer in self._running().values():
@@ -108,6 +110,8 @@ class SparseTraining:
     def _running(self) -> dict[str, MaskedLinear]:
         running = {name: layer for name, layer in self._layers.items() if isinstance(layer, MaskedLinear)}
         for name, layer in running.items():
+            if sharding(layer):  # which gave it a class of its own
+                raise ValueError(SHARDED)
             if type(layer) is not MaskedLinear or layer._parameters.get("weight") is None:
                 raise ValueError(
                     f"the weight of {name or 'the model'} is computed since its training began: remove its "
