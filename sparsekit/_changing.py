@@ -1,13 +1,14 @@
 """Changes of a model in place that are made whole or not at all, and by one caller at a time."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 from weakref import ref
 
 from torch import nn
 
-from ._undo import Undo
+from ._undo import Undo, restoring
 
 T = TypeVar("T")
 
@@ -33,6 +34,19 @@ def change(model: nn.Module, doing: str, work: Callable[[Undo], T]) -> T:
         undo.run()
         claim.release()
         raise
+
+
+@contextmanager
+def claiming(model: nn.Module, doing: str) -> Iterator[None]:
+    """Keeps others from changing a model meanwhile, as ``change`` does.
+
+    Raises:
+        RuntimeError: the model is being changed already.
+    """
+    claim = _Claim(doing)
+    with restoring(claim.release):
+        claim.take(model)
+        yield
 
 
 class _Claim:

@@ -9,7 +9,7 @@ from pruning import stack
 from torch import nn
 
 import sparsekit as sk
-from sparsekit._changing import change
+from sparsekit._changing import change, claiming
 from sparsekit.masks import get_mask
 from sparsekit.tiers import Ratios, Step, tier_iteration
 
@@ -62,6 +62,36 @@ def test_another_thread_is_refused():
         thread.join()
     assert torch.equal(get_mask(made[0]), made[0].weight != 0)
     sk.prune_(made, sk.Magnitude("1:4"))
+
+
+def test_every_verb_refuses_a_model_that_is_being_pruned(tmp_path):
+    made, refused = model(), []
+    sk.save(made, tmp_path / "model.safetensors")
+    training = sk.sparse_training_(trained := model())
+    verbs = [
+        lambda: sk.prune_(made, sk.Magnitude("1:4")),
+        lambda: tier_iteration(made, STEP, X),
+        lambda: sk.reestimate_batchnorm_(made, X),
+        lambda: sk.compress_(made, X),
+        lambda: sk.decompress_(made),
+        lambda: sk.load(made, tmp_path / "model.safetensors"),
+        lambda: sk.sparse_training_(made),
+    ]
+
+    def progress(items):
+        for verb in verbs:
+            with pytest.raises(RuntimeError, match="the model is being pruned already"):
+                verb()
+            refused.append(verb)
+        return items
+
+    sk.prune_(made, sk.Magnitude("2:4"), progress=progress)
+    assert refused == verbs
+    with claiming(trained, "changed"):
+        for verb in (training.finish, training.undo):
+            with pytest.raises(RuntimeError, match="the model is being changed already"):
+                verb()
+    training.finish()
 
 
 def test_a_call_within_a_call_is_refused():

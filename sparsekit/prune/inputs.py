@@ -68,6 +68,8 @@ class InputSample:
         keys = torch.cat([self._keys, new_keys])
         chosen = keys.topk(min(self._size, len(keys))).indices
         is_new = chosen >= len(self._keys)
+        if not is_new.any():
+            return  # the usual case in a long stream
         rows = windows[_unravel((chosen[is_new] - len(self._keys)).to(x.device), positions)].flatten(1)
         if self._rows is not None:
             rows = torch.cat([self._rows[chosen[~is_new].to(x.device)], rows])

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .._changing import claiming
 from .._layers import Where, check_model
 from .._optimizers import sharding
 from .._undo import Undo, undoing
@@ -58,6 +59,7 @@ class SparseTraining:
         Raises:
             ValueError: a weight contains NaN or Inf or is computed since the training began, FSDP has sharded the
                 model, or the training was undone; nothing is changed then.
+            RuntimeError: the model is being changed already, here or in another thread.
         """
         if sharding(self._model):
             raise ValueError(SHARDED)
@@ -68,7 +70,7 @@ class SparseTraining:
             return
         called = {name: layer for name, layer in running.items() if layer.called} or running
         bits = {name: _mask_bits(name, layer) for name, layer in called.items()}
-        with undoing() as undo:
+        with claiming(self._model, "trained sparsely"), undoing() as undo:
             undo.callback(setattr, self, "_left", self._left)
             self._left = dict.fromkeys(running.keys() - called.keys(), UNCALLED)
             for name, layer in running.items():
@@ -89,8 +91,9 @@ class SparseTraining:
         Raises:
             ValueError: a weight is computed since the training began, or FSDP has sharded a layer by itself; nothing is
                 changed then.
+            RuntimeError: the model is being changed already, here or in another thread.
         """
-        with undoing() as undo:
+        with claiming(self._model, "trained sparsely"), undoing() as undo:
             for layer in self._running().values():
                 _change(undo, layer, get_state(layer)._replace(recipe=None, called=False))
             undo.commit()
@@ -103,7 +106,7 @@ class SparseTraining:
     ) -> None:
         try:
             self.undo()
-        except ValueError:
+        except (ValueError, RuntimeError):
             if error is None:  # what the caller raised says more
                 raise
 
@@ -190,6 +193,7 @@ def sparse_training_(
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: ``backward`` or ``decay`` is none of the above, or no layer can be trained sparse.
+        RuntimeError: the model is being changed already, here or in another thread.
     """
     check_model(model)
     if backward not in ("straight_through", "transposable"):
@@ -203,7 +207,7 @@ def sparse_training_(
         reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])
         raise ValueError(f"nothing to train: {who} no layer that can be trained sparse{reasons}")
     training = SparseTraining(model, layers, skipped)
-    with undoing() as undo:
+    with claiming(model, "trained sparsely"), undoing() as undo:
         for layer in layers.values():
             _change(undo, layer, State(recipe, get_state(layer).called, None, None))
         undo.commit()
