@@ -34,7 +34,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
     written beside ``path``, flushed to the disk and renamed, so an interrupted save leaves the old file.
 
     Args:
-        model: any module; its tensors may be on any device, of any dtype that safetensors has.
+        model: any module; its tensors may be on any device, of any dtype that safetensors has. ``torch.compile`` and
+            ``DistributedDataParallel`` around it are left out.
         path: the file; an existing one is replaced.
         format: ``"sparse-24-bitmask"`` writes the weights as llm-compressor did, for tools that read those: every
             ``Linear24`` packed, all else dense, neither other masks nor a digest. ``"masks"`` writes the masks alone,
@@ -49,6 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
             weight any more, or there are no masks to be written alone.
     """
     check_model(model)
+    model = _unwrapped(model)
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
     if format == "masks":
@@ -98,6 +100,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
         RuntimeError: the model is being changed already, here or in another thread.
     """
     check_model(model)
+    wrapper, model = model, _unwrapped(model)
     try:
         with _ordinary():
             structure, tensors = _read(Path(path))
@@ -108,6 +111,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
                 tensors[name] = tensors[source]
             alone = only_masks(layers, tensors)
             if not alone:
+                _check_replaceable(wrapper)
                 _check_fits(model, layers)
                 for name, layer in layers.items():
                     layer.check(name, tensors)
@@ -144,6 +148,25 @@ def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
     undo.callback(restore)
     with _ordinary():
         work()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in the wrappers of ``torch.compile`` and of data parallelism."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return _unwrapped(model.module)
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else _unwrapped(inner)
+
+
+def _check_replaceable(model: nn.Module) -> None:
+    """Rejects a model whose parameters something else holds, and would go on with."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            where = f"{name} is" if name else "the model is"
+            raise ValueError(
+                f"{where} wrapped in DistributedDataParallel, which would go on with the parameters that load "
+                "replaces: load the model before it is wrapped"
+            )
 
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
