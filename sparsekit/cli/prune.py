@@ -11,6 +11,7 @@ from .._files import write_json
 from .._layers import Where, shared_weight_reasons
 from ..masks import get_mask, get_mask_info, grouped
 from ..prune import Method
+from ..prune.report import summary
 from . import terminal, text
 from .errors import UsageError, regex, usage
 from .folders import MASKS, REPORT, check_out, new_folder
@@ -206,9 +207,13 @@ def show(found: dict[str, Any], out: Path) -> None:
     rows.append(
         (f"{len(rows)} layers", f"{found['weights']:,}", f"{found['sparsity']:.2%}", error, f"{found['seconds']:.1f}")
     )
+    share = f"{found['model_sparsity']:.2%}"
+    rows.append(("the whole model", f"{found['model_weights']:,}", share, "", ""))
     terminal.table(("layer", "shape", "sparsity", "error", "seconds"), rows)
-    for skipped in found["skipped"]:
-        terminal.write(f"left dense: {skipped['name']}, {skipped['reason']}")
+    for line in summary((each["reason"], each["name"]) for each in found["skipped"]):
+        terminal.write(f"left dense: {line}")
+    for line in summary((layer["remark"], layer["name"]) for layer in found["layers"] if layer["remark"]):
+        terminal.write(line)
     if perplexity := found["perplexity"]:
         terminal.write(f"perplexity {perplexity['dense']:.4f} dense, {perplexity['pruned']:.4f} pruned")
     terminal.write(f"{found['method']}, written to {out}")

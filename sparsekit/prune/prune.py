@@ -49,13 +49,22 @@ def prune_(
     progress: Progress | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> PruneReport:
-    """Prunes the Linear and Conv2d layers of a model in place and stores each mask with its layer.
+    """Prunes the Linear and Conv2d layers of a model, and its experts, in place, and stores each mask with its layer.
 
     Works on any tree of modules, including transformers' Conv1D. The weights stay dense tensors with zeros in them;
-    ``keep_masks`` fine-tunes them. Left out, with the reason in the report: weights that are tied to another
-    module's (an embedding and its head) or that a fused parent reads itself (``nn.MultiheadAttention``,
-    ``nn.TransformerEncoderLayer``), convolutions in groups, layers with too few inputs for one group, and layers
-    whose statistics no batch reached. Whatever fails, ``KeyboardInterrupt`` included, the model is as it was.
+    ``keep_masks`` fine-tunes them. Make a ``torch.optim.swa_utils.AveragedModel`` afterwards: it pairs buffers by their
+    order, and masks are some. Whatever fails, ``KeyboardInterrupt`` included, the model is as it was.
+
+    Left out, with the reason in the report, is every other parameter of at least two dimensions and one group, and
+    every layer that may compute something else than its class says or whose weight is not its own: a subclass with a
+    ``forward`` of its own; weights that are not initialized, computed (parametrized), of a tensor subclass, tied to
+    another parameter or in its memory, or read by a parent that does not call the layer, as ``nn.MultiheadAttention``
+    does; convolutions in groups; layers with too few inputs for one group, or that no batch reached.
+
+    Experts are parameters ``[experts, ...]`` of whose matrices a module multiplies its inputs by one or another, as
+    transformers' mixtures have them. Every matrix is pruned by itself, in groups along its inputs, on the tokens that
+    are routed to it; one that gets none, by magnitude, and the report says so. Which dimension the inputs run along is
+    known of transformers' experts and of gated ones; else the batches must show it.
 
     Args:
         model: pruned in place; evaluation mode meanwhile.

@@ -102,18 +102,12 @@ class PruneReport:
             for row in rows
         ]
         lines.insert(-1, "-" * len(lines[0]))
-        lines += [f"skipped {_names(names)}: {reason}" for reason, names in self._reasons().items()]
-        lines += [f"{_names(names)}: {remark}" for remark, names in self._remarks().items()]
+        lines += [f"skipped {text}" for text in summary((each.reason, each.name) for each in self.skipped)]
+        lines += summary((layer.remark, layer.name) for layer in self.layers if layer.remark)
         if self.batchnorm:
             lines.append(f"re-estimated the statistics of {_names(list(self.batchnorm))}")
         lines.append(f"of the whole model: {self.model_sparsity:.2%} of {self.model_weights:,} parameters")
         return "\n".join([*lines, f"{self.method}, {self.seconds:.1f} s"])
-
-    def _reasons(self) -> dict[str, list[str]]:
-        return _by_text((layer.reason, layer.name) for layer in self.skipped)
-
-    def _remarks(self) -> dict[str, list[str]]:
-        return _by_text((layer.remark, layer.name) for layer in self.layers if layer.remark)
 
     def to_json(self) -> dict[str, Any]:
         """The report and its totals as what JSON can hold, which has no NaN: an error that cannot be known is None."""
@@ -131,12 +125,12 @@ class PruneReport:
         write_json(path, self.to_json())
 
 
-def _by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """The names of the layers of which the same is said."""
+def summary(texts: Iterable[tuple[str, str]]) -> list[str]:
+    """What is said of layers, given with their names, in a line for each text: ``"NAMES: TEXT"``."""
     names: dict[str, list[str]] = {}
-    for text, name in pairs:
+    for text, name in texts:
         names.setdefault(text, []).append(name or "(model)")
-    return names
+    return [f"{_names(alike)}: {text}" for text, alike in names.items()]
 
 
 def _names(names: list[str]) -> str:
