@@ -26,6 +26,8 @@ def test_prepacked_state_dict_errors():
         layer.load_state_dict({"bias": layer.bias})
     with pytest.raises(RuntimeError, match=r"weight must have shape \(48, 40\), got \(40, 48\)"):
         layer.load_state_dict({"weight": torch.zeros(40, 48), "bias": layer.bias})
+    with pytest.raises(RuntimeError, match="weight must be a tensor, got int"):
+        layer.load_state_dict({"weight": 3, "bias": layer.bias})
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"extra"'):
         layer.load_state_dict({**layer.state_dict(), "extra": torch.zeros(1)})
 

@@ -133,6 +133,27 @@ class Compressed(nn.Module):
             carry_mask(self, linear)
         return linear.train(self.training)
 
+    def _check_state(self, given: dict[str, Tensor], assigned: bool) -> None:
+        """Rejects tensors, by name, that cannot take the place of the layer's own, which they do where ``assigned``.
+
+        Raises:
+            TypeError, ValueError: why not.
+        """
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        stored = [name for name in (*self._parameters, *self._buffers) if name not in self._non_persistent_buffers_set]
+        found = {name: state_dict.get(prefix + name) for name in stored}
+        given = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+        try:
+            self._check_state(given, local_metadata.get("assign_to_params_buffers", False))
+        except (TypeError, ValueError) as error:
+            error_msgs: list[str] = rest[-1]
+            error_msgs.append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Compressed":
         if (reason := self.refuses_conversion(fn)) is not None:
             raise TypeError(f"{type(self).__name__} {reason}")

@@ -1,7 +1,7 @@
 """The linear layer on the packed 2:4 format."""
 
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -115,25 +115,11 @@ class Linear24(Compressed):
         multiply = LINEAR24 if is_jit_tracing() else linear24
         return multiply(input, values, self.bitmask, bias)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        try:
-            self._check(
-                state_dict.get(prefix + "values"),
-                state_dict.get(prefix + "bitmask"),
-                local_metadata.get("assign_to_params_buffers", False),
-            )
-        except (TypeError, ValueError) as error:
-            rest[-1].append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-    def _check(self, values: Any, bitmask: Any, assigned: bool) -> None:
-        """Rejects what would make another weight than a 2:4 one, or one of a dtype that no kernel takes."""
-        if assigned and isinstance(values, Tensor):
-            check_weight("values", values)
-        if not isinstance(bitmask, Tensor) or bitmask.is_meta or bitmask.shape != self.bitmask.shape:
+    def _check_state(self, given: dict[str, Tensor], assigned: bool) -> None:
+        if assigned and "values" in given:
+            check_weight("values", given["values"])
+        bitmask = given.get("bitmask")
+        if bitmask is None or bitmask.is_meta or bitmask.shape != self.bitmask.shape:
             return  # which torch knows how to handle
         check_like("bitmask", bitmask, torch.uint8, bitmask.shape, bitmask)
         full = self.in_features // 4 * 4

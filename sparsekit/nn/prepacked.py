@@ -109,6 +109,8 @@ class PrepackedLinear(Compressed):
         weight = state_dict.get(key)
         if weight is None:
             missing_keys.append(key)
+        elif not isinstance(weight, Tensor):
+            error_msgs.append(f"{key} must be a tensor, got {type(weight).__name__}")
         elif weight.shape != (shape := weight_shape(self)):
             error_msgs.append(f"{key} must have shape {shape}, got {tuple(weight.shape)}")
         else:

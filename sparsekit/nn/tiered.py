@@ -175,24 +175,9 @@ class TieredLinear(Compressed):
         )
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        found = {name: state_dict.get(prefix + name) for name in (*TRAINED, *FIXED)}
-        try:
-            self._check({name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)})
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         starts, assigned = block_starts(self.tiers), local_metadata.get("assign_to_params_buffers", False)
         if any(getattr(self, name).is_meta for name in (*TRAINED, *FIXED)):
             starts = starts.to("meta")  # by which forward knows a layer that is half loaded
@@ -201,9 +186,9 @@ class TieredLinear(Compressed):
         else:
             self.starts.copy_(starts)  # where a captured CUDA graph reads them
 
-    def _check(self, given: dict[str, Tensor]) -> None:
-        """Rejects tensors that cannot take the place of the layer's own."""
+    def _check_state(self, given: dict[str, Tensor], assigned: bool) -> None:
         own = self.packed._asdict()
+        given = {name: tensor for name, tensor in given.items() if name != "bias"}
         for name, tensor in given.items():
             if tensor.shape != own[name].shape:
                 raise ValueError(

@@ -101,7 +101,10 @@ class WeightView(Tensor):
         """Raises: there is no memory to point to."""
         raise RuntimeError("the weight of a compressed layer is not stored dense: weight.clone() returns one that is")
 
-    untyped_storage = storage = _typed_storage = __dlpack__ = data_ptr  # type: ignore[assignment]
+    const_data_ptr = untyped_storage = storage = _typed_storage = __dlpack__ = data_ptr  # type: ignore[assignment]
+
+    def is_shared(self) -> bool:
+        return False
 
     # Copies are plain tensors.
     def __reduce_ex__(self, protocol: Any) -> Any:
