@@ -105,7 +105,7 @@ def test_the_adapter_is_the_masked_product():
     wrapped = peft.get_peft_model(model, config(target_modules=["0"], lora_alpha=8))
     layer = wrapped.base_model.model[0]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    y = layer(X)
+    y = layer(input=X)
     expected = X @ (weight + 2.0 * mask * (b @ a)).t() + model[0].base_layer.bias
     torch.testing.assert_close(y, expected)
     grads = torch.autograd.grad(y.square().sum(), (a, b))

@@ -43,9 +43,10 @@ def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraCo
         ...
         model = model.merge_and_unload()
 
-    The masked product is dense: a step costs about as much as with a dense layer more. It is made anew in the backward
-    pass, so no dense copy of a weight is kept. Other layers get PEFT's own adapters. A saved adapter does not remember
-    this: ``PeftModel.from_pretrained(model, folder, config=lora_config(LoraConfig.from_pretrained(folder)))``.
+    The masked product is dense: a call costs about as much as with a dense layer more, so merge before you serve. It is
+    made anew in the backward pass, and no dense copy of a weight is kept. Other layers get PEFT's own adapters. A saved
+    adapter does not remember this; load it with
+    ``PeftModel.from_pretrained(model, folder, config=lora_config(LoraConfig.from_pretrained(folder)))``.
 
     Args:
         config: is changed and returned; None makes one.
@@ -149,25 +150,23 @@ class _MaskedAdapter(nn.Module):
         mask = kept_entries(self.get_base_layer())
         return delta if mask is None else delta.masked_fill(~mask, 0)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names is not supported beside pruned layers: set_adapter chooses one for all")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
+        result: Tensor = self.base_layer(input, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
-                given = self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype)
-                # Made again in the backward pass: kept, the masked products would be a dense copy of the model.
-                keep = not torch.is_grad_enabled()
-                result = result + (
-                    self._product(given, adapter)
-                    if keep
-                    else checkpoint(self._product, given, adapter, use_reentrant=False)
-                )
+                given = self._cast_input_dtype(input, self.lora_A[adapter].weight.dtype)
+                if torch.is_grad_enabled():
+                    # Made again in the backward pass: kept, the masked products would be a dense copy of the model.
+                    result = result + checkpoint(self._product, given, adapter, use_reentrant=False)
+                else:
+                    result = result + self._product(given, adapter)
         return result.to(dtype)
 
     def _product(self, x: Tensor, adapter: str) -> Tensor:
