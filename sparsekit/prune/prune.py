@@ -70,15 +70,17 @@ def prune_(
         model: pruned in place; evaluation mode meanwhile.
         method: ``Magnitude("2:4")``, ``Wanda("2:4")``, or another ``Method``.
         batches: calibration inputs, one batch or an iterable that can be read again, such as a list or a DataLoader;
-            the model is given them as they are, on the device they are on. A mapping is called as ``model(**batch)``,
+            the model is given copies of them, on the device they are on. A mapping is called as ``model(**batch)``,
             a tuple or list as ``model(*batch)``, anything else as ``model(batch)``. ``Wanda`` needs them; with
-            ``Magnitude`` they only serve to report errors.
+            ``Magnitude`` they only serve to report errors. Any number of them: a loader is read once, whatever shuffles
+            it, and what it makes is held in a file where it is much.
         where: ``where(name, module)`` selects layers; None selects all.
-        sequential: whether every block sees the inputs that the pruned blocks before it produce, which is better and
-            runs every block twice. A block is an item of an outermost ModuleList or Sequential, or a layer outside
-            them. All batches go through the model together, block by block, and only what each carries from one block
-            to the next is in memory; a model that enters a block twice runs from the start for every block instead.
-            False calibrates all layers in one pass over the dense model.
+        sequential: whether every stage is calibrated on what the pruned stages before it produce, which is better. A
+            stage is an item of an outermost ModuleList or Sequential, or a layer outside them. It waits for every batch
+            that comes to it, whatever route that takes, and runs three times on each in all: to find the order, to be
+            measured, and pruned. The model is called from the start for every stage, but finished stages only give what
+            they gave before, in bounded memory; where a stage leaves more behind than its output, such as a cache that
+            others read, they run again. False calibrates all layers in one pass over the dense model.
         forward: ``forward(model, batch)`` runs a batch in place of the calls above.
         axis: what the groups of a Conv2d run along: ``"input"`` channels, which hardware needs, or ``"flatten"`` for
             (channels, height, width) read as one, as some published systems do. The masks remember it.

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import weakref
 from typing import IO, Any
 
 import torch
@@ -111,6 +112,7 @@ class Store:
     def _write(self, record: _Record, tensor: Tensor) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile(buffering=0)
+            weakref.finalize(self, self._file.close)
             self._disk = shutil.disk_usage(tempfile.gettempdir()).free // DISK_SHARE
         if gaps := self._gaps.get(record.nbytes):
             record.offset = gaps.pop()
