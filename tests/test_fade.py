@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsekit.tiers.fade import fade, fading_of, mark_fading
+from tests.interrupts import assert_all_or_nothing
 
 
 def test_fading_under_wrapped_optimizers():
@@ -43,3 +44,18 @@ def test_fading_of_sharded_weights():
         torch.testing.assert_close(layer.weight.full_tensor().detach(), weight / 2)
     finally:
         dist.destroy_process_group()
+
+
+def test_an_interrupted_call_leaves_no_hooks():
+    def make():
+        layer = nn.Linear(4, 2)
+        mark_fading(layer, torch.ones(2, 4, dtype=torch.bool))
+        return layer, torch.optim.SGD(layer.parameters(), lr=0.0)
+
+    assert_all_or_nothing(
+        make,
+        lambda layer, optimizer: fade(layer, optimizer, 2),
+        lambda _, optimizer: {
+            "hooks": len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+        },
+    )

@@ -112,6 +112,11 @@ def test_a_mask_replaced_is_followed(model):
         train(model, optimizer)
         assert kept(model) and get_mask(model[0]).float().mean() == 0.25
         assert not optimizer.state[model[0].weight]["exp_avg"][~get_mask(model[0])].any()
+    with sk.keep_masks(model, optimizer) as keeper:
+        model[0].weight.data.uniform_(1, 2)
+        sk.prune_(model[0], sk.Magnitude("2:4"))  # keeps others
+        keeper.apply()
+        assert torch.equal(model[0].weight != 0, get_mask(model[0]))
     with pytest.raises(ValueError, match="layer '0' has lost its mask"), sk.keep_masks(model, optimizer):
         remove_mask(model[0])
         train(model, optimizer, 1)

@@ -50,7 +50,12 @@ class MaskKeeper:
 
         Call it after whatever else than the optimizer has written the weights: a checkpoint or an average of weights
         that was copied in, a wrapper of the optimizer that moves them itself.
+
+        Raises:
+            ValueError: a parameter is another than when ``keep_masks`` was called, or has lost its mask.
         """
+        with torch.inference_mode(False), torch.no_grad():
+            self._follow()
         with undoing() as undo:
             self._restore(undo)
             undo.commit()
@@ -95,8 +100,13 @@ class MaskKeeper:
     @torch.no_grad()
     def _before_step(self) -> None:
         # A step that calls the step of its base class, or of the optimizer that it wraps, may write before it does so.
-        if self._stepping or torch.compiler.is_compiling():
-            return
+        if not self._stepping and not torch.compiler.is_compiling():
+            self._follow()
+            self._check(self._weights)
+            self._stepping = True
+
+    def _follow(self) -> None:
+        """Takes the parameters and the masks that the model has now."""
         held = None
         for weight in self._weights:
             if (found := weight.current) is not weight.parameter:
@@ -113,8 +123,6 @@ class MaskKeeper:
             if is_new or (weight.parameter.requires_grad and weight.hooked is not weight.parameter):
                 self._hook_grad(weight)  # of one that was unfrozen in the meantime
                 weight.drop_grad()
-        self._check(self._weights)
-        self._stepping = True
 
     @torch.no_grad()
     def _after_step(self) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .._optimizers import local_part, local_part_of, stepping_optimizers, trained_parameters
+from .._undo import undoing
 from ..ops import pack_bits, unpack_bits
 
 FADING = "weight_fading"
@@ -35,10 +37,12 @@ class Fade:
 
     def __init__(self, fading: dict[nn.Parameter, Tensor], optimizer: Optimizer, updates: int) -> None:
         self._fading, self._left, self._due = fading, updates, False
-        self._handles = (
-            optimizer.register_step_pre_hook(lambda *_: setattr(self, "_due", True)),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
-        )
+        self._handles: list[RemovableHandle] = []
+        with undoing() as undo:
+            undo.callback(self.remove)
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: setattr(self, "_due", True)))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
+            undo.commit()
 
     @torch.no_grad()
     def apply(self) -> None:
