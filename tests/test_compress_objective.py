@@ -129,6 +129,7 @@ def test_a_dense_copy_has_to_pay(ratios, two_four, dense, prepacked, decision, c
     report = sk.compress_(model := blocks(1), tokens=(1, 128), keep_dense=True)
     assert set(decisions(report).values()) == {decision}
     assert (type(model[0].up) is Linear24WithDense) is copy
+    assert ("faster at 1: a dense copy has 0.96x there" in report.layers[0].reason) is (dense == 0.96)
 
 
 def test_a_dense_copy_needs_eval_mode(ratios):

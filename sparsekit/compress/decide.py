@@ -150,8 +150,10 @@ def _veto(candidate: Candidate, timings: dict[int, Timings], objective: Objectiv
     worst = min(lost, key=lambda tokens: (right[tokens].undecided, right[tokens].ratio))
     text = turned_down(right[worst], worst)
     wins = [str(tokens) for tokens in right if tokens not in lost]
-    if wins and not candidate.dense and WITH_DENSE not in timings[worst] and not right[worst].undecided:
-        text += f", faster at {', '.join(wins)}: try keep_dense=True"
+    if wins and not candidate.dense and not right[worst].undecided:
+        copy = timings[worst].get(WITH_DENSE)
+        with_dense = "try keep_dense=True" if copy is None else f"a dense copy has {copy.ratio:.2f}x there"
+        text += f", faster at {', '.join(wins)}: {with_dense}"
     return worst, text
 
 
