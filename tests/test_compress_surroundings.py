@@ -6,10 +6,11 @@ import pytest
 import torch
 from compressing import assert_same, blocks, decisions, reasons, snapshot
 from interrupts import surroundings
+from tiering import tiered_linear
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import tune
+from sparsekit.compress import clock, tune
 from sparsekit.nn import Linear24, PrepackedLinear
 
 MEASURE = tune.measure
@@ -94,6 +95,25 @@ def test_modes(mode, pruned, sampled):
     assert_same(snapshot(model), before)
     model.train()(x).sum().backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_measured_does_not_depend_on_the_default_dtype(dtype, monkeypatch):
+    seen = []
+
+    def record(calls, plain, x, **kwargs):
+        seen.append((plain.weight.clone(), x.clone(), kwargs["clock"].evicted.nbytes))
+        return MEASURE(calls, plain, x, **{**kwargs, "budget": 1e-9})
+
+    monkeypatch.setattr(tune, "measure", record)
+    monkeypatch.setattr(clock, "cache_bytes", lambda device: 0)
+    monkeypatch.setattr(clock, "last_level_cache", lambda: 4096)
+    model = nn.Sequential(blocks(1)[0].up, tiered_linear(320, 320)).eval()
+    sk.compress_(model, tokens=(512,))
+    with DefaultDtype(dtype):
+        sk.decompress_(model)
+        sk.compress_(model, tokens=(512,))
+    assert_same(seen[: len(seen) // 2], seen[len(seen) // 2 :])
 
 
 @pytest.mark.parametrize("sampled", [True, False], ids=["sample", "tokens"])

@@ -126,7 +126,7 @@ def layer_speeds(
             best = "plain"
         weight, timings = plain.weight, {}
         for count in counts:
-            x = torch.randn(count, cols, device=weight.device).to(weight.dtype)
+            x = torch.randn(count, cols, dtype=torch.float32, device=weight.device).to(weight.dtype)
             timer = clock(weight.device, evict_cache=evict_cache)
             measured = tune.measure(calls, plain, x, dense=(best,), clock=timer, budget=budget)["compressed"]
             if measured is None:

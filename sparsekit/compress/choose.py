@@ -119,7 +119,7 @@ def _timings(kind: Kind, repeat: int, layer: nn.Linear, budget: float) -> tune.T
 
     def measure() -> tune.Timings:
         generator = torch.Generator(device).manual_seed(0)  # the caller's random state is not ours to move
-        randn = partial(torch.randn, generator=generator, device=device)
+        randn = partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
         plain = _stand_in(kind, layer, randn, generator)
         x = randn(kind.tokens, kind.shape[1]).to(dtype)
         timer = clock.clock(device, evict_cache=kind.evict_cache, graphs=kind.graphs)

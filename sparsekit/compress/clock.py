@@ -43,7 +43,8 @@ class CpuClock:
 
     def __init__(self, evict_cache: bool):
         self.evict_cache = evict_cache
-        self.evicted = torch.ones(min(2 * last_level_cache(), MAX_EVICTION) // 4 if evict_cache else 0, device="cpu")
+        size = min(2 * last_level_cache(), MAX_EVICTION) if evict_cache else 0
+        self.evicted = torch.ones(size // 4, dtype=torch.float32, device="cpu")
         self.calls = 1
 
     def start(self, call: Call, x: Tensor) -> None:

@@ -62,7 +62,8 @@ class Tiers:
     def prune(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         """A weight with as many blocks of each form, in places drawn at random."""
         grid = [-(-size // side) for size, side in zip(weight.shape, self.block, strict=True)]
-        drawn = torch.rand(grid, generator=generator, device=weight.device).flatten().argsort().view(grid)
+        drawn = torch.rand(grid, generator=generator, dtype=torch.float32, device=weight.device)
+        drawn = drawn.flatten().argsort().view(grid)
         dense, sparse24 = (round(share * drawn.numel()) for share in self.shares)
         tiers = torch.where(drawn < dense, DENSE, torch.where(drawn < dense + sparse24, SPARSE24, TOPK))
         return tier_prune(weight, tiers.to(torch.uint8), self.k, self.block)[0]

@@ -154,4 +154,4 @@ def is_right(call: Call, x: Tensor, exact: Tensor) -> bool:
 def _checked(x: Tensor) -> Tensor:
     """Some rows, the first and the last among them: the whole product in float64 would take longer than the race."""
     count = 3 if x.device.type == "cpu" else 64
-    return x[torch.linspace(0, len(x) - 1, min(count, len(x)), device=x.device).long()]
+    return x[torch.linspace(0, len(x) - 1, min(count, len(x)), dtype=torch.float64, device=x.device).long()]
