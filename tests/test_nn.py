@@ -221,3 +221,23 @@ def test_repr_says_what_it_is():
     assert str(Linear24.from_linear(sparse_linear())) == "Linear24(in_features=40, out_features=48, bias=True)"
     assert str(PrepackedLinear.from_linear(sparse_linear())).endswith("bias=True, weight=reordered)")
     assert str(PrepackedLinear(torch.zeros(0, 4))).endswith("bias=False, weight=plain)")
+
+
+@BOTH
+def test_parents_that_read_the_weight(kind):
+    encoder, attention = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.MultiheadAttention(16, 2)
+    model, x = nn.Sequential(encoder, nn.ModuleList([attention])).eval(), torch.randn(3, 5, 16)
+    for linear in (encoder.linear1, encoder.linear2, attention.out_proj):
+        sk.nm_prune_(linear.weight.data, 2, 4)
+
+    def outputs():
+        return [encoder(x), attention(x, x, x)[0]]
+
+    with torch.no_grad():  # where nn.TransformerEncoderLayer hands all weights to one fused op
+        expected = outputs()
+        for parent, name in ((encoder, "linear1"), (encoder, "linear2"), (attention, "out_proj")):
+            setattr(parent, name, kind.from_linear(getattr(parent, name)))
+        torch.testing.assert_close(outputs(), expected)
+    if kind is Linear24:
+        sum(y.sum() for y in outputs()).backward()
+        assert all(layer.values.grad is not None for layer in model.modules() if type(layer) is Linear24)

@@ -196,9 +196,9 @@ class _Unpack(torch.autograd.Function):
 
 def _changes(func: Any, weight: Any, value: Any = None) -> bool:
     """Whether a function of Tensor changes ``weight``, its first argument; torch refuses some before they are ops."""
-    name = func.__name__
     if not isinstance(weight, WeightView):
         return False
+    name = getattr(func, "__name__", "")
     if name in ("requires_grad_", "__set__") and getattr(func, "__self__", None) in (None, Tensor.requires_grad):
         return bool(weight._parts) and weight.requires_grad != (value is not False)
     return name == "__set__" or (name.endswith("_") and not name.endswith("__"))
