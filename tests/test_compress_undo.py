@@ -259,3 +259,15 @@ def test_one_caller_at_a_time(ratios):
         sk.compress_(model, ["text"], forward=lambda model, batch: sk.decompress_(model))
     assert_same(snapshot(model), before)
     assert len(sk.compress_(model).swapped) == len(sk.decompress_(model)) == 2
+
+
+def test_a_dtype_without_a_kernel_is_refused_before_anything_changes(ratios):
+    model = nn.Sequential(nn.Linear(16, 16), blocks(1)).eval()
+    sk.compress_(model, where=lambda name, module: name.startswith("1"))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for part in (model, model[1], model[1][0]):
+        with pytest.raises(TypeError, match=r"is compressed and computes in .* sparsekit\.decompress_\(model\) first"):
+            part.double()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    sk.decompress_(model)
+    assert model.double()(torch.randn(2, 16).double()).dtype == torch.float64
