@@ -58,7 +58,11 @@ class Wanda(Method):
     """Keeps the largest products of magnitude and input norm: about as fast as ``Magnitude``, far better on language
     models, whose inputs have outlier channels (https://arxiv.org/abs/2306.11695). Needs batches.
 
-    The norm is the root mean square of an input over all tokens, or of an input channel over all pixels.
+    The norm is the root mean square of an input over all tokens, or of an input channel over all pixels. On
+    convolutional networks that ranks little better than ``Magnitude``, and leaves statistics of BatchNorm more wrong: a
+    ResNet-20 at 2:4 finds 36 % of CIFAR-10 with the old ones (``Magnitude`` 55 %, dense 81 %) and 72 % with new ones
+    (``Magnitude`` 72 %), which ``prune_`` estimates by itself. Where a network has other norms compare both, or take a
+    method that updates weights, such as ``SparseGPT``.
     """
 
     statistic = InputNorm
