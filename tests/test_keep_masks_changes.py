@@ -122,6 +122,19 @@ def test_a_mask_replaced_is_followed(model):
         train(model, optimizer, 1)
 
 
+def test_gradients_that_no_backward_pass_makes(model):
+    """They are masked before the step: an optimizer that mixes entries would carry them to those that are kept."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with sk.keep_masks(model, optimizer):
+        gradients = torch.autograd.grad(model(X).square().mean(), list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for layer in (model[0], model[2]):
+        buffer = optimizer.state[layer.weight]["momentum_buffer"]
+        assert torch.equal(buffer != 0, get_mask(layer)) and torch.equal(layer.weight != 0, get_mask(layer))
+
+
 def test_a_move_is_followed(model):
     optimizer = adamw(model)
     with sk.keep_masks(model, optimizer):

@@ -92,6 +92,7 @@ class MaskKeeper:
         def mask_grad(parameter: Tensor) -> None:
             if keeper() is not None and weight.bits is get_mask_bits(weight.module, weight.key):
                 weight.drop_grad()
+                weight.is_grad_masked = True
 
         self._handles.append(handle := weight.parameter.register_post_accumulate_grad_hook(mask_grad))
         weakref.finalize(self, handle.remove).atexit = False
@@ -103,6 +104,10 @@ class MaskKeeper:
         if not self._stepping and not torch.compiler.is_compiling():
             self._follow()
             self._check(self._weights)
+            for weight in self._weights:
+                if not weight.is_grad_masked:  # no backward pass made it, or the mask is newer
+                    weight.drop_grad()
+                weight.is_grad_masked = False
             self._stepping = True
 
     def _follow(self) -> None:
@@ -117,12 +122,10 @@ class MaskKeeper:
                         "not hold it: make a new optimizer and call keep_masks again"
                     )
                 weight.parameter, weight.bits = found, None
-            is_new = weight.update()
-            if is_new:
+            if weight.update():
+                weight.is_grad_masked = False
                 self._restore_weight(weight, Undo())
-            if is_new or (weight.parameter.requires_grad and weight.hooked is not weight.parameter):
-                self._hook_grad(weight)  # of one that was unfrozen in the meantime
-                weight.drop_grad()
+            self._hook_grad(weight)  # of one that was frozen before
 
     @torch.no_grad()
     def _after_step(self) -> None:

@@ -16,6 +16,7 @@ class MaskedWeight:
         self.name = f"layer {layer!r}" if key == "weight" else f"{key!r} of {layer!r}"
         self.parameter: nn.Parameter = module._parameters[key]  # type: ignore[assignment]
         self.hooked: nn.Parameter | None = None  # whose gradients are masked
+        self.is_grad_masked = False  # since the last step
         self.bits: Tensor | None = None  # that were unpacked
         self.dropped = torch.empty(0)
 
