@@ -6,6 +6,7 @@ import importlib
 import pytest
 import torch
 from experts import EXPERTS, HIDDEN, INNER, Stacked, stacked_and_separate
+from interrupts import assert_all_or_nothing
 from pruning import assert_same, snapshot
 from torch import nn
 
@@ -238,3 +239,8 @@ def test_experts_of_transformers_are_the_same_by_all_of_its_implementations(name
         assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
         assert get_mask_info(model.experts, key).axis == along
         assert masks[0].movedim(along, -1).unflatten(-1, (-1, 4)).sum(-1).eq(2).all()
+
+
+def test_an_interrupt_at_any_line_leaves_all_experts_pruned_or_none():
+    make = lambda: (stacked_and_separate()[0],)  # noqa: E731
+    assert_all_or_nothing(make, lambda model: sk.prune_(model, sk.Wanda("2:4"), batches(1)), runs=10)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .._layers import input_dim, unsupported_reason
+from .._layers import input_dim, is_stack, unsupported_reason
 from ..masks import Pattern
 from ..nn import Compressed
 from .report import Skipped
@@ -27,7 +27,7 @@ def leftovers(name: str, module: nn.Module, pattern: Pattern, layers: Collection
             if not isinstance(module, nn.modules.batchnorm._NormBase):
                 yield Skipped(_shown(name, key), unsupported_reason(module, key) or "")
         elif parameter.dim() >= 2 and max(parameter.shape) >= (pattern.m or 1):
-            yield Skipped(_shown(name, key), _reason(module, parameter.dim()))
+            yield Skipped(_shown(name, key), _reason(module, parameter))
     for key in getattr(module, "parametrizations", ()):
         if key not in layers and input_dim(module) is None:
             yield Skipped(_shown(name, key), unsupported_reason(module, key) or "")
@@ -37,9 +37,9 @@ def _shown(name: str, key: str) -> str:
     return name if key == "weight" and name else f"{name}.{key}".lstrip(".")
 
 
-def _reason(module: nn.Module, dims: int) -> str:
+def _reason(module: nn.Module, parameter: nn.Parameter) -> str:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "it is an embedding"
-    if dims == 3 and not isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear):
+    if is_stack(parameter) and len(parameter) > 1 and not isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear):
         return f"it belongs to a {type(module).__name__}, and no batch has shown that it is the matrices of experts"
     return f"it belongs to a {type(module).__name__}, and {ONLY}"
