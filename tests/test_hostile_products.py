@@ -58,6 +58,18 @@ def test_bits_that_break_2_of_4_cost_no_more_than_the_result(simd, tokens):
             assert sk.unpack24(values, broken, cols).shape == (9, cols)
 
 
+def test_a_mask_may_be_a_view_of_any_bytes(simd):
+    if simd == "reference":
+        pytest.skip("PyTorch reads such masks as it likes")
+    for cols in (7, 30, 100):
+        weight, mask = sparse24(9, cols)
+        bytes_for_bools = (mask.to(torch.uint8) * 2).view(torch.bool)
+        for mine, plain in zip(sk.pack24(weight, bytes_for_bools), sk.pack24(weight, mask), strict=True):
+            assert torch.equal(mine, plain)
+        expected = sk.block_scores(weight, (4, 4), mask=mask)
+        assert torch.equal(sk.block_scores(weight, (4, 4), mask=bytes_for_bools), expected)
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_a_map_and_positions_that_do_not_belong_to_a_tiered_weight(simd, tokens):
     if simd == "reference":

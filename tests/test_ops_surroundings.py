@@ -2,12 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_same, sparse24
 
 import sparsekit as sk
+from sparsekit.ops import _kernels
 from sparsekit.ops.linear_tiered import _linear_tiered
 from sparsekit.ops.prepacked import prepack, prepacked_linear
 from sparsekit.ops.sparse24 import _linear24
@@ -209,6 +211,16 @@ def test_references_multiply_all_digits_of_float32(precision):
     with matmul_precision(precision), Watch():
         got = _linear24._op_dk(REFERENCE, x, values, bits, None)
     assert dtypes == [torch.float64] and got.dtype == torch.float32
+
+
+def test_a_gpu_kernel_is_launched_outside_of_autocast(monkeypatch):
+    """Launchers multiply many tokens by PyTorch's dense product."""
+    x, weight = torch.randn(2, 8), torch.randn(3, 8)
+    launcher = SimpleNamespace(linear24=torch.nn.functional.linear)
+    monkeypatch.setattr(_kernels, "import_module", lambda name: launcher)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.linear(x, weight).dtype == torch.bfloat16
+        assert _kernels._launcher("linear24", "linear24")(x, weight).dtype == torch.float32
 
 
 def saved(output):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+import sparsekit
+
 from .clock import Call
 from .lab import Lab, check_same
 from .log import Log
@@ -38,9 +40,14 @@ def device(lab: Lab) -> dict[str, Any]:
             "memory": properties.total_memory,
             "l2": properties.L2_cache_size,
         }
-    versions = {name: _version(name) for name in ("torch", "triton", "sparsekit")}
+    versions = {name: _version(name) for name in ("torch", "triton")}
     cuda = torch.version.cuda or torch.version.hip
-    return facts | versions | {"cuda": cuda, "cusparselt": lab.vendor.version(), "python": platform.python_version()}
+    return (
+        facts
+        | versions
+        | {"sparsekit": sparsekit.__version__}
+        | {"cuda": cuda, "cusparselt": lab.vendor.version(), "python": platform.python_version()}
+    )
 
 
 def _version(package: str) -> str:

@@ -23,11 +23,10 @@ inline const float* as_floats(const F16* from, float* to, int64_t count) {
 // total += the scores of one row. The mask clears bits: a choice by a bool would be a branch for every entry.
 template <bool kScaled, bool kMasked, class T>
 void add_row(const T* weight, const float* scale, const bool* mask, float* __restrict total, int64_t cols) {
-  const uint8_t* kept = reinterpret_cast<const uint8_t*>(mask);
   for (int64_t i = 0; i < cols; ++i) {
     float score = std::fabs(to_float(weight[i]));
     if constexpr (kScaled) score *= scale[i];
-    if constexpr (kMasked) score = std::bit_cast<float>(std::bit_cast<int32_t>(score) & -static_cast<int32_t>(kept[i]));
+    if constexpr (kMasked) score = std::bit_cast<float>(std::bit_cast<int32_t>(score) & -static_cast<int32_t>(is_set(mask, i)));
     total[i] += score;
   }
 }

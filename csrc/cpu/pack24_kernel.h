@@ -27,7 +27,7 @@ int64_t pack24_columns(const T* weight, const bool* mask, T* values, uint8_t* bi
     const int width = static_cast<int>(std::min<int64_t>(4, cols - column));
     unsigned kept = 0;
     for (int i = 0; i < width; ++i)
-      kept |= unsigned{width < 4 || (mask ? mask[column + i] : !is_zero(weight[column + i]))} << i;
+      kept |= unsigned{width < 4 || (mask ? is_set(mask, column + i) : !is_zero(weight[column + i]))} << i;
     if (width == 4) {
       const int count = std::popcount(kept);
       if (bad < 0 && (count > 2 || (mask && count < 2))) bad = column / 4;

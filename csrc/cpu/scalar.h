@@ -84,6 +84,9 @@ int32_t magnitude_key(T value) {
   return std::min(value.bits & 0x7fff, kNanKey<T>);
 }
 
+// An entry of a mask that came from outside: a tensor of bool may be a view of any bytes, which are no bool to C++.
+inline bool is_set(const bool* mask, int64_t i) { return reinterpret_cast<const uint8_t*>(mask)[i] != 0; }
+
 // Whether all are neither Inf nor NaN.
 template <class T>
 bool all_finite(const T* values, int64_t count) {

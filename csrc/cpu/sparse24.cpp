@@ -22,7 +22,8 @@ std::string broken_group(const Pack24Args& args, int64_t bad) {
   const int64_t row = bad / (args.cols / 4), column = bad % (args.cols / 4) * 4;
   int count = 0;
   for (int64_t i = column; i < column + 4; ++i)
-    count += args.mask ? args.mask[row * args.cols + i] : !is_zero(args.weight, row * args.weight_stride + i, args.dtype);
+    count += args.mask ? reinterpret_cast<const uint8_t*>(args.mask)[row * args.cols + i] != 0
+                       : !is_zero(args.weight, row * args.weight_stride + i, args.dtype);
   return "pack24: row " + std::to_string(row) + ", columns " + std::to_string(column) + " to " +
          std::to_string(column + 3) + " have " + std::to_string(count) +
          (args.mask ? " set mask entries; 2:4 needs exactly 2" : " non-zeros; 2:4 needs at most 2");

@@ -23,7 +23,8 @@ inline void sparsegpt(const SparsegptArgs& args, int64_t begin, int64_t end) {
     float* error = args.error + row * cols;
     bool* keep = args.mask + row * cols;
     std::copy_n(args.weight + row * cols, cols, updated);
-    if (args.given != nullptr) std::copy_n(args.given + row * cols, cols, keep);
+    if (args.given != nullptr)
+      for (int64_t col = 0; col < cols; ++col) keep[col] = is_set(args.given, row * cols + col);
     for (int64_t col = 0; col < cols; ++col) {
       if (args.given == nullptr && col % args.m == 0) {
         if (col + args.m <= cols) {

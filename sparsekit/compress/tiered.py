@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .._layers import is_transposed
 from ..masks import MaskInfo, Pattern, get_mask, tier_sizes
 from ..ops import tier_prune
+from ..ops.bits import nonzero
 from ..ops.tiered import smallest_tiers
 from ..ops.tiers import DENSE, SPARSE24, TOPK
 
@@ -17,7 +18,7 @@ STEP = 5  # percent: layers whose shares agree to this are measured together
 def kept_matrix(layer: nn.Linear) -> Tensor:
     """What a layer keeps, bool ``[outputs, inputs]``: its stored mask, else its non-zeros."""
     mask = get_mask(layer)
-    kept = layer.weight.detach() != 0 if mask is None else mask
+    kept = nonzero(layer.weight) if mask is None else mask
     return kept.t() if is_transposed(layer) else kept
 
 

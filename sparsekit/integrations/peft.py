@@ -15,6 +15,7 @@ from .._layers import input_dim
 from ..masks import MaskInfo, Pattern, get_mask, get_mask_bits, get_mask_info, masked_parameters, set_mask
 from ..nn import Compressed, Linear24, PrepackedLinear, TieredLinear
 from ..nn.shared import oriented
+from ..ops.bits import nonzero
 
 Model = TypeVar("Model", bound=nn.Module)
 INITIAL = (True, False, "gaussian", "orthogonal")  # the ways to begin that leave the weight of the layer alone
@@ -260,7 +261,7 @@ def kept_entries(layer: nn.Module) -> Tensor | None:
         return mask
     if isinstance(layer, Linear24):
         return oriented(layer._unpack(torch.ones_like(layer.values), layer.bitmask) != 0, layer.transposed)
-    return _dense_weight(layer) != 0  # which is what TieredLinear packs of a weight without a mask
+    return nonzero(_dense_weight(layer))  # which is what TieredLinear packs of a weight without a mask
 
 
 def _dense_weight(layer: nn.Module) -> Tensor:

@@ -35,6 +35,30 @@ void two_of_four(const Kernels& level, DType dtype, int64_t tokens, int64_t cols
                  0, rows);
 }
 
+// A mask of bytes that are neither 0 nor 1, as a view of other bytes has them.
+void bytes_for_bools(const Kernels& level, DType dtype, int64_t cols, Flush flush, uint64_t seed) {
+  Random random(seed);
+  const size_t size = size_of(dtype);
+  const int64_t rows = 1 + random.below(9), stored = 2 * (cols / 4) + cols % 4;
+  Buffer weight(rows * cols * size, flush), mask(rows * cols, flush), values(rows * stored * size, flush),
+      bitmask(rows * ((cols + 7) / 8), flush), scores(rows * sizeof(float), flush);
+  random.fill(weight.data(), rows * cols, dtype, Values::Ties);
+  fill_bits(random, mask);
+  level.pack24({.weight = weight.data(), .weight_stride = cols, .mask = mask.as<bool>(), .values = values.data(),
+                .bitmask = bitmask.as<uint8_t>(), .cols = cols, .dtype = dtype, .stream = false},
+               0, rows);
+  level.block_scores({.weight = weight.data(), .weight_stride = cols, .scale = nullptr, .mask = mask.as<bool>(),
+                      .scores = scores.as<float>(), .rows = rows, .cols = cols, .block_rows = 1, .block_cols = cols,
+                      .dtype = dtype},
+                     0, rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    float sum = 0;
+    for (int64_t i = row * cols; i < (row + 1) * cols; ++i)
+      if (mask.data()[i]) sum += std::fabs(get(weight.data(), i, dtype));
+    expect(scores.as<float>()[row] == sum, std::string("block_scores of any bytes for bools ") + level.level);
+  }
+}
+
 void tiered(const Kernels& level, DType dtype, int64_t tokens, int64_t block_rows, int64_t block_cols, Flush flush,
             uint64_t seed) {
   Random random(seed);
@@ -76,6 +100,7 @@ void test_malformed() {
         for (int64_t tokens : {1, 2, 5, 15, 16, 17, 33, 130}) {
           for (int64_t cols : {1, 3, 4, 5, 6, 7, 8, 11, 15, 31, 39, 63, 64, 71, 127, 263, 1031})
             two_of_four(*level, dtype, tokens, cols, flush, ++seed);
+          bytes_for_bools(*level, dtype, 1 + static_cast<int64_t>(seed % 200), flush, ++seed);
           for (const auto& [rows, cols] : {std::pair{8, 8}, {16, 16}, {16, 24}, {32, 32}})
             for (int again = 0; again < 4; ++again) tiered(*level, dtype, tokens, rows, cols, flush, ++seed);
         }
