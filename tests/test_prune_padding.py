@@ -10,7 +10,7 @@ import sparsekit as sk
 from sparsekit.masks import Pattern, get_mask
 from sparsekit.prune.layers import find_layers
 from sparsekit.prune.padding import real_tokens
-from sparsekit.tiers import Ratios, Step, tier_iteration
+from sparsekit.tiers import Ratios, Step, progressive_tiers, tier_iteration
 
 LENGTHS = (3, 9, 1, 5)
 
@@ -99,6 +99,9 @@ def test_tiers_leave_padding_out(sentences):
         tier_iteration(each, step, batches, **options)
         masks.append(get_mask(each.blocks[0]))
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[3])
+    each = copy.deepcopy(model)
+    progressive_tiers(each, [step], batch["input_ids"], lambda *_: None, token_mask=lambda ids: ids != 0)
+    assert torch.equal(get_mask(each.blocks[0]), masks[0])
 
 
 def test_a_batch_of_padding_alone_counts_nothing(sentences):

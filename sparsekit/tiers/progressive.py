@@ -12,7 +12,8 @@ from torch import nn
 from .._batches import Forward, Progress, as_batches, evaluating
 from .._fingerprint import digest, digest_batches, digest_modules, digest_tensors, name_of
 from .._layers import Where, check_model
-from ..prune.ranks import Ranks
+from ..prune.padding import TokenMask
+from ..prune.ranks import Group, Ranks
 from .demote import Criterion
 from .iteration import IterationReport, linear_layers, tier_iteration
 from .kept import Kept
@@ -37,6 +38,8 @@ def progressive_tiers(
     k: int = 10,
     where: Where | None = None,
     forward: Forward | None = None,
+    token_mask: TokenMask | None = None,
+    group: Group = "world",
     evaluate: Callable[[nn.Module], float] | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, TierMap], list[IterationReport]]:
@@ -58,10 +61,11 @@ def progressive_tiers(
         tier_maps: where earlier iterations left the blocks; None starts dense.
         folder: every finished iteration is kept in ``folder/iteration-N``: model, tier maps and report. The same call
             after a kill loads the last one and goes on; another one is refused: it needs the same weights and batches
-            at the start, in the same order, and the same arguments, of which ``forward`` counts by its name. What
+            at the start, in the same order, and the same arguments, of which functions count by their name. What
             ``finetune`` and ``evaluate`` do cannot be compared: name another folder when they change. Of several
             processes (torch.distributed) the first one writes, and all read.
-        criterion, allocation, reconstruct, goal, block, k, where, forward, progress: as in ``tier_iteration``.
+        criterion, allocation, reconstruct, goal, block, k, where, forward, token_mask, group, progress: as in
+            ``tier_iteration``.
         evaluate: gives a number for the report, say perplexity, after every iteration; in evaluation mode, without
             gradients.
 
@@ -78,7 +82,7 @@ def progressive_tiers(
         raise ValueError("schedule must have at least one step, got none")
     kept, reports = None, list[IterationReport]()
     maps = None if tier_maps is None else dict(tier_maps)
-    ranks = Ranks("world", None)
+    ranks = Ranks(group, None)
     if folder is not None:
         call = {
             "criterion": criterion,
@@ -89,6 +93,7 @@ def progressive_tiers(
             "k": k,
             "layers": [layer.name for layer in linear_layers(model, where)],
             "forward": name_of(forward),
+            "token_mask": name_of(token_mask),
             "tier_maps": None if tier_maps is None else {name: digest(each) for name, each in tier_maps.items()},
             "weights": digest_tensors(model),
             "modules": digest_modules(model),
@@ -113,6 +118,8 @@ def progressive_tiers(
             k=k,
             where=where,
             forward=forward,
+            token_mask=token_mask,
+            group=group,
             progress=progress,
         )
         scored = time.perf_counter()
