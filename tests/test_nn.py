@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import outputs_and_gradients, sparse_linear
+from layer_kinds import EVERY, compiles, make
 from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
-from sparsekit.nn import Linear24, PrepackedLinear
+from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
 
-# torch warns about its own use of torch.jit while it compiles.
-compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 BOTH = pytest.mark.parametrize("kind", [Linear24, PrepackedLinear], ids=["linear24", "prepacked"])
 
 
@@ -241,3 +240,24 @@ def test_parents_that_read_the_weight(kind):
     if kind is Linear24:
         sum(y.sum() for y in outputs()).backward()
         assert all(layer.values.grad is not None for layer in model.modules() if type(layer) is Linear24)
+
+
+@EVERY
+def test_a_replica_of_data_parallel_holds_plain_tensors(kind):
+    layer, linear = make(kind)
+    replica = layer._replicate_for_data_parallel()
+    for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+        setattr(replica, name, None if tensor is None else tensor.detach())  # as nn.parallel.replicate does
+    x = torch.randn(20, 80)
+    torch.testing.assert_close(replica(x), linear(x))
+    assert torch.equal(replica.weight, layer.weight)
+
+
+def test_what_is_stored_may_be_parametrized():
+    layer, linear = make(TieredLinear)
+    for name in ("dense", "topk"):
+        nn.utils.parametrize.register_parametrization(layer, name, nn.Identity())
+    x = torch.randn(20, 80)
+    torch.testing.assert_close(layer(x), linear(x))
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())

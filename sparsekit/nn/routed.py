@@ -167,6 +167,12 @@ class RoutedLinear24(Linear24):
             return call_op(HARDWARE, x, self.packed, bias, self.out_features, self.layout, alg_id, split_k, mode)
         return call_op(LINEAR24, x, parameters["values"], self._buffers["bitmask"], bias)
 
+    # Which copies parameters and buffers to another GPU, but no other tensor.
+    def _replicate_for_data_parallel(self) -> "RoutedLinear24":
+        replica = super()._replicate_for_data_parallel()
+        replica.packed, replica.dense, replica.ready = None, None, False
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedLinear24":
         before = self.values.data_ptr(), self.values.dtype, self.values.device
         super()._apply(fn, recurse)

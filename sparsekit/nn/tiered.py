@@ -140,8 +140,11 @@ class TieredLinear(Compressed):
 
     # A small call waits for Python: linear_tiered would check in 16 us what was checked when the layer was made.
     def _multiply(self, input: Tensor) -> Tensor:
-        buffers = self._buffers
-        tensors: list[Any] = [input, *map(self._parameters.get, (*TRAINED, "bias"))]
+        # A parametrization, FSDP and DataParallel make plain attributes of what was registered.
+        parameters, buffers = self._parameters, self._buffers or vars(self)
+        names = (*TRAINED, "bias")
+        tensors: list[Any] = [parameters[name] if name in parameters else getattr(self, name) for name in names]
+        tensors.insert(0, input)
         if (dtype := autocast_dtype(input)) is not None:
             tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         if not is_jit_tracing() and not self._fits(*tensors):
@@ -164,7 +167,7 @@ class TieredLinear(Compressed):
         )
 
     def _fits(self, x: Tensor, dense: Tensor, values: Tensor, topk: Tensor, bias: Tensor | None) -> bool:
-        dtype, device, starts = x.dtype, x.device, self._buffers["starts"]
+        dtype, device, starts = x.dtype, x.device, self.starts
         return (
             x.shape[-1:] == (self.in_features,)
             and dtype in DTYPES
