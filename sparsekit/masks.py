@@ -237,7 +237,7 @@ def get_mask_info(module: nn.Module, parameter: str = "weight") -> MaskInfo | No
 
 def masked_parameters(module: nn.Module) -> tuple[str, ...]:
     """The names of the module's own parameters that have a stored mask, such as ``("weight",)``."""
-    names = (name.removesuffix("_mask") for name in module._buffers if name.endswith("_mask"))
+    names = (name.removesuffix("_mask") for name, _ in module._buffers.items() if name.endswith("_mask"))
     return tuple(name for name in names if get_mask_bits(module, name) is not None)
 
 

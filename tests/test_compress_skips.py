@@ -1,5 +1,7 @@
 """Layers that compress_ leaves alone, and the reasons it gives."""
 
+from functools import partial
+
 import torch
 from compressing import blocks, decisions, reasons
 from torch import nn
@@ -99,6 +101,56 @@ def test_what_is_24_only_by_chance(ratios):
     assert set(decisions(report).values()) == {"prepacked"}
     assert "2:4: 3 inputs are less than a group of four" in report.layers[0].reason
     assert "2:4: all zeros, and has no mask that says so" in report.layers[1].reason
+
+
+class Holds(nn.Module):
+    """Holds its layers in other ways besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.listed, self.bound, self.wrapped, self.closed, self.good = (nn.Linear(8, 8) for _ in range(5))
+        self.extra = {"layers": [(self.listed,)]}
+        self.call = self.bound.forward
+        self.later = partial(self.wrapped, input=torch.ones(2, 8))
+        self.closure = lambda x, layer=self.closed: layer(x)
+
+    def forward(self, x):
+        x = self.call(self.extra["layers"][0][0](x)) + self.later()
+        return self.good(self.closure(x))
+
+
+def test_layers_that_are_held_elsewhere_too(ratios):
+    model, x = Holds().eval(), torch.randn(2, 8)
+    expected = model(x)
+    report = sk.compress_(model, x)
+    assert reasons(report) == {
+        "listed": "Holds.extra holds it outside of its modules",
+        "bound": "Holds.call holds it outside of its modules",
+        "wrapped": "Holds.later holds it outside of its modules",
+        "closed": reasons(report)["closed"],
+        "good": reasons(report)["good"],
+    }
+    assert report.swapped == ("good",) and report.layers[3].why.startswith("given back: a pass calls the plain layer")
+    torch.testing.assert_close(model(x), expected)
+    assert not vars(model.closed).keys() & {"forward"}
+
+
+def test_a_model_with_a_scripted_part(ratios):
+    model, x = (
+        nn.Sequential(torch.jit.trace(nn.Linear(8, 8), torch.ones(1, 8)), nn.Linear(8, 8)).eval(),
+        torch.ones(2, 8),
+    )
+    expected = model(x)
+    assert sk.compress_(model, x).swapped == ("1",)
+    torch.testing.assert_close(model(x), expected)
+    assert sk.decompress_(model) == ("1",)
+
+
+def test_nested_inputs_are_counted(ratios):
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(4, 8)], layout=torch.jagged)
+    report = sk.compress_(model, x)
+    assert report.layers[0].calls == {8: 1} and report.swapped == ("0",)
 
 
 def test_without_a_compiled_kernel_24_is_not_offered(ratios, monkeypatch):

@@ -1,7 +1,11 @@
 """The linear layers of a model that may be swapped, and where they hang."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +23,8 @@ from .candidates import unfit
 EXPERTS = "experts in one parameter stay dense: no kernel multiplies by them"
 
 SHARDED = "its weight is sharded (FSDP), a DTensor between two passes: compress before sharding"
+
+REGISTERED = {"_modules", "_parameters", "_buffers"}
 
 Slots = list[tuple[nn.Module, str]]
 
@@ -38,7 +44,8 @@ class LinearSite:
 def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
     """Every linear layer, and every parameter of experts, that ``where`` selects, in the order of ``named_modules``."""
     check_where(where)
-    slots, shared, sharded = parent_slots(model), shared_weight_reasons(model), _sharded(model)
+    slots, shared = parent_slots(model), shared_weight_reasons(model)
+    sharded, aliases = _sharded(model), _aliases(model)
     sites = []
     for name, layer in model.named_modules():
         if input_dim(layer) is None and (experts := _experts(layer)) and selects(where, name, layer):
@@ -47,7 +54,8 @@ def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
             ]
         if input_dim(layer) is None or isinstance(layer, nn.Conv2d) or not selects(where, name, layer):
             continue
-        reason = shared.get((layer, "weight")) or (SHARDED if layer in sharded else None) or unfit(layer)
+        reason = shared.get((layer, "weight")) or (SHARDED if layer in sharded else None) or aliases.get(layer)
+        reason = reason or unfit(layer)
         if layer is model:
             reason = "it is the model itself: use from_linear of Linear24, TieredLinear or PrepackedLinear"
         rows, cols = declared_shape(layer)
@@ -61,6 +69,29 @@ def _sharded(model: nn.Module) -> set[nn.Module]:
     kinds = {"FSDPModule", "FullyShardedDataParallel"}
     parents = [module for module in model.modules() if kinds & {base.__name__ for base in type(module).__mro__}]
     return {module for parent in parents for module in parent.modules()}
+
+
+def _aliases(model: nn.Module) -> dict[nn.Module, str]:
+    """Which layers a module holds in an attribute besides, where no other can take their place: in a list, say."""
+    found: dict[nn.Module, str] = {}
+    for parent in model.modules():
+        for key, value in vars(parent).items():
+            if key not in REGISTERED:
+                where = f"{type(parent).__name__}.{key} holds it outside of its modules"
+                found |= {module: where for module in _modules_in(value) if module is not parent}
+    return found
+
+
+def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, list | tuple | set | dict) and depth:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item, depth - 1)
+    elif isinstance(value, MethodType):
+        yield from _modules_in(value.__self__, 0)
+    elif isinstance(value, partial) and depth:
+        yield from _modules_in([value.func, *value.args, value.keywords], depth - 1)
 
 
 def _experts(module: nn.Module) -> dict[str, tuple[int, ...]]:

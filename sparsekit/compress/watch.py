@@ -37,7 +37,7 @@ def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forwa
     def count(site: LinearSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = layer_input(args, kwargs)
         dtypes[site.name].add(autocast_dtype(x) or x.dtype)
-        if tokens := x.shape[:-1].numel():
+        if tokens := sum(part.shape[:-1].numel() for part in (x.unbind() if x.is_nested else [x])):
             site.calls[found := bucket(tokens, site.layer.weight.device)] += 1
             counts.add((site.name, found))
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from .._batches import Forward, run_batch
+from .._forwards import around_forwards
 from .._trees import copied
 from .decide import Choice
 from .swap import Swap
@@ -95,14 +97,18 @@ def judge(swap: Swap, choices: Mapping[str, Choice], work: Passes) -> Verdict:
             run_batch(swap.model, copied(work.batches[0]), work.forward)
         except Exception as error:  # it consumes what it is given, say, or counts its calls
             return Verdict(names, remark=f"not timed, since a second pass of it fails: {_line(error)}")
+        given_back = dict.fromkeys(_still_called(swap, work), "a pass calls the plain layer, whatever is in its place")
+        names -= given_back.keys()
+        if not names:
+            return Verdict(names, given_back=given_back)
         timings, loss = _pays(swap, names, frozenset(), work)
         if loss is None:
-            return Verdict(names, timings)
+            return Verdict(names, timings, given_back=given_back)
         kinds: dict[object, set[str]] = {}
-        for name in swap.modules:
+        for name in names:
             kinds.setdefault((swap.sites[name].shape, choices[name].decision), set()).add(name)
         kept: frozenset[str] = frozenset()
-        given_back = dict.fromkeys(names, loss)
+        given_back |= dict.fromkeys(names, loss)
         for kind in kinds.values() if len(kinds) > 1 else ():
             _, lost = _pays(swap, kept | kind, kept, work)
             if lost is None:
@@ -112,8 +118,25 @@ def judge(swap: Swap, choices: Mapping[str, Choice], work: Passes) -> Verdict:
         if kept:
             timings, loss = _pays(swap, kept, frozenset(), work)
             if loss is None:
-                return Verdict(kept, timings, given_back={name: given_back[name] for name in names - kept})
+                return Verdict(kept, timings, given_back=given_back)
         return Verdict(frozenset(), given_back=given_back)
+
+
+def _still_called(swap: Swap, work: Passes) -> set[str]:
+    """The layers that a pass calls though others hang in their place: somebody holds them outside of all modules."""
+    called: set[str] = set()
+
+    def around(name: str) -> Callable[..., Any]:
+        def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            called.add(name)
+            return forward(*args, **kwargs)
+
+        return run
+
+    swap.show(swap.modules)
+    with around_forwards({site.layer: around(name) for name, site in swap.sites.items()}), suppress(Exception):
+        run_batch(swap.model, copied(work.batches[0]), work.forward)  # what fails will fail again
+    return called
 
 
 def _untimed(model: nn.Module, work: Passes) -> str:
