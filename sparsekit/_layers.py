@@ -159,8 +159,6 @@ def _unsupported_tensor(weight: Tensor, parameter: str, prepare: bool) -> str | 
         return f"{its} is empty"
     if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
         return f"{its} is expanded: several of its entries are one number in memory"
-    if weight.is_inference() and not torch.is_inference_mode_enabled():
-        return f"{its} was made in inference mode, and nothing can change it outside of it"
     return None
 
 

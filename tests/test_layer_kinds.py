@@ -194,3 +194,12 @@ def test_a_pruned_encoder_computes_the_same_with_and_without_its_fast_path():
     with torch.no_grad():
         fast = model(x)
     torch.testing.assert_close(model(x).detach(), fast)
+
+
+def test_weights_made_in_inference_mode_are_pruned_and_not_trained():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="0: its weight was made in inference mode, and autograd refuses it"):
+        sk.sparse_training_(model)
+    report = sk.prune_(model, sk.Wanda("2:4"), torch.randn(4, 8))
+    assert report.sparsity == 0.5 and int((model[0].weight == 0).sum()) == 32

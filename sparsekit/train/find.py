@@ -44,6 +44,8 @@ def _dense_reason(layer: nn.Module) -> str | None:
         return "its forward is replaced"
     if type(layer) is nn.Linear and (reason := unsupported_reason(layer, prepare=True)):
         return reason
+    if layer.get_parameter("weight").is_inference():
+        return "its weight was made in inference mode, and autograd refuses it"
     weight = layer.get_parameter("weight")
     if weight.dim() != 2:
         return f"its weight has {weight.dim()} dimensions: FSDP flattens it, call sparse_training_ before"
