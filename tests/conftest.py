@@ -1,4 +1,5 @@
 import os
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -93,3 +94,38 @@ def ratios(monkeypatch):
     compiled = {"cpu": "avx2"}
     monkeypatch.setattr(candidates, "backends", lambda: {"linear24": compiled, "linear_tiered": compiled})
     return table
+
+
+@pytest.fixture
+def ranks():
+    """Runs ``act(rank)`` in two threads that are ranks to torch.distributed; returns what they gave or raised."""
+
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
+
+    def run(act):
+        results, store = [None, None], dist.HashStore()
+
+        def one(rank):
+            try:
+                dist.init_process_group("threaded", rank=rank, world_size=2, store=store)
+                results[rank] = act(rank)
+            except BaseException as error:
+                results[rank] = error
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+
+        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in threads), "they wait for each other"
+        return results
+
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    _install_threaded_pg()
+    yield run
+    torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    _uninstall_threaded_pg()

@@ -270,6 +270,11 @@ def test_refinements_print_and_compare_as_they_are_written():
     [
         (lambda: sk.SparseGPT("2:4", damp=-1), "damp >= 0 and block >= 1, got -1 and 128"),
         (lambda: sk.SparseGPT("2:4", block=0), "block >= 1, got 0.01 and 0"),
+        (lambda: sk.SparseGPT("2:4", damp=math.nan), "damp >= 0 and block >= 1, got nan and 128"),
+        (lambda: sk.ADMM("2:4", damp=math.nan), "damp >= 0, got 15, 20 and nan"),
+        (lambda: sk.LeastSquares(WANDA, damp=math.inf), "tolerance >= 0, got 100, inf and 0.0003"),
+        (lambda: sk.LeastSquares(WANDA, tolerance=math.nan), "tolerance >= 0, got 100, 0.01 and nan"),
+        (lambda: sk.RIA("2:4", power=math.nan), "RIA needs power >= 0, got nan"),
         (lambda: sk.ADMM("2:4", ramp=30), "0 < ramp <= iterations and damp >= 0, got 30, 20 and 0.1"),
         (lambda: sk.Swaps(WANDA, passes=0), "passes must be at least 1, got 0"),
         (lambda: sk.Swaps(sk.Wanda("50% 16x16")), "pattern of whole blocks, got '50% 16x16'"),

@@ -1,7 +1,6 @@
 """Processes that prune one model together: each has batches of its own, all get the same."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -9,49 +8,12 @@ import torch.distributed as dist
 from interrupts import difference, model_state
 from pruning import stack
 from torch import nn
-from torch.testing._internal.distributed.multi_threaded_pg import (
-    _install_threaded_pg,
-    _uninstall_threaded_pg,
-)
 
 import sparsekit as sk
-from sparsekit.prune.ranks import RankFailed
 from sparsekit.tiers import Ratios, Step, progressive_tiers, tier_iteration
 
 WANDA = sk.Wanda("2:4")
 METHODS = [sk.Magnitude("2:4"), WANDA, sk.SparseGPT("2:4"), sk.LeastSquares(sk.Swaps(WANDA))]
-
-
-@pytest.fixture
-def ranks():
-    """Runs ``act(rank)`` in two threads that are ranks to torch.distributed; returns what they gave or raised."""
-
-    def run(act):
-        results, store = [None, None], dist.HashStore()
-
-        def one(rank):
-            try:
-                dist.init_process_group("threaded", rank=rank, world_size=2, store=store)
-                results[rank] = act(rank)
-            except BaseException as error:
-                results[rank] = error
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-
-        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        assert not any(thread.is_alive() for thread in threads), "they wait for each other"
-        return results
-
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    _install_threaded_pg()
-    yield run
-    torch._C._distributed_c10d._set_thread_isolation_mode(False)
-    _uninstall_threaded_pg()
 
 
 def assert_same(model, state):
@@ -159,6 +121,26 @@ def test_iterations_are_gone_on_with_by_all(ranks, tmp_path):
     assert isinstance(zero, IsADirectoryError) and "rank 0 failed with IsADirectoryError" in str(one)
 
 
+@pytest.mark.parametrize("group", ["world", "alone"])
+def test_iterations_are_kept_once(ranks, tmp_path, group):
+    x, step = data().repeat(1, 1, 2), Step(1, Ratios(0.25, 0.5, 0.25), 0.75, 0.25, 0.0)
+    model = stack(32, 32, 32)
+    folders = [tmp_path / "one", tmp_path / ("one" if group == "world" else "two")]
+    found = []
+    for finetune in (lambda *_: None, pytest.fail):  # the second time from the folder
+        models = [copy.deepcopy(model) for _ in range(2)]
+        done = ranks(
+            lambda rank, models=models, finetune=finetune: progressive_tiers(
+                models[rank], [step], x[rank], finetune, folder=folders[rank], group=group
+            )
+        )
+        assert all(isinstance(each, tuple) for each in done), done
+        found.append([model_state(each) for each in models])
+    for rank in range(2):
+        assert not difference(found[0][rank], found[1][rank], identity=False)
+    assert bool(difference(found[0][0], found[0][1], identity=False)) == (group == "alone")
+
+
 def test_batchnorm_averages_over_all(ranks):
     model, x = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8)), data()
     models = [copy.deepcopy(model) for _ in range(2)]
@@ -177,98 +159,6 @@ def test_alone(ranks):
     ranks(lambda rank: rank or sk.prune_(models[1], sk.Magnitude("2:4")))  # nothing to add up
     sk.prune_(model, WANDA, x[0])
     assert_same(model, model_state(models[0]))
-
-
-def failing(where):
-    """A forward that fails in the second rank: in its n-th pass."""
-    passes = {0: 0, 1: 0}
-
-    def forward(model, x):
-        rank = dist.get_rank()
-        passes[rank] += 1
-        if rank == 1 and passes[1] == where:
-            raise KeyError("my own")
-        return model(x)
-
-    return forward
-
-
-@pytest.mark.parametrize("sequential", [True, False])
-@pytest.mark.parametrize("where", [1, 2, 3])
-def test_a_failure_in_one_rank_ends_all(ranks, where, sequential):
-    model, x = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)), data()
-    models = [copy.deepcopy(model) for _ in range(2)]
-    before = [model_state(each) for each in models]
-    forward = failing(where)
-    first, second = ranks(
-        lambda rank: sk.prune_(models[rank], WANDA, [*x[rank].split(20)], forward=forward, sequential=sequential)
-    )
-    assert isinstance(second, KeyError)
-    assert isinstance(first, RankFailed) and "rank 1 failed with KeyError: 'my own'" in str(first)
-    for each, was in zip(models, before, strict=True):
-        assert_same(each, was)
-    reports = ranks(lambda rank: sk.prune_(models[rank], WANDA, x[rank]))  # nothing is left of it
-    assert reports[0].layers == reports[1].layers
-
-
-def test_a_failure_in_the_last_step_of_one_rank(ranks):
-    model, x = stack(16, 16, 8), data()
-    models = [copy.deepcopy(model) for _ in range(2)]
-    before = [model_state(each) for each in models]
-
-    def progress(items):
-        yield from items
-        if dist.get_rank():
-            raise KeyboardInterrupt
-
-    first, second = ranks(lambda rank: sk.prune_(models[rank], WANDA, x[rank], progress=progress))
-    assert isinstance(second, KeyboardInterrupt) and isinstance(first, RankFailed)
-    assert_same(models[0], before[0])
-    assert_same(models[1], before[1])
-
-
-def changed(model, rank):
-    if rank:
-        model[0].weight.data[0, 0] += 1
-    return model
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda model, rank, x: sk.prune_(changed(model, rank), WANDA, x), "differ in layer '0'"),
-        (lambda model, rank, x: sk.prune_(model, sk.Wanda("1:4" if rank else "2:4"), x), "differ in method"),
-        (lambda model, rank, x: sk.prune_(model, WANDA, x, where=lambda name, _: rank or name == "0"), "in layer '2'"),
-    ],
-    ids=["weights", "method", "where"],
-)
-def test_different_models_are_refused(ranks, call, message):
-    model, x = stack(16, 16, 8), data()
-    models = [copy.deepcopy(model) for _ in range(2)]
-    for error in ranks(lambda rank: call(models[rank], rank, x[rank])):
-        assert isinstance(error, ValueError) and message in str(error) and 'group="alone"' in str(error)
-
-
-def test_a_statistic_that_cannot_be_added_up(ranks):
-    class Last:
-        def __init__(self, layer):
-            pass
-
-        def update(self, x):
-            pass
-
-    class Mine(sk.Magnitude):
-        statistic = Last
-
-    for error in ranks(lambda rank: sk.prune_(nn.Linear(16, 8), Mine("2:4"), data()[rank])):
-        assert isinstance(error, TypeError) and 'Last has no method "reduce"' in str(error)
-    sk.prune_(nn.Linear(16, 8), Mine("2:4"), data()[0])
-
-
-@pytest.mark.parametrize("group", ["all", None, 3])
-def test_what_is_no_group(group):
-    with pytest.raises(TypeError, match='group must be "world", "alone" or a process group, got'):
-        sk.prune_(nn.Linear(16, 8), WANDA, data()[0], group=group)
 
 
 def _wrapped(rank, folder):

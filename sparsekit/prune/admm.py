@@ -1,5 +1,6 @@
 """ADMM: the weights that best stand in for the dense ones, with the mask growing as they settle."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class ADMM(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.ramp <= self.iterations or self.damp < 0:
+        if not 0 < self.ramp <= self.iterations or not 0 <= self.damp < math.inf:
             raise ValueError(
                 f"ADMM needs 0 < ramp <= iterations and damp >= 0, got {self.ramp}, {self.iterations} and {self.damp}"
             )

@@ -1,5 +1,6 @@
 """Pruning methods: what to keep of one weight, given what its inputs look like."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -81,10 +82,18 @@ class RIA(Method):
     Args:
         pattern: what to keep.
         power: how much the norms count; 0.5 is the paper's.
+
+    Raises:
+        ValueError: a pattern that is none, or ``power`` is no number from 0.
     """
 
     power: float = 0.5
     statistic = InputNorm
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.power < math.inf:
+            raise ValueError(f"RIA needs power >= 0, got {self.power}")
 
     def prune(self, weight: Tensor, statistic: InputNorm) -> tuple[Tensor, Tensor]:
         size = weight.flatten(1).float().abs()

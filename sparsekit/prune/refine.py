@@ -1,5 +1,6 @@
 """Refinements on top of the mask of any method: better members for every group, and the best weights for a mask."""
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -171,7 +172,7 @@ class LeastSquares(Refinement):
         super().__init__(method)
         for name, value in (("iterations", iterations), ("damp", damp), ("tolerance", tolerance)):
             object.__setattr__(self, name, value)
-        if iterations < 1 or damp < 0 or tolerance < 0:
+        if iterations < 1 or not 0 <= damp < math.inf or not 0 <= tolerance < math.inf:
             raise ValueError(
                 "LeastSquares needs iterations >= 1, damp >= 0 and tolerance >= 0, "
                 f"got {iterations}, {damp} and {tolerance}"

@@ -1,5 +1,6 @@
 """SparseGPT: drop column after column, and let the later columns make up for it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class SparseGPT(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.damp < 0 or self.block < 1:
+        if not 0 <= self.damp < math.inf or self.block < 1:
             raise ValueError(f"SparseGPT needs damp >= 0 and block >= 1, got {self.damp} and {self.block}")
 
     def prune(self, weight: Tensor, statistic: Gram) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import distributed, nn
+from torch import nn
 
 from .._files import try_folder
 from .._record import check_call, read_record, write_record
@@ -78,9 +78,7 @@ class Kept:
         return tier_maps
 
     def add(self, model: nn.Module, tier_maps: Mapping[str, TierMap], report: IterationReport) -> None:
-        """Writes an iteration that has just been finished; of several processes the first one does."""
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
-            return
+        """Writes an iteration that has just been finished."""
         self._path(report.step, "").mkdir(parents=True, exist_ok=True)
         save(model, self._path(report.step, "model.safetensors"))
         save_tier_maps(tier_maps, self._path(report.step, "tier_maps.safetensors"))

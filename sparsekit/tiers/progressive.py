@@ -127,7 +127,7 @@ def progressive_tiers(
         seconds = (scored - begin, time.perf_counter() - scored)
         report = replace(report, seconds=seconds, metric=_evaluate(model, evaluate))
         if kept is not None:
-            ranks.all_or_none(partial(kept.add, model, maps, report))
+            ranks.all_or_none(partial(kept.add, model, maps, report) if ranks.rank == 0 else lambda: None)
         reports.append(report)
     assert maps is not None
     return maps, reports
