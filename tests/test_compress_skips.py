@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from compressing import blocks, decisions, reasons
 from torch import nn
@@ -135,11 +136,10 @@ def test_layers_that_are_held_elsewhere_too(ratios):
     assert not vars(model.closed).keys() & {"forward"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_a_model_with_a_scripted_part(ratios):
-    model, x = (
-        nn.Sequential(torch.jit.trace(nn.Linear(8, 8), torch.ones(1, 8)), nn.Linear(8, 8)).eval(),
-        torch.ones(2, 8),
-    )
+    x = torch.ones(2, 8)
+    model = nn.Sequential(torch.jit.trace(nn.Linear(8, 8), x), nn.Linear(8, 8)).eval()
     expected = model(x)
     assert sk.compress_(model, x).swapped == ("1",)
     torch.testing.assert_close(model(x), expected)
