@@ -100,7 +100,8 @@ void test_malformed() {
         for (int64_t tokens : {1, 2, 5, 15, 16, 17, 33, 130}) {
           for (int64_t cols : {1, 3, 4, 5, 6, 7, 8, 11, 15, 31, 39, 63, 64, 71, 127, 263, 1031})
             two_of_four(*level, dtype, tokens, cols, flush, ++seed);
-          bytes_for_bools(*level, dtype, 1 + static_cast<int64_t>(seed % 200), flush, ++seed);
+          ++seed;
+          bytes_for_bools(*level, dtype, 1 + static_cast<int64_t>(seed % 200), flush, seed);
           for (const auto& [rows, cols] : {std::pair{8, 8}, {16, 16}, {16, 24}, {32, 32}})
             for (int again = 0; again < 4; ++again) tiered(*level, dtype, tokens, rows, cols, flush, ++seed);
         }
