@@ -32,7 +32,7 @@ def check_where(where: Where | None) -> None:
 def declared_shape(layer: nn.Module) -> tuple[int, ...]:
     """The shape of a Linear's, Conv2d's or Conv1D's weight; where it is computed, without computing it."""
     weight = layer._parameters.get("weight")
-    if weight is not None and not is_lazy(weight):
+    if weight is not None and not is_lazy(weight) and weight.dim() > 1:  # FSDP flattens some
         return tuple(weight.shape)
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
@@ -126,7 +126,12 @@ def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare:
         return f"its {parameter} is not a parameter but computed{kind}"
     if is_lazy(weight):
         return f"its {parameter} is not initialized: run the model on a batch first"
-    return _own_forward(module) or _unsupported_tensor(weight, parameter, prepare)
+    if reason := _own_forward(module) or _unsupported_tensor(weight, parameter, prepare):
+        return reason
+    dims = 4 if isinstance(module, nn.Conv2d) else 2
+    if _kind(module) is not None and weight.dim() != dims and not prepare:
+        return f"its {parameter} has the shape {tuple(weight.shape)}, not {dims} dimensions: FSDP flattens such ones"
+    return None
 
 
 def _own_forward(module: nn.Module) -> str | None:

@@ -56,6 +56,7 @@ REFUSED = {
     "meta": (lambda: nn.Linear(8, 8, device="meta"), "its weight is on the meta device: load it first"),
     "float64": (lambda: nn.Linear(8, 8).double(), "its weight is torch.float64, not float32"),
     "sparse": (lambda: with_weight(torch.randn(8, 8).to_sparse()), "its weight is torch.sparse_coo, not strided"),
+    "flat": (lambda: with_weight(torch.randn(64)), r"its weight has the shape (64,), not 2 dimensions"),
     "expanded": (lambda: with_weight(torch.randn(8).expand(8, 8)), "its weight is expanded"),
 }
 

@@ -1,6 +1,7 @@
 """Which layers of a model train sparse, and why the others do not."""
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .._layers import (
     Where,
@@ -36,7 +37,8 @@ def find_layers(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Lin
 
 def _dense_reason(layer: nn.Module) -> str | None:
     """Why a layer must train dense; None where it can train sparse."""
-    if isinstance(layer, Compressed):
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, Compressed) or (weight is not None and is_lazy(weight)):
         return unsupported_reason(layer)
     if type(layer) not in (nn.Linear, MaskedLinear):
         return f"it is a {type(layer).__name__}, only nn.Linear trains sparse"
