@@ -59,6 +59,19 @@ def test_a_layer_that_is_read_and_not_called_stays_dense(wrapped):
     assert training.layers[1].reason.startswith("it was never called")
 
 
+def test_also_where_no_other_layer_trains_sparse():
+    model = Reads()
+    training = sk.sparse_training_(model, where=lambda name, _: name == "b")
+    other = sk.sparse_training_(model, where=lambda name, _: name == "a")
+    y = model(X)
+    other.undo()
+    assert not torch.equal(model(X), y)
+    y = model(X)
+    training.finish()
+    assert torch.equal(model(X), y) and get_mask(model.b) is None
+    assert not model._forward_pre_hooks and "_ran_sparse" not in model.__dict__
+
+
 def test_a_model_that_has_not_run_is_finished_whole():
     """A plain copy of a sharded model, say: its weights were trained elsewhere."""
     model = Reads()
@@ -99,7 +112,7 @@ def running():
 
 @pytest.mark.parametrize("make", [masked, running])
 def test_an_interrupted_start_changes_nothing(make):
-    assert_all_or_nothing(make, sk.sparse_training_, _look, runs=50)
+    assert_all_or_nothing(make, sk.sparse_training_, _look, runs=50, last=70)
 
 
 @pytest.mark.parametrize("act", ["finish", "undo"])
@@ -110,7 +123,7 @@ def test_an_interrupted_end_changes_nothing(act):
         model(X)
         return model, training
 
-    assert_all_or_nothing(make, lambda _, training: getattr(training, act)(), _look, runs=60)
+    assert_all_or_nothing(make, lambda _, training: getattr(training, act)(), _look, runs=60, last=70)
 
 
 def _look(model, *_):

@@ -1,6 +1,6 @@
 """The layer that trains sparse: an ``nn.Linear`` in all but its product."""
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,3 +81,33 @@ def set_state(layer: nn.Linear, state: State) -> None:
         remove_mask(layer)
     else:
         set_mask_bits(layer, state.bits, state.info)
+
+
+NOTE = "_ran_sparse"  # the attribute of a model that says whether a pass has run since it trains sparse
+
+
+def _note_pass(model: nn.Module, _: Any) -> None:
+    setattr(model, NOTE, True)
+
+
+def has_run(model: nn.Module) -> bool:
+    """Whether a pass has run since passes are noted."""
+    return NOTE in model.__dict__
+
+
+def notes_passes(model: nn.Module) -> bool:
+    """Whether the passes of a model are noted."""
+    return any(hook is _note_pass for hook in model._forward_pre_hooks.values())
+
+
+def note_passes(model: nn.Module, noting: bool, ran: bool) -> None:
+    """Notes the passes of a model from now on, or no longer; ``ran`` is what ``has_run`` says."""
+    if noting and not notes_passes(model):
+        model.register_forward_pre_hook(_note_pass)
+    if not noting:
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _note_pass]:
+            del model._forward_pre_hooks[key]
+    if ran:
+        model.__dict__[NOTE] = True
+    else:
+        model.__dict__.pop(NOTE, None)

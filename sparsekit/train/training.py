@@ -18,7 +18,7 @@ from ..ops import pack_bits, unpack_bits
 from .choose import RATIOS, Kind
 from .find import find_layers
 from .hardware import hardware_layout
-from .layer import MaskedLinear, State, get_state, set_state
+from .layer import MaskedLinear, State, get_state, has_run, note_passes, notes_passes, set_state
 from .product import Recipe
 from .report import LayerReport, table
 
@@ -52,9 +52,9 @@ class SparseTraining:
     def finish(self) -> None:
         """Makes the weights what they were multiplied as: 2:4, in plain layers that have their masks stored.
 
-        What the model computes stays the same. A layer that no pass has called, while passes have called others, stays
-        dense: something reads its weight, as it is, without calling it. ``keep_masks``, ``compress_`` and ``save`` go
-        on from there. Finished once more, it does nothing.
+        What the model computes stays the same. A layer that no pass of the model has called stays dense: something
+        reads its weight, as it is, without calling it. A model that has not run at all is finished whole.
+        ``keep_masks``, ``compress_`` and ``save`` go on from there. Finished once more, it does nothing.
 
         Raises:
             ValueError: a weight contains NaN or Inf or is computed since the training began, FSDP has sharded the
@@ -68,7 +68,9 @@ class SparseTraining:
             if all(get_mask_bits(layer) is None for layer in self._layers.values()):
                 raise ValueError("the sparse training of this model was undone: there is nothing to finish")
             return
-        called = {name: layer for name, layer in running.items() if layer.called} or running
+        called = {name: layer for name, layer in running.items() if layer.called}
+        if not called and not has_run(self._model):
+            called = running
         bits = {name: _mask_bits(name, layer) for name, layer in called.items()}
         with claiming(self._model, "trained sparsely"), undoing() as undo:
             undo.callback(setattr, self, "_left", self._left)
@@ -82,6 +84,7 @@ class SparseTraining:
                     _change(undo, layer, State(None, False, bits[name], INFO))
                 else:
                     _change(undo, layer, get_state(layer)._replace(recipe=None, called=False))
+            self._end(undo)
             undo.commit()
         torch.clear_autocast_cache()
 
@@ -96,7 +99,13 @@ class SparseTraining:
         with claiming(self._model, "trained sparsely"), undoing() as undo:
             for layer in self._running().values():
                 _change(undo, layer, get_state(layer)._replace(recipe=None, called=False))
+            self._end(undo)
             undo.commit()
+
+    def _end(self, undo: Undo) -> None:
+        """Notes passes no longer, unless another training of the model goes on."""
+        if not any(isinstance(module, MaskedLinear) for module in self._model.modules()):
+            _note(undo, self._model, False, False)
 
     def __enter__(self) -> "SparseTraining":
         return self
@@ -126,6 +135,11 @@ class SparseTraining:
 def _change(undo: Undo, layer: nn.Linear, state: State) -> None:
     undo.callback(set_state, layer, get_state(layer))
     set_state(layer, state)
+
+
+def _note(undo: Undo, model: nn.Module, noting: bool, ran: bool) -> None:
+    undo.callback(note_passes, model, notes_passes(model), has_run(model))
+    note_passes(model, noting, ran)
 
 
 def _mask_bits(name: str, layer: MaskedLinear) -> Tensor:
@@ -210,6 +224,7 @@ def sparse_training_(
     with claiming(model, "trained sparsely"), undoing() as undo:
         for layer in layers.values():
             _change(undo, layer, State(recipe, get_state(layer).called, None, None))
+        _note(undo, model, True, has_run(model))
         undo.commit()
     return training
 
