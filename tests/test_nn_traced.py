@@ -5,6 +5,7 @@ import torch
 from layer_kinds import ALL, EACH, EVERY, SPARSE, Reads, compiles, make
 from torch import nn
 
+import sparsekit as sk
 from sparsekit.nn import PrepackedLinear
 
 
@@ -15,8 +16,16 @@ def test_fx_keeps_the_layer_whole(kind):
     assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
     x = torch.randn(3, 80)
     torch.testing.assert_close(traced(x), linear(x).relu())
-    with pytest.raises(ValueError, match=r"torch\.fx cannot trace a compressed layer alone"):
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace a \w+ alone: trace a model that holds it"):
         torch.fx.symbolic_trace(layer)
+
+
+def test_fx_keeps_a_layer_that_trains_sparse_whole():
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.ReLU()), torch.randn(3, 32)
+    with sk.sparse_training_(model):
+        traced = torch.fx.symbolic_trace(model)
+        assert [node.op for node in traced.graph.nodes][1:3] == ["call_module", "call_module"]
+        assert torch.equal(traced(x), model(x))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ALL.values() if kind is not PrepackedLinear])

@@ -14,5 +14,6 @@ from .routed import Route as Route
 from .routed import RoutedLinear24 as RoutedLinear24
 from .shared import autocast_dtype as autocast_dtype
 from .shared import carry_mask as carry_mask
+from .shared import fx_node as fx_node
 from .tiered import TieredLinear as TieredLinear
 from .weight import WeightView as WeightView

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..ops._define import DTYPES
-from .shared import carry_mask, oriented
+from .shared import carry_mask, fx_node, oriented
 from .weight import show_weight, shows
 
 
@@ -70,17 +70,10 @@ class Compressed(nn.Module):
         if type(input) is Tensor and not input.is_nested:
             return self._multiply(input)
         if isinstance(input, torch.fx.Proxy):
-            return self._as_node(input)
+            return fx_node(self, input)
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         return self._multiply_nested(input) if input.is_nested else self._multiply(input)
-
-    def _as_node(self, input: torch.fx.Proxy) -> torch.fx.Proxy:
-        """A call of this layer in the graph that ``torch.fx`` traces: a leaf, as ``nn.Linear`` is."""
-        tracer: Any = input.tracer
-        if tracer.root is self:
-            raise ValueError("torch.fx cannot trace a compressed layer alone: trace a model that holds it")
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
 
     def _multiply_nested(self, input: Any) -> Tensor:
         if input.layout != torch.jagged:

@@ -1,6 +1,9 @@
-"""What the compressed layers share: autocast, orientation and stored masks."""
+"""What the layers of this package share: autocast, orientation, stored masks, and how torch.fx sees them."""
+
+from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..masks import get_mask_bits, get_mask_info, set_mask_bits
@@ -34,3 +37,15 @@ def carry_mask(source: nn.Module, target: nn.Module) -> None:
     bits, info = get_mask_bits(source), get_mask_info(source)
     if bits is not None and info is not None:
         set_mask_bits(target, bits, info)
+
+
+def fx_node(layer: nn.Module, input: torch.fx.Proxy) -> Any:
+    """A call of ``layer`` in the graph that ``torch.fx`` traces: a leaf, as ``nn.Linear`` is.
+
+    Raises:
+        ValueError: the layer itself is what is traced.
+    """
+    tracer: Any = input.tracer
+    if tracer.root is layer:
+        raise ValueError(f"torch.fx cannot trace a {type(layer).__name__} alone: trace a model that holds it")
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})

@@ -3,10 +3,11 @@
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
-from ..nn import autocast_dtype
+from ..nn import autocast_dtype, fx_node
 from . import choose
 from .hardware import hardware_layout, traced_as_constant
 from .product import Recipe, multiply
@@ -26,6 +27,8 @@ class MaskedLinear(nn.Linear):
     called: bool  # since it trains sparse; what only reads the weight of a layer does not call it
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return fx_node(self, input)
         self.called = True
         weight, transposable = self.weight, self.recipe.transposable
         dtype = autocast_dtype(input) or weight.dtype
