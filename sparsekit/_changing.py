@@ -31,8 +31,11 @@ def change(model: nn.Module, doing: str, work: Callable[[Undo], T]) -> T:
         claim.release()
         return result  # the last line: nothing can fail once the change stays
     except BaseException:
-        undo.run()
-        claim.release()
+        try:
+            undo.run()
+        finally:
+            undo.run()  # what is left where an interrupt came between two steps
+            claim.release()
         raise
 
 

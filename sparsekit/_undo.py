@@ -1,8 +1,10 @@
 """What brings things back to how they were, also where an interrupt comes into the middle of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
+
+INTERRUPTS = 10  # of one step: more of them than that are no accident
 
 
 @contextmanager
@@ -36,17 +38,22 @@ class Undo:
         self._steps = []
 
     def run(self) -> None:
-        """Takes all steps, twice those that fail; raises what failed first when all are taken."""
+        """Takes all steps, twice those that fail; raises what failed first when all are taken.
+
+        One that is interrupted is taken again, whatever interrupts it: that says nothing of the step.
+        """
         failed: BaseException | None = None
+        tries = 0
         while self._steps:
-            step = self._steps[-1]
             try:
-                step()
+                self._steps[-1]()
             except BaseException as error:
                 failed = failed or error
-                with suppress(Exception):
-                    step()  # an interrupt may have come into it
+                tries += 1
+                if tries < (2 if isinstance(error, Exception) else INTERRUPTS):
+                    continue
             self._steps.pop()
+            tries = 0
         if failed is not None:
             raise failed
 

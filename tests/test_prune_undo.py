@@ -11,6 +11,8 @@ from torch import nn
 import sparsekit as sk
 from sparsekit._changing import change, claiming
 from sparsekit.masks import get_mask
+from sparsekit.ops import unpack_bits
+from sparsekit.prune import apply
 from sparsekit.tiers import Ratios, Step, tier_iteration
 
 
@@ -119,3 +121,23 @@ def test_what_an_interrupt_leaves_of_a_claim_is_free():
     with pytest.raises(Lost):
         change(made, "pruned", work)
     assert change(made, "pruned", lambda undo: 3) == 3
+
+
+def test_an_interrupt_while_undoing_loses_nothing(monkeypatch):
+    made = model()
+    before = model_state(made)
+    left = [KeyboardInterrupt(), MemoryError()]
+
+    def interrupted(*arguments):
+        if left:
+            raise left.pop()
+        return unpack_bits(*arguments)
+
+    def progress(items):
+        yield from items
+        monkeypatch.setattr(apply, "unpack_bits", interrupted)
+        raise ValueError("at the end")
+
+    with pytest.raises((ValueError, KeyboardInterrupt, MemoryError)):
+        sk.prune_(made, sk.Magnitude("2:4"), progress=progress)
+    assert not left and not difference(model_state(made), before)
