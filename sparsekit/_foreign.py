@@ -16,7 +16,8 @@ def refuse_foreign(name: str = "sparsekit") -> None:
         found = distribution(name)
     except PackageNotFoundError:
         return
-    if (found.metadata["Summary"] or "").startswith(SUMMARY):
+    described = found.read_text("METADATA") or found.read_text("PKG-INFO")
+    if not described or f"\nSummary: {SUMMARY}" in described:  # what an uninstall left behind describes nothing
         return
     raise ImportError(
         f"The distribution {name} {found.version} in {found.locate_file('')} is another project, imported by the same "

@@ -154,6 +154,11 @@ def test_another_project_of_the_same_name_is_refused(site):
         _foreign.refuse_foreign()
 
 
+def test_what_an_uninstall_left_behind_is_not_foreign(site):
+    (site / "sparsekit-0.1.5.dist-info").mkdir(parents=True)
+    _foreign.refuse_foreign()
+
+
 def test_this_project_under_its_earlier_name_is_not_foreign(site):
     add_distribution(site, "sparsekit", "0.1.0", "Kernels for sparse neural networks: 2:4 and more")
     _foreign.refuse_foreign()
