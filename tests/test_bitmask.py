@@ -61,6 +61,8 @@ def test_packing_is_undone_and_leaves_what_is_not_24():
 def test_quantized_weights_are_multiplied_by_their_scales(dtype):
     values = PACKED24["compressed"].to(dtype)
     assert unpack_bitmask("a.weight", {**PACKED24, "compressed": values}).float().tolist() == DENSE
+    with torch.device("meta"):  # whatever device is the default
+        assert not unpack_bitmask("a.weight", {**PACKED24, "compressed": values}).is_meta
     plain = {"b.weight": torch.ones(2, 2).to(dtype), "b.weight_scale": torch.tensor([[1.0], [3.0]]).bfloat16()}
     tensors = named("a", {**PACKED24, "compressed": values, "weight_scale": torch.tensor([0.5])}) | plain
     found = dict(unpack_all(tensors))

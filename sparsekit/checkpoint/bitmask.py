@@ -65,7 +65,7 @@ def unpack_bitmask(name: str, parts: Mapping[str, Tensor]) -> Tensor:
     if values.dtype in DTYPES:
         return values.new_zeros(shape).masked_scatter(mask, values)
     bits = BITS[values.element_size()]  # float8 can be moved, and no more
-    dense = torch.zeros(shape, dtype=bits).masked_scatter(mask, values.contiguous().view(bits))
+    dense = torch.zeros(shape, dtype=bits, device=values.device).masked_scatter(mask, values.contiguous().view(bits))
     return dense.view(values.dtype)
 
 
