@@ -123,6 +123,14 @@ def eagerly() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def passes(model: nn.Module) -> Iterator[None]:
+    """Where a model is run for what can be seen of it: in eval mode, eagerly, and on a copy of the random state."""
+    gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
+    with torch.random.fork_rng(gpus), eagerly(), evaluating(model):
+        yield
+
+
 def _restore(flags: Mapping[nn.Module, bool]) -> None:
     failed: BaseException | None = None
     for module, flag in flags.items():  # parents first: their train() switches all that is below them

@@ -76,3 +76,10 @@ def test_a_layer_that_is_called_and_read_is_pruned_and_stays_dense(ratios):
     assert [layer.name for layer in report.layers] == ["0.called", "0.read"]
     found = {layer.name: layer.reason for layer in sk.compress_(model, torch.randn(4, 8)).layers}
     assert found["0.read"] == "Reading reads its weight without calling it"
+
+
+def test_looking_for_who_reads_draws_none_of_the_callers_random_numbers():
+    model = nn.Sequential(Reading(lambda layer, x: F.linear(x + torch.rand(()), layer.weight)))
+    state = torch.get_rng_state()
+    sk.prune_(model, sk.Wanda("2:4"), torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,13 +1,13 @@
 """Runs a sample through a model, and sees how many tokens each linear layer gets, and in what dtype."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._batches import Forward, as_batches, eagerly, evaluating, layer_input, run_batch
+from .._batches import Forward, as_batches, layer_input, passes, run_batch
 from .._forwards import around_forwards
 from .._reads import watch_reads
 from .._trees import copied
@@ -61,14 +61,6 @@ def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forwa
 def bucket(tokens: int, device: torch.device) -> int:
     """The power of two that a token count is measured as on a device."""
     return min(1 << (tokens - 1).bit_length(), MAX_GPU_TOKENS if clock.is_gpu(device) else MAX_TOKENS)
-
-
-@contextmanager
-def passes(model: nn.Module) -> Iterator[None]:
-    """Where a model is run for what can be seen of it: in eval mode, eagerly, and on a copy of the random state."""
-    gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
-    with torch.random.fork_rng(gpus), eagerly(), evaluating(model):
-        yield
 
 
 def _watching(sites: list[LinearSite], count: Callable[..., None]) -> AbstractContextManager[None]:

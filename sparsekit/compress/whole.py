@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._batches import Forward, run_batch
+from .._batches import Forward, passes, run_batch
 from .._forwards import around_forwards
 from .._trees import copied
 from .decide import Choice
 from .swap import Swap
 from .tune import PARITY_RATIO, Timing, compare, time_interleaved
-from .watch import passes
 
 LEAST = 3  # rounds: a pass of a whole model may take minutes
 TRIES = 2  # before it is believed that something does not pay

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, Progress, as_batches, eagerly, evaluating, run_batch
+from .._batches import Forward, Progress, as_batches, evaluating, passes, run_batch
 from .._changing import change
 from .._fingerprint import digest_batches
 from .._layers import Where, check_model, count_weights
@@ -210,7 +210,7 @@ def _why_missed(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], forward: Forward | None
 ) -> dict[Layer, str]:
     """Why no batch reached these layers: a pass may read their weights without calling them."""
-    with eagerly(), watch_reads(model, [layer.module for layer in layers]) as reads:
+    with passes(model), watch_reads(model, [layer.module for layer in layers]) as reads:
         for batch in batches:
             run_batch(model, copied(batch), forward)
     return {layer: reads.get(layer.module, "no calibration batch reached it") for layer in layers}
