@@ -142,6 +142,9 @@ def test_random_numbers_are_the_same_in_every_pass_and_the_callers_stay(way):
     sk.prune_(model, sk.Wanda("2:4"), [(0, torch.ones(4, 8)), (1, torch.ones(4, 8))], forward=forward)
     assert torch.equal(torch.rand(3), expected)
     assert [len(values) for values in noise.values()] == [1, 1] and noise[0] != noise[1]
+    torch.manual_seed(7)
+    sk.prune_(model, sk.Wanda("1:4"), [(0, torch.ones(4, 8))], forward=forward, sequential=False)
+    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("what", ["whole", "in place", "part", "function"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .._batches import Forward, Progress, as_batches, eagerly, run_batch
+from .._batches import Forward, Progress, as_batches, run_batch
 from .held import HeldBatches
 from .inputs import Exchange, Gather, Inputs
 from .layers import Layer
@@ -39,10 +39,12 @@ def calibrated(
     with closing(Store()) as store:
         if not isinstance(batches, HeldBatches):
             batches = HeldBatches(as_batches(batches, reused=sequential), store if sequential else None)
-        if not sequential:
-            yield layers, _all_at_once(model, layers, gather, progress(batches), forward)
-            return
         passes = Passes(model, batches, forward)
+        if not sequential:
+            with passes.running():
+                inputs = _all_at_once(model, layers, gather, progress(batches), forward)
+            yield layers, inputs
+            return
         found = survey(split_stages(model, layers), passes, exchange)
         done = {i for i, stage in enumerate(found.stages) if {layer.name for layer in stage.layers} & set(finished)}
         replay = Replay(found, passes, store, done, exchange)
@@ -61,7 +63,7 @@ def _all_at_once(
         inputs[layer].update(x, batch)
 
     count = 0
-    with eagerly(), observe(inputs, record):
+    with observe(inputs, record):
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             run_batch(model, batch, forward)
     check_count(count)
