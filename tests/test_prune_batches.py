@@ -232,8 +232,8 @@ def test_memory_and_threads_do_not_grow_with_the_batches(monkeypatch, way):
     most, records = [0, 0], []
 
     class Counted(stores._Record):
-        def __init__(self, tensor):
-            super().__init__(tensor)
+        def __init__(self, *args):
+            super().__init__(*args)
             records.append(self)
 
     monkeypatch.setattr(stores, "_Record", Counted)

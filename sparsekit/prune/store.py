@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from typing import IO, Any
 
 import torch
@@ -21,7 +22,9 @@ class _Opaque(Exception):
 class Kept:
     """One output: gives it anew each time; dropped, it gives tensors of the same shapes without the numbers."""
 
-    def __init__(self, store: "Store", form: Any, records: "list[_Record]") -> None:
+    __slots__ = ("_form", "_records", "_store", "dropped")  # one per stage and batch stays to the end
+
+    def __init__(self, store: "Store", form: Any, records: "Sequence[_Record]") -> None:
         self._store, self._form, self._records = store, form, records
         self.dropped = False
 
@@ -32,15 +35,17 @@ class Kept:
         """Frees the memory, or the part of the file."""
         for record in self._records:
             self._store.free(record)
+        self._records = ()
         self.dropped = True
 
 
 class _Record:
     """One tensor: held, or a part of the file, or only what it looked like."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.like = tensor.detach().to("meta")
-        self.device = tensor.device
+    __slots__ = ("device", "file", "held", "like", "offset")
+
+    def __init__(self, like: Tensor, device: torch.device) -> None:
+        self.like, self.device = like, device
         self.held: Tensor | None = None
         self.file: IO[bytes] | None = None
         self.offset = 0
@@ -69,6 +74,7 @@ class Store:
         self._room = MEMORY if memory is None else memory
         self._file: IO[bytes] | None = None
         self._disk = self._end = 0
+        self._likes: dict[Any, Tensor] = {}  # on the meta device, by all that it tells
         self._gaps: dict[int, list[int]] = {}  # by size: outputs of a stage are as large as those before
 
     def keep(self, value: Any) -> Kept | None:
@@ -101,7 +107,10 @@ class Store:
             self._file.close()
 
     def _record(self, tensor: Tensor) -> _Record:
-        record = _Record(tensor)
+        key = tensor.shape, tensor.stride(), tensor.dtype
+        if key not in self._likes:
+            self._likes[key] = tensor.detach().to("meta")
+        record = _Record(self._likes[key], tensor.device)
         if record.nbytes <= self._room:
             self._room -= record.nbytes
             record.held = tensor.detach().clone()
