@@ -199,3 +199,15 @@ def test_every_shape_class_has_a_configuration(bucket):
         shape_class = family._shape_class(bucket, rows, cols)
         assert shape_class == f"{bucket}_{size}"
         assert TABLE.name("", shape_class) in TABLE.configs
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter, which is NumPy
+@pytest.mark.parametrize("dtype", KERNELS, ids=dtype_id)
+def test_what_is_not_finite_comes_out_as_in_the_dense_product(gpu, dtype):
+    _, values, bitmask = packed(gpu, 40, 38, dtype)
+    x = random(gpu, 3, 38, dtype=dtype)
+    x[0, 37], x[1, 5], x[2, 20] = float("inf"), NAN, -float("inf")
+    with TABLE.force(FAST):
+        y, expected = linear24(x, values, bitmask, None), linear24_reference(x, values, bitmask, None)
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+    assert torch.equal(y[y.isinf()], expected[expected.isinf()])
