@@ -1,6 +1,7 @@
 """compress_ on a GPU, acted on the CPU: which plan a layer gets, and that it can be undone, saved and loaded."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -210,3 +211,18 @@ def test_failure_while_building_leaves_the_model_as_it_was(table, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="injected"):
         sk.compress_(model, samples(4))
     assert_same(snapshot(model), before)
+
+
+def test_a_busy_gpu_is_no_verdict(table):
+    table["linear24"] = lambda tokens: 0.5 if next(turns) else 2.5
+    turns = itertools.cycle([True, False, False])
+    report = sk.compress_(model_of(torch.float32), samples(4, dtype=torch.float32))
+    assert report.swapped == () and report.undecided == ("0.up", "0.down")
+    assert "2:4: undecided, the machine is busy" in report.layers[0].reason and "2 undecided" in str(report)
+
+
+@pytest.mark.parametrize(("objective", "decision"), [("speed", "plain"), ("size", "2:4")])
+def test_for_size_what_is_no_slower_is_taken(table, objective, decision):
+    table |= {"linear24": 1.02, "other": 9.0}
+    report = sk.compress_(model_of(), samples(1, 64), objective=objective)
+    assert set(decisions(report).values()) == {decision}

@@ -185,7 +185,7 @@ def _decide_routed(site: LinearSite, timings: dict[int, tune.Timings], objective
     decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, names, objective)
     reason = "; ".join(filter(None, [decision.reason, remark]))
     if (plan := decision.plan) is None:
-        return Choice("plain", None, reason, timings, why=decision.reason)
+        return Choice("plain", None, reason, timings, why=decision.reason, undecided=decision.undecided)
 
     def build(site: LinearSite) -> Compressed:
         return RoutedLinear24.from_linear(site.layer, transposed=is_transposed(site.layer)).follow(plan)

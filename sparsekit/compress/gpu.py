@@ -131,11 +131,14 @@ def _route(tokens: int, name: str) -> Route:
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan of a layer (None: it stays dense), what answers each number of tokens in it, and why."""
+    """The plan of a layer (None: it stays dense), what answers each number of tokens in it, and why; whether it stays
+    only because the machine was too busy to tell.
+    """
 
     plan: Plan | None
     names: dict[int, str]
     reason: str
+    undecided: bool = False
 
 
 def decide(
@@ -166,7 +169,8 @@ def decide(
     wrong = [f"{name}: a wrong result {at_tokens(tokens)}" for tokens, name in _wrong(timings)]
     remarks = [*wrong[:3], *([f"{len(wrong) - 3} more wrong results"] if len(wrong) > 3 else [])]
     if not plans:
-        return Decision(None, {}, "; ".join([_lost(timings), *remarks]))
+        lost, undecided = _lost(timings)
+        return Decision(None, {}, "; ".join([lost, *remarks]), undecided)
 
     def seconds(layout: str | None) -> float:
         return sum(calls[tokens] * _seconds(timings[tokens], name) for tokens, name in plans[layout].items())
@@ -206,13 +210,13 @@ def _wrong(timings: Mapping[int, Timings]) -> list[tuple[int, str]]:
     return [(tokens, name) for tokens, measured in timings.items() for name, timing in measured.items() if not timing]
 
 
-def _lost(timings: Mapping[int, Timings]) -> str:
-    """The best result at the token count where it is worst."""
+def _lost(timings: Mapping[int, Timings]) -> tuple[str, bool]:
+    """The best result at the token count where it is worst, and whether it is undecided there."""
     best = {}
     for tokens, measured in timings.items():
         right = [timing for name, timing in measured.items() if timing and name not in ("plain", WITH_DENSE)]
         if not right:
-            return f"nothing gave a right result {at_tokens(tokens)}"
+            return f"nothing gave a right result {at_tokens(tokens)}", False
         best[tokens] = max(right, key=lambda timing: (timing.faster, timing.ratio))
     worst = min(best, key=lambda tokens: (best[tokens].faster, best[tokens].ratio))
-    return f"2:4: {turned_down(best[worst], worst)}"
+    return f"2:4: {turned_down(best[worst], worst)}", best[worst].undecided
