@@ -32,10 +32,14 @@ class HeldBatches:
         return held.load() if isinstance(held, Kept) else copied(held)
 
     def __iter__(self) -> Iterator[Any]:
+        once = self._store is None and isinstance(self._batches, Iterator)
+        if once:
+            self.first()  # which can be asked for later, when the iterator is at its end
         yield from (self[index] for index in self.arriving())
         if self._store is None:
             yield from map(copied, self._reading())
-            self._source, self._held = None, []
+            if not once:
+                self._source, self._held = None, []
 
     def arriving(self) -> Iterator[int]:
         """The index of every batch that is held, as soon as it is."""
