@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -147,6 +148,25 @@ def test_a_killed_writer_leaves_what_the_next_one_removes(write, tmp_path):
         living.kill()
     write(tmp_path / "other")
     assert names(tmp_path) == ["file", "other"]
+
+
+def test_threads_write_beside_each_other(tmp_path):
+    failed = []
+
+    def work():
+        try:
+            for _ in range(10):
+                sk.save(MODEL, tmp_path / "file")
+                sk.load(nn.Sequential(nn.Linear(8, 8)), tmp_path / "file")
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and names(tmp_path) == ["file"]
 
 
 def test_without_locks_age_tells_what_was_left(tmp_path, monkeypatch):
