@@ -187,3 +187,18 @@ def test_a_stage_within_stages(counts):
 
     sk.prune_(Shares(), counts, [torch.randn(6, 8)] * 2)
     assert counts.seen["shared"] == 2 * 6 * 6 and counts.seen["blocks.2.down"] == 12
+
+
+def test_batchnorm_that_is_not_called_as_a_module():
+    first, second = (nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+
+    def forward(model, x):
+        for layer in model:
+            x = layer.forward(x)
+        return x
+
+    x = torch.randn(16, 8)
+    assert sk.prune_(first, sk.Wanda("2:4"), x).batchnorm == ("1",)
+    assert sk.prune_(second, sk.Wanda("2:4"), x, forward=forward).batchnorm == ("1",)
+    assert torch.equal(first[1].running_mean, second[1].running_mean) and first[1].running_mean.any()

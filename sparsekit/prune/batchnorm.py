@@ -1,18 +1,17 @@
 """Running statistics of BatchNorm: stale once weights before it are pruned, and estimated anew from batches."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
 from .._batches import Forward, as_batches, eagerly, evaluating, layer_input, run_batch
 from .._changing import change
+from .._forwards import Around, around_forwards
 from .._layers import check_model
 from .._trees import copied
 from .._undo import Undo, restoring
@@ -90,25 +89,29 @@ def reestimate(
     estimates = {name: _Estimate(name, module) for name, module in batchnorms.items()}
     changed = after is None
 
-    def ran(*_: Any) -> None:
+    def after_which(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal changed
+        output = forward(*args, **kwargs)
         changed = True
+        return output
 
-    hooks: list[RemovableHandle] = []
+    def estimating(estimate: _Estimate) -> Around:
+        def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if changed:
+                estimate.enter(layer_input(args, kwargs))
+            output = forward(*args, **kwargs)
+            estimate.leave()
+            return output
+
+        return run
 
     def restore() -> None:
-        for hook in hooks:
-            hook.remove()
         for estimate in estimates.values():
             estimate.leave()
 
-    with restoring(restore), eagerly():
-        for module in after or ():
-            hooks.append(module.register_forward_hook(ran))
-        for estimate in estimates.values():
-            enter = partial(estimate.enter, lambda: changed)
-            hooks.append(estimate.module.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.append(estimate.module.register_forward_hook(lambda *_, estimate=estimate: estimate.leave()))
+    arounds = dict.fromkeys(after or (), after_which)
+    arounds |= {estimate.module: estimating(estimate) for estimate in estimates.values()}
+    with restoring(restore), eagerly(), around_forwards(arounds):
         count = 0
         for count, batch in enumerate(batches, start=1):  # noqa: B007
             changed = after is None
@@ -130,11 +133,8 @@ class _Estimate:
             self._mean, self._var = (torch.zeros_like(own, dtype=torch.float32) for own in self._own)
         self._count = 0
 
-    def enter(self, counts: Any, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def enter(self, x: Tensor) -> None:
         """Takes in an input and lets the module normalize by it."""
-        if not counts():
-            return
-        x = layer_input(args, kwargs)
         values = x.numel() // max(len(self._mean), 1)
         if values < 2:
             return
