@@ -70,8 +70,8 @@ def test_every_stage_runs_twice_after_a_look(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, input: runs.append(self) or forward(self, input))
     sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)] * 20)
     counts = [runs.count(layer) for layer in model[::2]]
-    look, trial = 20, 1 + 2
-    assert counts == [look + trial + 2 * 20] * 7 + [look + trial - 1 + 20]  # nothing comes after the last one
+    look, trial = 20, 1 + 3
+    assert counts == [look + trial + 2 * 20] * 7 + [look + trial - 2 + 20]  # nothing comes after the last one
 
 
 def test_a_cache_is_filled_once(monkeypatch):
@@ -105,6 +105,44 @@ def test_a_cache_is_filled_once(monkeypatch):
     sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)] * 2, forward=lambda m, x: m.head(m(x)))
     assert set(model.lengths[:2]) == {3}
     assert tried == [False]  # a stage sees what those before it added: none may be left out
+
+
+@pytest.mark.parametrize("kind", ["attribute", "number", "buffer"])
+def test_what_a_stage_leaves_on_a_module_is_of_this_batch(monkeypatch, kind):
+    class Leaving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("state", torch.zeros(3, 8))
+
+        def forward(self, x):
+            y = self.linear(x)
+            if kind == "attribute":
+                self.left = y
+            elif kind == "number":
+                self.left = y.std().item()
+            else:
+                self.left = self.state.copy_(y)
+            return y
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Leaving() for _ in range(4)])
+
+        def forward(self, x):
+            for index, layer in enumerate(self.layers):
+                x = torch.tanh(layer(x) * (self.layers[index - 2].left if index > 1 else 1))
+            return x
+
+    tried, models = replayed(monkeypatch), [Model()]
+    models.append(copy.deepcopy(models[0]))
+    batches = [torch.randn(3, 8), torch.randn(3, 8) ** 3]
+    sk.prune_(models[0], sk.Wanda("2:4"), batches)
+    assert tried == [False]
+    plain(monkeypatch)
+    sk.prune_(models[1], sk.Wanda("2:4"), batches)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
 def test_the_callers_modes_hold_in_the_passes():

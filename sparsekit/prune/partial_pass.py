@@ -3,10 +3,13 @@
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from .lineage import Lineage, Source
 from .store import Kept, Store
+
+Call: TypeAlias = "partial[Any]"  # of a stage's forward
 
 
 class Done(BaseException):
@@ -25,6 +28,7 @@ class PartialPass:
         finished: stages whose weights do not change any more.
         store: where outputs are kept.
         returned: called with what the stage returns, every time.
+        keeping: called with the call of a finished stage whose output has just been kept.
         kept: what finished stages returned in earlier passes of the batch, brought up to date; None runs all of them.
     """
 
@@ -35,6 +39,7 @@ class PartialPass:
         finished: Collection[int],
         store: Store,
         returned: Callable[[Any], None] = lambda _: None,
+        keeping: Callable[[Call], object] = lambda _: None,
         *,
         kept: dict[Source, Kept] | None,
     ) -> None:
@@ -43,14 +48,14 @@ class PartialPass:
         self._entered: Counter[int] = Counter()
         self._inside = False
         self._follows = kept is not None  # until a stage runs that is not finished: what comes after it will change
-        self._returned = returned
+        self._returned, self._keeping = returned, keeping
         self._lineage = Lineage()
 
     def following(self) -> AbstractContextManager[None]:
         """What surrounds the pass."""
         return self._lineage.following() if self._follows else nullcontext()
 
-    def enter(self, stage: int, call: Callable[[], Any]) -> Any:
+    def enter(self, stage: int, call: Call) -> Any:
         """Runs a stage, or gives what it returned before.
 
         Raises:
@@ -71,7 +76,7 @@ class PartialPass:
             raise Done
         return output
 
-    def _run(self, stage: int, call: Callable[[], Any]) -> Any:
+    def _run(self, stage: int, call: Call) -> Any:
         self._follows = self._follows and stage in self._finished
         output = call()
         if stage == self._stage:
@@ -79,7 +84,7 @@ class PartialPass:
             self._returned(output)
         return output
 
-    def _replayed(self, key: Source, call: Callable[[], Any]) -> Any:
+    def _replayed(self, key: Source, call: Call) -> Any:
         lineage = self._lineage
         lineage.pause()
         if key in self._kept and key[0] in self._finished:
@@ -99,5 +104,6 @@ class PartialPass:
             else:
                 self._kept[key] = kept
                 lineage.mark(output, [key])
+                self._keeping(call)
         lineage.resume()
         return output

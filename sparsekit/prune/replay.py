@@ -3,8 +3,9 @@
 Every pass is an ordinary call of the model, on the caller's thread and under all its modes, that ends when its stage
 has run. Between the stages everything is computed anew. What a finished stage returned is kept while a tensor is alive
 that comes from it, in bounded memory; what is not kept is computed again. What a stage does beside its output, such as
-adding to a cache that other stages read, nobody can see: so every route is tried on the dense model first, and where a
-stage then returns something else than in a plain pass, the batches on that route take plain partial passes.
+adding to a cache that other stages read, nobody can see: so every route is tried on the dense model first, where what a
+kept stage leaves behind is overwritten, as other batches overwrite it. Where a stage then returns something else than
+in a plain pass, the batches on that route take plain partial passes.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .._forwards import around_forwards
-from .._trees import tensors_in
+from .._trees import copied, map_tree, tensors_in
 from .inputs import Exchange, Gather, Inputs
 from .layers import Layer
 from .lineage import Source
 from .observe import observe
-from .partial_pass import Done, PartialPass, Stale
+from .partial_pass import Call, Done, PartialPass, Stale
 from .passes import Passes
 from .store import Kept, Store
 from .survey import Route, Survey
@@ -92,9 +93,9 @@ class Replay:
             yield
 
     def _pays(self, route: Route) -> bool:
-        """Whether two runs of each stage, and two of the trial, are fewer than plain partial passes take."""
+        """Whether two runs of each stage, and four of the trial, are fewer than plain partial passes take."""
         batches = self._routes.count(route)
-        return batches * (len(route) + 1) > 4 * (batches + 1)
+        return batches * (len(route) + 1) > 4 * (batches + 2)
 
     def _can_be_replayed(self, route: Route, index: int) -> bool:
         """Whether every stage returns in replayed passes of a batch what it returns in a plain one."""
@@ -105,10 +106,10 @@ class Replay:
                 self._passes.run(index)
                 for stage in sorted(set(route)):
                     replayed = _Outputs()
-                    returned = partial(replayed.add, stage)
+                    shown = partial(replayed.add, stage), _overwrite
                     finished = self._finished | set(range(stage))
                     self._run(
-                        index, partial(PartialPass, stage, route.count(stage), finished, self._store, returned), kept
+                        index, partial(PartialPass, stage, route.count(stage), finished, self._store, *shown), kept
                     )
                     if not replayed.equal(plain, stage):
                         return False
@@ -121,13 +122,23 @@ class Replay:
         return True
 
 
+def _overwrite(call: Call) -> None:
+    """Calls a stage on other numbers, so that what it has left on modules is not of this pass any more."""
+    args, kwargs = map_tree(copied((call.args, call.keywords)), _halved, lambda value: value)
+    call.func(*args, **kwargs)
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor * 0.5 if tensor.is_floating_point() else tensor
+
+
 class _Outputs:
     """A sample of what each stage returned in a pass, in this order."""
 
     def __init__(self) -> None:
         self._of: dict[int, list[Tensor]] = {}
 
-    def enter(self, stage: int, call: Callable[[], Any]) -> Any:
+    def enter(self, stage: int, call: Call) -> Any:
         output = call()
         self.add(stage, output)
         return output
