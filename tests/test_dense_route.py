@@ -171,3 +171,40 @@ def test_saved_as_the_sparse_layer_and_loaded_into_either(dense_calls, kind, tmp
             close(model(x), linear(x))
     assert type(other[0]) is kind and other[0].routes == ROUTES and not isinstance(fresh[0], DenseRoute)
     assert dense_calls == [9] and other[0].trainable
+
+
+def _called_with_another(layer, x):
+    return torch.func.functional_call(layer, {name: 3 * weight for name, weight in _weights(layer)}, (x,))
+
+
+def _called_with_many(layer, x):
+    many = {name: torch.stack([weight, 3 * weight]) for name, weight in _weights(layer)}
+    return torch.vmap(lambda weights: torch.func.functional_call(layer, weights, (x,)))(many)[1]
+
+
+def _replaced(layer, x):
+    for name, weight in _weights(layer):
+        setattr(layer, name, nn.Parameter(3 * weight, requires_grad=False))
+    return layer(x)
+
+
+def _given_other_data(layer, x):
+    for name, weight in _weights(layer):
+        layer.get_parameter(name).data = 3 * weight
+    return layer(x)
+
+
+def _weights(layer):
+    return [(name, weight.detach()) for name, weight in layer.named_parameters() if name != "bias"]
+
+
+@KINDS
+@pytest.mark.parametrize("call", [_called_with_another, _called_with_many, _replaced, _given_other_data])
+@torch.no_grad()
+def test_a_dense_copy_does_not_answer_for_another_weight(kind, call):
+    linear, layer = make(kind)
+    x = torch.randn(16, 40)  # so many that the copy answers
+    expected = linear(x)
+    close(layer(x), expected)
+    close(call(layer, x) - layer.bias, 3 * (expected - linear.bias))
+    close(layer(x), F.linear(x, layer.weight.plain(), layer.bias))

@@ -110,6 +110,17 @@ def test_gradients_reach_values_and_the_packed_weight_follows(vendor):
     assert len(vendor.calls) == 1
 
 
+@pytest.mark.parametrize("kernel", ["hardware", "dense", "linear24"])
+@torch.no_grad()
+def test_a_call_with_another_weight_is_multiplied_by_that(kernel):
+    layer = make(routes=(Route(16, kernel),))[1]
+    x, values = torch.randn(16, 40).half(), layer.values.detach().clone()
+    expected = layer(x)
+    other = torch.func.functional_call(layer, {"values": 2 * values}, (x,))
+    assert_close(other - layer.bias, 2 * (expected - layer.bias))
+    assert torch.equal(layer.values, values) and torch.equal(layer(x), expected)
+
+
 def test_frozen_values_leave_gradients_of_x_to_the_libraries(monkeypatch):
     monkeypatch.setattr(routed, "HARDWARE", torch.ops.sparsekit.hardware_linear24.default)
     linear, layer = make()

@@ -11,7 +11,7 @@ from ..ops._define import is_jit_tracing
 from ..ops.prepacked import prepack, prepacked_linear
 from .compressed import Compressed
 from .linear24 import Linear24
-from .shared import autocast_dtype, has_changed, version_of
+from .shared import Stamp, autocast_dtype, has_changed, stamp_of
 from .tiered import TieredLinear
 
 Layer = TypeVar("Layer", bound="DenseRoute")
@@ -22,17 +22,18 @@ class DenseRoute(Compressed):
     """Mixed into a sparse layer: a dense copy of its weight answers some numbers of tokens.
 
     On a CPU the copy is reordered by oneDNN where it can be. The state dict is that of the sparse layer; loading,
-    copying and moving make the copy anew, and so does whatever else writes to the weight, such as an average of
-    weights. It costs too much to follow an optimizer: the weight gets no gradient, and a call in training mode that
-    would need it raises. Under autocast to another dtype, and where the weight requires a gradient all the same, the
-    sparse weight answers every call.
+    copying and moving make the copy anew, and so does whatever else writes to the weight or replaces it, such as an
+    average of weights or ``torch.func.functional_call``; only a write through ``.data`` goes unnoticed. It costs too
+    much to follow an optimizer: the weight gets no gradient, and a call in training mode that would need it raises.
+    Under autocast to another dtype, in a transform of ``torch.func``, and where the weight requires a gradient all the
+    same, the sparse weight answers every call.
     """
 
     routes: Routes = ()
     tokens = 1  # that the copy is laid out for
     copy: Tensor | None = None
     reordered = False  # whether the copy is oneDNN's; tracing forgets it
-    version = 0  # of the weight that was copied
+    stamp: Stamp = ()  # of the weight that was copied
 
     def follow(self: Layer, routes: Routes, tokens: int) -> Layer:
         """Keeps a dense copy, laid out for ``tokens``, and takes these routes from now on; returns the layer itself."""
@@ -54,16 +55,16 @@ class DenseRoute(Compressed):
     def _keep(self) -> None:
         if self.routes:
             self.copy = prepack(self._dense(), self.tokens)
-            self.reordered, self.version = self.copy.is_mkldnn, version_of(*self._weights())
+            self.reordered, self.stamp = self.copy.is_mkldnn, stamp_of(*self._weights())
 
     def _multiply(self, input: Tensor) -> Tensor:
         self._check_training()
-        if self.copy is None or not self._takes_dense(input):
+        if self.copy is None or not self._takes_dense(input) or autocast_dtype(input) or self._wants_gradient():
             return super()._multiply(input)
-        if has_changed(self.version, *self._weights()):
+        if has_changed(self.stamp, *self._weights()):
             self._keep()
         copy = self.copy
-        if input.dtype != copy.dtype or autocast_dtype(input) or self._wants_gradient():
+        if input.dtype != copy.dtype:
             return super()._multiply(input)
         return prepacked_linear(input, copy, self.bias) if self.reordered else F.linear(input, copy, self.bias)
 
@@ -73,6 +74,8 @@ class DenseRoute(Compressed):
     def _takes_dense(self, input: Tensor) -> bool:
         if is_jit_tracing() or input.shape[-1:] != (self.in_features,) or self.in_features == 0:
             return False  # a trace holds one kernel for any number of tokens; the sparse layer rejects the others
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return False  # the weight may be many
         tokens = input.numel() // self.in_features
         return next((dense for most, dense in self.routes if tokens <= most), self.routes[-1][1])
 
@@ -89,7 +92,7 @@ class DenseRoute(Compressed):
 
     # An opaque tensor can be neither copied nor pickled.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "copy": None}
+        return {**self.__dict__, "copy": None, "stamp": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

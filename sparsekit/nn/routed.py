@@ -13,7 +13,7 @@ from ..ops._define import call_op, is_jit_tracing
 from ..ops.hardware_linear24 import padded_shape
 from ..ops.layouts import device_name
 from .linear24 import LINEAR24, Linear24
-from .shared import autocast_dtype, has_changed, version_of
+from .shared import Stamp, autocast_dtype, has_changed, stamp_of
 
 HARDWARE = torch.ops.sparsekit.hardware_linear24.default
 
@@ -75,7 +75,7 @@ class RoutedLinear24(Linear24):
     dense: Tensor | None = None
     layout = ""  # that ``packed`` has
     device_type = ""
-    version = 0  # of the weight that was packed
+    stamp: Stamp = ()  # of the weight that was packed
     called = "a Linear24 with a dense copy"
     ready = False  # whether the plan is followed
 
@@ -115,7 +115,7 @@ class RoutedLinear24(Linear24):
             self.values.data = head[: self.out_features, : self.values.shape[1]]
         if self.plan.keeps_dense:
             self.dense = _kept(dense, self._dense())
-        self.version = version_of(self.values)
+        self.stamp = stamp_of(self.values)
 
     # On a GPU a small call waits for the host, to which `nn.Linear` costs 3 us: what is read here comes from
     # dictionaries, and what linear24 and hardware_linear24 check of a weight was checked when it was packed.
@@ -157,15 +157,17 @@ class RoutedLinear24(Linear24):
         bias: Tensor | None = parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        kernel = route.kernel
+        kernel, values = route.kernel, parameters["values"]
+        if not torch.compiler.is_compiling() and values is not self.stamp[0][0]:
+            kernel = "linear24"  # the weight is another for this call, as functional_call makes it
         if kernel == "dense" and self.dense is not None:
-            if has_changed(self.version, self.values):
+            if has_changed(self.stamp, values):
                 self._pack()
             return F.linear(x, self.dense, bias)
         if kernel == "hardware" and self.packed is not None:
             _, _, alg_id, split_k, mode = route
             return call_op(HARDWARE, x, self.packed, bias, self.out_features, self.layout, alg_id, split_k, mode)
-        return call_op(LINEAR24, x, parameters["values"], self._buffers["bitmask"], bias)
+        return call_op(LINEAR24, x, values, self._buffers["bitmask"], bias)
 
     # Which copies parameters and buffers to another GPU, but no other tensor.
     def _replicate_for_data_parallel(self) -> "RoutedLinear24":
@@ -186,7 +188,7 @@ class RoutedLinear24(Linear24):
 
     # Copied or pickled, ``values`` is no longer the head of ``packed``.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None, "dense": None}
+        return {**self.__dict__, "packed": None, "dense": None, "stamp": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

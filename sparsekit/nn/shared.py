@@ -17,14 +17,27 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if enabled else None
 
 
-def version_of(*weights: Tensor) -> int:
-    """A number that rises whenever one of the weights is written to; inference tensors, which do not count, add 0."""
-    return sum(weight._version for weight in weights if not weight.is_inference())
+Stamp = tuple[tuple[Tensor, int, int], ...]
 
 
-def has_changed(version: int, *weights: Tensor) -> bool:
-    """Whether one of the weights was written to since ``version``; a compiled graph takes them for constants."""
-    return not torch.compiler.is_compiling() and version_of(*weights) != version
+def stamp_of(*weights: Tensor) -> Stamp:
+    """What ``has_changed`` compares: each weight itself, its address, and how often it was written to.
+
+    Inference tensors do not count their writes, and a write through ``.data`` leaves no trace in any.
+    """
+    return tuple((weight, weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+
+
+def has_changed(stamp: Stamp, *weights: Tensor) -> bool:
+    """Whether other weights are there than at ``stamp``, or one was written to; a compiled graph takes them for
+    constants.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        one is not other or counts != other_counts
+        for (one, *counts), (other, *other_counts) in zip(stamp, stamp_of(*weights), strict=True)
+    )
 
 
 def oriented(weight: Tensor, transposed: bool) -> Tensor:
