@@ -161,7 +161,7 @@ class RoutedLinear24(Linear24):
         if not torch.compiler.is_compiling() and values is not self.stamp[0][0]:
             kernel = "linear24"  # the weight is another for this call, as functional_call makes it
         if kernel == "dense" and self.dense is not None:
-            if has_changed(self.stamp, values):
+            if has_changed(self.stamp, self.values):
                 self._pack()
             return F.linear(x, self.dense, bias)
         if kernel == "hardware" and self.packed is not None:
