@@ -134,6 +134,13 @@ def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare:
     return None
 
 
+def hooks_reason(module: nn.Module) -> str | None:
+    """Why no other module can take the place of this one: what its users have hung on it would be lost; else None."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    return "its forward is replaced" if "forward" in vars(module) else None
+
+
 def _own_forward(module: nn.Module) -> str | None:
     """Why the module may compute something else than the layer that it is a kind of; None where it does not."""
     kind, own = _kind(module), vars(module)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sparsekit as sk
+from sparsekit.nn import Linear24
 
 
 @pytest.fixture
@@ -205,3 +206,37 @@ def test_conjugates_are_written_as_they_read(path):
     loaded = holding(torch.zeros(2, dtype=torch.complex64))
     sk.load(loaded, path)
     assert loaded.odd.tolist() == [1 - 2j, 3 + 4j]
+
+
+def test_an_offloaded_model_is_loaded_before(path):
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    sk.save(model, path)
+    for offload in (accelerate.cpu_offload, accelerate.cpu_offload_with_hook):
+        other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+        offload(other, execution_device="cpu")
+        if offload is accelerate.cpu_offload:  # which would go on with the old weights, without a word
+            with pytest.raises(
+                ValueError, match=r"cannot load .*: 0 is offloaded by accelerate, .* load the model before"
+            ):
+                sk.load(other, path)
+        else:  # which moves the weights that are there
+            sk.load(other, path)
+            assert contents(other) == contents(model)
+
+
+def test_a_layer_with_hooks_is_not_replaced(path):
+    source = nn.Sequential(Linear24(8, 8))
+    sk.save(source, path)
+    for model in (nn.Sequential(nn.Linear(8, 8)), nn.Sequential(Linear24(8, 8))):
+        handle = model[0].register_forward_hook(lambda *_: None)
+        before = contents(model)
+        with pytest.raises(ValueError, match=r"cannot load .*: layer '0' cannot be replaced: it has hooks"):
+            sk.load(model, path)
+        assert contents(model) == before and len(model[0]._forward_hooks) == 1
+        if type(model[0]) is nn.Linear:
+            sk.load(model, path, dense=True)  # which replaces no layer
+            assert len(model[0]._forward_hooks) == 1
+        handle.remove()
+        sk.load(model, path)
+        assert contents(model) == contents(source)

@@ -271,3 +271,19 @@ def test_a_dtype_without_a_kernel_is_refused_before_anything_changes(ratios):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     sk.decompress_(model)
     assert model.double()(torch.randn(2, 16).double()).dtype == torch.float64
+
+
+def test_hooks_on_compressed_layers_are_not_lost(ratios):
+    model = blocks(1)
+    sk.compress_(model)
+    before = snapshot(model)
+    handle = model[0].down.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"layer '0.down' cannot be replaced: it has hooks, which would be lost"):
+        sk.decompress_(model)
+    assert_same(snapshot(model), before)
+    handle.remove()
+    model[0].down.forward = model[0].down.forward
+    with pytest.raises(ValueError, match=r"layer '0.down' cannot be replaced: its forward is replaced"):
+        sk.decompress_(model)
+    del model[0].down.forward
+    assert sk.decompress_(model) == ("0.up", "0.down")

@@ -95,8 +95,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
         TypeError: ``model`` is not a module.
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, altered or foreign, or does not fit the model; or the model is sharded, not
-            initialized, or has a buffer on the meta device that no file holds. The message names the file and what is
-            wrong, and the model is as it was.
+            initialized, offloaded by accelerate, has a buffer on the meta device that no file holds, or hooks on a
+            layer that another one would replace. The message names the file and what is wrong, and the model is as it
+            was.
         RuntimeError: the model is being changed already, here or in another thread.
     """
     check_model(model)
@@ -166,6 +167,12 @@ def _check_replaceable(model: nn.Module) -> None:
             raise ValueError(
                 f"{where} wrapped in DistributedDataParallel, which would go on with the parameters that load "
                 "replaces: load the model before it is wrapped"
+            )
+        hook = vars(module).get("_hf_hook")
+        if any(getattr(each, "weights_map", None) is not None for each in getattr(hook, "hooks", (hook,))):
+            raise ValueError(
+                f"{name or 'the model'} is offloaded by accelerate, which puts the weights that it has laid aside back "
+                "at every call: load the model before it is offloaded"
             )
 
 

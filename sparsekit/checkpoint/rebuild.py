@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..compress.swap import check_known, get_original, guard_saving, refill, set_original
+from ..compress.swap import check_known, check_replaceable, get_original, guard_saving, refill, set_original
 from ..masks import remove_mask, set_mask_bits
 from ..nn import (
     Compressed,
@@ -55,6 +55,7 @@ def _swap(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, T
         if not name:
             raise ValueError("the model is a single layer, which cannot be replaced within it: put it in a Sequential")
         if module not in made:
+            check_replaceable(name, module)
             made[module] = make()
         model.set_submodule(name, made[module])
 

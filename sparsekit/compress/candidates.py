@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import is_transposed, unsupported_reason
+from .._layers import hooks_reason, is_transposed, unsupported_reason
 from ..masks import get_mask, lost_zeros, outdated_mask, tier_sizes
 from ..nn import (
     Compressed,
@@ -56,11 +56,7 @@ def unfit(layer: nn.Module) -> str | None:
         return reason
     if type(layer) is not nn.Linear and not is_transposed(layer):
         return f"{type(layer).__name__} may compute something else than nn.Linear"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return "it has hooks"
-    if "forward" in layer.__dict__:
-        return "its forward is replaced"
-    if reason := outdated_mask(layer):
+    if reason := hooks_reason(layer) or outdated_mask(layer):
         return reason
     known = {"weight", "bias", "weight_mask", "weight_fading"}
     own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - known

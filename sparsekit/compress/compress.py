@@ -159,7 +159,8 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a layer put there by hand stands for one of another class than ``nn.Linear``.
+        ValueError: a compressed layer has hooks or a replaced forward, or one put there by hand stands for one of
+            another class than ``nn.Linear``.
         RuntimeError: the model is being changed already, here or in another thread.
 
         Whatever is raised, also by an interrupt, leaves the model compressed.

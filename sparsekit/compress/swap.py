@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from .._layers import hooks_reason
 from .._undo import Undo
 from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
 from ..nn import Compressed, carry_mask, guard_conversions
@@ -87,10 +88,11 @@ def restore_all(model: nn.Module, undo: Undo) -> tuple[str, ...]:
     """Hangs the plain layer of every compressed one, all of them or none; returns their names.
 
     Raises:
-        ValueError: a layer stands for one of another class than ``nn.Linear``, and nobody noted which.
+        ValueError: a layer has hooks, or stands for one of another class than ``nn.Linear`` and nobody noted which.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Compressed) and name}
     for name, module in found.items():
+        check_replaceable(name, module)
         check_known(name, module)
     slots = parent_slots(model)
     undo.callback(guard_saving, model)
@@ -111,6 +113,12 @@ def check_known(name: str, module: Compressed) -> None:
     """Rejects a transposed layer that nobody swapped in: the class of the layer it stands for is unknown."""
     if module.transposed and get_original(module) is None:
         raise ValueError(f"layer {name!r} stands for a layer of an unknown class, only an nn.Linear can be made anew")
+
+
+def check_replaceable(name: str, module: nn.Module) -> None:
+    """Rejects a layer on which something hangs that the one in its place would not have."""
+    if reason := hooks_reason(module):
+        raise ValueError(f"layer {name!r} cannot be replaced: {reason}, which would be lost; remove that first")
 
 
 def empty(layer: nn.Linear) -> None:
