@@ -76,7 +76,7 @@ def refuse_without_torch() -> None:
     """Ends a build that would leave the slow package where nobody asked for it: pip shows what a failed build says."""
     if OBSTACLE == NO_TORCH:
         raise SystemExit(
-            f"sparsekit: {NO_TORCH}, since pip builds in isolation. For the compiled kernels: "
+            f"sparsekit: {NO_TORCH}; pip builds in isolation unless told otherwise. For the compiled kernels: "
             "`pip install torch 'setuptools>=77' ninja`, then the same pip install with --no-build-isolation. "
             "For plain PyTorch, many times slower: the same pip install with SPARSEKIT_NATIVE=0 in the environment."
         )

@@ -3,8 +3,7 @@
 Imported before all else, it raises ImportError.
 """
 
-from importlib.metadata import PackageNotFoundError, distribution
-
+from ._installed import installed, reinstall_command
 from ._version import DISTRIBUTION
 
 SUMMARY = "Kernels for sparse neural networks"  # how the summary of this project begins
@@ -12,18 +11,13 @@ SUMMARY = "Kernels for sparse neural networks"  # how the summary of this projec
 
 def refuse_foreign(name: str = "sparsekit") -> None:
     """Raises ImportError where a distribution called ``sparsekit`` that is not this project is installed."""
-    try:
-        found = distribution(name)
-    except PackageNotFoundError:
-        return
-    described = found.read_text("METADATA") or found.read_text("PKG-INFO")
-    if not described or f"\nSummary: {SUMMARY}" in described:  # what an uninstall left behind describes nothing
-        return
-    raise ImportError(
-        f"The distribution {name} {found.version} in {found.locate_file('')} is another project, imported by the same "
-        f"name as {DISTRIBUTION}. Keep one: `pip uninstall {name}`, then "
-        f"`pip install --no-build-isolation --force-reinstall --no-deps {DISTRIBUTION}`"
-    )
+    for found in installed(name):
+        described = found.read_text("METADATA") or found.read_text("PKG-INFO")
+        if described and f"\nSummary: {SUMMARY}" not in described:  # what an uninstall left behind describes nothing
+            raise ImportError(
+                f"The distribution {name} {found.version} in {found.locate_file('')} is another project, imported by "
+                f"the same name as {DISTRIBUTION}. Keep one: `pip uninstall {name}`, then `{reinstall_command()}`"
+            )
 
 
 refuse_foreign()

@@ -5,12 +5,12 @@
 
 import json
 import os
-from importlib.metadata import PackageNotFoundError, distribution
+import shlex
 from pathlib import Path
 
 import torch
 
-from ._version import DISTRIBUTION
+from ._installed import installed, reinstall_command
 
 PACKAGE = Path(__file__).parent
 SWITCHED_OFF = "switched off by SPARSEKIT_NATIVE=0"
@@ -52,9 +52,7 @@ def remedy(package: Path) -> tuple[str, str]:
     """
     checkout = package.parent
     is_checkout = (checkout / "setup.py").exists() and (checkout / "csrc").is_dir()
-    build = "pip install --no-build-isolation " + (
-        f"-e {checkout}" if is_checkout else f"--force-reinstall {DISTRIBUTION}"
-    )
+    build = f"pip install --no-build-isolation -e {shlex.quote(str(checkout))}" if is_checkout else reinstall_command()
     if any(package.glob("_C.*")):
         return "it has to be built anew for this torch", build
     if is_checkout and (installed := _installed_elsewhere(package)) is not None:
@@ -76,8 +74,5 @@ def _record(package: Path = PACKAGE) -> dict[str, str]:
 
 def _installed_elsewhere(package: Path) -> Path | None:
     """Another folder that the installed package lies in, where it has its extension."""
-    try:
-        found = Path(str(distribution(DISTRIBUTION).locate_file("sparsekit")))
-    except PackageNotFoundError:
-        return None
-    return found if found.resolve() != package.resolve() and any(found.glob("_C.*")) else None
+    folders = [Path(str(found.locate_file("sparsekit"))) for found in installed()]
+    return next((each for each in folders if each.resolve() != package.resolve() and any(each.glob("_C.*"))), None)

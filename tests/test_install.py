@@ -12,7 +12,7 @@ import setuptools
 import torch
 
 import sparsekit as sk
-from sparsekit import _foreign, _native
+from sparsekit import _foreign, _installed, _native
 from sparsekit.cli import app
 from sparsekit.ops import _kernels
 from sparsekit.ops.nm import nm_mask_reference
@@ -44,7 +44,7 @@ def checkout(tmp_path):
 
 
 def test_a_checkout_that_was_not_built(checkout, monkeypatch):
-    monkeypatch.setattr(_native, "DISTRIBUTION", "no-such-distribution")
+    monkeypatch.setattr(_native, "installed", list)
     why, command = _native.remedy(checkout)
     assert why == f"the checkout {checkout.parent} was never built"
     assert command == f"pip install --no-build-isolation -e {checkout.parent}"
@@ -60,16 +60,40 @@ def test_a_checkout_that_hides_the_installed_package(checkout, site):
     assert why == f"the source checkout {checkout.parent} hides the package installed in {site / 'sparsekit'}"
 
 
+def test_what_a_build_left_in_the_checkout_hides_no_installed_package(checkout, site, monkeypatch):
+    """``pip install .`` leaves metadata beside the package, and they come first on the path of who starts there."""
+    add_distribution(site, "sparsekit-kernels", "0.1.0", "Kernels for sparse neural networks")
+    (site / "sparsekit").mkdir()
+    (site / "sparsekit" / "_C.abi3.so").touch()
+    add_distribution(checkout.parent, "sparsekit-kernels", "0.1.0", "Kernels for sparse neural networks")
+    monkeypatch.syspath_prepend(str(checkout.parent))
+    assert "hides the package installed in" in _native.remedy(checkout)[0]
+
+
 def test_an_installation_whose_build_fell_back(tmp_path):
     package = tmp_path / "site-packages" / "sparsekit"
     package.mkdir(parents=True)
     (package / "_build.json").write_text(json.dumps({"reason": "c++ compiles no C++20"}))
     why, command = _native.remedy(package)
     assert why == "its build said: c++ compiles no C++20"
-    assert command == "pip install --no-build-isolation --force-reinstall sparsekit-kernels"
+    assert command.startswith("pip install --no-build-isolation --no-deps --force-reinstall ")
     for damaged in ("[]", "{", ""):
         (package / "_build.json").write_text(damaged)
         assert _native.remedy(package)[0] == f"the package in {package} was never built"
+
+
+def test_what_was_installed_from_a_folder_is_installed_from_there_again(checkout, site):
+    """No index has to know the package."""
+    add_distribution(site, "sparsekit-kernels", "0.1.0", "Kernels for sparse neural networks")
+    record = site / "sparsekit_kernels-0.1.0.dist-info" / "direct_url.json"
+    command = "pip install --no-build-isolation --no-deps --force-reinstall "
+    record.write_text(json.dumps({"dir_info": {}, "url": checkout.parent.as_uri()}))
+    assert _installed.reinstall_command() == f"{command}{checkout.parent}"
+    (checkout.parent / "setup.py").unlink()
+    assert str(checkout) not in _installed.reinstall_command()  # it is gone
+    for damaged in ("[]", "{", '{"dir_info": {}}', '{"dir_info": {}, "url": 1}'):
+        record.write_text(damaged)
+        assert _installed.reinstall_command().startswith(command)
 
 
 def test_an_extension_for_another_torch(tmp_path, monkeypatch):
@@ -162,6 +186,14 @@ def test_what_an_uninstall_left_behind_is_not_foreign(site):
 def test_this_project_under_its_earlier_name_is_not_foreign(site):
     add_distribution(site, "sparsekit", "0.1.0", "Kernels for sparse neural networks: 2:4 and more")
     _foreign.refuse_foreign()
+
+
+def test_another_project_behind_this_one_is_refused(site, tmp_path, monkeypatch):
+    add_distribution(site, "sparsekit", "0.1.5", "Something else that is sparse")
+    add_distribution(tmp_path / "first", "sparsekit", "0.1.0", "Kernels for sparse neural networks: 2:4 and more")
+    monkeypatch.syspath_prepend(str(tmp_path / "first"))
+    with pytest.raises(ImportError, match=r"sparsekit 0\.1\.5 in"):
+        _foreign.refuse_foreign()
 
 
 def test_import_is_light():
