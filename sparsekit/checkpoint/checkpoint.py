@@ -134,15 +134,21 @@ def _ordinary() -> Iterator[None]:
 def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
     """Changes the modules of a model, with the way back in ``undo``: references, no tensor is copied."""
 
-    def attributes(module: nn.Module) -> dict[str, Any]:
-        return {key: copy.copy(v) if isinstance(v, dict | list | set) else v for key, v in vars(module).items()}
+    def registries(module: nn.Module) -> list[Any]:
+        return [vars(module)[key] for key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")]
 
-    record = [(module, attributes(module)) for module in model.modules()]
+    record = [
+        (module, dict(vars(module)), [(each, copy.copy(each)) for each in registries(module)])
+        for module in model.modules()
+    ]
 
     def restore() -> None:
-        for module, before in record:
+        for module, attributes, contents in record:
             vars(module).clear()
-            vars(module).update({key: copy.copy(v) if isinstance(v, dict) else v for key, v in before.items()})
+            vars(module).update(attributes)
+            for registry, content in contents:  # the same objects, for whoever holds them
+                registry.clear()
+                registry.update(content)
             if (original := get_original(module)) is not None:
                 empty(original)
 
