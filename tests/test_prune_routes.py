@@ -10,6 +10,7 @@ from sparsekit.masks import Pattern
 from sparsekit.prune.held import HeldBatches
 from sparsekit.prune.layers import find_layers
 from sparsekit.prune.passes import Passes
+from sparsekit.prune.replay import Replay
 from sparsekit.prune.stages import split_stages
 from sparsekit.prune.store import Store
 from sparsekit.prune.survey import _order, survey
@@ -88,6 +89,35 @@ def test_early_exits_and_loops_of_different_lengths(counts):
     report = sk.prune_(Loops(), counts, batches)
     assert counts.seen == {"steps.0": 50, "steps.1": 40, "steps.2": 10, "steps.3": 10, "head": 30}
     assert report.layers[-1].name == "head"
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_an_exit_that_pruning_moves(counts, replayed, monkeypatch):
+    class Exit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
+            self.head = nn.Linear(8, 4)
+            self.passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            for step in self.steps:
+                x = step(x)
+                if x.mean() > 6:
+                    break
+            return self.head(x)
+
+    monkeypatch.setattr(Replay, "_pays", lambda *_: replayed)
+    model = Exit()
+    for step in model.steps:
+        nn.init.constant_(step.weight, 1)
+    # What is 1 becomes 8 by a dense step and 4 by a pruned one: the second pruned step is the first to bring it over 6.
+    sk.prune_(model, counts, [torch.ones(10, 8), torch.full((20, 8), 100.0)])
+    assert counts.seen == {"steps.0": 30, "steps.1": 10, "head": 30}
+    if not replayed:
+        look, steps, head, why_two_are_missed = 2, (2, 2, 1, 0), 2, 1  # nobody is tried where it is known to end
+        assert model.passes == look + sum(steps) + head + why_two_are_missed
 
 
 def test_orders():

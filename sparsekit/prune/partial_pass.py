@@ -13,7 +13,15 @@ Call: TypeAlias = "partial[Any]"  # of a stage's forward
 
 
 class Done(BaseException):
-    """Ends a pass that has shown its stage everything. Not an Exception, so no model swallows it."""
+    """Ends a pass that has shown its stage everything. Not an Exception, so no model swallows it.
+
+    Args:
+        stage: where the pass ended: in this one, or before it.
+    """
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage)
+        self.stage = stage
 
 
 class Stale(BaseException):
@@ -25,6 +33,8 @@ class PartialPass:
 
     Args:
         stage: the pass ends when this one has run ``entries`` times.
+        entries: how often the dense model ran it; with 0 the pass ends after one run, or before any other stage that is
+            not finished.
         finished: stages whose weights do not change any more.
         store: where outputs are kept.
         returned: called with what the stage returns, every time.
@@ -43,7 +53,8 @@ class PartialPass:
         *,
         kept: dict[Source, Kept] | None,
     ) -> None:
-        self._stage, self._left, self._finished, self._store = stage, entries, finished, store
+        self._stage, self._finished, self._store = stage, finished, store
+        self._left, self._is_new = max(entries, 1), entries == 0
         self._kept: dict[Source, Kept] = {} if kept is None else kept
         self._entered: Counter[int] = Counter()
         self._inside = False
@@ -65,6 +76,8 @@ class PartialPass:
         if self._inside:
             output = self._run(stage, call)
         else:
+            if self._is_new and stage != self._stage and stage not in self._finished:
+                raise Done(stage)
             key = stage, self._entered[stage]
             self._entered[stage] += 1
             self._inside = True
@@ -73,7 +86,7 @@ class PartialPass:
             finally:
                 self._inside = False
         if self._left <= 0 and not self._inside:
-            raise Done
+            raise Done(self._stage)
         return output
 
     def _run(self, stage: int, call: Call) -> Any:

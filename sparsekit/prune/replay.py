@@ -38,6 +38,7 @@ class Replay:
     ) -> None:
         self._stages, self._routes, self._passes, self._store = found.stages, found.routes, passes, store
         self._finished = set(finished)
+        self._ends: dict[int, int | None] = {}  # by batch: all that it enters before this stage is finished
         self._now: PartialPass | _Outputs | None = None
         first = {route: index for index, route in reversed(list(enumerate(self._routes)))}
         fit = {route: self._pays(route) and self._can_be_replayed(route, index) for route, index in first.items()}
@@ -46,7 +47,11 @@ class Replay:
         self._kept: list[dict[Source, Kept] | None] = [{} if fit[route] else None for route in self._routes]
 
     def collect(self, stage: int, gather: Gather) -> list[Inputs]:
-        """Runs every batch that enters the stage as far as that, and returns what its layers were shown, in order."""
+        """Runs every batch that enters the stage as far as that, and returns what its layers were shown, in order.
+
+        One that does not enter it in the dense model is tried: behind what is pruned by now it may, as where an exit
+        depends on what a stage produces. It ends before any other stage that is not finished.
+        """
         inputs = {layer: gather(layer) for layer in self._stages[stage].layers}
 
         def record(layer: Layer, x: Any) -> None:
@@ -54,28 +59,35 @@ class Replay:
 
         with observe(inputs, record), self._passing():
             for index, route in enumerate(self._routes):
-                if stage in route:
-                    start = partial(PartialPass, stage, route.count(stage), self._finished, self._store)
-                    self._run(index, start, self._kept[index])
+                if stage not in route and self._ends.get(index, stage) != stage:
+                    continue
+                start = partial(PartialPass, stage, route.count(stage), self._finished, self._store)
+                end = self._run(index, start, self._kept[index])
+                if stage in route or end == stage:
+                    self._ends.pop(index, None)
+                else:
+                    self._ends[index] = end
         return list(inputs.values())
 
     def finish(self, stage: int) -> None:
         """Says that the layers of a stage are pruned."""
         self._finished.add(stage)
 
-    def _run(self, index: int, start: Callable[..., PartialPass], kept: dict[Source, Kept] | None) -> None:
+    def _run(self, index: int, start: Callable[..., PartialPass], kept: dict[Source, Kept] | None) -> int | None:
+        """Runs a batch; returns the stage that its pass ended at, or None where the model came to its own end."""
         self._now = now = start(kept=kept)
         try:
             with now.following():
                 self._passes.run(index)
-        except Done:
-            pass
+            return None
+        except Done as done:
+            return done.stage
         except Stale:  # nothing has been recorded yet
             assert kept is not None
             for each in kept.values():
                 each.drop()
             kept.clear()
-            self._run(index, start, kept)
+            return self._run(index, start, kept)
         finally:
             self._now = None
 
