@@ -242,6 +242,20 @@ def test_refuses():
         broken.base_model.model[2](torch.randn(2, 32), adapter_names=["default", "default"])
 
 
+def test_a_merge_that_fails_changes_nothing():
+    model = pruned()
+    model[2] = Linear24.from_linear(model[2])
+    wrapped = peft.get_peft_model(model, config()).eval()
+    wrapped.base_model.model[2].lora_B["default"].weight.data[0, 0] = torch.nan
+    before, modules = copy.deepcopy(wrapped.state_dict()), list(wrapped.modules())
+    with pytest.raises(ValueError, match=r"2: the adapter 'default' makes a weight NaN or infinite: it was not merged"):
+        merge_lora(wrapped)
+    assert list(wrapped.modules()) == modules and not any(layer.merged for layer in wrapped.base_model.model[::2])
+    torch.testing.assert_close(wrapped.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(TypeError, match="model must be a PEFT model with LoRA adapters, got Sequential"):
+        merge_lora(pruned())
+
+
 def test_masks_of_other_modules_are_refused():
     class Experts(nn.Module):
         def __init__(self):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._layers import input_dim
-from ..masks import MaskInfo, Pattern, get_mask, get_mask_bits, get_mask_info, masked_parameters, set_mask
-from ..nn import Compressed, Linear24, PrepackedLinear, TieredLinear
+from ..masks import masked_parameters
+from ..nn import Compressed
+from ..nn.repack import dense_weight, drops, kept_entries, store_weight
 from ..nn.shared import oriented
-from ..ops.bits import nonzero
 
 Model = TypeVar("Model", bound=nn.Module)
 INITIAL = (True, False, "gaussian", "orthogonal")  # the ways to begin that leave the weight of the layer alone
@@ -103,9 +103,17 @@ def merge_lora(model: Any) -> nn.Module:
     was trained without its mask (a plain ``LoraConfig``) loses what it learned where the weight is zero.
 
     Raises:
-        ValueError: as ``keep_zeros_``.
+        TypeError: ``model`` is no PEFT model.
+        ValueError: as ``keep_zeros_``; or an adapter makes a weight NaN or infinite, or has a bias that its layer has
+            no place for. Nothing is merged then.
     """
-    merged: nn.Module = keep_zeros_(model).merge_and_unload()
+    if not callable(getattr(model, "merge_and_unload", None)):
+        raise TypeError(f"model must be a PEFT model with LoRA adapters, got {type(model).__name__}")
+    keep_zeros_(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, _MaskedAdapter):
+            layer.check_merge(name)
+    merged: nn.Module = model.merge_and_unload()
     return merged
 
 
@@ -173,7 +181,7 @@ class _MaskedAdapter(nn.Module):
     def _product(self, x: Tensor, adapter: str) -> Tensor:
         first, second = self.lora_A[adapter], self.lora_B[adapter]
         x = self.lora_dropout[adapter](x)
-        if not _drops(self.get_base_layer()):
+        if not drops(self.get_base_layer()):
             return second(first(x)) * self.scaling[adapter]
         bias = second.bias * self.scaling[adapter] if self.lora_bias[adapter] else None
         return self._multiply(x, self.get_delta_weight(adapter), bias)
@@ -193,18 +201,34 @@ class _MaskedAdapter(nn.Module):
                 self._add(self.merged_adapters[-1], -1)
             self.merged_adapters.pop()
 
-    @torch.inference_mode(False)
     @torch.no_grad()
-    def _add(self, adapter: str, sign: int) -> None:
-        """Adds the adapter to the layer, or takes it away."""
-        base, second = self.get_base_layer(), self.lora_B[adapter]
+    def check_merge(self, name: str) -> None:
+        """Raises what ``merge`` would, naming the layer."""
+        weight = None
+        try:
+            for adapter in check_adapters_to_merge(self):  # type: ignore[arg-type]
+                if adapter in self.lora_A:
+                    weight = self._sum(adapter, 1, weight)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _sum(self, adapter: str, sign: int, weight: Tensor | None = None) -> Tensor:
+        """The layer's weight, or the one given, with the adapter added or taken away."""
+        base = self.get_base_layer()
         if self.lora_bias[adapter] and base.bias is None:
             raise ValueError(f"the adapter {adapter!r} has a bias (lora_bias), and the layer has none to add it to")
-        weight = _dense_weight(base)
+        weight = dense_weight(base) if weight is None else weight
         with torch.autocast(weight.device.type, enabled=False):
             merged = weight + sign * self.get_delta_weight(adapter).to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"the adapter {adapter!r} makes a weight NaN or infinite: it was not merged")
+        return merged
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _add(self, adapter: str, sign: int) -> None:
+        """Adds the adapter to the layer, or takes it away."""
+        base, second, merged = self.get_base_layer(), self.lora_B[adapter], self._sum(adapter, sign)
         if isinstance(base, Compressed):
             store_weight(base, merged)
         else:
@@ -247,48 +271,3 @@ def _adapter(target: nn.Module, adapter_name: str, *, config: LoraConfig, **argu
     adapter = MaskedLoraLinear(target, adapter_name, config=config, **arguments)
     adapter.fan_in_fan_out = base.transposed if isinstance(base, Compressed) else input_dim(base) == 0
     return adapter
-
-
-def _drops(layer: nn.Module) -> bool:
-    """Whether a layer keeps only some entries of its weight."""
-    return get_mask_bits(layer) is not None or isinstance(layer, Linear24 | TieredLinear)
-
-
-def kept_entries(layer: nn.Module) -> Tensor | None:
-    """Which entries of its weight a layer keeps, bool in the weight's shape; None where it keeps all."""
-    mask = get_mask(layer)
-    if mask is not None or not _drops(layer):
-        return mask
-    if isinstance(layer, Linear24):
-        return oriented(layer._unpack(torch.ones_like(layer.values), layer.bitmask) != 0, layer.transposed)
-    return nonzero(_dense_weight(layer))  # which is what TieredLinear packs of a weight without a mask
-
-
-def _dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as a dense tensor, without a gradient."""
-    if isinstance(layer, Compressed):
-        return oriented(layer._dense(), layer.transposed)
-    return layer.get_parameter("weight").detach()
-
-
-def store_weight(layer: Compressed, weight: Tensor) -> None:
-    """Stores another dense weight in a compressed layer, in the same form: its zeros are those of the layer.
-
-    Args:
-        layer: keeps its tensors, which get new values.
-        weight: in the shape of ``layer.weight``.
-    """
-    state = {"weight": weight}
-    if not isinstance(layer, PrepackedLinear):
-        mask = kept_entries(layer)
-        assert mask is not None
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(oriented(weight, layer.transposed))
-        set_mask(linear, oriented(mask, layer.transposed), get_mask_info(layer) or MaskInfo(Pattern(2, 4), 1))
-        if isinstance(layer, TieredLinear):
-            state = TieredLinear.from_linear(linear, k=layer.k, block=layer.block).state_dict()
-        else:
-            state = Linear24.from_linear(linear).state_dict()
-    if layer.bias is not None:
-        state["bias"] = layer.bias
-    layer.load_state_dict(state)
