@@ -23,9 +23,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes a hidden folder beside ``path`` to write to, which takes the place of ``path`` once the block has ended.
 
     If the block fails, or is interrupted, ``path`` is what it was and nothing else is left. Where ``path`` is a link,
-    what it leads to is replaced. On Linux both folders change names in one step. Elsewhere the old one leaves first,
-    and what a kill between the two steps took away comes back with the next call beside it, which also removes what
-    killed processes have left.
+    what it leads to is replaced. Its files have the permissions that the umask leaves, whoever wrote them. On Linux
+    both folders change names in one step. Elsewhere the old one leaves first, and what a kill between the two steps
+    took away comes back with the next call beside it, which also removes what killed processes have left.
 
     Raises:
         OSError: the folder cannot be made.
@@ -42,6 +42,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if not new.is_dir():  # it was taken for an abandoned one before it was locked
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(new))
             yield new
+            _share(new)
             if not target.exists():
                 new.rename(target)
             elif not _exchange(new, target):
@@ -65,6 +66,15 @@ def try_new_folder(path: str | os.PathLike[str]) -> None:
             trial.mkdir()
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(parent)) from error
+
+
+def _share(folder: Path) -> None:
+    """Gives files the permissions that the folder has by the umask: safetensors makes its own for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with suppress(OSError):  # a share that knows no permissions
+                path.chmod(mode)
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

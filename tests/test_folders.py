@@ -1,6 +1,7 @@
 """Folders appear whole or not at all, whether the system lets two change names in one step or not."""
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -51,6 +52,20 @@ def test_linux_exchanges_names_in_one_step(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         _folders._exchange(tmp_path / "a", tmp_path / "c")
     assert caught.value.filename == str(tmp_path / "c")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_permissions_of_the_umask_whoever_wrote_them(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "deep").mkdir()
+            for path in (folder / "one", folder / "deep" / "two"):
+                path.touch(0o600)
+    finally:
+        os.umask(before)
+    for name in ("one", "deep/two"):
+        assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == 0o666 & ~umask
 
 
 def test_a_link_stays_a_link(steps, tmp_path):
