@@ -57,6 +57,17 @@ def _refused(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -
     return None
 
 
+def check_functions(**functions: object) -> None:
+    """Rejects arguments that must be functions or None, by their names.
+
+    Raises:
+        TypeError: names the first that is something else.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function or None, got {function!r}")
+
+
 def as_batches(batches: Any, *, reused: bool = False) -> Iterable[Any]:
     """The batches in ``batches``: a tensor, a mapping or a tuple is one batch, any other iterable holds batches.
 

@@ -142,6 +142,12 @@ def test_rejects(arguments, error, match):
         sk.prune_(*arguments)
 
 
+@pytest.mark.parametrize("name", ["forward", "token_mask", "progress"])
+def test_rejects_what_is_no_function(name):
+    with pytest.raises(TypeError, match=f"{name} must be a function or None, got 3"):
+        sk.prune_(nn.Linear(8, 8), sk.Wanda("2:4"), torch.randn(2, 8), **{name: 3})
+
+
 def test_rejects_an_axis():
     with pytest.raises(ValueError, match='axis must be "input" or "flatten", got 1'):
         sk.prune_(nn.Linear(8, 8), sk.Magnitude("2:4"), axis=1)

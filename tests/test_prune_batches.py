@@ -190,6 +190,7 @@ def test_the_store_gives_back_what_it_was_given(memory, dtype):
     kept[0].drop()
     dropped = kept[0].load()
     assert dropped["x"].shape == (5, 3, 4) and dropped["x"].dtype == dtype and kept[0].dropped
+    assert (dropped["x"].isnan() if dtype.is_floating_point else dropped["x"] == 0).all()
     end = store._end
     again = store.keep({"x": torch.ones(5, 3, 4).to(dtype), "more": (torch.ones(3, 4).to(dtype),)})
     assert again.load()["x"].all() and store._end == end  # in the place of what was dropped

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from .._batches import Forward, as_batches, eagerly, evaluating, layer_input, run_batch
+from .._batches import Forward, as_batches, check_functions, eagerly, evaluating, layer_input, run_batch
 from .._changing import change
 from .._forwards import Around, around_forwards
 from .._layers import check_model
@@ -49,6 +49,7 @@ def reestimate_batchnorm_(
         RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
     """
     check_model(model)
+    check_functions(forward=forward)
     found, ranks = tracked_batchnorms(model), Ranks(group, None)
 
     def work(undo: Undo) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, Progress, as_batches, evaluating, passes, run_batch
+from .._batches import Forward, Progress, as_batches, check_functions, evaluating, passes, run_batch
 from .._changing import change
 from .._fingerprint import digest_batches
 from .._layers import Where, check_model, count_weights
@@ -112,6 +112,7 @@ def prune_(
     """
     started = time.perf_counter()
     _check(model, method, batches, axis)
+    check_functions(forward=forward, token_mask=token_mask, progress=progress)
     if resume is not None and (batches is None or not sequential):
         raise ValueError("resume goes on block by block: it needs batches and sequential=True")
     batchnorms = tracked_batchnorms(model) if batchnorm and batches is not None else {}

@@ -20,7 +20,7 @@ class _Opaque(Exception):
 
 
 class Kept:
-    """One output: gives it anew each time; dropped, it gives tensors of the same shapes without the numbers."""
+    """One output: gives it anew each time; dropped, it gives tensors of the same shapes, of NaN or 0."""
 
     __slots__ = ("_form", "_records", "_store", "dropped")  # one per stage and batch stays to the end
 
@@ -59,7 +59,8 @@ class _Record:
             return self.held.clone()
         empty = torch.empty_like(self.like, device=self.device)
         if self.file is None:
-            return empty if self.like.is_floating_point() else empty.zero_()  # an index must stay one
+            # An index must stay one; and a number that is used after all must be found out, not be right by chance.
+            return empty.fill_(torch.nan) if self.like.is_floating_point() else empty.zero_()
         buffer = bytearray(self.nbytes)
         self.file.seek(self.offset)
         if self.file.readinto(buffer) != self.nbytes:  # type: ignore[attr-defined]

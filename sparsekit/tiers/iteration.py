@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._batches import Forward, Progress, evaluating
+from .._batches import Forward, Progress, check_functions, evaluating
 from .._changing import change
 from .._layers import Where, check_model
 from .._undo import Undo
@@ -106,6 +106,7 @@ def tier_iteration(
         RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
     """
     check_model(model)
+    check_functions(forward=forward, token_mask=token_mask, progress=progress)
     if allocation not in ("layer", "model"):
         raise ValueError(f'allocation must be "layer" or "model", got {allocation!r}')
     statistic = Gram if reconstruct else InputNorm
