@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from .masks import get_mask_info, masked_parameters
+from .masks import get_mask_bits, get_mask_info, masked_parameters
 from .ops._define import DTYPES
 
 Where = Callable[[str, nn.Module], bool]
@@ -126,6 +126,8 @@ def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare:
         return f"its {parameter} is not a parameter but computed{kind}"
     if is_lazy(weight):
         return f"its {parameter} is not initialized: run the model on a batch first"
+    if get_mask_bits(module, parameter) is None and hasattr(module, f"{parameter}_mask"):
+        return f"it has a {parameter}_mask of its own, and that is where masks are stored"
     if reason := _own_forward(module) or _unsupported_tensor(weight, parameter, prepare):
         return reason
     dims = 4 if isinstance(module, nn.Conv2d) else 2

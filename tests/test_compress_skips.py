@@ -69,6 +69,18 @@ def test_hostile_layers_stay(ratios):
     ]
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_a_weight_that_is_trained_are_not_lost(ratios, register):
+    model, seen = blocks(1).train(), []
+    handle = getattr(model[0].up.weight, register)(lambda _: seen.append(True))
+    report = sk.compress_(model)
+    assert reasons(report)["0.up"] == "its weight has hooks, and is trained" and report.swapped == ("0.down",)
+    model(torch.randn(3, 16)).sum().backward()
+    assert seen == [True]
+    assert "0.up" in sk.compress_(model.eval()).swapped  # where nothing calls them
+    handle.remove()
+
+
 def test_other_dtypes_than_the_weight_stay(ratios):
     model = blocks(1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -44,6 +44,15 @@ def with_weight(weight, trains=True):
     return layer
 
 
+def masked_by_hand(**kwargs):
+    layer = nn.Linear(8, 8)
+    if kwargs:
+        layer.register_buffer("weight_mask", torch.ones(8, 8), **kwargs)
+    else:
+        layer.weight_mask = torch.ones(8, 8)
+    return layer
+
+
 REFUSED = {
     "own": (lambda: Own(8, 8), "Own has a forward of its own"),
     "inherited": (lambda: Grandchild(8, 8), "Grandchild has a forward of its own"),
@@ -57,6 +66,8 @@ REFUSED = {
     "float64": (lambda: nn.Linear(8, 8).double(), "its weight is torch.float64, not float32"),
     "sparse": (lambda: with_weight(torch.randn(8, 8).to_sparse()), "its weight is torch.sparse_coo, not strided"),
     "flat": (lambda: with_weight(torch.randn(64)), r"its weight has the shape (64,), not 2 dimensions"),
+    "own-mask": (lambda: masked_by_hand(persistent=True), "it has a weight_mask of its own"),
+    "own-attribute": (masked_by_hand, "it has a weight_mask of its own"),
     "expanded": (lambda: with_weight(torch.randn(8).expand(8, 8)), "its weight is expanded"),
 }
 
@@ -65,6 +76,7 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
 def test_every_verb_refuses_it_with_the_reason(make, reason, ratios):
     model = nn.ModuleDict({"layer": make(), "good": nn.Linear(8, 8)}).eval()
+    names = list(model.state_dict())
     assert unsupported_reason(model["layer"]).startswith(reason)
     pruned = sk.prune_(model, sk.Magnitude("2:4"))
     assert [layer.name for layer in pruned.layers] == ["good"]
@@ -77,6 +89,7 @@ def test_every_verb_refuses_it_with_the_reason(make, reason, ratios):
     if make not in (REFUSED["meta"][0], REFUSED["lazy-conv"][0], REFUSED["convolution"][0]):
         training = sk.sparse_training_(model)
         assert {layer.name: layer.product != "plain" for layer in training.layers} == {"layer": False, "good": True}
+    assert list(model.state_dict()) == names
 
 
 def test_what_keeps_the_forward_of_its_kind_is_pruned():

@@ -58,6 +58,9 @@ def unfit(layer: nn.Module) -> str | None:
         return f"{type(layer).__name__} may compute something else than nn.Linear"
     if reason := hooks_reason(layer) or outdated_mask(layer):
         return reason
+    weight = layer.get_parameter("weight")
+    if layer.training and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
+        return "its weight has hooks, and is trained"
     known = {"weight", "bias", "weight_mask", "weight_fading"}
     own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - known
     return f"it also holds {', '.join(sorted(own))}" if own else None
