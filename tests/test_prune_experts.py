@@ -205,6 +205,20 @@ def test_padding_is_no_token_that_an_expert_saw(how):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
+def test_a_bias_that_is_picked_is_no_token(how):
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss")
+    config = gpt_oss.GptOssConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS)
+    config._experts_implementation = how
+    x, found = torch.randn(2, 14, HIDDEN), []
+    mask = (torch.arange(28).view(2, 14) % 3 > 0).long()
+    for given in ({"x": x, "attention_mask": mask}, {"x": x[mask.bool()][None]}):
+        model = Sentences(Routed(gpt_oss.modeling_gpt_oss.GptOssExperts, config))
+        sk.prune_(model, sk.Wanda("2:4"), given)
+        found.append([get_mask(model.block.experts, key) for key in KEYS])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 class Routed(nn.Module):
     """Two of transformers' experts for every token."""
 

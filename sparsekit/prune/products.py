@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -154,6 +154,8 @@ class Products(TorchFunctionMode):
         """Notes which rows of a matrix of inputs were picked, or how often each is repeated."""
         source, index = given[0], given[-1]
         if not isinstance(source, Tensor) or source.dim() != 2 or not isinstance(result, Tensor) or result.dim() != 2:
+            return
+        if isinstance(source, nn.Parameter):  # the biases of the experts that were chosen
             return
         every = torch.arange(len(source), device=source.device)
         if isinstance(index, Tensor) and index.dim() == 1 and source.is_floating_point():
