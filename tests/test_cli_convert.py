@@ -97,6 +97,23 @@ def test_dense_to_packed_and_back(sparse, tmp_path, capsys):
     assert code == 2 and "is packed already" in line
 
 
+def test_stored_masks_go_along(sparse, tmp_path, capsys):
+    """Of other patterns, too, which no packed weight tells; the README says how to load them."""
+    import transformers
+
+    write_model(tmp_path / "model")
+    assert call_quietly(prune(tmp_path / "model", tmp_path / "other", "--pattern", "1:4", "--method", "magnitude")) == 0
+    masks = (tmp_path / "other" / "masks.safetensors").read_bytes()
+    for arguments in (["other", "same"], ["other", "packed", "sparse-24-bitmask"], ["packed", "back"]):
+        source, out = (tmp_path / name for name in arguments[:2])
+        results(["convert", source, "--out", out, "--to", *(arguments[2:] or ["dense"])], capsys)
+        assert (out / "masks.safetensors").read_bytes() == masks
+        assert all(row["problem"] is None for row in results(["inspect", out], capsys)["layers"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    sk.load(model, tmp_path / "back" / "masks.safetensors")
+    assert str(get_mask_info(model.model.layers[0].mlp.up_proj).pattern) == "1:4"
+
+
 def test_left_over_metadata_is_taken_out(sparse, tmp_path, capsys):
     folder = packed_folder(sparse, tmp_path / "packed", change=lambda _: load_file(sparse / "model.safetensors"))
     assert results(["convert", folder, "--out", tmp_path / "dense"], capsys)["weights"] == 0

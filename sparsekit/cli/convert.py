@@ -32,8 +32,8 @@ class Convert:
 
     To dense: weights packed as sparse-24-bitmask or sparse-bitmask, under all names that were in use and in any number
     of files, are unpacked with their zeros; float8 and int8 ones are multiplied by their scales; what config.json says
-    of them is taken out, also where it was left over beside dense weights; and masks.safetensors holds the masks of
-    what was packed as 2:4.
+    of them is taken out, also where it was left over beside dense weights; and masks.safetensors, which is copied in
+    either direction, is made of what was packed as 2:4 where there is none.
 
     Args:
         folder: a transformers folder.
@@ -90,7 +90,7 @@ def to_dense(shards: Shards, folder: Path, config: dict[str, Any]) -> int:
 
     write_shards(tensors(), folder)
     shapes = {layer: tuple(shards[packed[f"{layer}.weight"]["shape"]].flatten().tolist()) for layer in masks}
-    if masks:
+    if masks and not (folder / MASKS).exists():
         save_masks(folder / MASKS, {layer: (bits, shapes[layer], INFO) for layer, bits in masks.items()})
     for key in KEYS:
         config.pop(key, None)
@@ -155,8 +155,8 @@ def read_config_json(path: Path) -> dict[str, Any]:
 
 
 def copy_others(source: Path, folder: Path) -> None:
-    """Copies what lies beside the weights: the configurations, the tokenizer, the README."""
+    """Copies what lies beside the weights: the configurations, the tokenizer, the README, stored masks."""
     for path in source.iterdir():
-        weights = path.suffix == ".safetensors" or path.name == INDEX
+        weights = (path.suffix == ".safetensors" and path.name != MASKS) or path.name == INDEX
         if path.is_file() and is_written(path) and not weights:
             shutil.copyfile(path, folder / path.name)
