@@ -61,10 +61,13 @@ class DenseRoute(Compressed):
         self._check_training()
         if self.copy is None or not self._takes_dense(input) or autocast_dtype(input) or self._wants_gradient():
             return super()._multiply(input)
-        if has_changed(self.stamp, *self._weights()):
+        weights = self._weights()
+        if weights and has_changed(self.stamp, *weights):
             self._keep()
         copy = self.copy
-        if input.dtype != copy.dtype:
+        if (
+            not weights or input.dtype != copy.dtype
+        ):  # a replica of DataParallel has no Parameters, and lives for a call
             return super()._multiply(input)
         return prepacked_linear(input, copy, self.bias) if self.reordered else F.linear(input, copy, self.bias)
 
