@@ -13,7 +13,6 @@ from vendor import Vendor, install
 import sparsekit as sk
 from sparsekit.compress import gpu
 from sparsekit.nn import Linear24, Route, RoutedLinear24
-from sparsekit.ops import layouts
 
 SM90 = "cusparselt_sm90"
 
@@ -25,8 +24,7 @@ def table(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def vendor(monkeypatch):
-    yield install(monkeypatch, Vendor())
-    layouts._found.clear()
+    return install(monkeypatch, Vendor())
 
 
 def test_different_token_counts_get_different_kernels(table, vendor):

@@ -10,7 +10,6 @@ from vendor import OWN_ORDER, Vendor, install
 import sparsekit as sk
 from sparsekit.compress import clock, gpu
 from sparsekit.nn import Route
-from sparsekit.ops import layouts
 
 SM90 = "cusparselt_sm90"
 
@@ -22,8 +21,7 @@ def table(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def vendor(monkeypatch):
-    yield install(monkeypatch, Vendor())
-    layouts._found.clear()
+    return install(monkeypatch, Vendor())
 
 
 def test_wrong_algorithms_are_refused(table, vendor):

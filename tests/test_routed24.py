@@ -11,7 +11,6 @@ from torch import nn
 from vendor import Vendor, install
 
 from sparsekit.nn import Linear24, Plan, Route, RoutedLinear24, routed
-from sparsekit.ops import layouts
 
 SM90 = "cusparselt_sm90"
 ROUTES = (Route(4, "linear24"), Route(16, "hardware", 3), Route(64, "hardware", 1, 4, 2))
@@ -22,8 +21,7 @@ compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(autouse=True)
 def vendor(monkeypatch):
-    yield install(monkeypatch, Vendor())
-    layouts._found.clear()
+    return install(monkeypatch, Vendor())
 
 
 def plan(dtype=torch.float16, layout=SM90, routes=ROUTES):

@@ -86,7 +86,7 @@ def install(monkeypatch, vendor: Vendor, capability: tuple[int, int] = (9, 0)) -
     from sparsekit.nn import routed
     from sparsekit.ops import _vendor, layouts
 
-    layouts._found.clear()
+    monkeypatch.setattr(layouts, "_found", {})  # of this GPU, and forgotten with it
     monkeypatch.setattr(layouts, "_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch, "_cslt_compress", vendor.compress)
