@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._forwards import around_forwards
 from ._trees import tensors_in
+from ._undo import restoring
 
 
 @contextmanager
@@ -41,7 +43,14 @@ def watch_reads(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[dict[
     for address, own in _by_address(layers).items():
         if len(own) == 1:  # of several weights in one piece of memory nothing tells which is read
             weights[address] = own[0]
-    with around_forwards({module: around(module) for module in model.modules()}), _Reads(weights, read):
+    mode, before = _Reads(weights, read), torch._C._len_torch_function_stack()
+
+    def restore() -> None:
+        while torch._C._len_torch_function_stack() > before:
+            mode.__exit__(None, None, None)
+
+    with around_forwards({module: around(module) for module in model.modules()}), restoring(restore):
+        mode.__enter__()
         yield reasons
 
 

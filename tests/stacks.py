@@ -238,6 +238,7 @@ def run(rank: int, port: int, results: str) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
     )
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns without it
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for name, cell in CELLS.items():

@@ -2,11 +2,10 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from .rebuild import rebuild
 from .shards import Shards
 from .structure import Layer, dump, layers_of, parse
 
+T = TypeVar("T")
 Format = Literal["sparsekit", "sparse-24-bitmask", "masks"]
 
 
@@ -103,32 +103,40 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     check_model(model)
     wrapper, model = model, _unwrapped(model)
     try:
-        with _ordinary():
-            structure, tensors = _read(Path(path))
-            layers, shared = from_bitmask24(model, tensors) if structure is None else parse(structure)
-            for name, source in shared.items():
-                if name in tensors or source not in tensors:
-                    raise ValueError(f"{name!r} cannot share the tensor {source!r}")
-                tensors[name] = tensors[source]
-            alone = only_masks(layers, tensors)
-            if not alone:
-                _check_replaceable(wrapper)
-                _check_fits(model, layers)
-                for name, layer in layers.items():
-                    layer.check(name, tensors)
-                if dense:
-                    layers = {name: layer.densify(name, tensors) for name, layer in layers.items()}
-        work = partial(assign_masks if alone else rebuild, model, layers, tensors)
+        work = _trainable(partial(_prepared, wrapper, model, Path(path), dense))
         change(model, "loaded", partial(_undoable, model, work))
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
 
 
-@contextmanager
-def _ordinary() -> Iterator[None]:
-    """What is made in the block can be trained, whatever modes and defaults the caller has."""
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        yield
+@torch.device("cpu")
+@torch.no_grad()
+@torch.inference_mode(False)
+def _trainable(work: Callable[[], T]) -> T:
+    """Returns ``work()``: what that makes can be trained, whatever modes and defaults the caller has.
+
+    By decorators: an interrupt may come just before a ``with`` block is left.
+    """
+    return work()
+
+
+def _prepared(wrapper: nn.Module, model: nn.Module, path: Path, dense: bool) -> Callable[[], None]:
+    """What makes ``model`` what the file holds, after everything in it was verified."""
+    structure, tensors = _read(path)
+    layers, shared = from_bitmask24(model, tensors) if structure is None else parse(structure)
+    for name, source in shared.items():
+        if name in tensors or source not in tensors:
+            raise ValueError(f"{name!r} cannot share the tensor {source!r}")
+        tensors[name] = tensors[source]
+    alone = only_masks(layers, tensors)
+    if not alone:
+        _check_replaceable(wrapper)
+        _check_fits(model, layers)
+        for name, layer in layers.items():
+            layer.check(name, tensors)
+        if dense:
+            layers = {name: layer.densify(name, tensors) for name, layer in layers.items()}
+    return partial(assign_masks if alone else rebuild, model, layers, tensors)
 
 
 def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
@@ -153,8 +161,7 @@ def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
                 empty(original)
 
     undo.callback(restore)
-    with _ordinary():
-        work()
+    _trainable(work)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
