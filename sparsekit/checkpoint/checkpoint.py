@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._archive import check_holds_data, read, seal, unique, write
 from .._changing import change
 from .._layers import check_model
-from .._undo import Undo
+from .._undo import Undo, restoring
 from ..compress.swap import empty, get_original
 from ..nn import Compressed, weight_shape
 from .bitmask24 import from_bitmask24, to_bitmask24
@@ -109,15 +109,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
 
 
-@torch.device("cpu")
+# By decorators and `restoring`: an interrupt may come just before a `with` block is left.
 @torch.no_grad()
 @torch.inference_mode(False)
 def _trainable(work: Callable[[], T]) -> T:
-    """Returns ``work()``: what that makes can be trained, whatever modes and defaults the caller has.
+    """Returns ``work()``: what that makes can be trained, whatever modes and defaults the caller has."""
+    on_cpu, before = torch.device("cpu"), torch._C._len_torch_function_stack()
 
-    By decorators: an interrupt may come just before a ``with`` block is left.
-    """
-    return work()
+    def restore() -> None:
+        if torch._C._len_torch_function_stack() > before:
+            on_cpu.__exit__(None, None, None)
+
+    with restoring(restore):
+        on_cpu.__enter__()
+        return work()
 
 
 def _prepared(wrapper: nn.Module, model: nn.Module, path: Path, dense: bool) -> Callable[[], None]:
