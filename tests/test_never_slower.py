@@ -14,12 +14,12 @@ import sparsekit as sk
 from bench import shapes
 from sparsekit.ops import backends
 
+pytestmark = pytest.mark.slow  # it measures, so nothing may run beside it
 TOKENS = (1, 16, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRIES = 5  # of which most must be no slower: a shared machine disturbs one now and then
-QUICK = {(shapes.BERT_UP, torch.float32, "2:4"), (shapes.BERT_UP, torch.float32, "tiers")}
 CASES = [
-    pytest.param(shape, dtype, pattern, marks=[] if (shape, dtype, pattern) in QUICK else [pytest.mark.slow])
+    (shape, dtype, pattern)
     for pattern, kinds in (("2:4", shapes.LINEAR), ("tiers", (shapes.SQUARE, shapes.BERT, shapes.BERT_UP)))
     for shape in kinds
     for dtype in (DTYPES[:1] if shape in shapes.LARGE else DTYPES[:2] if pattern == "tiers" else DTYPES)
