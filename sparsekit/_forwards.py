@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ._state import FORWARD, get_attribute, remove_attribute, set_attribute
 from ._undo import restoring
 
 Around = Callable[..., Any]  # around(forward, *args, **kwargs) runs in place of forward(*args, **kwargs)
@@ -19,18 +20,18 @@ def around_forwards(arounds: Mapping[nn.Module, Around]) -> Iterator[None]:
     Unlike a hook, this sees ``module.forward(x)`` too, as ``checkpoint(module.forward, x)`` calls it, and may leave out
     the forward. The module's own hooks are called as ever.
     """
-    own = {module: module.__dict__.get("forward") for module in arounds}
+    own = {module: get_attribute(module, FORWARD) for module in arounds}
 
     def restore() -> None:
         for module, forward in own.items():
             if forward is None:
-                module.__dict__.pop("forward", None)
+                remove_attribute(module, FORWARD)
             else:
-                module.__dict__["forward"] = forward
+                set_attribute(module, FORWARD, forward)
 
     with restoring(restore):
         for module, around in arounds.items():
-            module.__dict__["forward"] = _bound(around, module.forward)
+            set_attribute(module, FORWARD, _bound(around, module.forward))
         yield
 
 

@@ -8,6 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._state import (
+    get_bits,
+    mask_info_name,
+    mask_name,
+    remove_attribute,
+    remove_bits,
+    set_attribute,
+    set_bits,
+)
 from .ops import block_scores, block_topk_mask, nm_mask, nm_prune, pack_bits, unpack_bits
 from .ops.nm import MAX_M
 
@@ -166,13 +175,13 @@ def set_mask_bits(module: nn.Module, bits: Tensor, info: MaskInfo, parameter: st
     if info.shape is None:
         info = replace(info, shape=tuple(getattr(module, parameter).shape))
     # A mask is there once both are: an interrupt between the two lines leaves none.
-    setattr(module, f"{parameter}_mask_info", info)
-    module.register_buffer(f"{parameter}_mask", bits, persistent=False)
+    set_attribute(module, mask_info_name(parameter), info)
+    set_bits(module, mask_name(parameter), bits)
 
 
 def get_mask_bits(module: nn.Module, parameter: str = "weight") -> Tensor | None:
     """The bit-packed mask as it is stored; None where there is none."""
-    return module._buffers.get(f"{parameter}_mask") if f"{parameter}_mask_info" in module.__dict__ else None
+    return get_bits(module, mask_name(parameter)) if mask_info_name(parameter) in module.__dict__ else None
 
 
 def get_mask(module: nn.Module, parameter: str = "weight") -> Tensor | None:
@@ -232,7 +241,7 @@ def check_masks(model: nn.Module) -> None:
 
 def get_mask_info(module: nn.Module, parameter: str = "weight") -> MaskInfo | None:
     """How the stored mask came to be; None where there is none."""
-    return None if get_mask_bits(module, parameter) is None else module.__dict__[f"{parameter}_mask_info"]
+    return None if get_mask_bits(module, parameter) is None else module.__dict__[mask_info_name(parameter)]
 
 
 def masked_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -243,9 +252,8 @@ def masked_parameters(module: nn.Module) -> tuple[str, ...]:
 
 def remove_mask(module: nn.Module, parameter: str = "weight") -> None:
     """Forgets the stored mask; the weight stays as it is."""
-    module.__dict__.pop(f"{parameter}_mask_info", None)
-    module._buffers.pop(f"{parameter}_mask", None)
-    module._non_persistent_buffers_set.discard(f"{parameter}_mask")
+    remove_attribute(module, mask_info_name(parameter))
+    remove_bits(module, mask_name(parameter))
 
 
 def tier_sizes(module: nn.Module) -> tuple[tuple[int, int], int]:

@@ -8,7 +8,8 @@ from compressing import blocks, decisions, reasons
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import candidates, swap
+from sparsekit._state import get_original
+from sparsekit.compress import candidates
 
 
 class Hostile(nn.Module):
@@ -65,7 +66,7 @@ def test_hostile_layers_stay(ratios):
     }.items():
         assert any(part in found[name] for part in reason.split("|")), (name, found[name])
     assert [old for old, new in zip(modules, model.modules(), strict=True) if old is not new] == [
-        swap.get_original(model.good)
+        get_original(model.good)
     ]
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .._archive import check_holds_data, read, seal, unique, write
 from .._changing import change
 from .._layers import check_model
+from .._replace import release_weight
+from .._state import get_original
 from .._undo import Undo, restoring
-from ..compress.swap import empty, get_original
 from ..nn import Compressed, weight_shape
 from .bitmask24 import from_bitmask24, to_bitmask24
 from .mask_file import assign_masks, masks_of, only_masks
@@ -163,7 +164,7 @@ def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
                 registry.clear()
                 registry.update(content)
             if (original := get_original(module)) is not None:
-                empty(original)
+                release_weight(original)
 
     undo.callback(restore)
     _trainable(work)

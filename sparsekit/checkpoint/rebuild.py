@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..compress.swap import check_known, check_replaceable, get_original, guard_saving, refill, set_original
+from .._replace import check_original_known, check_replaceable, guard_saving, restored_layer
+from .._state import get_original, set_original
 from ..masks import remove_mask, set_mask_bits
 from ..nn import (
     Compressed,
@@ -61,8 +62,8 @@ def _swap(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, T
 
 
 def _dense(name: str, module: Compressed) -> nn.Module:
-    check_known(name, module)
-    return refill(module)
+    check_original_known(name, module)
+    return restored_layer(module)
 
 
 def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str, Tensor]) -> Compressed:

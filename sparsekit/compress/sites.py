@@ -18,6 +18,7 @@ from .._layers import (
     selects,
     shared_weight_reasons,
 )
+from .._replace import Slots, parent_slots
 from .candidates import unfit
 
 EXPERTS = "experts in one parameter stay dense: no kernel multiplies by them"
@@ -25,8 +26,6 @@ EXPERTS = "experts in one parameter stay dense: no kernel multiplies by them"
 SHARDED = "its weight is sharded (FSDP), a DTensor between two passes: compress before sharding"
 
 REGISTERED = {"_modules", "_parameters", "_buffers"}
-
-Slots = list[tuple[nn.Module, str]]
 
 
 @dataclass
@@ -97,13 +96,3 @@ def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
 def _experts(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters of a module that are the matrices of experts, as far as that is known."""
     return {key: tuple(module.get_parameter(key).shape) for key in expert_axes(module)}
-
-
-def parent_slots(model: nn.Module) -> dict[nn.Module, Slots]:
-    """The slots of every module: one that two parents share has two."""
-    found: dict[nn.Module, Slots] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                found.setdefault(child, []).append((parent, attribute))
-    return found

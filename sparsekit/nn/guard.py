@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._state import APPLY, get_attribute, remove_attribute, set_attribute
 from .compressed import Compressed
 
 
@@ -44,6 +45,6 @@ def guard_conversions(model: nn.Module) -> None:
         if isinstance(module, Compressed):
             continue
         if any(isinstance(layer, Compressed) for layer in module.modules()):
-            module.__dict__["_apply"] = ConversionGuard(module)
-        elif isinstance(module.__dict__.get("_apply"), ConversionGuard):
-            del module.__dict__["_apply"]
+            set_attribute(module, APPLY, ConversionGuard(module))
+        elif isinstance(get_attribute(module, APPLY), ConversionGuard):
+            remove_attribute(module, APPLY)

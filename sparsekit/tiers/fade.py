@@ -9,23 +9,21 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .._optimizers import local_part, local_part_of, stepping_optimizers, trained_parameters
+from .._state import FADING, get_bits, remove_bits, set_bits
 from .._undo import undoing
 from ..ops import pack_bits, unpack_bits
-
-FADING = "weight_fading"
 
 
 def mark_fading(module: nn.Module, fading: Tensor | None) -> None:
     """Stores which entries of a layer's weight fade, bit-packed as its mask is; None forgets it."""
-    module._buffers.pop(FADING, None)
-    module._non_persistent_buffers_set.discard(FADING)
+    remove_bits(module, FADING)
     if fading is not None:
-        module.register_buffer(FADING, pack_bits(fading), persistent=False)
+        set_bits(module, FADING, pack_bits(fading))
 
 
 def fading_of(module: nn.Module) -> Tensor | None:
     """Which entries of a layer's weight fade, bool of its shape; None where none do."""
-    bits = module._buffers.get(FADING)
+    bits = get_bits(module, FADING)
     return None if bits is None else unpack_bits(bits, module.get_parameter("weight").shape[1])
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .._state import CALLED, RAN_SPARSE, RECIPE, get_attribute, remove_attribute, set_attribute
 from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
 from ..nn import autocast_dtype, fx_node
 from . import choose
@@ -75,10 +76,11 @@ def set_state(layer: nn.Linear, state: State) -> None:
     """Puts a layer into a state, from any other and from half-way between two; its weight stays as it is."""
     layer.__class__ = nn.Linear
     if state.recipe is None:
-        layer.__dict__.pop("recipe", None)
-        layer.__dict__.pop("called", None)
+        remove_attribute(layer, RECIPE)
+        remove_attribute(layer, CALLED)
     else:
-        layer.__dict__.update(recipe=state.recipe, called=state.called)
+        set_attribute(layer, RECIPE, state.recipe)
+        set_attribute(layer, CALLED, state.called)
         layer.__class__ = MaskedLinear
     if state.bits is None or state.info is None:
         remove_mask(layer)
@@ -86,16 +88,13 @@ def set_state(layer: nn.Linear, state: State) -> None:
         set_mask_bits(layer, state.bits, state.info)
 
 
-NOTE = "_ran_sparse"  # the attribute of a model that says whether a pass has run since it trains sparse
-
-
 def _note_pass(model: nn.Module, _: Any) -> None:
-    setattr(model, NOTE, True)
+    set_attribute(model, RAN_SPARSE, True)
 
 
 def has_run(model: nn.Module) -> bool:
     """Whether a pass has run since passes are noted."""
-    return NOTE in model.__dict__
+    return get_attribute(model, RAN_SPARSE) is not None
 
 
 def notes_passes(model: nn.Module) -> bool:
@@ -111,6 +110,6 @@ def note_passes(model: nn.Module, noting: bool, ran: bool) -> None:
         for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _note_pass]:
             del model._forward_pre_hooks[key]
     if ran:
-        model.__dict__[NOTE] = True
+        set_attribute(model, RAN_SPARSE, True)
     else:
-        model.__dict__.pop(NOTE, None)
+        remove_attribute(model, RAN_SPARSE)

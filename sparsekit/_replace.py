@@ -1,0 +1,94 @@
+"""Replaces layers of a model by compressed ones, and compressed ones by the layers that they replaced."""
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ._layers import hooks_reason
+from ._state import SAVE_PRETRAINED, get_attribute, get_original, remove_attribute, set_attribute
+from .masks import remove_mask
+from .nn import Compressed, carry_mask, guard_conversions
+
+Slots = list[tuple[nn.Module, str]]  # the parents of a module, and the name that each has for it
+
+
+def parent_slots(model: nn.Module) -> dict[nn.Module, Slots]:
+    """Returns the slots of every module below ``model``; a module that two parents share has two."""
+    found: dict[nn.Module, Slots] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append((parent, attribute))
+    return found
+
+
+def replace_module(module: nn.Module, slots: Slots) -> None:
+    """Puts ``module`` into all of these slots."""
+    for parent, attribute in slots:
+        parent._modules[attribute] = module
+
+
+def check_original_known(name: str, module: Compressed) -> None:
+    """Rejects a transposed layer that replaced none, because the class of its dense form is unknown.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    if module.transposed and get_original(module) is None:
+        raise ValueError(f"layer {name!r} stands for a layer of an unknown class; only an nn.Linear can be made anew")
+
+
+def check_replaceable(name: str, module: nn.Module) -> None:
+    """Rejects a layer with hooks or a replaced forward, which would be lost with it.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    if reason := hooks_reason(module):
+        raise ValueError(f"layer {name!r} cannot be replaced: {reason}, which would be lost; remove that first")
+
+
+def release_weight(layer: nn.Linear) -> None:
+    """Frees the memory of a layer's weight; the Parameter stays the same object for those who hold it."""
+    layer.weight.grad = None
+    layer.weight.data = layer.weight.data.new_empty(0)
+    remove_mask(layer)
+
+
+def restored_layer(module: Compressed) -> nn.Linear:
+    """Returns the layer that ``module`` replaced, with its weight, bias, mask and flags; else a new ``nn.Linear``."""
+    dense, layer = module.to_linear(), get_original(module)
+    if layer is None:
+        return dense
+    weight = dense.weight.detach().t().contiguous() if module.transposed else dense.weight.detach()
+    if weight.device.type == layer.weight.device.type:
+        layer.weight.data = weight
+    else:
+        layer.weight = nn.Parameter(weight)
+    layer.weight.requires_grad_(dense.weight.requires_grad)
+    layer.register_parameter("bias", module.bias)
+    layer.training = module.training
+    carry_mask(module, layer)
+    return layer
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` raise on every module that holds a compressed layer, and on no other.
+
+    Such modules also refuse conversions to dtypes in which compressed layers do not compute.
+    """
+    guard_conversions(model)
+    for parent in model.modules():
+        if not callable(getattr(parent, "save_pretrained", None)):
+            continue
+        if any(isinstance(module, Compressed) for module in parent.modules()):
+            set_attribute(parent, SAVE_PRETRAINED, _refuse_save_pretrained)
+        elif get_attribute(parent, SAVE_PRETRAINED) is _refuse_save_pretrained:
+            remove_attribute(parent, SAVE_PRETRAINED)
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        "save_pretrained cannot write a compressed model, because nothing could load it: "
+        "use sparsekit.save, or call sparsekit.decompress_ first"
+    )

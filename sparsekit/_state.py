@@ -1,0 +1,105 @@
+"""Everything that the library attaches to objects of its users: the names, and the functions that set and remove them.
+
+On modules, as attributes of the instance:
+
+==================  =====================  ==========================================  ===============================
+name                set by                 meaning                                     removed by
+==================  =====================  ==========================================  ===============================
+``W_mask``          ``masks.set_mask``     bit-packed mask of the parameter ``W``, a   ``masks.remove_mask``
+                                           buffer that no state dict contains
+``W_mask_info``     ``masks.set_mask``     its ``MaskInfo``; without both there is     ``masks.remove_mask``
+                                           no mask
+``weight_fading``   ``tiers.fade``         bit-packed entries that shrink to zero, a   the next ``tier_iteration``
+                                           buffer that no state dict contains
+``original``        ``compress_``, load    the layer that a compressed one replaces,   goes with the compressed layer
+                                           without its weight
+``save_pretrained`` ``compress_``, load    an error, on models that hold a             ``decompress_``, a load of a
+                                           compressed layer                            dense model
+``_apply``          ``compress_``, load    a check of dtypes before any layer is       ``decompress_``, a load of a
+                                           converted, on the same models               dense model
+``forward``         ``around_forwards``    a function that calls the module's own      the end of that ``with`` block
+                                           forward, while a model is observed
+``recipe``          ``sparse_training_``   how a ``MaskedLinear`` multiplies           ``finish()`` or ``undo()``
+``called``          ``sparse_training_``   whether it was called since                 ``finish()`` or ``undo()``
+``_ran_sparse``     a forward pre-hook     whether a pass of the model has run since   ``finish()`` or ``undo()``
+==================  =====================  ==========================================  ===============================
+
+The class of a layer changes in two places: ``sparse_training_`` makes an ``nn.Linear`` a ``MaskedLinear``, and
+``integrations.peft`` gives a LoRA layer a class that masks what it adds. Hooks are held by handles: on optimizers those
+of ``keep_masks`` and ``fade``, on a model the one that sets ``_ran_sparse``. Who is changing which module is noted in
+``_changing``, by id, and not on the modules. Nothing is attached to tensors. The one change of a configuration
+is the custom module that ``integrations.peft.lora_config`` registers in a ``LoraConfig``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+FADING = "weight_fading"
+ORIGINAL = "original"
+SAVE_PRETRAINED = "save_pretrained"
+APPLY = "_apply"
+FORWARD = "forward"
+RECIPE = "recipe"
+CALLED = "called"
+RAN_SPARSE = "_ran_sparse"
+
+
+def mask_name(parameter: str = "weight") -> str:
+    """Returns the name of the buffer that holds the mask of a parameter."""
+    return f"{parameter}_mask"
+
+
+def mask_info_name(parameter: str = "weight") -> str:
+    """Returns the name of the attribute that says how the mask of a parameter was made."""
+    return f"{parameter}_mask_info"
+
+
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute of the module itself, past ``nn.Module.__setattr__``, which registers some values."""
+    module.__dict__[name] = value
+
+
+def get_attribute(module: nn.Module, name: str) -> Any:
+    """Returns an attribute of the module itself, not of its class; None if it has none."""
+    return module.__dict__.get(name)
+
+
+def remove_attribute(module: nn.Module, name: str) -> None:
+    """Removes an attribute of the module itself, if it is there."""
+    module.__dict__.pop(name, None)
+
+
+def set_bits(module: nn.Module, name: str, bits: Tensor) -> None:
+    """Registers bit-packed entries as a buffer that no state dict contains."""
+    module.register_buffer(name, bits, persistent=False)
+
+
+def get_bits(module: nn.Module, name: str) -> Tensor | None:
+    """Returns the buffer of that name; None if there is none."""
+    return module._buffers.get(name)
+
+
+def remove_bits(module: nn.Module, name: str) -> None:
+    """Removes the buffer of that name, if it is there."""
+    module._buffers.pop(name, None)
+    module._non_persistent_buffers_set.discard(name)
+
+
+@dataclass(frozen=True)
+class Original:
+    """The layer that a compressed one replaces; a plain object, so that ``nn.Module`` does not register the layer."""
+
+    layer: nn.Module
+
+
+def set_original(module: nn.Module, layer: nn.Module) -> None:
+    """Stores the layer that ``module`` replaces, which ``decompress_`` brings back."""
+    set_attribute(module, ORIGINAL, Original(layer))
+
+
+def get_original(module: nn.Module) -> nn.Linear | None:
+    """Returns the layer that ``module`` replaces, without its weight; None if it replaces none."""
+    original: Original | None = get_attribute(module, ORIGINAL)
+    return None if original is None else original.layer  # type: ignore[return-value]
