@@ -3,9 +3,7 @@
 from ._kernels import SlowKernelsWarning as SlowKernelsWarning
 from ._kernels import backends as backends
 from ._kernels import force_simd as force_simd
-from ._kernels import register_slow as _register_slow
-from ._kernels import register_triton as _register_triton
-from ._kernels import register_vendor as _register_vendor
+from ._kernels import register_kernels as _register_kernels
 from ._kernels import simd_level as simd_level
 from ._kernels import simd_levels as simd_levels
 from .bits import pack_bits as pack_bits
@@ -37,6 +35,4 @@ from .tiers import tier_prune as tier_prune
 from .tiers import tier_scores as tier_scores
 from .transposable import transposable_mask as transposable_mask
 
-_register_slow()
-_register_triton()
-_register_vendor()
+_register_kernels()

@@ -1,9 +1,9 @@
 """Declares an op: schema, reference, fake and gradient, under the ``sparsekit`` namespace."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,52 +11,74 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("sparsekit", "FRAGMENT")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_REFERENCES: dict[Any, Callable[..., Any]] = {}
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Declares an op that answers with ``reference`` on every device that has no kernel of its own.
+class Declared(NamedTuple):
+    """One op, as ``define`` declared it."""
 
-    An argument that the schema writes to, ``Tensor(a!)``, has its version raised, so that autograd sees the change.
-    Returns the op's overload, ready to be called. ``Library.define`` costs 2.6 us a call, ``custom_op`` 7.3.
+    reference: Callable[..., Any]
+    stem: str  # of the file in ``ops/``; a launcher is looked for in the file of this name in ``triton_kernels/``
+    compiled: bool
+
+
+DECLARED: dict[str, Declared] = {}
+
+
+def define(
+    reference: Callable[..., Any], fake: Callable[..., Any], *, mutates: Sequence[str] = (), compiled: bool = True
+) -> Any:
+    """Declares the op ``x``, whose reference is the function ``x_reference``, and returns its overload.
+
+    The annotations of the reference are the op's schema. The reference answers on every device that has no kernel of
+    its own. ``Library.define`` costs 2.6 us a call, ``torch.library.custom_op`` 7.3 us.
+
+    Args:
+        reference: the op in plain PyTorch. Of an op that writes to an argument it is named ``x_inplace_reference``,
+            and the op ``x_``.
+        fake: takes the same arguments and returns empty tensors of the result's shapes and dtypes.
+        mutates: names of the arguments that the op writes to; their versions are raised, so that autograd sees it.
+        compiled: whether the op has a compiled CPU kernel in ``csrc/``; without one, the reference is all there is.
     """
-    name = schema[: schema.index("(")]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = reference.__name__.removesuffix("_reference")
+    name = name.removesuffix("_inplace") + "_" if mutates else name
+    # An op's int is no SymInt: the kernels take plain numbers, and a graph is compiled anew for other ones.
+    schema = torch.library.infer_schema(reference, mutates_args=mutates).replace("SymInt", "int")
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    stem = reference.__module__.rpartition(".")[2]
     reference = without_autocast(reference)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsekit::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.sparsekit, name).default
-    written = [i for i, each in enumerate(op._schema.arguments) if each.alias_info and each.alias_info.is_write]
-    if written:
+    if mutates:
+        written = [i for i, each in enumerate(op._schema.arguments) if each.name in mutates]
         LIBRARY.impl(name, _raising_versions(op, written), "ADInplaceOrView", with_keyset=True)
-    _REFERENCES[op] = reference
+    DECLARED[name] = Declared(reference, stem, compiled)
     return op
 
 
 def reference_of(op: Any) -> Callable[..., Any]:
-    """What an op computes in plain PyTorch."""
-    return _REFERENCES[op]
+    """Returns what an op computes in plain PyTorch."""
+    return DECLARED[op._opname].reference
 
 
 def is_jit_tracing() -> bool:
-    """Whether ``torch.jit.trace`` runs, to which sizes are tensors and a comparison of them is a warning."""
+    """Returns whether ``torch.jit.trace`` runs; sizes are tensors then, and comparing them gives a warning."""
     return torch._C._get_tracing_state() is not None
 
 
-def define_gradient(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+def define_gradient(op: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Gives an op its gradient, which is computed in the dtypes of its tensors, under autocast as well.
 
     Args:
-        name: of the op.
+        op: what ``define`` returned.
         setup: ``setup(ctx, inputs, output)`` saves what ``backward`` needs.
         backward: ``backward(ctx, *grads)`` returns a gradient or None for every input.
     """
-    register = torch.library.register_autograd
-    register(f"sparsekit::{name}", without_autocast(backward), setup_context=setup, lib=LIBRARY)
+    torch.library.register_autograd(op._schema.name, without_autocast(backward), setup_context=setup, lib=LIBRARY)
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps autocast out of a function: what runs inside an op has chosen its dtypes already."""
+    """Wraps a function so that autocast is off in it: an op has chosen its dtypes already."""
 
     @wraps(function)
     def run(*args: Any) -> Any:
@@ -67,7 +89,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """The same for a part of a function, on the device of ``tensor``; ``torch.compile`` traces it."""
+    """Returns a context without autocast on the device of ``tensor``, which ``torch.compile`` can trace."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
@@ -83,9 +105,9 @@ def _raising_versions(op: Any, written: list[int]) -> Callable[..., Any]:
 
 
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` whose factors and sums have at least fp32's digits, rounded once to the dtype of ``x``.
+    """Computes ``F.linear`` in at least fp32's precision, and rounds the result once, to the dtype of ``x``.
 
-    Where PyTorch is set to multiply float32 in TF32 or bfloat16, and that is for all threads, it is float64 that does.
+    Computes in float64 where PyTorch is set to multiply float32 in TF32 or bfloat16, a setting of all threads.
     """
     cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
     settings: tuple[Any, ...] = (cuda.matmul, mkldnn.matmul, mkldnn, torch.backends)  # type: ignore[attr-defined]
@@ -95,9 +117,9 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls a differentiable op whose arguments are known to be right.
+    """Calls a differentiable op whose arguments have been checked.
 
-    ``torch.func`` cannot transform an op that has a gradient of its own: there its reference answers.
+    ``torch.func`` cannot transform an op that has a gradient of its own, so there the reference answers.
     """
     if torch._C._are_functorch_transforms_active():
         return reference_of(op)(*args)
@@ -108,7 +130,7 @@ def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def check_weight(name: str, tensor: Tensor, dim: int | None = None) -> None:
-    """Rejects what is not a float32, float16 or bfloat16 tensor, or has not ``dim`` dimensions (None: one or more)."""
+    """Raises unless ``tensor`` is float32, float16 or bfloat16 with ``dim`` dimensions (None: one or more)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
@@ -120,7 +142,7 @@ def check_weight(name: str, tensor: Tensor, dim: int | None = None) -> None:
 
 
 def check_like(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
-    """Rejects what is not a tensor of this dtype and shape on the device of ``like``."""
+    """Raises unless ``tensor`` has this dtype and shape and is on the device of ``like``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype != dtype:
@@ -132,7 +154,7 @@ def check_like(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, 
 
 
 def check_ints(**values: int) -> None:
-    """Rejects what is not an int, or what stands for one while a graph is traced."""
+    """Raises unless every value is an int, or stands for one while a graph is traced."""
     for name, value in values.items():
         if not isinstance(value, int | torch.SymInt) and not is_jit_tracing():
             raise TypeError(f"{name} must be an int, got {value!r}")

@@ -1,5 +1,6 @@
-"""The only place that joins ops to device kernels."""
+"""Joins the ops to their kernels; no other file does."""
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,57 +15,35 @@ import torch
 
 from .. import _native
 from .._native import SlowKernelsWarning as SlowKernelsWarning
-from ._define import LIBRARY, reference_of, without_autocast
+from ._define import DECLARED, LIBRARY, without_autocast
 
 NATIVE = _native.load()
-# The file of triton_kernels whose launcher, named as the op, answers it on GPUs.
-TRITON: dict[str, str] = {
-    "nm_mask": "nm",
-    "nm_mask_bits": "nm",
-    "nm_prune": "nm",
-    "nm_prune_": "nm",
-    "transposable_mask": "transposable",
-    "block_scores": "blocks",
-    "block_topk_mask": "blocks",
-    "tier_prune": "tiers",
-    "tier_scores": "tier_scores",
-    "pack24": "sparse24",
-    "unpack24": "sparse24",
-    "prune_pack24": "sparse24",
-    "linear24": "linear24",
-    "linear_tiered": "tiered",
-    "sparsegpt_block": "sparsegpt",
-    "to_hardware24": "hardware24",
-    "from_hardware24": "hardware24",
-    "prune_to_hardware24": "hardware24",
-    "prune_both_to_hardware24": "hardware24_both",
-}
-# Answered on GPUs by the function of the same name in ops/_vendor.py: libraries that come with PyTorch.
-VENDOR = ("hardware_linear24",)
-OPS = (
-    "nm_mask",
-    "nm_mask_bits",
-    "nm_prune",
-    "nm_prune_",
-    "transposable_mask",
-    "block_scores",
-    "block_topk_mask",
-    "tier_prune",
-    "tier_scores",
-    "pack24",
-    "prune_pack24",
-    "unpack24",
-    "linear24",
-    "linear_tiered",
-    "sparsegpt_block",
-)
+_PUBLIC_FUNCTION = re.compile(r"^def ([a-z]\w*)\(", re.MULTILINE)
 
 
-def register_slow() -> None:
-    """Lets the references answer on the CPU where the extension is missing; the first call says why, with a warning."""
-    if NATIVE not in ("loaded", _native.SWITCHED_OFF):
-        for op in OPS:
-            LIBRARY.impl(op, _slow(reference_of(getattr(torch.ops.sparsekit, op).default)), "CPU")
+def register_kernels() -> None:
+    """Joins the declared ops to their kernels on GPUs, and to a warning where the compiled extension is missing.
+
+    On GPUs an op is answered by the function of its name in ``ops/_vendor.py``, a library that comes with PyTorch, or
+    by the launcher of its name in ``triton_kernels/``, where Triton is installed. The extension registers itself.
+    """
+    launchers, vendor = find_launchers(), import_module("sparsekit.ops._vendor")
+    for op, declared in DECLARED.items():
+        if hasattr(vendor, op):
+            LIBRARY.impl(op, without_autocast(getattr(vendor, op)), "CUDA")
+        elif op in launchers:
+            LIBRARY.impl(op, _launcher(launchers[op], op), "CUDA")
+        if declared.compiled and NATIVE not in ("loaded", _native.SWITCHED_OFF):
+            LIBRARY.impl(op, _slow(declared.reference), "CPU")
+
+
+def find_launchers() -> dict[str, str]:
+    """Returns the file stem in ``triton_kernels/`` of every public function there, without importing Triton."""
+    package = find_spec("sparsekit.triton_kernels")
+    if find_spec("triton") is None or package is None or package.origin is None:
+        return {}
+    files = sorted(Path(package.origin).parent.glob("[!_]*.py"))
+    return {name: file.stem for file in files for name in _PUBLIC_FUNCTION.findall(file.read_text(encoding="utf-8"))}
 
 
 def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +66,7 @@ def warn_slow() -> None:
 
 
 def missing_kernels() -> str:
-    """Why the compiled kernels do not answer on the CPU, and what brings them; empty where they do."""
+    """Returns why the compiled kernels do not answer on the CPU, and how to get them; empty where they answer."""
     if NATIVE == "loaded":
         return ""
     if NATIVE == _native.SWITCHED_OFF:
@@ -97,7 +76,7 @@ def missing_kernels() -> str:
 
 
 def _depth_of_caller() -> int:
-    """The stack level of the first caller that is neither this package nor PyTorch."""
+    """Returns the stack level of the first caller outside this package and PyTorch."""
     inside = (str(_native.PACKAGE), str(Path(torch.__file__).parent))
     frame, depth = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
@@ -105,51 +84,41 @@ def _depth_of_caller() -> int:
     return depth
 
 
-def register_vendor() -> None:
-    """Lets the libraries that PyTorch ships answer on GPUs."""
-    vendor = import_module("sparsekit.ops._vendor")
-    for op in VENDOR:
-        LIBRARY.impl(op, without_autocast(getattr(vendor, op)), "CUDA")
+def _launcher(stem: str, op: str) -> Callable[..., Any]:
+    """Returns a function that imports the launcher, and Triton with it, when it is first called."""
 
-
-def register_triton() -> None:
-    """Lets the Triton kernels answer on GPUs, where Triton is installed; a file is imported when its op is called."""
-    if find_spec("triton") is None:
-        return
-    for op, family in TRITON.items():
-        LIBRARY.impl(op, _launcher(family, op), "CUDA")
-
-
-def _launcher(family: str, op: str) -> Callable[..., Any]:
     @cache
     def find() -> Callable[..., Any]:
-        launcher: Callable[..., Any] = getattr(import_module(f"sparsekit.triton_kernels.{family}"), op)
+        launcher: Callable[..., Any] = getattr(import_module(f"sparsekit.triton_kernels.{stem}"), op)
         return launcher
 
     return without_autocast(lambda *args: find()(*args))
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Says which kernel answers each op on each device: ``{"nm_mask": {"cpu": "avx2", "cuda": "reference"}, ...}``.
+    """Says which kernel answers each op on each device: ``{"nm_mask": {"cpu": "avx2", "cuda": "triton"}, ...}``.
 
-    On the CPU a compiled kernel is named by its SIMD level; ``"reference"`` is plain PyTorch.
+    On the CPU a compiled kernel is named by its SIMD level. On GPUs it is ``"triton"``, or ``"vendor"`` for a library
+    that comes with PyTorch. ``"reference"`` is plain PyTorch.
     """
-    return {op: {"cpu": _answers(op, "CPU"), "cuda": _answers(op, "CUDA")} for op in OPS}
+    return {op: {"cpu": _answers(op, "CPU"), "cuda": _answers(op, "CUDA")} for op in DECLARED}
 
 
 def _answers(op: str, key: str) -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekit::{op}", key):
         return "reference"
-    return simd_level() if key == "CPU" else "triton"
+    if key == "CPU":
+        return simd_level()
+    return "vendor" if hasattr(import_module("sparsekit.ops._vendor"), op) else "triton"
 
 
 def simd_levels() -> tuple[str, ...]:
-    """The SIMD levels that this machine can run, the best last; empty without the compiled extension."""
+    """Returns the SIMD levels that this machine can run, the best last; empty without the compiled extension."""
     return tuple(torch.ops.sparsekit._simd_levels().split()) if NATIVE == "loaded" else ()
 
 
 def simd_level() -> str:
-    """The SIMD level that the compiled CPU kernels run at; ``"reference"`` without the compiled extension."""
+    """Returns the SIMD level of the compiled CPU kernels; ``"reference"`` without the compiled extension."""
     return torch.ops.sparsekit._simd_level("") if NATIVE == "loaded" else "reference"
 
 

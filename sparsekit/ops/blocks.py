@@ -60,16 +60,8 @@ def _topk_fake(score: Tensor, k: int, block_rows: int, block_cols: int) -> Tenso
     return score.new_empty(score.shape, dtype=torch.bool)
 
 
-_block_scores = define(
-    "block_scores(Tensor weight, int block_rows, int block_cols, Tensor? scale, Tensor? mask) -> Tensor",
-    block_scores_reference,
-    _scores_fake,
-)
-_block_topk_mask = define(
-    "block_topk_mask(Tensor score, int k, int block_rows, int block_cols) -> Tensor",
-    block_topk_mask_reference,
-    _topk_fake,
-)
+_block_scores = define(block_scores_reference, _scores_fake)
+_block_topk_mask = define(block_topk_mask_reference, _topk_fake)
 
 
 @torch.no_grad()

@@ -91,24 +91,10 @@ def _prune_both_fake(weight: Tensor, layout: str) -> tuple[Tensor, Tensor, Tenso
     return _packed(weight, rows, cols), _packed(weight, rows, cols), bitmask
 
 
-_to_hardware24 = define(
-    "to_hardware24(Tensor values, Tensor bitmask, int cols, str layout) -> Tensor", to_hardware24_reference, _to_fake
-)
-_from_hardware24 = define(
-    "from_hardware24(Tensor packed, int rows, int cols, str layout) -> (Tensor, Tensor)",
-    from_hardware24_reference,
-    _from_fake,
-)
-_prune_to_hardware24 = define(
-    "prune_to_hardware24(Tensor weight, Tensor? scale, str layout) -> Tensor",
-    prune_to_hardware24_reference,
-    _prune_fake,
-)
-_prune_both_to_hardware24 = define(
-    "prune_both_to_hardware24(Tensor weight, str layout) -> (Tensor, Tensor, Tensor)",
-    prune_both_to_hardware24_reference,
-    _prune_both_fake,
-)
+_to_hardware24 = define(to_hardware24_reference, _to_fake, compiled=False)
+_from_hardware24 = define(from_hardware24_reference, _from_fake, compiled=False)
+_prune_to_hardware24 = define(prune_to_hardware24_reference, _prune_fake, compiled=False)
+_prune_both_to_hardware24 = define(prune_both_to_hardware24_reference, _prune_both_fake, compiled=False)
 
 
 def hardware_multiple(layout: str) -> tuple[int, int]:

@@ -32,12 +32,7 @@ def _fake(
     return x.new_empty(*x.shape[:-1], rows)
 
 
-_hardware_linear24 = define(
-    "hardware_linear24(Tensor x, Tensor packed, Tensor? bias, int rows, str layout, int alg_id, int split_k, "
-    "int split_k_mode) -> Tensor",
-    hardware_linear24_reference,
-    _fake,
-)
+_hardware_linear24 = define(hardware_linear24_reference, _fake, compiled=False)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -64,7 +59,7 @@ def _dense(packed: Tensor, rows: int, cols: int, layout: str) -> Tensor:
     return _unpack24(values, bitmask, shape[1])[:rows, :cols]
 
 
-define_gradient("hardware_linear24", _setup, _backward)
+define_gradient(_hardware_linear24, _setup, _backward)
 
 
 def hardware_linear24(

@@ -31,12 +31,7 @@ def _linear_fake(x: Tensor, *inputs: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], inputs[-1])
 
 
-_linear_tiered = define(
-    "linear_tiered(Tensor x, Tensor tiers, Tensor dense, Tensor values, Tensor bitmask, Tensor topk, Tensor positions, "
-    "Tensor starts, Tensor? bias, int out_features) -> Tensor",
-    linear_tiered_reference,
-    _linear_fake,
-)
+_linear_tiered = define(linear_tiered_reference, _linear_fake)
 
 
 def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -65,7 +60,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_x, None, grad_dense, grad_values, None, grad_topk, None, None, grad_bias, None
 
 
-define_gradient("linear_tiered", _linear_setup, _linear_backward)
+define_gradient(_linear_tiered, _linear_setup, _linear_backward)
 
 
 def linear_tiered(x: Tensor, packed: TieredWeight, bias: Tensor | None = None, *, out_features: int) -> Tensor:

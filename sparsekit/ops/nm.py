@@ -51,14 +51,10 @@ def _prune_fake(weight: Tensor, n: int, m: int, scale: Tensor | None) -> tuple[T
     return weight.new_empty(weight.shape), _mask_fake(weight, n, m)
 
 
-_nm_mask = define("nm_mask(Tensor score, int n, int m) -> Tensor", nm_mask_reference, _mask_fake)
-_nm_mask_bits = define("nm_mask_bits(Tensor score, int n, int m) -> Tensor", nm_mask_bits_reference, _bits_fake)
-_nm_prune = define(
-    "nm_prune(Tensor weight, int n, int m, Tensor? scale) -> (Tensor, Tensor)", nm_prune_reference, _prune_fake
-)
-_nm_prune_ = define(
-    "nm_prune_(Tensor(a!) weight, int n, int m, Tensor? scale) -> Tensor", nm_prune_inplace_reference, _mask_fake
-)
+_nm_mask = define(nm_mask_reference, _mask_fake)
+_nm_mask_bits = define(nm_mask_bits_reference, _bits_fake)
+_nm_prune = define(nm_prune_reference, _prune_fake)
+_nm_prune_ = define(nm_prune_inplace_reference, _mask_fake, mutates=("weight",))
 
 
 def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -71,7 +67,7 @@ def _prune_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     return torch.where(mask, grad, 0), None, None, None
 
 
-define_gradient("nm_prune", _save_mask, _prune_backward)
+define_gradient(_nm_prune, _save_mask, _prune_backward)
 
 
 def nm_mask(score: Tensor, n: int, m: int) -> Tensor:

@@ -11,13 +11,13 @@ from ._define import call_op, define, define_gradient
 # `prepacked_dense`.
 
 
-def _linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def prepacked_linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     if not packed.is_mkldnn or torch._C._are_functorch_transforms_active():
         return F.linear(x, _prepacked_dense(packed), bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _dense_reference(packed: Tensor) -> Tensor:
+def prepacked_dense_reference(packed: Tensor) -> Tensor:
     return packed.to_dense() if packed.is_mkldnn else packed.clone()
 
 
@@ -25,13 +25,11 @@ def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-_prepacked_linear = define(
-    "prepacked_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor", _linear_reference, _linear_fake
-)
+_prepacked_linear = define(prepacked_linear_reference, _linear_fake, compiled=False)
 _prepacked_dense = define(
-    "prepacked_dense(Tensor packed) -> Tensor",
-    _dense_reference,
+    prepacked_dense_reference,
     lambda packed: torch.empty(packed.shape, dtype=packed.dtype, device=packed.device),
+    compiled=False,
 )
 
 
@@ -46,7 +44,7 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_x, None, grad_bias
 
 
-define_gradient("prepacked_linear", _linear_setup, _linear_backward)
+define_gradient(_prepacked_linear, _linear_setup, _linear_backward)
 
 
 def prepack(weight: Tensor, tokens: int) -> Tensor:

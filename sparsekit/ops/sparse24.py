@@ -73,14 +73,10 @@ def _linear24_fake(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | No
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-_pack24 = define("pack24(Tensor weight, Tensor? mask, bool check) -> (Tensor, Tensor)", pack24_reference, _pack24_fake)
-_prune_pack24 = define(
-    "prune_pack24(Tensor weight, Tensor? scale) -> (Tensor, Tensor)", prune_pack24_reference, _pack24_fake
-)
-_unpack24 = define("unpack24(Tensor values, Tensor bitmask, int cols) -> Tensor", unpack24_reference, _unpack24_fake)
-_linear24 = define(
-    "linear24(Tensor x, Tensor values, Tensor bitmask, Tensor? bias) -> Tensor", linear24_reference, _linear24_fake
-)
+_pack24 = define(pack24_reference, _pack24_fake)
+_prune_pack24 = define(prune_pack24_reference, _pack24_fake)
+_unpack24 = define(unpack24_reference, _unpack24_fake)
+_linear24 = define(linear24_reference, _linear24_fake)
 
 
 def _pack_at(dense: Tensor, bitmask: Tensor) -> Tensor:
@@ -133,10 +129,10 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_x, grad_values, None, grad_bias
 
 
-define_gradient("pack24", _pack_setup, _pack_backward)
-define_gradient("prune_pack24", _pack_setup, _prune_pack_backward)
-define_gradient("unpack24", _unpack_setup, _unpack_backward)
-define_gradient("linear24", _linear_setup, _linear_backward)
+define_gradient(_pack24, _pack_setup, _pack_backward)
+define_gradient(_prune_pack24, _pack_setup, _prune_pack_backward)
+define_gradient(_unpack24, _unpack_setup, _unpack_backward)
+define_gradient(_linear24, _linear_setup, _linear_backward)
 
 
 def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = None) -> tuple[Tensor, Tensor]:

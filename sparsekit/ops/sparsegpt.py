@@ -26,11 +26,7 @@ def _fake(weight: Tensor, factor: Tensor, mask: Tensor | None, n: int, m: int) -
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape).bool()
 
 
-_sparsegpt_block = define(
-    "sparsegpt_block(Tensor weight, Tensor factor, Tensor? mask, int n, int m) -> (Tensor, Tensor, Tensor)",
-    sparsegpt_block_reference,
-    _fake,
-)
+_sparsegpt_block = define(sparsegpt_block_reference, _fake)
 
 
 @torch.no_grad()

@@ -49,12 +49,7 @@ def _tier_prune_fake(
     return pruned, mask, weight.new_empty(tiers.shape, dtype=torch.float32)
 
 
-_tier_prune = define(
-    "tier_prune(Tensor weight, Tensor tiers, int k, int block_rows, int block_cols, Tensor? scale, "
-    "Tensor? score_scale, bool nested=False) -> (Tensor, Tensor, Tensor)",
-    tier_prune_reference,
-    _tier_prune_fake,
-)
+_tier_prune = define(tier_prune_reference, _tier_prune_fake)
 
 
 def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -68,7 +63,7 @@ def _prune_backward(ctx, grad, _mask, _scores):  # type: ignore[no-untyped-def]
     return torch.where(mask, grad, 0), None, None, None, None, None, None, None
 
 
-define_gradient("tier_prune", _save_mask, _prune_backward)
+define_gradient(_tier_prune, _save_mask, _prune_backward)
 
 
 def tier_prune(
@@ -152,12 +147,7 @@ def _tier_scores_fake(
     return weight.new_empty(shape, dtype=torch.float32)
 
 
-_tier_scores = define(
-    "tier_scores(Tensor weight, int k, int block_rows, int block_cols, Tensor? scale, Tensor? score_scale, "
-    "bool squared) -> Tensor",
-    tier_scores_reference,
-    _tier_scores_fake,
-)
+_tier_scores = define(tier_scores_reference, _tier_scores_fake)
 
 
 @torch.no_grad()

@@ -41,14 +41,8 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], rows), weight.new_empty(rows * cols // 16 * 9 if transposable else 0)
 
 
-_train_prune24 = define(
-    "train_prune24(Tensor weight, bool transposable, float decay) -> Tensor", train_prune24_reference, _prune_fake
-)
-_train_linear24 = define(
-    "train_linear24(Tensor x, Tensor weight, Tensor? bias, bool transposable, str layout) -> (Tensor, Tensor)",
-    train_linear24_reference,
-    _linear_fake,
-)
+_train_prune24 = define(train_prune24_reference, _prune_fake, compiled=False)
+_train_linear24 = define(train_linear24_reference, _linear_fake, compiled=False)
 
 
 def _prune_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -91,8 +85,8 @@ def _linear_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     return grad_x, grad_weight, grad_bias, None, None
 
 
-define_gradient("train_prune24", _prune_setup, _prune_backward)
-define_gradient("train_linear24", _linear_setup, _linear_backward)
+define_gradient(_train_prune24, _prune_setup, _prune_backward)
+define_gradient(_train_linear24, _linear_setup, _linear_backward)
 
 
 def train_prune24(weight: Tensor, *, transposable: bool = False, decay: float = 0.0) -> Tensor:

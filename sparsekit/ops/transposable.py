@@ -44,7 +44,7 @@ def _mask_fake(score: Tensor) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.bool)
 
 
-_transposable_mask = define("transposable_mask(Tensor score) -> Tensor", transposable_mask_reference, _mask_fake)
+_transposable_mask = define(transposable_mask_reference, _mask_fake)
 
 
 def transposable_mask(score: Tensor) -> Tensor:
