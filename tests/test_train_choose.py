@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
 from sparsekit.ops import train24
-from sparsekit.train import choose, hardware
+from sparsekit.train import layouts
 
 CPU, SHAPE, LAYOUT = torch.device("cpu"), torch.Size((128, 128)), "cusparselt_sm90"
 
@@ -31,24 +31,24 @@ class Clock:
 @pytest.fixture
 def timed(monkeypatch):
     """``timed(seconds)`` makes a sparse step take ``seconds(tokens)`` and a dense one a second; returns the clock."""
-    monkeypatch.setattr(choose, "RATIOS", {})
-    monkeypatch.setattr(choose, "ROUNDS", 3)
-    monkeypatch.setattr("sparsekit.train.training.RATIOS", choose.RATIOS)
-    monkeypatch.setattr(hardware, "hardware_layouts", lambda device: ((LAYOUT,), ""))
+    monkeypatch.setattr(layouts, "RATIOS", {})
+    monkeypatch.setattr(layouts, "ROUNDS", 3)
+    monkeypatch.setattr("sparsekit.train.report.RATIOS", layouts.RATIOS)
+    monkeypatch.setattr(layouts, "hardware_layouts", lambda device: ((LAYOUT,), ""))
     products, product = [], train24._product
     monkeypatch.setattr(train24, "_product", lambda x, *rest: products.append(len(x)) or product(x, *rest))
 
     def use(seconds):
         clock = Clock(seconds)
         clock.products = products
-        monkeypatch.setattr(choose, "clock", lambda device, evict_cache: clock)
+        monkeypatch.setattr(layouts, "clock", lambda device, evict_cache: clock)
         return clock
 
     return use
 
 
 def kind(transposable=False, dtype=torch.bfloat16):
-    return choose.Kind(CPU, dtype, SHAPE, transposable, LAYOUT)
+    return layouts.StepKind(CPU, dtype, SHAPE, transposable, LAYOUT)
 
 
 @pytest.mark.parametrize("transposable", [False, True])
@@ -56,15 +56,15 @@ def kind(transposable=False, dtype=torch.bfloat16):
 def test_measures_each_power_of_two_once(timed, transposable, dtype):
     clock = timed(lambda tokens: 0.5 if tokens >= 32 else 0.99)
     one = kind(transposable, dtype)
-    assert [choose.is_faster(one, tokens) for tokens in (1, 2, 31, 32, 17)] == [False, False, True, True, True]
-    assert choose.RATIOS == {one: {1: 1 / 0.99, 2: 1 / 0.99, 32: 2.0}}
+    assert [layouts.is_faster(one, tokens) for tokens in (1, 2, 31, 32, 17)] == [False, False, True, True, True]
+    assert layouts.RATIOS == {one: {1: 1 / 0.99, 2: 1 / 0.99, 32: 2.0}}
     assert clock.asked == 3 * 2 * 3  # counts, products, rounds
 
 
 def test_many_tokens_are_measured_as_the_most(timed, monkeypatch):
-    monkeypatch.setattr(choose, "MAX_TOKENS", 64)
+    monkeypatch.setattr(layouts, "MAX_TOKENS", 64)
     timed(lambda tokens: 0.5)
-    assert choose.is_faster(kind(), 10**6) and list(choose.RATIOS[kind()]) == [64]
+    assert layouts.is_faster(kind(), 10**6) and list(layouts.RATIOS[kind()]) == [64]
 
 
 @pytest.mark.parametrize("call", [1, 2], ids=["output", "gradient"])
@@ -77,7 +77,7 @@ def test_a_wrong_result_is_never_faster(timed, monkeypatch, call):
         return product(x, *rest) * (1.1 if len(calls) == call else 1)
 
     monkeypatch.setattr(train24, "_product", wrong)
-    assert not choose.is_faster(kind(transposable=True), 8) and choose.RATIOS[kind(True)] == {8: 0.0}
+    assert not layouts.is_faster(kind(transposable=True), 8) and layouts.RATIOS[kind(True)] == {8: 0.0}
 
 
 def test_a_product_that_fails_is_never_faster(timed, monkeypatch):
@@ -97,7 +97,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(timed, monkeypatch):
     clock = timed(lambda tokens: 0.5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     one = kind()._replace(device=torch.device("cuda", 0))
-    assert not choose.is_faster(one, 8) and not choose.RATIOS[one] and clock.asked == 0
+    assert not layouts.is_faster(one, 8) and not layouts.RATIOS[one] and clock.asked == 0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
@@ -125,7 +125,7 @@ def test_a_layer_is_measured_under_activation_checkpointing(timed, backward):
     x = torch.randn(8, 128).bfloat16().requires_grad_()
     checkpoint(model, x, use_reentrant=False).float().square().sum().backward()
     first = x.grad.clone()
-    assert [list(ratios) for ratios in choose.RATIOS.values()] == [[8]]
+    assert [list(ratios) for ratios in layouts.RATIOS.values()] == [[8]]
     x.grad = None
     model(x).float().square().sum().backward()
     assert torch.equal(x.grad, first)
@@ -135,14 +135,14 @@ def test_a_layer_is_measured_under_activation_checkpointing(timed, backward):
 @pytest.mark.parametrize("backward", ["straight_through", "transposable"])
 def test_a_layer_is_measured_while_it_is_compiled(timed, monkeypatch, backward):
     """As for the most tokens, since the graph may serve any number of them."""
-    monkeypatch.setattr(choose, "MAX_TOKENS", 64)
+    monkeypatch.setattr(layouts, "MAX_TOKENS", 64)
     clock = timed(lambda tokens: 0.5)
     torch._dynamo.reset()
     model = nn.Linear(128, 128).bfloat16()
     sk.sparse_training_(model, backward=backward)
     x = torch.randn(8, 128).bfloat16()
     y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    assert [list(ratios) for ratios in choose.RATIOS.values()] == [[64]] and clock.asked == 2 * 3
+    assert [list(ratios) for ratios in layouts.RATIOS.values()] == [[64]] and clock.asked == 2 * 3
     assert torch.equal(y, model(x))
 
 

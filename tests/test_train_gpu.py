@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import sparsekit as sk
 from sparsekit.ops import hardware_layouts
 from sparsekit.ops.hardware24 import MULTIPLES
-from sparsekit.train import choose
+from sparsekit.train import layouts
 from sparsekit.train.product import Recipe, multiply
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -23,7 +23,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def _measure_anew(monkeypatch):
-    choose.RATIOS.clear()
+    layouts.RATIOS.clear()
 
 
 def step(model, run, x):
@@ -84,7 +84,7 @@ def test_checkpointed_and_compiled(device, backward, stored):
         assert_close(step(model, torch.compile(model, fullgraph=True), x), first)
         names = hardware_layouts(device).names
         if any(name in MULTIPLES for name in names):
-            assert len(choose.RATIOS) == 2, str(training)
+            assert len(layouts.RATIOS) == 2, str(training)
 
 
 @backwards
@@ -101,7 +101,7 @@ def test_captured_by_a_cuda_graph(device, backward):
                 step(model, model, x)
         torch.cuda.current_stream().wait_stream(stream)
         if not known:
-            choose.RATIOS.clear()
+            layouts.RATIOS.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), torch.no_grad():
             y = model(x)
@@ -111,4 +111,4 @@ def test_captured_by_a_cuda_graph(device, backward):
             mask = model.recipe.mask(model.weight)
             expected = F.linear(x.double(), (model.weight * mask).double(), model.bias.double())
         assert_close([y], [expected])
-        assert known or not any(choose.RATIOS.values())
+        assert known or not any(layouts.RATIOS.values())

@@ -8,14 +8,14 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
 from sparsekit.ops import train24, transposable_mask
-from sparsekit.train import choose, hardware
+from sparsekit.train import layouts
 from sparsekit.train.product import Recipe, multiply
 
 LAYOUTS = ("cusparselt_sm90", "cusparselt_sm80", "cutlass_sm80")
 backwards = pytest.mark.parametrize("backward", ["straight_through", "transposable"])
 
 
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def expected(x, weight, bias, backward, grad):
     return y, grad @ pruned, tokens.t() @ inputs, tokens.sum(0)
 
 
-@layouts
+@each_layout
 @backwards
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_output_and_gradients(layout, products, backward, dtype):
@@ -54,7 +54,7 @@ def test_output_and_gradients(layout, products, backward, dtype):
         assert torch.equal(weight.grad, grad.flatten(0, -2).t() @ x.flatten(0, -2))
 
 
-@layouts
+@each_layout
 @backwards
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
 def test_frozen_tensors_get_no_gradient(layout, backward, frozen):
@@ -64,7 +64,7 @@ def test_frozen_tensors_get_no_gradient(layout, backward, frozen):
     assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
 
 
-@layouts
+@each_layout
 @backwards
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_autocast(layout, products, backward, stored):
@@ -85,7 +85,7 @@ def test_autocast(layout, products, backward, stored):
         torch.testing.assert_close(actual, value.to(dtype), atol=0.1, rtol=0.02)
 
 
-@layouts
+@each_layout
 @backwards
 def test_decay(layout, backward):
     x, weight = torch.randn(8, 128).bfloat16(), torch.randn(128, 128).bfloat16().requires_grad_()
@@ -98,7 +98,7 @@ def test_decay(layout, backward):
     assert torch.equal(grads[1], torch.add(grads[0], weight.detach().masked_fill(mask, 0), alpha=0.5))
 
 
-@layouts
+@each_layout
 @backwards
 def test_empty_input(layout, backward):
     x, weight = torch.randn(0, 128).bfloat16().requires_grad_(), torch.randn(128, 128).bfloat16().requires_grad_()
@@ -107,7 +107,7 @@ def test_empty_input(layout, backward):
     assert y.shape == x.grad.shape == (0, 128) and (weight.grad == 0).all()
 
 
-@layouts
+@each_layout
 def test_second_gradients(layout):
     """By the dense product of a straight-through backward; the packed transpose has none, and says so."""
     x, weight = torch.randn(4, 128).bfloat16().requires_grad_(), torch.randn(128, 128).bfloat16()
@@ -122,15 +122,15 @@ def test_second_gradients(layout):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-@layouts
+@each_layout
 @backwards
 def test_a_model_trains_as_with_masked_dense_products(layout, backward, products, monkeypatch):
     """Plain, compiled and checkpointed, in bfloat16; sums are rounded in another order, no more."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 3)).bfloat16()
     x = torch.randn(16, 128).bfloat16()
-    monkeypatch.setattr(hardware, "hardware_layouts", lambda device: ((layout,), ""))
-    monkeypatch.setattr(choose, "is_faster", lambda kind, tokens: True)
+    monkeypatch.setattr(layouts, "hardware_layouts", lambda device: ((layout,), ""))
+    monkeypatch.setattr(layouts, "is_faster", lambda kind, tokens: True)
     handle = sk.sparse_training_(model, backward=backward, decay=0.01)
     assert [layer.product for layer in handle.layers] == [layout, layout, "masked dense"]
 
@@ -145,7 +145,7 @@ def test_a_model_trains_as_with_masked_dense_products(layout, backward, products
     assert torch.equal(step(torch.compile(model, fullgraph=True, backend="aot_eager")), sparse)
     assert products
     assert torch.equal(step(lambda x: checkpoint(model, x, use_reentrant=False)), sparse)
-    monkeypatch.setattr(choose, "is_faster", lambda kind, tokens: False)
+    monkeypatch.setattr(layouts, "is_faster", lambda kind, tokens: False)
     products.clear()
     dense = step(model)
     assert not products

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 import sparsekit as sk
 from sparsekit.masks import get_mask
-from sparsekit.train import hardware
+from sparsekit.train import layouts
 
 
 class Scaled(nn.Linear):
@@ -123,6 +123,8 @@ def test_rejects():
     for decay in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=re.escape(f"decay must be a number from 0, got {decay}")):
             sk.sparse_training_(model, decay=decay)
+    with pytest.raises(TypeError, match="decay must be a number, got 'a'"):
+        sk.sparse_training_(model, decay="a")
     with pytest.raises(ValueError, match=r"where selects no layer that can be trained sparse$"):
         sk.sparse_training_(model, where=lambda *_: False)
     with pytest.raises(ValueError, match="sparse; 0: its 2 inputs do not fill one group of 2:4"):
@@ -157,18 +159,18 @@ LAYOUTS = {  # of the device, rows, cols, transposable -> the layout
 
 @pytest.mark.parametrize("names, rows, cols, transposable, layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts_by_device_and_shape(monkeypatch, names, rows, cols, transposable, layout):
-    monkeypatch.setattr(hardware, "hardware_layouts", lambda device: (names, "a remark"))
+    monkeypatch.setattr(layouts, "hardware_layouts", lambda device: (names, "a remark"))
     arguments = (torch.Size((rows, cols)), transposable)
     for dtype in (torch.float16, torch.bfloat16):
-        found, reason = hardware.hardware_layout(torch.device("cuda", 0), dtype, *arguments)
+        found, reason = layouts.hardware_layout(torch.device("cuda", 0), dtype, *arguments)
         assert found == layout and (reason == "") == (layout is not None)
-    assert hardware.hardware_layout(torch.device("cuda", 0), torch.float32, *arguments)[0] is None
+    assert layouts.hardware_layout(torch.device("cuda", 0), torch.float32, *arguments)[0] is None
 
 
 def test_reasons_for_a_dense_product(monkeypatch):
     def reason(dtype=torch.float16, rows=128, names=("cusparselt_sm90",)):
-        monkeypatch.setattr(hardware, "hardware_layouts", lambda device: (names, "a remark"))
-        return hardware.hardware_layout(torch.device("cuda", 0), dtype, torch.Size((rows, 128)), False)[1]
+        monkeypatch.setattr(layouts, "hardware_layouts", lambda device: (names, "a remark"))
+        return layouts.hardware_layout(torch.device("cuda", 0), dtype, torch.Size((rows, 128)), False)[1]
 
     assert reason(torch.float32) == "it computes in torch.float32, not float16 or bfloat16"
     assert reason(rows=100) == "100 x 128 is no multiple of the 64 x 32 of cusparselt_sm90"

@@ -1,4 +1,4 @@
-"""Which layers of a model train sparse, and why the others do not."""
+"""Finds the layers of a model that can train sparse, and the reasons why others cannot."""
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,11 +14,11 @@ from .._layers import (
 )
 from ..nn import Compressed, weight_shape
 from .layer import MaskedLinear
-from .report import LayerReport
+from .report import TrainLayerReport
 
 
-def find_layers(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], tuple[LayerReport, ...]]:
-    """The layers that ``where`` selects and that can train sparse, by name; and those that cannot."""
+def find_layers(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], tuple[TrainLayerReport, ...]]:
+    """Returns the selected layers that can train sparse, by name, and reports of those that cannot."""
     layers: dict[str, nn.Linear] = {}
     check_where(where)
     skipped, shared = [], shared_weight_reasons(model)
@@ -28,7 +28,7 @@ def find_layers(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Lin
             continue
         if reason := shared.get((module, "weight")) or _dense_reason(module):
             skipped.append(
-                LayerReport(name, weight_shape(module) if compressed else declared_shape(module), "plain", reason)
+                TrainLayerReport(name, weight_shape(module) if compressed else declared_shape(module), "plain", reason)
             )
         else:
             layers[name] = module
@@ -36,7 +36,7 @@ def find_layers(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Lin
 
 
 def _dense_reason(layer: nn.Module) -> str | None:
-    """Why a layer must train dense; None where it can train sparse."""
+    """Returns why a layer must train dense; None if it can train sparse."""
     weight = layer._parameters.get("weight")
     if isinstance(layer, Compressed) or (weight is not None and is_lazy(weight)):
         return unsupported_reason(layer)

@@ -1,4 +1,4 @@
-"""The layer that trains sparse: an ``nn.Linear`` in all but its product."""
+"""The layer that trains sparse: an ``nn.Linear`` except for its product."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,23 +9,22 @@ from torch import Tensor, nn
 from .._state import CALLED, RAN_SPARSE, RECIPE, get_attribute, remove_attribute, set_attribute
 from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
 from ..nn import autocast_dtype, fx_node
-from . import choose
-from .hardware import hardware_layout, traced_as_constant
+from . import layouts
+from .layouts import hardware_layout, traced_as_constant
 from .product import Recipe, multiply
 
 
 class MaskedLinear(nn.Linear):
-    """An ``nn.Linear`` that multiplies by what a mask leaves of its weight; every call chooses the mask anew.
+    """An ``nn.Linear`` that multiplies by its masked weight; every call chooses the mask anew.
 
-    ``sparse_training_`` makes one of an ``nn.Linear`` by changing its class, nothing else: the module, its hooks,
-    Parameters and state dict stay what they are, so that an optimizer, DDP or a checkpoint sees no difference.
-    Copies and pickles train sparse as well.
+    ``sparse_training_`` only changes the class of an ``nn.Linear``: the module, its hooks, Parameters and state dict
+    stay the same, so that an optimizer, DDP or a checkpoint sees no difference. Copies and pickles train sparse too.
     """
 
     unsupported_reason: ClassVar[str] = "it trains sparse: call finish() or undo() of its training first"
 
     recipe: Recipe
-    called: bool  # since it trains sparse; what only reads the weight of a layer does not call it
+    called: bool  # since its training began; code that only reads the weight of a layer does not call it
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
@@ -36,7 +35,7 @@ class MaskedLinear(nn.Linear):
         layout, _ = hardware_layout(weight.device, dtype, weight.shape, transposable)
         if layout is not None:
             # The number of tokens of a traced graph may be unknown.
-            tokens = choose.MAX_TOKENS if torch.compiler.is_compiling() else input.shape[:-1].numel()
+            tokens = layouts.MAX_TOKENS if torch.compiler.is_compiling() else input.shape[:-1].numel()
             layout = _if_faster(layout, weight.device, dtype, self.out_features, self.in_features, transposable, tokens)
         return multiply(input, weight, self.bias, self.recipe, layout)
 
@@ -48,12 +47,12 @@ class MaskedLinear(nn.Linear):
 def _if_faster(
     layout: str, device: torch.device, dtype: torch.dtype, rows: int, cols: int, transposable: bool, tokens: int
 ) -> str | None:
-    kind = choose.Kind(device, dtype, torch.Size((rows, cols)), transposable, layout)
-    return layout if choose.is_faster(kind, tokens) else None
+    kind = layouts.StepKind(device, dtype, torch.Size((rows, cols)), transposable, layout)
+    return layout if layouts.is_faster(kind, tokens) else None
 
 
 class State(NamedTuple):
-    """All that sparse training changes in a layer: how it multiplies, whether it was called, and its stored mask.
+    """Everything that sparse training changes in a layer: its recipe, whether it was called, and its stored mask.
 
     ``recipe`` is None for a plain layer.
     """
@@ -65,7 +64,7 @@ class State(NamedTuple):
 
 
 def get_state(layer: nn.Linear) -> State:
-    """The state a layer is in."""
+    """Returns the state of a layer."""
     bits, info = get_mask_bits(layer), get_mask_info(layer)
     if isinstance(layer, MaskedLinear):
         return State(layer.recipe, layer.called, bits, info)
@@ -73,7 +72,7 @@ def get_state(layer: nn.Linear) -> State:
 
 
 def set_state(layer: nn.Linear, state: State) -> None:
-    """Puts a layer into a state, from any other and from half-way between two; its weight stays as it is."""
+    """Puts a layer into a state, whatever state it is in, even a half-changed one; its weight stays as it is."""
     layer.__class__ = nn.Linear
     if state.recipe is None:
         remove_attribute(layer, RECIPE)
@@ -93,17 +92,17 @@ def _note_pass(model: nn.Module, _: Any) -> None:
 
 
 def has_run(model: nn.Module) -> bool:
-    """Whether a pass has run since passes are noted."""
+    """Returns whether the model has run since its passes are noted."""
     return get_attribute(model, RAN_SPARSE) is not None
 
 
 def notes_passes(model: nn.Module) -> bool:
-    """Whether the passes of a model are noted."""
+    """Returns whether the passes of a model are noted."""
     return any(hook is _note_pass for hook in model._forward_pre_hooks.values())
 
 
 def note_passes(model: nn.Module, noting: bool, ran: bool) -> None:
-    """Notes the passes of a model from now on, or no longer; ``ran`` is what ``has_run`` says."""
+    """Begins or stops to note the passes of a model; ``ran`` is what ``has_run`` returns until the next pass."""
     if noting and not notes_passes(model):
         model.register_forward_pre_hook(_note_pass)
     if not noting:

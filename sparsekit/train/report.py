@@ -1,20 +1,27 @@
-"""What ``sparse_training_`` did."""
+"""The report of a sparse training: one entry for each selected layer, and their table."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
+from ..compress.tune import RATIO
+from ..nn import autocast_dtype
+from .layer import MaskedLinear
+from .layouts import RATIOS, StepKind, hardware_layout
+
 
 @dataclass(frozen=True)
-class LayerReport:
+class TrainLayerReport:
     """One layer that was selected.
 
     Args:
         name: its name in the model.
         shape: the shape of its weight.
-        product: what it multiplies with: a hardware layout such as ``"cusparselt_sm90"`` at the token counts where that
-            is at least 1.05 times as fast, else ``"masked dense"``; or ``"plain"`` where it is a plain layer.
-        reason: why not in a hardware layout, or what was measured of it so far: the time of a masked dense training
-            step over that of the layout's.
+        product: what it multiplies with: a hardware layout such as ``"cusparselt_sm90"`` at the token counts at which
+            that is at least 1.05 times as fast, else ``"masked dense"``; or ``"plain"`` if it is a plain layer.
+        reason: why it does not use a hardware layout, or what was measured of the layout so far: the time of a masked
+            dense training step divided by that of a step in the layout.
     """
 
     name: str
@@ -23,14 +30,30 @@ class LayerReport:
     reason: str
 
 
-def table(layers: Iterable[LayerReport]) -> str:
-    """The layers as a table, with a line of totals."""
+def report_layer(name: str, layer: nn.Linear, dense_reason: str | None) -> TrainLayerReport:
+    """Returns how a layer is multiplied now; ``dense_reason`` says why ``finish()`` left it dense, if it did."""
+    weight, shape = layer.weight, tuple(layer.weight.shape)
+    if not isinstance(layer, MaskedLinear):
+        return TrainLayerReport(name, shape, "plain", dense_reason or "its sparse training is over")
+    dtype, transposable = autocast_dtype(weight) or weight.dtype, layer.recipe.transposable
+    layout, reason = hardware_layout(weight.device, dtype, weight.shape, transposable)
+    if layout is None:
+        return TrainLayerReport(name, shape, "masked dense", reason)
+    ratios = RATIOS.get(StepKind(weight.device, dtype, weight.shape, transposable, layout), {})
+    slower = ratios and max(ratios.values()) < RATIO
+    measured = ", ".join(f"{ratio:.2f}x at {tokens} tokens" for tokens, ratio in sorted(ratios.items()))
+    reason = f"{layout} is {measured}" if ratios else ""
+    return TrainLayerReport(name, shape, "masked dense" if slower else layout, reason)
+
+
+def table(layers: Iterable[TrainLayerReport]) -> str:
+    """Returns the layers as a table, with a line of totals."""
     layers = tuple(layers)
     rows = [("layer", "shape", "product", "reason")]
     for layer in layers:
         rows.append((layer.name or "(model)", "x".join(map(str, layer.shape)), layer.product, layer.reason))
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, wide, strict=True)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     sparse = sum(layer.product != "plain" for layer in layers)
     dense = sum(layer.product == "masked dense" for layer in layers)
     return "\n".join(
