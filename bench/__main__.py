@@ -1,7 +1,6 @@
 """Runs every bench in three processes, keeps the median of each figure and writes results/<device>.json."""
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ import torch
 
 from sparsekit.ops import simd_level
 
-from .report import RESULTS, cpu_name, render, slug
+from .report import RESULTS, commit, cpu_name, render, slug, today, write
 
 FOLDER = Path(__file__).parent
 PROCESSES = 3
@@ -50,23 +49,20 @@ def main() -> None:
     parser.add_argument("-k", default="", help="only the benches whose name has this; nothing is written then")
     select = parser.parse_args().k
     runs = [measure(select) for _ in range(PROCESSES)]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True)
     report = {
         "device": cpu_name(),
         "simd": simd_level(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "date": today(),
+        "commit": commit(),
         "processes": PROCESSES,
         "rows": [middle(rows) for rows in zip(*runs, strict=True)],
     }
     print(render(report))
     if not select:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{slug(report)}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {path}")
+        write(RESULTS / f"{slug(report)}.json", report)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ realistic width.
 
 import argparse
 import copy
-import datetime
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 import sparsekit as sk
 from sparsekit.ops import simd_level
 
-from .report import RESULTS, cpu_name, render, slug
+from .report import RESULTS, commit, cpu_name, render, slug, today, write
 
 ROOT = Path(__file__).parents[1]
 WANDA = sk.Wanda("2:4")
@@ -132,21 +131,20 @@ def main() -> None:
     for method in METHODS:
         rows[method] = {name: child(name, method) for name in MODELS}
         print(method, rows[method], flush=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     report = {
         "kind": "methods",
         "device": cpu_name(),
         "simd": simd_level(),
         "threads": 1,
         "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "date": today(),
+        "commit": commit(),
         "calibration": CALIBRATION * WINDOW,
         "scored": int(rows["dense"]["stories260K"]["tokens"]),
         "block": {"dim": DIM, "tokens": TOKENS},
         "rows": rows,
     }
-    (RESULTS / f"{slug(report)}.json").write_text(json.dumps(report, indent=1) + "\n")
+    write(RESULTS / f"{slug(report)}.json", report)
     print(render(report))
 
 

@@ -1,10 +1,13 @@
 """Renders result files as the tables of the README: `python -m bench.report [results/<device>.json]`."""
 
+import datetime
 import json
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from .gpu import table as gpu
@@ -21,6 +24,23 @@ def cpu_name() -> str:
     if "model name" not in fields:
         return platform.processor() or platform.machine()
     return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
+
+
+def commit() -> str:
+    """Returns the commit of this checkout, as git describes it."""
+    with suppress(OSError):
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def write(path: Path, report: dict) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
 
 
 def slug(report: dict) -> str:

@@ -1,5 +1,7 @@
 """Weights of real models, [out_features, in_features], and the numbers of tokens they meet."""
 
+from collections.abc import Iterable
+
 SQUARE = (4096, 4096)  # attention projections of a 7B decoder
 UP = (11008, 4096)  # its feed-forward
 BERT = (768, 768)  # attention projections of a BERT-base or GPT-2
@@ -14,6 +16,10 @@ MANY = (64, 128, 512, 1024)
 
 GPU_LINEAR = (SQUARE, WIDE, DEEP, BERT_UP, BERT)
 GPU_TOKENS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096)
+
+
+def by_name(listed: Iterable[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    return {name(shape): shape for shape in listed}
 
 
 def name(shape: tuple[int, int]) -> str:

@@ -1,160 +1,167 @@
-"""The whole GPU bench, rehearsed on the CPU: every part, the JSON and the tables."""
+"""The whole GPU bench, rehearsed on the CPU: every section, the JSON and the tables."""
 
 import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import vendor
 
 from bench.gpu import __main__ as program
-from bench.gpu import build, counters, masks, parts, suite
+from bench.gpu import memory_ops, products
+from bench.gpu.clock import Clock
 from bench.gpu.goals import MODES
-from bench.gpu.rehearsal import TINY
+from bench.gpu.lab import Lab, Sizes
 from bench.gpu.table import details, render
-from bench.report import slug
 from bench.shapes import name
+from sparsekit.ops import _vendor
 
-SUITE = """
-import pytest
-pytestmark = pytest.mark.gpu
-def test_right(): pass
-def test_wrong(): assert 1 == 2, "not equal"
-"""
 LONG = 600  # seconds, on a busy machine too
-EXPECTED = ("operation not supported when calling", "wrong: a relative error", "a graph needs a GPU")
+TINY = Sizes(
+    memory=((64, 64), (16, 32)),
+    linear=((128, 128),),
+    tokens=(1, 96),
+    copy_bytes=2**16,
+    product=(64,),
+    compress_seconds=0.001,
+)
+PROPERTIES = SimpleNamespace(name="acted", major=9, minor=0, multi_processor_count=1, total_memory=1, L2_cache_size=1)
+
+
+class CpuClock(Clock):
+    """Times calls that have ended when they return."""
+
+    rounds, cache = (2, 2), 0
+
+    def __init__(self):
+        return
+
+    def synchronize(self):
+        return
+
+    def graph(self, calls):
+        return None
+
+    def once(self, run, host_seconds):
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin,) * 2
+
+
+LAB = Lab(torch.device("cpu"), TINY, "cusparselt_sm90", CpuClock(), backend="eager")
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """The report of all parts, each in this process; pip is only asked its version, and the suite is two tests."""
+    """The report of all sections, each in this process."""
     out = tmp_path_factory.mktemp("rehearsal")
-    tests = out / "test_two.py"
-    tests.write_text(SUITE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "COMMAND", ["-m", "pip", "--version"])
-        patch.setattr(suite, "files", lambda: [str(tests)])
-        patch.setattr(counters.shutil, "which", lambda tool: None)
-        assert program.main(["--rehearse", "--tune", "--out", str(out)], run=attempt) == 0
-    return out, json.loads((out / "rehearsal.json").read_text())
+        vendor.install(patch, vendor.Vendor(wrong=(1,)))
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
+        patch.setattr(_vendor, "suggest", lambda *args: (3, 1, -1))
+        patch.setattr(products, "to_sparse_semi_structured", lambda weight: weight)
+        patch.setattr(memory_ops, "torch_tile", lambda weight: weight)
+        patch.setattr(program, "gpu_lab", lambda tuned: replace(LAB, tuned=tuned))
+        patch.setattr(program, "run", run_here)
+        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
+        return out, program.measure_all("acted", program.SECTIONS, out, LONG, tune=True)
 
 
-def attempt(part, out, seconds, rehearse):
-    parts.measure(part, out, LONG, rehearse)
-    return {**parts.finished(parts.read(parts.rows_path(out, part))), "seconds": 0.0}
+def run_here(section, path, seconds, tune):
+    program.measure(section, path, LONG, tune)
+    return {**program.how_it_ended(program.read(path)), "seconds": 0.0}
 
 
-def all_rows(report, part):
-    return report["parts"][part]["rows"]
+def rows(report, section, key):
+    return [row for row in report["sections"][section]["rows"] if key in row]
 
 
-def errors(report):
-    for part in report["parts"].values():
-        for row in part["rows"]:
-            yield from row.get("wrong", {}).values()
-            yield from (each for each in row.get("baselines", {}).values() if isinstance(each, str))
-            if "error" in row:
-                yield row["error"]
-
-
-def test_every_part_runs_to_its_end(rehearsed):
+def test_every_section_runs_to_its_end(rehearsed):
     _, report = rehearsed
-    assert list(report["parts"]) == ["build", "machine", "tune", *(part.name for part in parts.PARTS[2:])]
-    assert {ended["status"] for ended in report["parts"].values()} == {"done"}
-    unexpected = [text for text in errors(report) if not any(each in text for each in EXPECTED)]
-    assert unexpected == ["assert 1 == 2"] or unexpected == ["AssertionError: not equal"]
+    assert {ended["status"] for ended in report["sections"].values()} == {"done"}
+    everything = [row for section in report["sections"].values() for row in section["rows"]]
+    assert [row for row in everything if "error" in row] == []
+    refused = {text.split(":")[0] for row in everything for text in row.get("wrong", {}).values()}
+    assert refused == {"RuntimeError", "ValueError"}  # an algorithm that is not there, and one that is wrong
 
 
 def test_every_op_is_checked_and_timed(rehearsed):
     _, report = rehearsed
-    rows = {(row["op"], row["shape"], row["dtype"]): row for row in all_rows(report, "masks")}
-    whole, small = map(name, TINY.masks)
-    wanted = {(work.name, whole, dtype) for work in masks.WORKS for dtype in work.dtypes}
-    assert rows.keys() == wanted | {(work.name, small, "bf16") for work in masks.WORKS if not work.hardware}
-    for row in rows.values():
+    measured = {(row["op"], row["shape"], row["dtype"]): row for row in rows(report, "memory", "op")}
+    whole, small = map(name, TINY.memory)
+    wanted = {(op, whole, "bf16") for op in memory_ops.OPS} | {(op, whole, "fp32") for op in memory_ops.ALSO_FP32}
+    assert measured.keys() == wanted | {(op, small, "bf16") for op in memory_ops.OPS if "hardware24" not in op}
+    for row in measured.values():
         assert row["seconds"]["own"] > 0 and row["seconds"]["copy"] > 0 and row["baselines"]["reference"] > 0
     weight = 64 * 64
-    assert rows["nm_mask 2:4", whole, "bf16"]["bytes"] == 3 * weight
-    assert rows["nm_mask_bits 2:4", whole, "fp32"]["bytes"] == 4 * weight + weight // 8
-    assert rows["prune_pack24", whole, "bf16"]["bytes"] == 2 * weight + 9 * weight // 8 + 4 * 64
+    assert measured["nm_mask 2:4", whole, "bf16"]["bytes"] == 3 * weight
+    assert measured["nm_mask 2:4", whole, "bf16"]["baselines"].keys() == {"compiled rank", "topk", "reference"}
+    assert measured["nm_mask_bits 2:4", whole, "fp32"]["bytes"] == 4 * weight + weight // 8
+    assert measured["prune_pack24", whole, "bf16"]["bytes"] == 2 * weight + 9 * weight // 8 + 4 * 64
 
 
-def test_products_are_raced_against_cublas(rehearsed):
+def test_products_are_compared_with_cublas(rehearsed):
     _, report = rehearsed
-    for row in all_rows(report, "linear"):
+    measured = rows(report, "linear", "ratios")
+    plain = [row for row in measured if "F.linear compiled" not in row["ratios"]]
+    for row in plain:
         forms = {"F.linear", "semi-structured", *(["linear24"] if row["tokens"] <= 64 else [])}
         assert row["seconds"].keys() == row["host"].keys() == forms
         assert row["ratios"].keys() == forms - {"F.linear"} and not row["wrong"]
-    assert len(all_rows(report, "linear")) == len(TINY.linear) * len(TINY.tokens)
-
-
-def test_tiers_are_raced_against_cublas(rehearsed):
-    _, report = rehearsed
-    measured = all_rows(report, "tiered")
-    assert [row["tokens"] for row in measured] == [1, 16, 1024]
+    assert len(plain) == len(TINY.linear) * len(TINY.tokens)
+    assert [row["tokens"] for row in measured[len(plain) :]] == [1, 16, 1024]
+    measured = rows(report, "tiered", "ratios")
+    assert [row["tokens"] for row in measured] == [1, 8, 16, 32, 1024]
     assert all(row["ratios"].keys() == {"linear_tiered"} and not row["wrong"] for row in measured)
-    assert "- 64x32, 16 tokens: " in details(report)
+    assert "- 128x128, 16 tokens: " in details(report)
 
 
 def test_a_wrong_algorithm_is_refused(rehearsed):
     _, report = rehearsed
-    for row in all_rows(report, "search"):
-        assert (
-            "wrong" in row["wrong"]["1"]
-            and "not supported" in row["wrong"]["4"]
-            and not {"0", "2", "3"} & row["wrong"].keys()
-        )
-        assert row["numbers"][0] in (0, 2, 3) and row["picked by the library"] == "3"
+    measured = rows(report, "search", "algorithm")
+    assert [row["tokens"] for row in measured] == list(TINY.tokens)
+    for row in measured:
+        assert "wrong" in row["wrong"]["(1, 1, -1)"] and "invalid value" in row["wrong"]["(4, 1, -1)"]
+        assert not {f"({right}, 1, -1)" for right in (0, 2, 3)} & row["wrong"].keys()
+        assert row["algorithm"][0] in (0, 2, 3) and row["picked by the library"] == [3, 1, -1]
         assert row["ratios"]["cuSPARSELt"] > 0
 
 
-def test_the_vendor_layout_is_found_from_its_output(rehearsed):
-    out, report = rehearsed
-    probes = [row for row in all_rows(report, "layout") if row["name"] == "probe"]
-    assert [row["cusparselt_sm90"] for row in probes] == [1.0, 1.0]
-    assert probes[1]["groups"] == probes[1]["groups that were found"] == 768 and probes[1]["nibbles"] == 1024
-    assert (out / "parts" / probes[0]["file"]).exists()
-    compared = [row["cusparselt_sm90"] for row in all_rows(report, "layout") if row["name"] == "layout"]
-    assert len(compared) == 4
-    assert all(row["values that differ"] == row["groups that differ"] == 0 for row in compared)
-
-
-def test_checks_and_runtime(rehearsed):
+def test_compressed_layers_are_compared_with_dense_ones(rehearsed):
     _, report = rehearsed
-    assert [row["right"] for row in all_rows(report, "checks")] == [True] * 4
-    runtime = all_rows(report, "runtime")
-    assert [row["works"] for row in runtime if row.get("name") == "torch.compile"] == [True] * 2
-    assert sum("ratios" in row for row in runtime) == len(MODES) * len(TINY.linear) * len(TINY.tokens)
-    assert [row for row in all_rows(report, "suite") if row.get("name") == "tests"] == [
-        {"name": "tests", "passed": 1, "failed": 1}
+    measured = rows(report, "compress", "ratios")
+    assert len(measured) == len(MODES) * len(TINY.linear) * len(TINY.tokens)
+    assert all(row["choice"] and not row["wrong"] and row["goal"].keys() == row["ratios"].keys() for row in measured)
+    assert [row["said"].partition(" became ")[0] for row in rows(report, "compress", "said")] == [
+        f"{mode}: 128x128" for mode in MODES
     ]
-    assert [row["reason"] for row in all_rows(report, "counters")] == ["ncu is not on the PATH"]
 
 
 def test_the_tables_are_written(rehearsed):
     out, report = rehearsed
     text = (out / "table.md").read_text()
     assert render(report) in text and details(report) in text
-    assert "| `nm_mask 2:4` | 64x64 | bf16 |" in text and "| `linear24` | 1 | 96 |" in text
-    assert "- 64x64 cusparselt_sm90: equal; 512 bytes of metadata, 512 by the closed form" in text
-    assert slug(report) == "rehearsal"
+    assert "| `nm_mask 2:4` | 64x64 | bf16 |" in text and "| `linear24` | 1 | 16 | 96 | 1024 |" in text
+    assert json.loads((out / "acted.json").read_text()) == json.loads(json.dumps(report))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_sentence_says_so(capsys):
     assert program.main([]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("bench.gpu: this needs a GPU that PyTorch can use") and said.count("\n") == 1
+    assert capsys.readouterr().err == "bench.gpu: this needs a GPU that PyTorch can use\n"
 
 
-def test_a_part_runs_in_a_process_of_its_own(tmp_path):
-    ended = parts.run(parts.PARTS[1], tmp_path, LONG, rehearse=True)
-    assert ended["status"] == "done"
-    assert {row.get("name") for row in parts.read(parts.rows_path(tmp_path, parts.PARTS[1]))} >= {"device", "copy"}
-
-
-def test_a_part_that_dies_or_hangs_is_reported(tmp_path, monkeypatch):
-    ended = parts.run(parts.Part("unheard", 9), tmp_path, 9, rehearse=True)
-    assert ended["status"] == "failed" and "invalid choice: 'unheard'" in ended["reason"]
-    monkeypatch.setattr(parts, "GRACE", -8.9)
-    ended = parts.run(parts.PARTS[1], tmp_path, 9, rehearse=True)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_section_that_fails_or_hangs_ends_alone(tmp_path, monkeypatch):
+    path = tmp_path / "sections" / "machine.jsonl"
+    ended = program.run("machine", path, LONG, False)
+    assert ended["status"] == "failed" and ended["reason"] == "exit code 1"
+    (row,) = program.read(path)
+    assert row["what"] == "the end" and row["error"]
+    assert "Traceback" in path.with_suffix(".log").read_text()
+    monkeypatch.setattr(program, "GRACE", -8.9)
+    ended = program.run("machine", path, 9, True)
     assert ended["status"] == "stopped" and ended["reason"] == "it did not end within 0 s"
-    assert parts.run(parts.PARTS[1], tmp_path, 1, rehearse=True)["status"] == "skipped"
+    assert program.run("machine", path, 1, True)["status"] == "skipped"

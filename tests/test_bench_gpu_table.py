@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 from bench.gpu import goals
-from bench.gpu.findings import findings
 from bench.gpu.lab import Sizes
-from bench.gpu.table import details, fastest, products, render, short, unmeasured
+from bench.gpu.table import details, errors, fastest, products, render, short, unmeasured
 from bench.report import RESULTS, render_gpus, slug
 
 README = Path(__file__).parents[1] / "README.md"
@@ -26,23 +25,21 @@ MASK = {
 }
 CELL = {"op": "linear", "shape": "4096x4096", "dtype": "bf16", "tokens": 1, "goal": {"linear24": 1.5}}
 DENSE = {"seconds": {"F.linear": 8e-6, "linear24": 6.4e-6}, "host": {"F.linear": 9e-6}, "ratios": {"linear24": 1.25}}
-BEST = {"seconds": {"cuSPARSELt": 1e-5}, "ratios": {"cuSPARSELt": 0.8}, "algorithm": "algorithm 3", "goal": {}}
+BEST = {"seconds": {"cuSPARSELt": 1e-5}, "ratios": {"cuSPARSELt": 0.8}, "choice": "algorithm 3", "goal": {}}
 CHOSEN = {
     "seconds": {"compress_": 6.4e-6},
     "ratios": {"compress_": 1.24},
-    "decision": "2:4",
+    "choice": "2:4",
     "goal": {"compress_": 1.0},
 }
 
 
 def report(**rows):
-    parts = {name: {"status": "done", "seconds": 1.0, "rows": each} for name, each in rows.items()}
-    return {"kind": "gpu", "device": "NVIDIA H200", "date": "2026-11-21", "commit": "abc1234", "parts": parts}
+    sections = {name: {"status": "done", "seconds": 1.0, "rows": each} for name, each in rows.items()}
+    return {"kind": "gpu", "device": "NVIDIA H200", "date": "2026-11-21", "commit": "abc1234", "sections": sections}
 
 
-FULL = report(
-    machine=MACHINE, masks=[MASK], linear=[CELL | DENSE], search=[CELL | BEST], runtime=[CELL | CHOSEN], suite=[]
-)
+FULL = report(machine=MACHINE, memory=[MASK], linear=[CELL | DENSE], search=[CELL | BEST], compress=[CELL | CHOSEN])
 
 
 def test_goals_are_those_of_the_large_weights():
@@ -51,7 +48,7 @@ def test_goals_are_those_of_the_large_weights():
     assert goals.linear_goals("4096x14336", 16) == {"linear24": 1.5}
     assert goals.linear_goals("4096x14336", 1024) == {"best": 1.2}
     assert goals.linear_goals("768x768", 1) == goals.linear_goals("4096x4096", 64) == {}
-    assert Sizes().masks[0] == (4096, 4096)
+    assert Sizes().memory[0] == (4096, 4096)
 
 
 def test_report_names_the_machine_its_limits_and_what_is_missed():
@@ -66,8 +63,8 @@ def test_report_names_the_machine_its_limits_and_what_is_missed():
     ]
     assert slug(FULL) == "nvidia-h200"
     noisy = CELL | CHOSEN | {"ratios": {"compress_": 0.98}}
-    assert not list(short(report(runtime=[noisy])))
-    assert list(short(report(runtime=[noisy | {"ratios": {"compress_": 0.96}}]))) == [
+    assert not list(short(report(compress=[noisy])))
+    assert list(short(report(compress=[noisy | {"ratios": {"compress_": 0.96}}]))) == [
         "`compress_` 4096x4096, 1 tokens: 0.96x of cuBLAS, goal 1.0x"
     ]
     slow = CELL | {"tokens": 2048, "goal": {"best": 1.2}, "seconds": {}, "host": {}, "ratios": {"cuSPARSELt": 0.9}}
@@ -83,10 +80,12 @@ def test_details_list_every_product_and_error():
     text = details(FULL)
     assert "| 4096x4096 | 1 | linear24 | 6.4 |  | 5.2 | 1% | 2949 | 74% | 1.25 |" in text
     assert "| 4096x4096 | 1 | cuSPARSELt (algorithm 3) | 10.0 |  | 3.4 | 0% | 1887 | 47% | 0.80 |" in text
-    assert "- masks: done in 1 s" in text and "Errors:\n\n- none" in text
-    broken = report(masks=[{"what": "nm_mask", "error": "ValueError: wrong"}] * 2)
-    assert "Errors:\n\n- masks, nm_mask: ValueError: wrong (2 times)" in "\n\n".join(findings(broken))
+    assert "\n\nmemory: done in 1 s\n" in text
+    broken = report(memory=[{"what": "nm_mask", "error": "ValueError: wrong"}] * 2)
+    assert "memory: done in 1 s\n\n- nm_mask: ValueError: wrong (2 times)\n" in details(broken)
     assert "medians" in render(broken) and "not measured" in render(broken)
+    wrong = {"op": "nm_mask", "shape": "8x8", "wrong": {"topk": "KeyError: 1"}}
+    assert errors([wrong]) == ["nm_mask 8x8 topk: KeyError: 1"]
 
 
 def test_readme_shows_what_was_measured_on_gpus_or_that_nothing_was():

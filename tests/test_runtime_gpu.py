@@ -98,33 +98,41 @@ def test_gradients_of_a_frozen_layer(device):
         torch.testing.assert_close(grad, linear.weight.float().sum(0).bfloat16().expand_as(x), rtol=2e-2, atol=2e-2)
 
 
-def test_captured_by_a_cuda_graph(device):
-    linear = sparse(shapes.BERT_UP, torch.bfloat16, device)
-    for layout in kernels(device):
-        layer, x = routed(linear, layout), torch.randn(16, 768, device=device).bfloat16()
-        with torch.no_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    layer(x)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                y = layer(x)
-            x.copy_(torch.randn_like(x))
-            graph.replay()
-            assert_right(y, linear, x)
+def assert_captured_and_compiled(layer, linear, x):
+    """A CUDA graph of the layer takes another input, and torch.compile takes the layer whole."""
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert_right(y, linear, x)
+        torch._dynamo.reset()
+        assert_right(torch.compile(layer, fullgraph=True, dynamic=False)(x), linear, x)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-def test_compiles_whole(device):
+def test_every_kernel_is_captured_and_compiled(device):
     linear = sparse(shapes.BERT_UP, torch.bfloat16, device)
     for layout in kernels(device):
-        torch._dynamo.reset()
-        layer, x = routed(linear, layout), torch.randn(16, 768, device=device).bfloat16()
-        with torch.no_grad():
-            assert_right(torch.compile(layer, fullgraph=True)(x), linear, x)
+        assert_captured_and_compiled(routed(linear, layout), linear, torch.randn(16, 768, device=device).bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@SHAPES
+def test_compressed_layers_are_captured_and_compiled(device, shape):
+    linear = sparse(shape, torch.bfloat16, device)
+    model = nn.Sequential(copy.deepcopy(linear)).eval()
+    batches = [torch.randn(tokens, shape[1], device=device).bfloat16() for tokens in (1, 1024)]
+    sk.compress_(model, batches, budget=0.1, graphs=True, keep_dense=True)
+    for x in batches:
+        assert_captured_and_compiled(model[0], linear, x)
 
 
 def test_to_the_cpu_and_back(device):

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekit.ops import pack24
-from sparsekit.ops.hardware24 import from_hardware24_reference, to_hardware24_reference
+from sparsekit.ops.hardware24 import MULTIPLES, from_hardware24_reference, to_hardware24_reference
 from sparsekit.ops.sparse24 import unpack24_reference
 
 OWN_ORDER = "own order"  # of metadata, that no closed form describes
@@ -78,6 +79,15 @@ class Vendor:
         weight = unpack24_reference(*from_hardware24_reference(packed, rows, cols, "cutlass_sm80"), cols)
         self.calls.append((dense.shape[1], -1, 1, -1))
         return (weight.float() @ dense.float() + bias.float().unsqueeze(1)).to(dense.dtype)
+
+
+class PaddingVendor(Vendor):
+    """Pads the rows of a weight to what the layout needs; the padding has metadata, but no values."""
+
+    def compress(self, dense: Tensor) -> Tensor:
+        padded = F.pad(dense, (0, 0, 0, -len(dense) % MULTIPLES[self.layout][0]))
+        packed = super().compress(padded).flatten()
+        return torch.cat([packed[: dense.numel() // 2], packed[padded.numel() // 2 :]])
 
 
 def install(monkeypatch, vendor: Vendor, capability: tuple[int, int] = (9, 0)) -> Vendor:

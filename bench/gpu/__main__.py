@@ -1,107 +1,135 @@
-"""Builds, checks and measures on the GPU of this machine, and writes one JSON and a table."""
+"""Measures on the GPU of this machine: `python -m bench.gpu`; `make gpu` builds before and tests after that.
+
+Every section runs in a process of its own, so that a fault, a hang or a lost device ends that section only. Its rows
+go to OUT/sections/NAME.jsonl as soon as they are known, what it prints to NAME.log. After each section, OUT gets one
+JSON and `table.md` of all that is known so far.
+"""
 
 import argparse
-import datetime
-import json
 import os
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-from bench.report import RESULTS, slug
+import torch
 
-from . import parts
-from .log import read
-from .parts import PARTS, TUNE, Part
+from bench.report import RESULTS, commit, slug, today, write
+
+from . import compress, machine, memory_ops, products
+from .lab import Lab, gpu_lab
+from .rows import Row, Rows, one_line, read
 from .table import details, render
 
-RESERVE = 10 + parts.GRACE  # seconds at the end, for a part that ends late and for writing
-Run = Callable[[Part, Path, float, bool], dict[str, Any]]
+GRACE = 15.0  # seconds that a section has to start and to end its last item
+LEAST = 5.0  # seconds with which a section is still begun
+TUNING = 2.5  # times as long for sections that choose configurations, too
+RESERVE = 10 + GRACE  # seconds at the end, for a section that ends late and for writing
 
 
-def main(arguments: Sequence[str] | None = None, run: Run = parts.run) -> int:
+# What measures, and the seconds that it may take; the time that it leaves over is not given to others.
+SECTIONS: dict[str, tuple[Callable[[Lab, Rows], None], float]] = {
+    "machine": (machine.machine, 20),
+    "memory": (memory_ops.memory, 75),
+    "linear": (products.linear, 90),
+    "tiered": (products.tiered, 20),
+    "search": (products.search, 50),
+    "compress": (compress.compress, 75),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    out = options.out or parts.ROOT / "build" / ("rehearsal" if options.rehearse else "gpu")
-    chosen = {part.name: part for part in (*PARTS, TUNE)}
-    if options.part:
-        parts.measure(chosen[options.part], out.resolve(), options.seconds, options.rehearse)
-        return 0
-    if not options.rehearse and not has_gpu():
-        print(
-            "bench.gpu: this needs a GPU that PyTorch can use (`--rehearse` tries the program on the CPU)",
-            file=sys.stderr,
-        )
+    if not torch.cuda.is_available():
+        print("bench.gpu: this needs a GPU that PyTorch can use", file=sys.stderr)
         return 2
-    names = options.only or [part.name for part in PARTS[:2] + ((TUNE,) if options.tune else ()) + PARTS[2:]]
-    report = {"kind": "gpu", "device": device(options.rehearse), "date": datetime.date.today().isoformat()}
-    report |= {"commit": commit(), "parts": {}}
-    measure(report, [chosen[name] for name in names], out.resolve(), options.minutes, options.rehearse, run)
-    print(details(report))
-    if not (options.out or options.only or options.rehearse):
-        path = RESULTS / f"{slug(report)}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {path}")
+    out = options.out or Path("build", "gpu")
+    report = measure_all(torch.cuda.get_device_name(0), options.only or SECTIONS, out, options.minutes, options.tune)
+    if not (options.out or options.only):
+        write(RESULTS / f"{slug(report)}.json", report)
     return 0
 
 
+def measure_all(device: str, names: Iterable[str], out: Path, minutes: float, tune: bool = False) -> Row:
+    """Runs sections one after the other; after each, the folder gets the report and the tables of what is known."""
+    report: Row = {"kind": "gpu", "device": device, "commit": commit(), "date": today(), "sections": {}}
+    (out / "tuned.json").unlink(missing_ok=True)
+    end = time.monotonic() + 60 * minutes - RESERVE
+    for name in names:
+        seconds = min(SECTIONS[name][1] * (TUNING if tune else 1), end - time.monotonic())
+        ended = run(name, rows_path(out, name), seconds, tune)
+        report["sections"][name] = ended | {"rows": read(rows_path(out, name))}
+        print(f"{name}: {ended['status']}, {ended['seconds']:.0f} s {ended.get('reason', '')}".rstrip(), flush=True)
+        (out / "table.md").write_text(render(report) + "\n" + details(report), encoding="utf-8")
+        write(out / f"{slug(report)}.json", report)
+    print(details(report))
+    return report
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    names = [part.name for part in (*PARTS, TUNE)]
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="folder for the results; default build/gpu, and bench/results/")
-    parser.add_argument("--minutes", type=float, default=8, help="for all together (8)")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"only these: {', '.join(names)}")
-    parser.add_argument("--tune", action="store_true", help="choose the configurations of the Triton kernels first")
-    parser.add_argument("--rehearse", action="store_true", help="try the program on the CPU; the figures mean nothing")
-    parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=6, help="for all together (6)")
+    listed = ", ".join(SECTIONS)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"only these: {listed}")
+    parser.add_argument("--tune", action="store_true", help="choose the configurations of the Triton kernels, too")
     return parser.parse_args(arguments)
 
 
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def rows_path(out: Path, name: str) -> Path:
+    return out / "sections" / f"{name}.jsonl"
 
 
-def device(rehearse: bool) -> str:
-    import torch
-
-    return "rehearsal" if rehearse else torch.cuda.get_device_name(0)
-
-
-def measure(
-    report: dict[str, Any], chosen: Sequence[Part], out: Path, minutes: float, rehearse: bool, run: Run
-) -> None:
-    """Runs the parts one after the other; after each, all that is known so far is written."""
-    end = time.monotonic() + 60 * minutes - RESERVE
-    for part in chosen:
-        ended = run(part, out, min(part.seconds, end - time.monotonic()), rehearse)
-        report["parts"][part.name] = {**ended, "rows": read(parts.rows_path(out, part))}
-        print(
-            f"{part.name}: {ended['status']}, {ended['seconds']:.0f} s {ended.get('reason', '')}".rstrip(), flush=True
-        )
-        write(out / f"{slug(report)}.json", json.dumps(report, indent=1))
-        write(out / "table.md", render(report) + "\n" + details(report))
-
-
-def write(path: Path, text: str) -> None:
-    """Replaces a file, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def run(name: str, path: Path, seconds: float, tune: bool) -> Row:
+    """Runs a section in a process of its own; returns how it ended."""
+    begin = time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if seconds < LEAST:
+        return {"status": "skipped", "reason": "no time was left", "seconds": 0.0}
+    process = get_context("spawn").Process(target=_in_process, args=(name, path, seconds, tune))
+    process.start()
+    process.join(seconds + GRACE)
+    ended = how_it_ended(read(path))
+    if process.exitcode is None:
+        ended = {"status": "stopped", "reason": f"it did not end within {seconds + GRACE:.0f} s"}
+    elif process.exitcode:
+        ended = {"status": "failed", "reason": f"exit code {process.exitcode}"}
+    with suppress(ProcessLookupError):  # where it ended with all that it started
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.kill()
+    process.join()
+    return ended | {"seconds": round(time.monotonic() - begin, 1)}
 
 
-def commit() -> str:
+def _in_process(name: str, path: Path, seconds: float, tune: bool) -> None:
+    os.setsid()
+    os.environ["SPARSEKIT_TUNE_CACHE"] = "0"
+    with path.with_suffix(".log").open("w") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    measure(name, path, seconds, tune)
+
+
+def measure(name: str, path: Path, seconds: float, tune: bool) -> None:
+    """Runs a section in this process."""
+    rows = Rows(path, seconds)
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=parts.ROOT, capture_output=True, text=True
-        )
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        lab = gpu_lab(path.parent.parent if tune else None)
+        rows.healthy = lab.healthy
+        SECTIONS[name][0](lab, rows)
+    except Exception as error:
+        rows.write(what="the end", error=one_line(error))
+        raise
+
+
+def how_it_ended(rows: Sequence[Row]) -> Row:
+    """Returns the status of a section that ran to its end: all done, or cut short."""
+    cuts = [row["cut"] for row in rows if "cut" in row]
+    return {"status": "cut short", "reason": "; ".join(cuts)} if cuts else {"status": "done"}
 
 
 if __name__ == "__main__":

@@ -1,65 +1,56 @@
-"""Check 2: the vendor's product from torch's training pruner, and from the fused op that replaces it."""
+"""The ops and their references by name, and checks of what they compute: no figure stands on a wrong result."""
+
+import pkgutil
+from importlib import import_module
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.shapes import name
+import sparsekit.ops
 
-from .lab import Lab, reference, relative_error
-from .linear import TOLERANCE
-from .log import Log
-from .vendor import Algorithm
-
-TOKENS = 64
+TOLERANCE = 1e-2  # relative error of a bf16 product, against the same product in fp32
 
 
-def measure(lab: Lab, log: Log) -> None:
-    """Multiplies by what each packer made, against the masked dense weight in fp32."""
-    for what, shape in log.each({name(shape): shape for shape in lab.sizes.both_ways}):
-        weight, x = lab.randn(*shape), lab.randn(TOKENS, shape[1])
-        for key, product in CHECKS.items():
-            with log.guard(f"{key} {what}"):
-                error = product(lab, weight, x)
-                log.write(
-                    name=key, shape=what, error_norm=error, right=all(each <= TOLERANCE for each in error.values())
-                )
+def op(name: str) -> Any:
+    """Returns a registered op."""
+    return getattr(torch.ops.sparsekit, name).default
 
 
-def _torch(lab: Lab, weight: Tensor, x: Tensor) -> dict[str, float]:
-    sparse, dense = lab.vendor.tile(weight)
-    return {"forward": relative_error(torch.mm(sparse, x.t()), dense.float() @ x.float().t())}
+def reference(name: str) -> Any:
+    """Returns the plain PyTorch that defines an op."""
+    for module in pkgutil.iter_modules(sparsekit.ops.__path__):
+        found = getattr(import_module(f"sparsekit.ops.{module.name}"), f"{name}_reference", None)
+        if found is not None:
+            return found
+    raise LookupError(f"no op is called {name}")
 
 
-def _vendor(lab: Lab, weight: Tensor, x: Tensor) -> dict[str, float]:
-    """What the vendor packs itself must be right everywhere: this tells a wrong layout from a wrong call."""
-    dense = reference("nm_prune")(weight, 2, 4, None)[0]
-    return {"forward": _product_error(lab, lab.vendor.compress(dense), dense, x)}
+def tensors(value: Any) -> list[Tensor]:
+    """Lists the tensors among an op's arguments or results."""
+    return [each for each in (value if isinstance(value, tuple | list) else (value,)) if isinstance(each, Tensor)]
 
 
-def _own_one_way(lab: Lab, weight: Tensor, x: Tensor) -> dict[str, float]:
-    packed = lab.op("prune_to_hardware24")(weight, None, lab.layout)
-    return {"forward": _product_error(lab, packed, reference("nm_prune")(weight, 2, 4, None)[0], x)}
+def total_bytes(*values: Any) -> int:
+    return sum(tensor.nbytes for value in values for tensor in tensors(value))
 
 
-def _own_both_ways(lab: Lab, weight: Tensor, x: Tensor) -> dict[str, float]:
-    packed, packed_t, _ = lab.op("prune_both_to_hardware24")(weight, lab.layout)
-    dense = torch.where(reference("transposable_mask")(weight), weight, 0)
-    backward = lab.randn(x.shape[0], weight.shape[0])
-    return {
-        "forward": _product_error(lab, packed, dense, x),
-        "backward": _product_error(lab, packed_t, dense.t(), backward),
-    }
+def check_same(got: Any, expected: Any) -> None:
+    """Raises unless every tensor equals the reference's."""
+    for index, (own, right) in enumerate(zip(tensors(got), tensors(expected), strict=True)):
+        if own.shape != right.shape or own.dtype != right.dtype:
+            raise ValueError(
+                f"result {index} is {own.dtype} {tuple(own.shape)}, not {right.dtype} {tuple(right.shape)}"
+            )
+        if not torch.equal(own, right):
+            wrong = (own != right).sum().item()
+            raise ValueError(f"wrong: {wrong} of {own.numel()} entries of result {index} differ from the reference")
 
 
-def _product_error(lab: Lab, packed: Tensor, dense: Tensor, x: Tensor) -> float:
-    got = lab.vendor.linear(x, packed, None, dense.shape[0], Algorithm())
-    return relative_error(got, F.linear(x.float(), dense.float()))
-
-
-CHECKS = {
-    "torch's tile": _torch,
-    "vendor's compress": _vendor,
-    "own, one way": _own_one_way,
-    "own, both ways": _own_both_ways,
-}
+def check_close(got: Tensor, expected: Tensor) -> None:
+    """Raises unless a product is close to ``expected``, which is of a higher precision."""
+    if got.shape != expected.shape:
+        raise ValueError(f"the result has shape {tuple(got.shape)}, not {tuple(expected.shape)}")
+    error = ((got.to(expected.dtype) - expected).norm() / expected.norm()).item()
+    if not error <= TOLERANCE:
+        raise ValueError(f"wrong: a relative error of {error:.2g}, {TOLERANCE:g} is allowed")

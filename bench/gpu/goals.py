@@ -23,12 +23,12 @@ OPS: dict[str, tuple[float, float]] = {
 
 
 def op_goal(name: str, shape: str, dtype: str) -> float | None:
-    """Microseconds, or None where nothing was promised."""
+    """Returns microseconds, or None where nothing was promised."""
     return OPS[name][0] if name in OPS and (shape, dtype) == (SHAPE, DTYPE) else None
 
 
 def linear_goals(shape: str, tokens: int) -> dict[str, float]:
-    """Ratios over cuBLAS, by what must reach them."""
+    """Returns ratios over cuBLAS, by what must reach them."""
     if tokens <= DECODE:
         return {"linear24": DECODE_RATIO} if shape in DECODE_SHAPES else {}
     return {"best": MANY_RATIO} if tokens >= MANY and shape in DECODE_SHAPES else {}

@@ -3,62 +3,53 @@
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 import sparsekit
+from sparsekit.ops import simd_level
 
-from .clock import Call
-from .lab import Lab, check_same
-from .log import Log
+from .checks import check_same
+from .clock import Contenders
+from .lab import Lab
+from .rows import Row, Rows
 
 CLOCKS = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
 
 
-def measure(lab: Lab, log: Log) -> None:
+def machine(lab: Lab, rows: Rows) -> None:
     """Writes the device with its versions, the bandwidth of a copy and the rate of the largest dense product."""
-    with log.guard("device"):
-        log.write(name="device", **device(lab))
-    for name, call in {"copy": copies, "product": products}.items():
-        with log.guard(name):
-            call(lab, log)
-    with log.guard("clocks"):
-        log.write(name="clocks after", **clocks())
+    tasks = {"device": device, "copy": copy_large, "copies of a weight": copy_weights}
+    tasks |= {f"product {size}": partial(product, size=size) for size in lab.sizes.product}
+    rows.for_each(tasks | {"clocks": lambda lab: {"name": "clocks after", **clocks()}}, lambda task: task(lab))
 
 
-def device(lab: Lab) -> dict[str, Any]:
-    facts: dict[str, Any] = {"device": platform.processor() or platform.machine(), "layout": lab.layout, **clocks()}
-    if lab.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(lab.device)
-        facts |= {
-            "device": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory": properties.total_memory,
-            "l2": properties.L2_cache_size,
-        }
-    versions = {name: _version(name) for name in ("torch", "triton")}
-    cuda = torch.version.cuda or torch.version.hip
-    return (
-        facts
-        | versions
-        | {"sparsekit": sparsekit.__version__}
-        | {"cuda": cuda, "cusparselt": lab.vendor.version(), "python": platform.python_version()}
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def device(lab: Lab) -> Row:
+    properties: Any = torch.cuda.get_device_properties(lab.device)
+    return {
+        "name": "device",
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "l2": properties.L2_cache_size,
+        "layout": lab.layout,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "sparsekit": sparsekit.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cusparselt": str(torch.backends.cusparselt.version()),
+        "CPU kernels": simd_level(),
+        "python": platform.python_version(),
+        **clocks(),
+    }
 
 
 def clocks() -> dict[str, str]:
-    """Clocks, power and temperature at this moment, as nvidia-smi names them."""
+    """Returns clocks, power and temperature at this moment, as nvidia-smi names them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {"nvidia-smi": "not found"}
@@ -67,29 +58,30 @@ def clocks() -> dict[str, str]:
     return dict(zip(CLOCKS.split(","), (field.strip() for field in done.stdout.split(",")), strict=False))
 
 
-def copies(lab: Lab, log: Log) -> None:
+def copy_large(lab: Lab) -> Row:
     """Check 5: what memory allows, by copies that count the bytes read and written."""
     large = torch.randint(-128, 127, (lab.sizes.copy_bytes,), dtype=torch.int8, device=lab.device)
     target = torch.empty_like(large)
     target.copy_(large)
     check_same(target, large)
-    _copy_row(lab, log, "copy", large.nbytes, {"copy_": [lambda: target.copy_(large)], "clone": [large.clone]})
-    rows, cols = lab.sizes.masks[0]
-    small = lab.sets(lambda: (lab.randn(rows, cols), lab.randn(rows, cols)), 2 * rows * cols * 2)
-    copied = [lambda pair=pair: pair[0].copy_(pair[1]) for pair in small]
-    cloned = [pair[1].clone for pair in small]
-    _copy_row(lab, log, f"copy {rows}x{cols} bf16", small[0][0].nbytes, {"copy_": copied, "clone": cloned})
+    return _copied(lab, "copy", large.nbytes, {"copy_": [lambda: target.copy_(large)], "clone": [large.clone]})
 
 
-def _copy_row(lab: Lab, log: Log, name: str, nbytes: int, calls: dict[str, Sequence[Call]]) -> None:
-    seconds = lab.clock.race(calls, capture=True).seconds()
+def copy_weights(lab: Lab) -> Row:
+    shape = lab.sizes.memory[0]
+    pairs = lab.sets(lambda: (lab.randn(*shape), lab.randn(*shape)), 4 * shape[0] * shape[1])
+    copies = {"copy_": [partial(to.copy_, of) for to, of in pairs], "clone": [of.clone for _, of in pairs]}
+    return _copied(lab, f"copy {shape[0]}x{shape[1]} bf16", pairs[0][0].nbytes, copies)
+
+
+def _copied(lab: Lab, name: str, nbytes: int, calls: Contenders) -> Row:
+    seconds = lab.clock.time_interleaved(calls, capture=True).seconds()
     rates = {key: 2 * nbytes / each / 1e9 for key, each in seconds.items()}
-    log.write(name=name, bytes=nbytes, seconds=seconds, **{"GB/s": rates})
+    return {"name": name, "bytes": nbytes, "seconds": seconds, "GB/s": rates}
 
 
-def products(lab: Lab, log: Log) -> None:
-    """The largest dense bf16 product that memory and time allow, on random data."""
-    for size in lab.sizes.product:
-        left, right = lab.randn(size, size), lab.randn(size, size)
-        seconds = lab.clock.race({"matmul": [lambda a=left, b=right: a @ b] * 2}, 0.5).seconds()["matmul"]
-        log.write(name="product", size=size, seconds=seconds, **{"TFLOP/s": 2 * size**3 / seconds / 1e12})
+def product(lab: Lab, size: int) -> Row:
+    """Times a large dense bf16 product, on random data."""
+    left, right = lab.randn(size, size), lab.randn(size, size)
+    seconds = lab.clock.time_interleaved({"matmul": [lambda: left @ right] * 2}, 0.5).seconds()["matmul"]
+    return {"name": "product", "size": size, "seconds": seconds, "TFLOP/s": 2 * size**3 / seconds / 1e12}

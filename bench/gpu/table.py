@@ -1,14 +1,12 @@
 """Renders a GPU's results as markdown: what README shows, and the details."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 from . import goals
-from .findings import findings
-from .log import NOT_MEASURED, Row, named, rows
+from .rows import Row
 
-DENSE = "F.linear"
-MERGED = ("ratios", "seconds", "host", "goal")  # of the rows of one product, by provider
+NOT_MEASURED, DENSE = "not measured", "F.linear"
+MERGED = ("ratios", "seconds", "host", "goal")  # of the rows of one product, by form
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -17,7 +15,7 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def unmeasured() -> str:
-    """The goals, where no GPU was at hand."""
+    """Lists the goals, where no GPU was at hand."""
     lines = [
         [f"`{op}`", f"{goal:g} us", f"{roofline:g} us", NOT_MEASURED] for op, (goal, roofline) in goals.OPS.items()
     ]
@@ -30,53 +28,45 @@ def unmeasured() -> str:
 
 
 def render(report: Row) -> str:
-    """The tables of README: the machine, the ops, the products by tokens, and what falls short of its goal."""
-    parts = [machine(report)]
-    if ops := rows(report, "masks", "op"):
-        header = [
-            "op",
-            "shape",
-            "dtype",
-            "us",
-            "GB/s",
-            "of the copy",
-            "goal",
-            "over the usual way",
-            "over the reference",
-        ]
-        parts.append(table(header, (_op(row, limits(report)[0]) for row in ops)))
+    """Renders the tables of README: the machine, the ops, the products by tokens, and what misses its goal."""
+    copy, product = limits(report)
+    facts = next((row for row in rows(report, "machine", "name") if row["name"] == "device"), {})
+    versions = [f"{key} {facts[key]}" for key in ("torch", "triton", "cuda", "cusparselt") if key in facts]
+    parts = [
+        f"{', '.join([report['device'], *versions])}, commit {report['commit']}, {report['date']}; medians on fresh "
+        f"buffers larger than the L2 cache. A copy: {_figure(copy, 'GB/s')}; the largest dense bf16 product: "
+        f"{_figure(product, 'TFLOP/s')}."
+    ]
+    if ops := rows(report, "memory", "op"):
+        header = ["op", "shape", "dtype", "us", "GB/s", "of the copy", "goal", "over the usual way"]
+        parts.append(table([*header, "over the reference"], (_op(row, copy) for row in ops)))
     if cells := products(report):
-        parts += [_pivot("2:4 product, fastest", cells, _fastest), _pivot("`linear24`", cells, _ratio("linear24"))]
-        parts += [_pivot(f"`{mode}`", cells, _ratio(mode)) for mode in goals.MODES]
+        parts += [_by_tokens("2:4 product, fastest", cells, _fastest)]
+        parts += [_by_tokens(f"`{key}`", cells, _ratio(key)) for key in ("linear24", *goals.MODES)]
         parts.append("Times faster than `F.linear` (cuBLAS) at that many tokens; bold where dense is faster.")
     if missed := list(short(report)):
         parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in missed))
     return "\n\n".join(parts) + "\n"
 
 
+def rows(report: Row, section: str, key: str) -> list[Row]:
+    """Returns the rows of a section that have a key; none where the section did not run."""
+    return [row for row in report["sections"].get(section, {}).get("rows", []) if key in row]
+
+
 def limits(report: Row) -> tuple[float | None, float | None]:
-    """GB/s of a copy and TFLOP/s of the largest dense product, as measured."""
-    copies, products_ = named(report, "machine", "copy"), named(report, "machine", "product")
-    copy = max((max(row["GB/s"].values()) for row in copies), default=None)
-    return copy, max((row["TFLOP/s"] for row in products_), default=None)
+    """Returns the GB/s of a copy and the TFLOP/s of the largest dense product, as measured."""
+    copies = [max(row["GB/s"].values()) for row in rows(report, "machine", "GB/s") if row["name"] == "copy"]
+    return max(copies, default=None), max((row["TFLOP/s"] for row in rows(report, "machine", "TFLOP/s")), default=None)
 
 
-def machine(report: Row) -> str:
-    facts = (named(report, "machine", "device") or [{}])[0]
-    versions = [f"{key} {facts[key]}" for key in ("torch", "triton", "cuda", "cusparselt") if key in facts]
-    copy, product = limits(report)
-    moved = NOT_MEASURED if copy is None else f"{copy:.0f} GB/s"
-    rate = NOT_MEASURED if product is None else f"{product:.0f} TFLOP/s"
-    return (
-        f"{', '.join([report['device'], *versions])}, commit {report['commit']}, {report['date']}; medians on fresh "
-        f"buffers larger than the L2 cache. A copy: {moved}; the largest dense bf16 product: {rate}."
-    )
+def _figure(value: float | None, unit: str) -> str:
+    return NOT_MEASURED if value is None else f"{value:.0f} {unit}"
 
 
 def _op(row: Row, copy: float | None) -> list[str]:
-    seconds = row["seconds"]["own"]
-    rate = row["bytes"] / seconds / 1e9
-    usual = {key: value for key, value in row["baselines"].items() if key != "reference" and not isinstance(value, str)}
+    seconds, slower = row["seconds"]["own"], dict(row["baselines"])
+    rate, defined = row["bytes"] / seconds / 1e9, slower.pop("reference", None)
     return [
         f"`{row['op']}`",
         row["shape"],
@@ -85,27 +75,24 @@ def _op(row: Row, copy: float | None) -> list[str]:
         f"{rate:.0f}",
         "" if copy is None else f"{rate / copy:.0%}",
         f"{row['goal']:g}" if row["goal"] else "",
-        ", ".join(f"{value / seconds:.1f}x ({key})" for key, value in usual.items()),
-        "" if isinstance(row["baselines"]["reference"], str) else f"{row['baselines']['reference'] / seconds:.0f}x",
+        ", ".join(f"{value / seconds:.1f}x ({key})" for key, value in slower.items()),
+        "" if defined is None else f"{defined / seconds:.0f}x",
     ]
 
 
 def products(report: Row) -> dict[tuple[str, int], Row]:
-    """Everything measured of a product, by weight and tokens: ratios, seconds and host seconds by provider."""
+    """Merges all that was measured of each product, by weight and tokens: ratios, seconds and host seconds by form."""
     cells: dict[tuple[str, int], Row] = {}
-    for part in ("linear", "search", "runtime"):
-        for row in rows(report, part, "tokens"):
-            if "ratios" not in row:
-                continue
+    for section in ("linear", "search", "compress"):
+        for row in rows(report, section, "ratios"):
             cell = cells.setdefault((row["shape"], row["tokens"]), {key: {} for key in ("choice", *MERGED)})
             for key in MERGED:
                 cell[key] = row.get(key, {}) | cell[key]
-            for key in row["ratios"]:
-                cell["choice"][key] = row.get("decision") or row.get("algorithm")
+            cell["choice"] |= dict.fromkeys(row["ratios"], row.get("choice"))
     return cells
 
 
-def _pivot(title: str, cells: dict[tuple[str, int], Row], show: Any) -> str:
+def _by_tokens(title: str, cells: dict[tuple[str, int], Row], show: Callable[[Row], str]) -> str:
     tokens = sorted({key[1] for key in cells})
     shapes = dict.fromkeys(key[0] for key in cells)
     lines = [[shape, *(show(cells.get((shape, count), {"ratios": {}})) for count in tokens)] for shape in shapes]
@@ -113,10 +100,13 @@ def _pivot(title: str, cells: dict[tuple[str, int], Row], show: Any) -> str:
 
 
 def fastest(cell: Row) -> tuple[str, float] | None:
-    """The fastest way to multiply by the 2:4 weight, and its ratio over dense."""
-    found = {key: ratio for key, ratio in cell["ratios"].items() if key not in goals.MODES}
-    best = max(found, key=lambda key: found[key], default=None)
+    """Returns the fastest way to multiply by the 2:4 weight, and its ratio over dense."""
+    found = {key: ratio for key, ratio in cell["ratios"].items() if key in SPARSE}
+    best = max(found, key=found.__getitem__, default=None)
     return None if best is None else (best, found[best])
+
+
+SPARSE = ("linear24", "semi-structured", "cuSPARSELt")
 
 
 def _fastest(cell: Row) -> str:
@@ -124,7 +114,7 @@ def _fastest(cell: Row) -> str:
     return "" if best is None else f"{_number(best[1])} {best[0]}"
 
 
-def _ratio(key: str) -> Any:
+def _ratio(key: str) -> Callable[[Row], str]:
     return lambda cell: _number(cell["ratios"][key]) if key in cell["ratios"] else ""
 
 
@@ -133,8 +123,8 @@ def _number(ratio: float) -> str:
 
 
 def short(report: Row) -> Iterator[str]:
-    """What was measured and misses its goal."""
-    for row in rows(report, "masks", "op"):
+    """Yields what was measured and misses its goal."""
+    for row in rows(report, "memory", "op"):
         took = row["seconds"]["own"] * 1e6
         if row["goal"] and took > row["goal"]:
             yield f"`{row['op']}` {row['shape']} {row['dtype']}: {took:.1f} us, goal {row['goal']:g} us"
@@ -143,37 +133,50 @@ def short(report: Row) -> Iterator[str]:
             best = fastest(cell)
             got = (best and best[1]) if key == "best" else cell["ratios"].get(key)
             what = "the fastest 2:4 product" if key == "best" else f"`{key}`"
-            noise = goals.NOISE if key in goals.MODES else 0
-            if got is None:
-                yield f"{what} {shape}, {tokens} tokens: {NOT_MEASURED}, goal {wanted}x"
-            elif got < wanted - noise:
-                yield f"{what} {shape}, {tokens} tokens: {got:.2f}x of cuBLAS, goal {wanted}x"
+            if got is None or got < wanted - (goals.NOISE if key in goals.MODES else 0):
+                found = NOT_MEASURED if got is None else f"{got:.2f}x of cuBLAS"
+                yield f"{what} {shape}, {tokens} tokens: {found}, goal {wanted}x"
 
 
 def details(report: Row) -> str:
-    """Every product with its times, the checks, and how the parts ended."""
-    header = ["weight", "tokens", "provider", "us", "host us", "TFLOP/s", "of the largest product"]
+    """Renders every product with its times, then what each section said, how it ended, and its errors."""
+    header = ["weight", "tokens", "form", "us", "host us", "TFLOP/s", "of the largest product"]
     header += ["GB/s of weights", "of the copy", "over cuBLAS"]
     lines = [line for key, cell in products(report).items() for line in _product(*key, cell, *limits(report))]
-    return "\n\n".join([table(header, lines), *findings(report)]) + "\n"
+    parts = [table(header, lines)]
+    for name, section in report["sections"].items():
+        said = [row["said"] for row in section["rows"] if "said" in row] + list(errors(section["rows"]))
+        ended = f"{name}: {section['status']} in {section['seconds']:.0f} s {section.get('reason', '')}".rstrip()
+        parts.append("\n".join([ended, "", *(f"- {line}" for line in said)]).rstrip())
+    return "\n\n".join(parts) + "\n"
 
 
 def _product(shape: str, tokens: int, cell: Row, copy: float | None, product: float | None) -> Iterator[list[str]]:
-    rows_, cols = map(int, shape.split("x"))
+    size = int(shape.split("x")[0]) * int(shape.split("x")[1])
     for key, seconds in cell["seconds"].items():
-        remark = cell["choice"].get(key)
-        flops = 2 * rows_ * cols * tokens / seconds / 1e12
-        dense = key == DENSE or remark == "plain"
-        moved = rows_ * cols * (2 if dense else 9 / 8) / seconds / 1e9  # bf16: whole, or half with four bits a group
+        choice = cell["choice"].get(key)
+        dense = key.startswith(DENSE) or choice == "plain"
+        flops, moved = 2 * size * tokens / seconds / 1e12, size * (2 if dense else 9 / 8) / seconds / 1e9
         yield [
             shape,
             str(tokens),
-            f"{key} ({remark})" if remark else key,
+            f"{key} ({choice})" if choice else key,
             f"{seconds * 1e6:.1f}",
             f"{cell['host'][key] * 1e6:.1f}" if key in cell["host"] else "",
             f"{flops:.1f}",
             "" if product is None else f"{flops / product:.0%}",
-            f"{moved:.0f}",
+            f"{moved:.0f}",  # bf16: whole, or half of the values with four bits a group
             "" if copy is None else f"{moved / copy:.0%}",
             f"{cell['ratios'][key]:.2f}" if key in cell["ratios"] else "",
         ]
+
+
+def errors(rows: Iterable[Row]) -> list[str]:
+    """Lists each kind of error once, with where it came first and how often."""
+    where: dict[str, list[str]] = {}
+    for row in rows:
+        at = " ".join(str(row[key]) for key in ("op", "kernel", "shape", "tokens") if key in row)
+        found = {f"{at} {key}".strip(): text for key, text in row.get("wrong", {}).items()}
+        for place, text in (found | ({row["what"]: row["error"]} if "error" in row else {})).items():
+            where.setdefault(text, []).append(place)
+    return [f"{at[0]}: {text}" + (f" ({len(at)} times)" if len(at) > 1 else "") for text, at in where.items()]

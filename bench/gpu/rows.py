@@ -1,0 +1,72 @@
+"""The rows of one section, on disk as soon as they are known."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+class Rows:
+    """Appends rows to a file, a JSON object a line, and knows when the section's time is up.
+
+    Some keys mean the same in every row: ``said`` is a line for people, ``error`` and ``wrong`` (a dict) are what
+    failed, ``cut`` is what the time did not suffice for.
+
+    Args:
+        path: the file; what it held is dropped.
+        seconds: the section's time.
+        healthy: raises where the device cannot go on; called after every failure.
+    """
+
+    def __init__(self, path: Path, seconds: float, healthy: Callable[[], object] = lambda: None):
+        self.path, self.end, self.healthy = path, time.monotonic() + seconds, healthy
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def write(self, **row: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def seconds_left(self) -> float:
+        """Returns the seconds that are left, at least one, for a subprocess."""
+        return max(self.end - time.monotonic(), 1)
+
+    def for_each(self, items: Mapping[str, T], do: Callable[[T], Row | None]) -> None:
+        """Writes the rows that ``do`` returns, until the time is up; a row names the rest."""
+        for done, (name, item) in enumerate(items.items()):
+            if time.monotonic() >= self.end:
+                self.write(cut=f"{done} of {len(items)}, the time was up before {name}")
+                return
+            with self.guard(name):
+                if row := do(item):
+                    self.write(**row)
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """Turns an exception into a row, so that the next item runs; ends the section where the device is lost."""
+        try:
+            yield
+        except Exception as error:
+            self.write(what=what, error=one_line(error))
+            self.healthy()
+
+
+def one_line(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def read(path: Path) -> list[Row]:
+    """Reads the rows of a file; a last line that was cut off is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
