@@ -30,6 +30,7 @@ from .ops import unpack24 as unpack24
 from .ops import unpack_tiered as unpack_tiered
 from .prune import ADMM as ADMM
 from .prune import RIA as RIA
+from .prune import Calibration as Calibration
 from .prune import LeastSquares as LeastSquares
 from .prune import Magnitude as Magnitude
 from .prune import PruneReport as PruneReport

@@ -20,11 +20,13 @@ def test_batches_that_do_not_fit_name_forward(batches, how, ratios):
     said = f"Sequential cannot be called as {how}.*; pass forward=lambda model, batch: "
     for sequential in (True, False):
         with pytest.raises(TypeError, match=said) as caught:
-            sk.prune_(model, sk.Wanda("2:4"), batches, sequential=sequential)
+            sk.prune_(model, sk.Wanda("2:4"), batches, calibration=sk.Calibration(sequential=sequential))
         assert isinstance(caught.value.__cause__, TypeError)
     with pytest.raises(TypeError, match=said):
         sk.compress_(model, batches)
-    sk.prune_(model, sk.Wanda("2:4"), [(X, LABELS)], forward=lambda model, batch: model(batch[0]))
+    sk.prune_(
+        model, sk.Wanda("2:4"), [(X, LABELS)], calibration=sk.Calibration(forward=lambda model, batch: model(batch[0]))
+    )
 
 
 def test_what_goes_wrong_inside_is_left_as_it_is():

@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on(model, tmp_path, capsys, monkeypatch):
         assert refusal(arguments, capsys) == (130, "sparsekit: interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]  # nothing that looks finished, nothing hidden
     found = results(arguments, capsys)
-    assert len(found["layers"]) == 14 and len(list((tmp_path / "kept").glob("block-*"))) == 2
+    assert len(found["layers"]) == 14 and len(list((tmp_path / "kept").glob("stage-*"))) == 2
     other = prune(model, tmp_path / "other", "--resume", tmp_path / "kept", "--seed", 7)  # other windows of the text
     code, line = refusal(other, capsys)
     assert code == 1 and line.endswith("run.json belongs to another run: it differs in batches; name another folder")

@@ -188,7 +188,9 @@ def test_shares_round_to_a_whole():
 def test_tier_map_of_a_layer_is_the_one_it_was_demoted_to(transposed):
     layer = nn.Linear(64, 96)
     model, x = nn.Sequential(make_conv1d(layer) if transposed else layer), torch.randn(50, 64)
-    maps, _ = tier_iteration(model, Step(1, Ratios(0.25, 0.5, 0.25), 0.75, 0.25, 0), [x], block=(16, 32), k=6)
+    maps, _ = tier_iteration(
+        model, Step(1, Ratios(0.25, 0.5, 0.25), 0.75, 0.25, 0), [x], options=sk.tiers.TierOptions(block=(16, 32), k=6)
+    )
     found = TierMap.of(model[0])
     assert torch.equal(found.tiers, maps["0"].tiers) and found.counts == (3, 6, 3)
     assert (found.shape, found.block, found.k) == ((96, 64), (16, 32), 6)

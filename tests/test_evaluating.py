@@ -56,7 +56,11 @@ def test_what_train_does_is_taken_back():
         assert not torch.is_grad_enabled()
     assert states(model) == before and torch.is_grad_enabled()
     sk.prune_(
-        model, sk.Wanda("2:4"), torch.randn(4, 8), where=lambda name, _: name == "3", forward=lambda m, x: m[3](x)
+        model,
+        sk.Wanda("2:4"),
+        torch.randn(4, 8),
+        where=lambda name, _: name == "3",
+        calibration=sk.Calibration(forward=lambda m, x: m[3](x)),
     )
     assert states(model) == before
 

@@ -98,9 +98,13 @@ def test_every_method_in_every_surrounding(method, name):
 def test_tiers_in_every_surrounding(name):
     model, x = stack(32, 32, 32), inputs()
     other, step = copy.deepcopy(model), Step(1, Ratios(0.25, 0.5, 0.25), 0.75, 0.25, 0.0)
-    maps, report = tier_iteration(model, step, x, reconstruct=True, goal=Ratios(0.0, 0.0, 1.0))
+    maps, report = tier_iteration(
+        model, step, x, options=sk.tiers.TierOptions(reconstruct=True, goal=Ratios(0.0, 0.0, 1.0))
+    )
     with SURROUNDINGS[name]():
-        found, other_report = tier_iteration(other, step, x, reconstruct=True, goal=Ratios(0.0, 0.0, 1.0))
+        found, other_report = tier_iteration(
+            other, step, x, options=sk.tiers.TierOptions(reconstruct=True, goal=Ratios(0.0, 0.0, 1.0))
+        )
         assert found["0"].sparsity == maps["0"].sparsity
     assert other_report == report
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
@@ -117,7 +121,7 @@ def test_autocast_sees_pruned_weights(method, sequential):
         each = copy.deepcopy(model)
         with torch.autocast("cpu", torch.bfloat16, **options):
             each(x[0])  # fills the cache
-            report = sk.prune_(each, method, x, sequential=sequential)
+            report = sk.prune_(each, method, x, calibration=sk.Calibration(sequential=sequential))
             after = each(x[0])
         results.append((each, report, after))
     for one, other in zip(results[0][0].parameters(), results[1][0].parameters(), strict=True):
@@ -136,7 +140,7 @@ def test_autocast_sees_what_a_failure_brings_back():
     with torch.autocast("cpu", torch.bfloat16):
         before = model(x[0])
         with pytest.raises(KeyboardInterrupt):
-            sk.prune_(model, sk.Magnitude("2:4"), x, sequential=False, forward=forward)
+            sk.prune_(model, sk.Magnitude("2:4"), x, calibration=sk.Calibration(sequential=False, forward=forward))
         assert torch.equal(model(x[0]), before)
         sk.prune_(model, sk.Magnitude("2:4"))
         assert not torch.equal(model(x[0]), before)

@@ -194,4 +194,5 @@ def test_files_are_small():
     own = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".cpp", ".h"}]
     lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in own}
     assert {"tests/test_layering.py", "csrc/cpu/kernels.h", "triton_kernels/nm.py"} <= lines.keys()
-    assert not {path: count for path, count in lines.items() if count > 300}, "split it where it does two things"
+    # About 120 lines is the aim and 300 a reason to ask; this is the limit.
+    assert not {path: count for path, count in lines.items() if count > 400}, "split it where it does two things"

@@ -145,12 +145,19 @@ def test_rejects(arguments, error, match):
 @pytest.mark.parametrize("name", ["forward", "token_mask", "progress"])
 def test_rejects_what_is_no_function(name):
     with pytest.raises(TypeError, match=f"{name} must be a function or None, got 3"):
-        sk.prune_(nn.Linear(8, 8), sk.Wanda("2:4"), torch.randn(2, 8), **{name: 3})
+        if name == "progress":
+            sk.prune_(nn.Linear(8, 8), sk.Wanda("2:4"), torch.randn(2, 8), progress=3)
+        sk.Calibration(**{name: 3})
 
 
 def test_rejects_an_axis():
     with pytest.raises(ValueError, match='axis must be "input" or "flatten", got 1'):
         sk.prune_(nn.Linear(8, 8), sk.Magnitude("2:4"), axis=1)
+
+
+def test_rejects_another_calibration():
+    with pytest.raises(TypeError, match=r"calibration must be a Calibration such as .* got \{'sequential': False\}"):
+        sk.prune_(nn.Linear(8, 8), sk.Magnitude("2:4"), calibration={"sequential": False})
 
 
 @pytest.mark.parametrize("method", [sk.Magnitude, sk.Wanda])

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import sparsekit as sk
 from sparsekit._trees import copied
-from sparsekit.prune import store as stores
-from sparsekit.prune.held import HeldBatches
-from sparsekit.prune.replay import Replay
-from sparsekit.prune.store import Store
+from sparsekit.prune.calibration import output_store as stores
+from sparsekit.prune.calibration.held_batches import HeldBatches
+from sparsekit.prune.calibration.output_store import OutputStore
+from sparsekit.prune.calibration.replay import Replay
 
 
 @pytest.fixture(params=["plain", "replayed"])
@@ -43,8 +43,10 @@ def test_a_stream_in_a_loader_gives_all_its_rows(way, sequential, batchnorm):
     if batchnorm:
         model.insert(4, nn.BatchNorm1d(8))
     expected = copy.deepcopy(model)
-    sk.prune_(expected, sk.Wanda("2:4"), list(x.split(4)), sequential=sequential)
-    sk.prune_(model, sk.Wanda("2:4"), DataLoader(Once(x), batch_size=4), sequential=sequential)
+    sk.prune_(expected, sk.Wanda("2:4"), list(x.split(4)), calibration=sk.Calibration(sequential=sequential))
+    sk.prune_(
+        model, sk.Wanda("2:4"), DataLoader(Once(x), batch_size=4), calibration=sk.Calibration(sequential=sequential)
+    )
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name]), name
 
@@ -57,7 +59,7 @@ def test_a_shuffling_loader_gives_every_pass_the_same_batches(way):
         seen.append(tuple(x[:, 0].tolist()))
         return model(x)
 
-    sk.prune_(stack(8, 8, 8, 8), sk.Wanda("2:4"), loader, forward=forward)
+    sk.prune_(stack(8, 8, 8, 8), sk.Wanda("2:4"), loader, calibration=sk.Calibration(forward=forward))
     assert len(set(seen)) == 4 and len(seen) > 8
 
 
@@ -95,7 +97,12 @@ def test_batches_stay_as_they_were(way, sequential):
     batches = [{"x": torch.ones(4, 8), "cache": Cache(), "extra": {"list": [kept.clone()], "graph": kept}}]
     batches[0]["cache"].entries.append(kept)
     before = kept.detach().clone()
-    sk.prune_(Writes(*(nn.Linear(8, 8) for _ in range(4))), sk.Wanda("2:4"), batches, sequential=sequential)
+    sk.prune_(
+        Writes(*(nn.Linear(8, 8) for _ in range(4))),
+        sk.Wanda("2:4"),
+        batches,
+        calibration=sk.Calibration(sequential=sequential),
+    )
     assert set(sums) == {32.0} and set(lengths) == {1}
     assert torch.equal(batches[0]["x"], torch.ones(4, 8)) and len(batches[0]["cache"].entries) == 1
     assert torch.equal(batches[0]["extra"]["list"][0], before)
@@ -178,7 +185,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool,
 @pytest.mark.parametrize("memory", [1 << 20, 0], ids=["memory", "file"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_store_gives_back_what_it_was_given(memory, dtype):
-    store = Store(memory)
+    store = OutputStore(memory)
     x = (torch.randn(3, 5, 4) * 3).to(dtype).transpose(0, 1)
     kept = [store.keep({"x": x + 0 if dtype != torch.bool else x.clone(), "more": (x[0], None, 7)}) for _ in range(2)]
     x.zero_()
@@ -198,11 +205,11 @@ def test_the_store_gives_back_what_it_was_given(memory, dtype):
 
 
 def test_the_store_refuses_what_it_cannot_write_down(monkeypatch):
-    store = Store()
+    store = OutputStore()
     assert store.keep([torch.ones(2), object()]) is None and store.keep(torch.eye(2).to_sparse()) is None
     assert store.keep(nn.Parameter(torch.ones(2))) is None and store._room == stores.MEMORY
     monkeypatch.setattr(stores, "DISK_SHARE", 1 << 60)
-    assert Store(0).keep(torch.ones(1000)) is None  # no room anywhere
+    assert OutputStore(0).keep(torch.ones(1000)) is None  # no room anywhere
 
 
 def test_held_batches():
@@ -217,7 +224,7 @@ def test_held_batches():
         __iter__ = staticmethod(batches)
         __len__ = staticmethod(lambda: 3)
 
-    held = HeldBatches(Source(), Store(0))
+    held = HeldBatches(Source(), OutputStore(0))
     assert float(held.first()[0][0]) == 0 and reads == [0] and len(held) == 3
     assert [float(x.sub_(1)[0]) for x in held] == [-1, 0, 1] == [float(x.sub_(1)[0]) for x in held]
     assert reads == [0, 1, 2]
@@ -251,7 +258,7 @@ def test_memory_and_threads_do_not_grow_with_the_batches(monkeypatch, way):
     model = stack(64, 64, 64, 64)
     expected = copy.deepcopy(model)
     before = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
-    sk.prune_(model, sk.Wanda("2:4"), Loader(), forward=forward)
+    sk.prune_(model, sk.Wanda("2:4"), Loader(), calibration=sk.Calibration(forward=forward))
     assert 16_384 <= most[0] <= 2 * 40_000 and most[1] <= before + 1
     monkeypatch.setattr(stores, "MEMORY", 1 << 30)
     sk.prune_(expected, sk.Wanda("2:4"), list(Loader()))

@@ -75,8 +75,8 @@ def test_by_hand():
 @pytest.mark.parametrize("sequential", [True, False])
 def test_prune_does_it(sequential):
     model, plain = network(), network()
-    report = sk.prune_(model, sk.Wanda("2:4"), X, sequential=sequential)
-    other = sk.prune_(plain, sk.Wanda("2:4"), X, sequential=sequential, batchnorm=False)
+    report = sk.prune_(model, sk.Wanda("2:4"), X, calibration=sk.Calibration(sequential=sequential))
+    other = sk.prune_(plain, sk.Wanda("2:4"), X, calibration=sk.Calibration(sequential=sequential, batchnorm=False))
     assert report.batchnorm == ("1", "4", "8") and other.batchnorm == ()
     assert "re-estimated the statistics of 1, 4, 8" in str(report) and "re-estimated" not in str(other)
     assert report.to_json()["batchnorm"] == ("1", "4", "8")
@@ -142,7 +142,7 @@ def test_failures_leave_the_statistics():
     with pytest.raises(ValueError, match="batches gave no batch"):
         sk.reestimate_batchnorm_(model, [])
     with pytest.raises(TypeError, match="iterable more than once"):
-        sk.prune_(model, sk.Wanda("2:4"), iter(X), sequential=False)
+        sk.prune_(model, sk.Wanda("2:4"), iter(X), calibration=sk.Calibration(sequential=False))
     assert not difference(model_state(model), before)
     calls = []
 
@@ -153,7 +153,7 @@ def test_failures_leave_the_statistics():
         return model(x)
 
     with pytest.raises(KeyboardInterrupt):
-        sk.prune_(model, sk.Wanda("2:4"), X, sequential=False, forward=forward)
+        sk.prune_(model, sk.Wanda("2:4"), X, calibration=sk.Calibration(sequential=False, forward=forward))
     assert not difference(model_state(model), before)
 
 

@@ -48,7 +48,7 @@ def test_blocks_see_pruned_or_dense_inputs(sequential):
     norm = stream.square().mean(0).sqrt().detach()
     expected.head.weight.copy_(sk.nm_prune(expected.head.weight, 2, 4, scale=norm)[0])
 
-    report = sk.prune_(model, sk.Wanda("2:4"), list(x.split(64)), sequential=sequential)
+    report = sk.prune_(model, sk.Wanda("2:4"), list(x.split(64)), calibration=sk.Calibration(sequential=sequential))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected.get_parameter(name)), name
     if sequential:
@@ -62,7 +62,7 @@ def test_sequential_differs_from_one_pass():
     model, x = stack(32, 32, 32, 32), torch.randn(50, 32)
     other = copy.deepcopy(model)
     sk.prune_(model, sk.Wanda("2:4"), [x])
-    sk.prune_(other, sk.Wanda("2:4"), [x], sequential=False)
+    sk.prune_(other, sk.Wanda("2:4"), [x], calibration=sk.Calibration(sequential=False))
     assert torch.equal(model[0].weight, other[0].weight) and not torch.equal(model[4].weight, other[4].weight)
 
 
@@ -77,7 +77,7 @@ def test_lists_of_lists_are_looked_through():
                 calls.append(layer)
         calls.append(None)
 
-    sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)], forward=forward)
+    sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)], calibration=sk.Calibration(forward=forward))
     assert calls.count(None) == 1 and len(calls) == (4 + 1) + (0 + 1 + 2 + 3)  # a look, and passes that end early
 
 
@@ -98,7 +98,7 @@ def test_routes_that_differ_between_batches(sequential):
     model, x = Routed(), torch.randn(3, 6, 8)
     weight = model.experts[2].weight.detach().clone()
     batches = [(x[0], 0, 0), (x[1], 1, 0), (x[2], 1, 2)]
-    report = sk.prune_(model, sk.Wanda("2:4"), batches, sequential=sequential)
+    report = sk.prune_(model, sk.Wanda("2:4"), batches, calibration=sk.Calibration(sequential=sequential))
     assert len(report.layers) == 3
     assert torch.equal(get_mask(model.experts[2]), sk.nm_mask(weight.abs() * x[2].square().mean(0).sqrt(), 2, 4))
 
@@ -126,7 +126,7 @@ def test_batches_of_every_kind_give_the_same_mask():
         sk.prune_(layer, sk.Wanda("2:4"), batches)
         masks.append(get_mask(layer))
     layer = copy.deepcopy(dense)
-    sk.prune_(layer, sk.Wanda("2:4"), ["all"], forward=lambda model, batch: model(x))
+    sk.prune_(layer, sk.Wanda("2:4"), ["all"], calibration=sk.Calibration(forward=lambda model, batch: model(x)))
     assert all(torch.equal(mask, get_mask(layer)) for mask in masks)
 
 
@@ -135,10 +135,12 @@ def test_generators_are_read_once_or_rejected():
     generator = (x for _ in range(2))
     with pytest.raises(TypeError, match=r"batches must be iterable more than once.*got generator"):
         sk.prune_(model, sk.Wanda("2:4"), generator)
-    sk.prune_(model, sk.Wanda("2:4"), generator, sequential=False)  # the rejection read nothing
+    sk.prune_(
+        model, sk.Wanda("2:4"), generator, calibration=sk.Calibration(sequential=False)
+    )  # the rejection read nothing
     before = snapshot(model)
     with pytest.raises(ValueError, match="a generator can be read only once"):
-        sk.prune_(model, sk.Wanda("2:4"), generator, sequential=False)
+        sk.prune_(model, sk.Wanda("2:4"), generator, calibration=sk.Calibration(sequential=False))
     with pytest.raises(ValueError, match="batches gave no batch"):
         sk.prune_(model, sk.Wanda("2:4"), [])
     assert_same(model, before)
@@ -160,7 +162,7 @@ def test_progress_wraps_the_longest_loop():
         return items
 
     sk.prune_(model, sk.Wanda("2:4"), x, progress=progress)
-    sk.prune_(model, sk.Wanda("2:4"), x, progress=progress, sequential=False)
+    sk.prune_(model, sk.Wanda("2:4"), x, progress=progress, calibration=sk.Calibration(sequential=False))
     sk.prune_(model, sk.Magnitude("2:4"), progress=progress)
     assert lengths == [3, 2, 3]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import sparsekit as sk
-from sparsekit.prune.replay import Replay
+from sparsekit.prune.calibration.replay import Replay
 
 SETTING = contextvars.ContextVar("setting", default="lost")
 LOCAL = threading.local()
@@ -139,11 +139,18 @@ def test_random_numbers_are_the_same_in_every_pass_and_the_callers_stay(way):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    sk.prune_(model, sk.Wanda("2:4"), [(0, torch.ones(4, 8)), (1, torch.ones(4, 8))], forward=forward)
+    sk.prune_(
+        model,
+        sk.Wanda("2:4"),
+        [(0, torch.ones(4, 8)), (1, torch.ones(4, 8))],
+        calibration=sk.Calibration(forward=forward),
+    )
     assert torch.equal(torch.rand(3), expected)
     assert [len(values) for values in noise.values()] == [1, 1] and noise[0] != noise[1]
     torch.manual_seed(7)
-    sk.prune_(model, sk.Wanda("1:4"), [(0, torch.ones(4, 8))], forward=forward, sequential=False)
+    sk.prune_(
+        model, sk.Wanda("1:4"), [(0, torch.ones(4, 8))], calibration=sk.Calibration(forward=forward, sequential=False)
+    )
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -166,7 +173,7 @@ def test_compiled_models_that_have_run(way, what):
         compiled(model, x)
     with torch.no_grad():
         run(x)
-    report = sk.prune_(run, sk.Wanda("2:4"), [x] * 2, forward=forward)
+    report = sk.prune_(run, sk.Wanda("2:4"), [x] * 2, calibration=sk.Calibration(forward=forward))
     assert len(report.layers) == 4 and not report.skipped
     assert all((layer.weight != 0).float().mean() == 0.5 for layer in model.modules() if isinstance(layer, nn.Linear))
     with torch.no_grad():

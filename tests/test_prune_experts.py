@@ -61,8 +61,8 @@ def test_every_expert_is_pruned_as_a_layer_of_its_own(method, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_however_the_products_are_written(how, transposed, sequential):
     stacked, separate = stacked_and_separate(how=how, transposed=transposed)
-    sk.prune_(stacked, sk.Wanda("2:4"), batches(), sequential=sequential)
-    sk.prune_(separate, sk.Wanda("2:4"), batches(), sequential=sequential)
+    sk.prune_(stacked, sk.Wanda("2:4"), batches(), calibration=sk.Calibration(sequential=sequential))
+    sk.prune_(separate, sk.Wanda("2:4"), batches(), calibration=sk.Calibration(sequential=sequential))
     assert_alike(stacked[0].experts, separate[0].experts)
 
 
@@ -107,7 +107,7 @@ def test_batches_show_which_dimension_the_inputs_run_along(shape, axis, product)
     with pytest.raises(ValueError, match=r"0\.table: it belongs to a Unknown, and no batch has shown that it is"):
         sk.prune_(model, sk.Magnitude("2:4"))
     table = model[0].table.detach().clone().movedim(axis, -1)
-    report = sk.prune_(model, sk.Wanda("2:4"), iter([x]), sequential=False)
+    report = sk.prune_(model, sk.Wanda("2:4"), iter([x]), calibration=sk.Calibration(sequential=False))
     assert [layer.name for layer in report.layers] == ["0.table"] and get_mask_info(model[0], "table").axis == axis
     expected = sk.nm_mask(table.abs() * x.square().mean(0).sqrt(), 2, 4)
     assert torch.equal(get_mask(model[0], "table").movedim(axis, -1), expected)

@@ -36,7 +36,7 @@ def test_a_failing_method_leaves_no_trace(error, sequential, pruned):
     model[2].eval()
     before = snapshot(model)
     with pytest.raises(error, match="the third layer"):
-        sk.prune_(model, Fails("2:4", error), [torch.randn(3, 8)], sequential=sequential)
+        sk.prune_(model, Fails("2:4", error), [torch.randn(3, 8)], calibration=sk.Calibration(sequential=sequential))
     assert_same(model, before)
 
 
@@ -55,7 +55,7 @@ def test_a_failing_batch_leaves_no_trace():
         return model[4:](x)
 
     with pytest.raises(KeyboardInterrupt, match="late"):
-        sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)] * 2, forward=forward)
+        sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)] * 2, calibration=sk.Calibration(forward=forward))
     assert_same(model, before)
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
-from sparsekit.prune.lineage import Lineage
-from sparsekit.prune.partial_pass import Stale
-from sparsekit.prune.replay import Replay
+from sparsekit.prune.calibration.lineage import Lineage
+from sparsekit.prune.calibration.partial_pass import StaleOutput
+from sparsekit.prune.calibration.replay import Replay
 
 
 @dataclass
@@ -139,7 +139,7 @@ def test_a_dropped_output_that_is_needed_after_all(monkeypatch):
             return self.stages[4](self.stages[3](y + first if far else y))
 
     needed = []
-    monkeypatch.setattr(Stale, "__init__", lambda self: needed.append(self))
+    monkeypatch.setattr(StaleOutput, "__init__", lambda self: needed.append(self))
     model = Turns()
     assert prune_both_ways(monkeypatch, model, [torch.randn(5, 8)]) == [True]
     assert True in model.way and False in model.way and needed

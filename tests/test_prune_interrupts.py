@@ -6,7 +6,7 @@ from interrupts import assert_all_or_nothing
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.prune.replay import Replay
+from sparsekit.prune.calibration.replay import Replay
 
 
 class Branches(nn.Module):
@@ -46,6 +46,6 @@ def test_no_line_leaves_a_trace(monkeypatch, runs, sequential, method):
 
     def act(model):
         with torch.autocast("cpu", torch.bfloat16):
-            sk.prune_(model, method, BATCHES, sequential=sequential)
+            sk.prune_(model, method, BATCHES, calibration=sk.Calibration(sequential=sequential))
 
     assert_all_or_nothing(make, act, runs=runs)

@@ -62,10 +62,10 @@ def bits(mask):
     ("method", "mask", "total", "squares", "error"),
     [
         (sk.RIA("2:4"), "5996 5956 396c 36cc", None, None, None),
-        (sk.SparseGPT("2:4", block=16), "59c6 59c6 9acc 3a5c", 2.4604, 18.5587, 0.06611),
-        (sk.SparseGPT("2:4", block=8), "59c6 59c6 9acc 3a5c", 2.4604, 18.5587, 0.06611),
+        (sk.SparseGPT("2:4", columns=16), "59c6 59c6 9acc 3a5c", 2.4604, 18.5587, 0.06611),
+        (sk.SparseGPT("2:4", columns=8), "59c6 59c6 9acc 3a5c", 2.4604, 18.5587, 0.06611),
         # The published threshold drops one more than half: 33 of 64.
-        (sk.SparseGPT("51.5625% layer", block=16), "19de 1b4e 1b4c 1acc", 0.5201, 16.9842, 0.05456),
+        (sk.SparseGPT("51.5625% layer", columns=16), "19de 1b4e 1b4c 1acc", 0.5201, 16.9842, 0.05456),
     ],
     ids=["ria", "sparsegpt", "sparsegpt-8", "sparsegpt-unstructured"],
 )
@@ -99,7 +99,7 @@ def test_sparsegpt_keeps_a_tail_and_blocks_do_not_matter():
     results = []
     for block in (4, 12, 128):
         layer = linear(weight)
-        sk.prune_(layer, sk.SparseGPT("2:4", block=block), [x])
+        sk.prune_(layer, sk.SparseGPT("2:4", columns=block), [x])
         results.append(layer.weight)
         assert get_mask(layer)[:, 68:].all() and (get_mask(layer)[:, :68].view(6, 17, 4).sum(-1) == 2).all()
     for other in results[1:]:
@@ -268,9 +268,9 @@ def test_refinements_print_and_compare_as_they_are_written():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sk.SparseGPT("2:4", damp=-1), "damp >= 0 and block >= 1, got -1 and 128"),
-        (lambda: sk.SparseGPT("2:4", block=0), "block >= 1, got 0.01 and 0"),
-        (lambda: sk.SparseGPT("2:4", damp=math.nan), "damp >= 0 and block >= 1, got nan and 128"),
+        (lambda: sk.SparseGPT("2:4", damp=-1), "damp >= 0 and columns >= 1, got -1 and 128"),
+        (lambda: sk.SparseGPT("2:4", columns=0), "columns >= 1, got 0.01 and 0"),
+        (lambda: sk.SparseGPT("2:4", damp=math.nan), "damp >= 0 and columns >= 1, got nan and 128"),
         (lambda: sk.ADMM("2:4", damp=math.nan), "damp >= 0, got 15, 20 and nan"),
         (lambda: sk.LeastSquares(WANDA, damp=math.inf), "tolerance >= 0, got 100, inf and 0.0003"),
         (lambda: sk.LeastSquares(WANDA, tolerance=math.nan), "tolerance >= 0, got 100, 0.01 and nan"),

@@ -45,7 +45,7 @@ def language(request, data):
 def result(language, method):
     """The model pruned on what the dense one shows to every layer, and the report."""
     model = copy.deepcopy(language.model)
-    return model, sk.prune_(model, method, language.batches, sequential=False)
+    return model, sk.prune_(model, method, language.batches, calibration=sk.Calibration(sequential=False))
 
 
 def test_every_layer_but_the_tied_head_is_pruned(language):

@@ -81,7 +81,9 @@ def test_a_method_with_its_own_statistic_plugs_in():
     errors = {}
     for method in (sk.Magnitude("2:4"), sk.Wanda("2:4"), LeastSquares("2:4")):
         pruned = copy.deepcopy(model)
-        errors[type(method).__name__] = sk.prune_(pruned, method, [x], sequential=False).error
+        errors[type(method).__name__] = sk.prune_(
+            pruned, method, [x], calibration=sk.Calibration(sequential=False)
+        ).error
         mask = get_mask(pruned[0])
         assert torch.equal(pruned[0].weight != 0, mask) and (mask.view(32, 8, 4).sum(-1) == 2).all()
     assert errors["LeastSquares"] < errors["Wanda"] < errors["Magnitude"]

@@ -64,7 +64,12 @@ def test_a_layer_that_one_rank_alone_reaches(ranks, sequential):
         return model[1](batch) if dist.get_rank() else model[0](batch)
 
     reports = ranks(
-        lambda rank: sk.prune_(models[rank], sk.SparseGPT("2:4"), x[rank], forward=forward, sequential=sequential)
+        lambda rank: sk.prune_(
+            models[rank],
+            sk.SparseGPT("2:4"),
+            x[rank],
+            calibration=sk.Calibration(forward=forward, sequential=sequential),
+        )
     )
     assert [layer.name for layer in reports[0].layers] == ["0", "1"]
     assert reports[0].layers == reports[1].layers and "2" in {each.name for each in reports[1].skipped}
@@ -75,7 +80,7 @@ def test_tiers_agree(ranks):
     model, x, step = stack(32, 32, 32), data().repeat(1, 1, 2), Step(1, Ratios(0.25, 0.5, 0.25), 0.75, 0.25, 0.0)
     models = [copy.deepcopy(model) for _ in range(2)]
     (maps, report), (other, expected) = ranks(
-        lambda rank: tier_iteration(models[rank], step, x[rank], reconstruct=True)
+        lambda rank: tier_iteration(models[rank], step, x[rank], options=sk.tiers.TierOptions(reconstruct=True))
     )
     assert_same(models[0], model_state(models[1]))
     assert all(torch.equal(maps[name].tiers, other[name].tiers) for name in maps) and report == expected
@@ -131,7 +136,7 @@ def test_iterations_are_kept_once(ranks, tmp_path, group):
         models = [copy.deepcopy(model) for _ in range(2)]
         done = ranks(
             lambda rank, models=models, finetune=finetune: progressive_tiers(
-                models[rank], [step], x[rank], finetune, folder=folders[rank], group=group
+                models[rank], [step], x[rank], finetune, folder=folders[rank], calibration=sk.Calibration(group=group)
             )
         )
         assert all(isinstance(each, tuple) for each in done), done
@@ -155,7 +160,7 @@ def test_batchnorm_averages_over_all(ranks):
 def test_alone(ranks):
     model, x = stack(16, 16, 8), data()
     models = [copy.deepcopy(model) for _ in range(2)]
-    ranks(lambda rank: rank or sk.prune_(models[0], WANDA, x[0], group="alone"))
+    ranks(lambda rank: rank or sk.prune_(models[0], WANDA, x[0], calibration=sk.Calibration(group="alone")))
     ranks(lambda rank: rank or sk.prune_(models[1], sk.Magnitude("2:4")))  # nothing to add up
     sk.prune_(model, WANDA, x[0])
     assert_same(model, model_state(models[0]))

@@ -10,7 +10,7 @@ from test_prune_ranks import WANDA, assert_same, data
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.prune.ranks import RankFailed
+from sparsekit.prune.calibration.ranks import RankFailed
 
 
 def failing(where):
@@ -35,7 +35,12 @@ def test_a_failure_in_one_rank_ends_all(ranks, where, sequential):
     before = [model_state(each) for each in models]
     forward = failing(where)
     first, second = ranks(
-        lambda rank: sk.prune_(models[rank], WANDA, [*x[rank].split(20)], forward=forward, sequential=sequential)
+        lambda rank: sk.prune_(
+            models[rank],
+            WANDA,
+            [*x[rank].split(20)],
+            calibration=sk.Calibration(forward=forward, sequential=sequential),
+        )
     )
     assert isinstance(second, KeyError)
     assert isinstance(first, RankFailed) and "rank 1 failed with KeyError: 'my own'" in str(first)
@@ -102,4 +107,4 @@ def test_a_statistic_that_cannot_be_added_up(ranks):
 @pytest.mark.parametrize("group", ["all", None, 3])
 def test_what_is_no_group(group):
     with pytest.raises(TypeError, match='group must be "world", "alone" or a process group, got'):
-        sk.prune_(nn.Linear(16, 8), WANDA, data()[0], group=group)
+        sk.prune_(nn.Linear(16, 8), WANDA, data()[0], calibration=sk.Calibration(group=group))

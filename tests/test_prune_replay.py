@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import get_mask
-from sparsekit.prune.replay import Replay
+from sparsekit.prune.calibration.replay import Replay
 
 
 class Unet(nn.Module):
@@ -102,7 +102,9 @@ def test_a_cache_is_filled_once(monkeypatch):
     model = Model()
     model.head = nn.Linear(8, 4)
     tried = replayed(monkeypatch)
-    sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)] * 2, forward=lambda m, x: m.head(m(x)))
+    sk.prune_(
+        model, sk.Wanda("2:4"), [torch.randn(3, 8)] * 2, calibration=sk.Calibration(forward=lambda m, x: m.head(m(x)))
+    )
     assert set(model.lengths[:2]) == {3}
     assert tried == [False]  # a stage sees what those before it added: none may be left out
 

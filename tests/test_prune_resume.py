@@ -21,20 +21,20 @@ class Killed(BaseException):
 def run(model, x, folder, die_at=None, method=None):
     count = 0
 
-    def progress(blocks):
+    def progress(stages):
         nonlocal count
-        for block in blocks:
+        for stage in stages:
             if count == die_at:
                 raise Killed
             count += 1
-            yield block
+            yield stage
 
     report = sk.prune_(model, method or sk.SparseGPT("2:4"), x, resume=folder, progress=progress)
     return report, count
 
 
 @pytest.mark.parametrize("die_at", [0, 1, 3])
-def test_goes_on_after_the_last_finished_block(tmp_path, die_at):
+def test_goes_on_after_the_last_finished_stage(tmp_path, die_at):
     dense, x = stack(16, 16, 16, 16, 16), [torch.randn(30, 16), torch.randn(20, 16)]
     expected, killed = copy.deepcopy(dense), copy.deepcopy(dense)
     whole, _ = run(expected, x, None)
@@ -43,8 +43,8 @@ def test_goes_on_after_the_last_finished_block(tmp_path, die_at):
         run(killed, x, tmp_path / "run", die_at)
     assert all(torch.equal(before[0][name], bits) for name, bits in snapshot(killed)[0].items())
     resumed = copy.deepcopy(dense)
-    report, blocks = run(resumed, x, tmp_path / "run")
-    assert blocks == 4 - die_at
+    report, stages = run(resumed, x, tmp_path / "run")
+    assert stages == 4 - die_at
     assert report.layers == whole.layers
     for one, other in zip(resumed[::2], expected[::2], strict=True):
         assert torch.equal(one.weight, other.weight) and torch.equal(get_mask(one), get_mask(other))
@@ -54,8 +54,8 @@ def test_a_finished_run_is_read_back(tmp_path):
     dense, x = stack(16, 16, 16), [torch.randn(30, 16)]
     first, again = copy.deepcopy(dense), copy.deepcopy(dense)
     run(first, x, tmp_path)
-    _, blocks = run(again, x, tmp_path)
-    assert blocks == 0 and torch.equal(first[2].weight, again[2].weight)
+    _, stages = run(again, x, tmp_path)
+    assert stages == 0 and torch.equal(first[2].weight, again[2].weight)
 
 
 def test_refuses_the_folder_of_another_run(tmp_path):
@@ -66,13 +66,13 @@ def test_refuses_the_folder_of_another_run(tmp_path):
         run(copy.deepcopy(dense), x, tmp_path, method=sk.Wanda("2:4"))
     with pytest.raises(ValueError, match="it differs in layers"):
         run(model, x, tmp_path)  # pruned already
-    (tmp_path / "run.json").write_text(json.dumps({"blocks": 3}))
+    (tmp_path / "run.json").write_text(json.dumps({"stages": 3}))
     with pytest.raises(ValueError, match=r"run.json is not the record of a pruning run"):
         run(copy.deepcopy(dense), x, tmp_path)
 
 
-def test_needs_blocks_to_go_on_with(tmp_path):
-    with pytest.raises(ValueError, match="resume goes on block by block: it needs batches and sequential=True"):
+def test_needs_stages_to_go_on_with(tmp_path):
+    with pytest.raises(ValueError, match="resume goes on stage by stage: it needs batches and sequential calibration"):
         sk.prune_(stack(8, 8), sk.Magnitude("2:4"), resume=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -93,7 +93,7 @@ CHANGES = {
     r"other weights \(0.bias\)": lambda model, x: (model[0].bias.data.add_(1) is None or model, x, {}),
     "modules": lambda model, x: (model.__setitem__(1, torch.nn.ReLU()) or model, x, {}),
     "axis": lambda model, x: (model, x, {"axis": "flatten"}),
-    "forward": lambda model, x: (model, x, {"forward": lambda model, batch: model(batch)}),
+    "forward": lambda model, x: (model, x, {"calibration": sk.Calibration(forward=lambda model, batch: model(batch))}),
     "method": lambda model, x: (model, x, {"method": sk.SparseGPT("1:4")}),
     "layers": lambda model, x: (model, x, {"where": lambda name, module: name != "0"}),
 }
@@ -123,12 +123,16 @@ def test_the_folder_is_tried_before_the_work(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/below"):
         with pytest.raises(OSError, match=r"file|/proc/below"):
             sk.prune_(
-                stack(8, 8), sk.Wanda("2:4"), [torch.randn(3, 8)], resume=folder, forward=lambda *_: seen.append(1)
+                stack(8, 8),
+                sk.Wanda("2:4"),
+                [torch.randn(3, 8)],
+                resume=folder,
+                calibration=sk.Calibration(forward=lambda *_: seen.append(1)),
             )
     assert not seen
 
 
-@pytest.mark.parametrize("name", ["run.json", "block-0000.safetensors", "block-0001.safetensors"])
+@pytest.mark.parametrize("name", ["run.json", "stage-0000.safetensors", "stage-0001.safetensors"])
 def test_any_damage_is_refused_by_name(tmp_path, name):
     dense, x = stack(8, 8, 8), [torch.randn(9, 8)]
     sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), x, resume=tmp_path)
@@ -150,16 +154,16 @@ def test_any_damage_is_refused_by_name(tmp_path, name):
             sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), x, resume=tmp_path)
 
 
-def test_blocks_of_other_places_and_runs_are_refused(tmp_path):
+def test_stages_of_other_places_and_runs_are_refused(tmp_path):
     dense, x = stack(8, 8, 8), [torch.randn(9, 8)]
     one, other = tmp_path / "one", tmp_path / "other"
     sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), x, resume=one)
     sk.prune_(copy.deepcopy(dense), sk.Wanda("1:4"), x, resume=other)
-    first, second = (one / f"block-000{index}.safetensors" for index in range(2))
+    first, second = (one / f"stage-000{index}.safetensors" for index in range(2))
     for source in (second, other / first.name):
         content = first.read_bytes()
         first.write_bytes(source.read_bytes())
-        with pytest.raises(ValueError, match=r"block-0000\.safetensors: it belongs to another run or place"):
+        with pytest.raises(ValueError, match=r"stage-0000\.safetensors: it belongs to another run or place"):
             sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), x, resume=one)
         first.write_bytes(content)
 
@@ -206,7 +210,7 @@ def test_records_of_wrong_types_are_refused(tmp_path, key):
     sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), x, resume=tmp_path)
     data = json.loads((tmp_path / "run.json").read_text())
     del data["sha256"]
-    for blocks in ([[{**data["blocks"][0][0], key: WRONG[key]}]], {"a": 1}, [3], [[3]]):
-        write_record(tmp_path / "run.json", {**data, "blocks": blocks})
+    for stages in ([[{**data["stages"][0][0], key: WRONG[key]}]], {"a": 1}, [3], [[3]]):
+        write_record(tmp_path / "run.json", {**data, "stages": stages})
         with pytest.raises(ValueError, match=r"run\.json is not the record of a pruning run"):
             sk.prune_(copy.deepcopy(dense), sk.Wanda("2:4"), x, resume=tmp_path)

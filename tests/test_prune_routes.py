@@ -7,13 +7,13 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
 from sparsekit.masks import Pattern
-from sparsekit.prune.held import HeldBatches
+from sparsekit.prune.calibration.held_batches import HeldBatches
+from sparsekit.prune.calibration.order import _order, find_order
+from sparsekit.prune.calibration.output_store import OutputStore
+from sparsekit.prune.calibration.passes import Passes
+from sparsekit.prune.calibration.replay import Replay
+from sparsekit.prune.calibration.stages import split_stages
 from sparsekit.prune.layers import find_layers
-from sparsekit.prune.passes import Passes
-from sparsekit.prune.replay import Replay
-from sparsekit.prune.stages import split_stages
-from sparsekit.prune.store import Store
-from sparsekit.prune.survey import _order, survey
 
 
 class Counts(sk.Wanda):
@@ -160,7 +160,9 @@ def test_stages_that_are_not_called_as_modules(counts, way, sequential):
             x = CALLS[way](block, x)
         return model.head(x)
 
-    report = sk.prune_(model, counts, [torch.randn(6, 8)] * 2, forward=forward, sequential=sequential)
+    report = sk.prune_(
+        model, counts, [torch.randn(6, 8)] * 2, calibration=sk.Calibration(forward=forward, sequential=sequential)
+    )
     assert len(report.layers) == 7 and not report.skipped
     assert set(counts.seen.values()) == {12}
 
@@ -176,7 +178,7 @@ def test_a_stage_that_only_some_batches_call(counts):
         return x
 
     batches = [(torch.randn(6, 8), way) for way in CALLS]
-    assert len(sk.prune_(model, counts, batches, forward=forward).layers) == 4
+    assert len(sk.prune_(model, counts, batches, calibration=sk.Calibration(forward=forward)).layers) == 4
     assert set(counts.seen.values()) == {6 * len(CALLS)}
 
 
@@ -186,7 +188,9 @@ def test_processes_find_the_same_stages_in_the_same_order():
     batches = [[{"x": torch.randn(5, 8)}], [{"x": torch.randn(5, 8), "image": torch.randn(5, 8)}]]
 
     def look(batches, exchange):
-        return survey(split_stages(model, layers), Passes(model, HeldBatches(batches, Store()), None), exchange)
+        return find_order(
+            split_stages(model, layers), Passes(model, HeldBatches(batches, OutputStore()), None), exchange
+        )
 
     said = []
     for own in batches:
@@ -230,5 +234,5 @@ def test_batchnorm_that_is_not_called_as_a_module():
 
     x = torch.randn(16, 8)
     assert sk.prune_(first, sk.Wanda("2:4"), x).batchnorm == ("1",)
-    assert sk.prune_(second, sk.Wanda("2:4"), x, forward=forward).batchnorm == ("1",)
+    assert sk.prune_(second, sk.Wanda("2:4"), x, calibration=sk.Calibration(forward=forward)).batchnorm == ("1",)
     assert torch.equal(first[1].running_mean, second[1].running_mean) and first[1].running_mean.any()

@@ -37,7 +37,9 @@ def test_a_module_used_twice_is_not_tied():
     x = torch.randn(5, 8)
     norm = torch.cat([x, model["a"](x)]).square().mean(0).sqrt()
     weight = layer.weight.detach().clone()
-    sk.prune_(model, sk.Wanda("2:4"), [x], forward=lambda model, x: model["b"](model["a"](x)))
+    sk.prune_(
+        model, sk.Wanda("2:4"), [x], calibration=sk.Calibration(forward=lambda model, x: model["b"](model["a"](x)))
+    )
     assert torch.equal(get_mask(layer), sk.nm_mask(weight.abs() * norm, 2, 4))
 
 
@@ -91,16 +93,23 @@ def test_a_layer_that_no_batch_reaches_stays_dense():
         return model["used"](x)
 
     for sequential in (True, False):
-        report = sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)], forward=forward, sequential=sequential)
+        report = sk.prune_(
+            model,
+            sk.Wanda("2:4"),
+            [torch.randn(3, 8)],
+            calibration=sk.Calibration(forward=forward, sequential=sequential),
+        )
         assert [layer.name for layer in report.layers] == ["used"]
         assert [(layer.name, layer.reason) for layer in report.skipped] == [
             ("unused", "no calibration batch reached it")
         ]
         assert (model["unused"].weight != 0).all() and get_mask(model["unused"]) is None
-    report = sk.prune_(model, sk.Magnitude("2:4"), [torch.randn(3, 8)], forward=forward)  # it needs no input
+    report = sk.prune_(
+        model, sk.Magnitude("2:4"), [torch.randn(3, 8)], calibration=sk.Calibration(forward=forward)
+    )  # it needs no input
     assert {layer.name: layer.error is None for layer in report.layers} == {"used": False, "unused": True}
     with pytest.raises(ValueError, match="no calibration batch reached any"):
-        sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)], forward=lambda *_: None)
+        sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)], calibration=sk.Calibration(forward=lambda *_: None))
 
 
 def test_compressed_layers_are_skipped(ratios):

@@ -12,7 +12,7 @@ import sparsekit as sk
 from sparsekit.masks import Pattern
 from sparsekit.prune import Gram, InputNorm
 from sparsekit.prune import layers as layers_module
-from sparsekit.prune.inputs import InputSample
+from sparsekit.prune.calibration.inputs import InputSample
 from sparsekit.prune.layers import find_layers
 
 

@@ -12,7 +12,7 @@ import sparsekit as sk
 from sparsekit._changing import change, claiming
 from sparsekit.masks import get_mask
 from sparsekit.ops import unpack_bits
-from sparsekit.prune import apply
+from sparsekit.prune import apply_mask
 from sparsekit.tiers import Ratios, Step, tier_iteration
 
 
@@ -26,9 +26,9 @@ def model():
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
 CALLS = {
     "magnitude": lambda model: sk.prune_(model, sk.Magnitude("2:4")),
-    "one pass": lambda model: sk.prune_(model, sk.Wanda("2:4"), X, sequential=False),
+    "one pass": lambda model: sk.prune_(model, sk.Wanda("2:4"), X, calibration=sk.Calibration(sequential=False)),
     "sequential": lambda model: sk.prune_(model, sk.SparseGPT("2:4"), [X, X]),
-    "tiers": lambda model: tier_iteration(model, STEP, X, goal=Ratios(0.0, 0.0, 1.0)),
+    "tiers": lambda model: tier_iteration(model, STEP, X, options=sk.tiers.TierOptions(goal=Ratios(0.0, 0.0, 1.0))),
 }
 STEP = Step(1, Ratios(0.0, 1.0, 0.0), 1.0, 0.0, 0.0)
 
@@ -47,7 +47,7 @@ def test_another_thread_is_refused():
         return model(x)
 
     def first():
-        sk.prune_(made, sk.Wanda("2:4"), X, forward=forward, sequential=False)
+        sk.prune_(made, sk.Wanda("2:4"), X, calibration=sk.Calibration(forward=forward, sequential=False))
 
     thread = threading.Thread(target=first)
     thread.start()
@@ -104,7 +104,7 @@ def test_a_call_within_a_call_is_refused():
         sk.prune_(inner, sk.Magnitude("1:4"))
 
     with pytest.raises(RuntimeError, match="the model is being pruned already"):
-        sk.prune_(made, sk.Wanda("2:4"), X, forward=forward, sequential=False)
+        sk.prune_(made, sk.Wanda("2:4"), X, calibration=sk.Calibration(forward=forward, sequential=False))
     assert not difference(model_state(made), before)
     sk.prune_(made, sk.Magnitude("2:4"))
 
@@ -135,7 +135,7 @@ def test_an_interrupt_while_undoing_loses_nothing(monkeypatch):
 
     def progress(items):
         yield from items
-        monkeypatch.setattr(apply, "unpack_bits", interrupted)
+        monkeypatch.setattr(apply_mask, "unpack_bits", interrupted)
         raise ValueError("at the end")
 
     with pytest.raises((ValueError, KeyboardInterrupt, MemoryError)):

@@ -42,7 +42,7 @@ def test_prune_says_who_reads(read, sequential):
         model,
         sk.Wanda("2:4"),
         iter([torch.randn(4, 8)]) if not sequential else torch.randn(4, 8),
-        sequential=sequential,
+        calibration=sk.Calibration(sequential=sequential),
     )
     assert [layer.name for layer in report.layers] == ["0.called"]
     assert {layer.name: layer.reason for layer in report.skipped} == {

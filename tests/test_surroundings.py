@@ -114,7 +114,12 @@ def calls_back(name, model, folder, fault):
     try:
         if name.startswith("prune"):
             sk.prune_(
-                model, METHODS[name.removeprefix("prune-")], Batches(), where=where, forward=forward, progress=progress
+                model,
+                METHODS[name.removeprefix("prune-")],
+                Batches(),
+                where=where,
+                calibration=sk.Calibration(forward=forward),
+                progress=progress,
             )
         elif name == "compress":
             sk.compress_(model, Batches(), where=where, forward=forward, progress=progress)
@@ -122,7 +127,9 @@ def calls_back(name, model, folder, fault):
             sk.sparse_training_(model, where=where)
         else:
             step = sk.tiers.Step(1, sk.tiers.Ratios(0.5, 0.5, 0.0), 0.5, 0.0, 0.0)
-            sk.tiers.tier_iteration(model, step, Batches(), where=where, forward=forward, progress=progress)
+            sk.tiers.tier_iteration(
+                model, step, Batches(), where=where, calibration=sk.Calibration(forward=forward), progress=progress
+            )
     finally:
         for handle in handles:
             handle.remove()

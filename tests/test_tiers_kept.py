@@ -8,8 +8,9 @@ import pytest
 import torch
 from pruning import assert_same, snapshot, stack
 
+from sparsekit import Calibration
 from sparsekit._record import write_record
-from sparsekit.tiers import Ratios, Step, TierMap, load_tier_maps, progressive_tiers, save_tier_maps
+from sparsekit.tiers import Ratios, Step, TierMap, TierOptions, load_tier_maps, progressive_tiers, save_tier_maps
 
 STEPS = (Step(1, Ratios(0.5, 0.5, 0.0), 0.5, 0.0, 1), Step(2, Ratios(0.5, 0.25, 0.25), 0.0, 0.25, 1))
 X = [torch.randn(9, 32, generator=torch.Generator().manual_seed(1)), torch.ones(3, 32)]
@@ -41,14 +42,14 @@ def permuted(model):
 
 
 CHANGES = {
-    "k": {"k": 9},
-    "block": {"block": (16, 32)},
-    "criterion": {"criterion": "published"},
-    "allocation": {"allocation": "model"},
-    "reconstruct": {"reconstruct": True},
-    "goal": {"goal": STEPS[1].ratios},
+    "k": {"options": TierOptions(k=9)},
+    "block": {"options": TierOptions(block=(16, 32))},
+    "criterion": {"options": TierOptions(criterion="published")},
+    "allocation": {"options": TierOptions(allocation="model")},
+    "reconstruct": {"options": TierOptions(reconstruct=True)},
+    "goal": {"options": TierOptions(goal=STEPS[1].ratios)},
     "layers": {"where": lambda name, module: name == "0"},
-    "forward": {"forward": lambda model, batch: model(batch)},
+    "forward": {"calibration": Calibration(forward=lambda model, batch: model(batch))},
     "batches": {"batches": X[::-1]},
     r"weights \(2.weight\)": {"model": permuted},
     "tier_maps": {"tier_maps": start},
@@ -130,7 +131,7 @@ def test_the_folder_is_tried_before_the_work(dense, tmp_path):
     seen = []
     for folder in (tmp_path / "file", "/proc/below"):
         with pytest.raises(OSError, match=r"file|/proc/below"):
-            run(copy.deepcopy(dense), folder, forward=lambda *_: seen.append(1))
+            run(copy.deepcopy(dense), folder, calibration=Calibration(forward=lambda *_: seen.append(1)))
     assert not seen
 
 

@@ -65,7 +65,9 @@ def trainer(x, y, seen=None, die_at=None):
 def test_an_iteration_reaches_its_shares(task, allocation, criterion):
     model, x, _ = task
     dense = copy.deepcopy(model)
-    maps, report = tier_iteration(model, STEPS[1], [x], allocation=allocation, criterion=criterion)
+    maps, report = tier_iteration(
+        model, STEPS[1], [x], options=sk.tiers.TierOptions(allocation=allocation, criterion=criterion)
+    )
     assert list(maps) == list(report.demoted) == ["0", "2"] and report.ratios == Ratios(0.5, 0.25, 0.25)
     assert report.sparsity == pytest.approx(0.25 / 2 + 0.25 * (1 - 10 / 256), abs=1e-9)
     assert report.expected_sparsity == pytest.approx(report.sparsity)
@@ -137,7 +139,7 @@ def test_one_iteration_from_the_files_of_the_last(task, tmp_path):
     holder = nn.Module()
     holder.layers = model
     batches, forward = [x], lambda m, batch: m.layers(batch)
-    later, _ = tier_iteration(holder, STEPS[1], batches, foreign, forward=forward)
+    later, _ = tier_iteration(holder, STEPS[1], batches, foreign, calibration=sk.Calibration(forward=forward))
     for name, tier_map in maps.items():
         assert (later[f"layers.{name}"].tiers >= tier_map.tiers).all()
 
@@ -155,7 +157,7 @@ def test_a_failure_leaves_the_model_as_it_was(task):
     with pytest.raises(ValueError, match="layer '0' needs one tier map, got none"):
         tier_iteration(model, STEPS[0], [x], {})
     with pytest.raises(ValueError, match='allocation must be "layer" or "model", got \'global\''):
-        tier_iteration(model, STEPS[0], [x], allocation="global")
+        tier_iteration(model, STEPS[0], [x], options=sk.tiers.TierOptions(allocation="global"))
     with pytest.raises(ValueError, match="schedule must have at least one step, got none"):
         progressive_tiers(model, (), [x], lambda model, step: None)
     with pytest.raises(ValueError, match="nothing to prune: the model has no linear layer"):
@@ -167,8 +169,10 @@ def test_a_failure_leaves_the_model_as_it_was(task):
 def test_reconstruction_lowers_the_error_and_keeps_the_masks(task, allocation):
     dense, x, y = task
     plain, solved = copy.deepcopy(dense), copy.deepcopy(dense)
-    _, before = tier_iteration(plain, STEPS[1], [x], allocation=allocation)
-    maps, after = tier_iteration(solved, STEPS[1], [x], allocation=allocation, reconstruct=True)
+    _, before = tier_iteration(plain, STEPS[1], [x], options=sk.tiers.TierOptions(allocation=allocation))
+    maps, after = tier_iteration(
+        solved, STEPS[1], [x], options=sk.tiers.TierOptions(allocation=allocation, reconstruct=True)
+    )
     assert after.ratios == before.ratios == STEPS[1].ratios and list(maps) == ["0", "2"]
     assert torch.equal(get_mask(solved[0]), get_mask(plain[0]))
     assert not torch.equal(solved[0].weight, plain[0].weight)
@@ -181,7 +185,9 @@ def test_reconstruction_lowers_the_error_and_keeps_the_masks(task, allocation):
 @pytest.mark.parametrize("allocation", ["layer", "model"])
 def test_what_has_faded_is_demoted_without_a_change(task, allocation):
     model, x, _ = task
-    maps, report = tier_iteration(model, STEPS[0], [x], goal=STEPS[1].ratios, allocation=allocation)
+    maps, report = tier_iteration(
+        model, STEPS[0], [x], options=sk.tiers.TierOptions(goal=STEPS[1].ratios, allocation=allocation)
+    )
     assert report.ratios == STEPS[0].ratios
     before = [layer.weight.detach().clone() for layer in model[::2]]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -194,7 +200,7 @@ def test_what_has_faded_is_demoted_without_a_change(task, allocation):
     optimizer.step()
     faded = [layer.weight.detach().clone() for layer in model[::2]]
     shares = [(weight == 0).float().mean().item() for weight in faded]
-    maps, report = tier_iteration(model, STEPS[1], [x], maps, allocation=allocation)
+    maps, report = tier_iteration(model, STEPS[1], [x], maps, options=sk.tiers.TierOptions(allocation=allocation))
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model[::2], faded, strict=True))
     assert sum(shares) == pytest.approx(sum(tier_map.sparsity for tier_map in maps.values()))
     assert report.error == 0
@@ -204,14 +210,16 @@ def test_what_has_faded_is_demoted_without_a_change(task, allocation):
 def test_what_faded_for_the_last_step_is_what_every_step_on_the_way_drops(allocation):
     model, x, goal = stack(64, 256, 64), torch.randn(256, 64), STEPS[2].ratios
     maps, _ = tier_iteration(
-        model, STEPS[0], [x], goal=goal, allocation=allocation, k=40
+        model, STEPS[0], [x], options=sk.tiers.TierOptions(goal=goal, allocation=allocation, k=40)
     )  # often three of a group of 4
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with sk.keep_masks(model, optimizer), fade(model, optimizer, 1):
         optimizer.step()
     faded = [layer.weight.detach().clone() for layer in model[::2]]
     for step in STEPS[1:]:
-        maps, report = tier_iteration(model, step, [x], maps, goal=goal, allocation=allocation)
+        maps, report = tier_iteration(
+            model, step, [x], maps, options=sk.tiers.TierOptions(goal=goal, allocation=allocation)
+        )
         assert report.error == 0 and report.ratios == step.ratios
     for layer, weight in zip(model[::2], faded, strict=True):
         assert torch.equal(layer.weight, weight) and torch.equal(get_mask(layer), weight != 0)
@@ -220,9 +228,11 @@ def test_what_faded_for_the_last_step_is_what_every_step_on_the_way_drops(alloca
 def test_blocks_that_have_arrived_do_not_fade():
     """A block that a step takes to top-k at once keeps the best of all its entries, not those of what 2:4 leaves."""
     model, x, goal = stack(64, 256, 64), torch.randn(256, 64), Ratios(0.25, 0.5, 0.25)
-    before, _ = tier_iteration(model, Step(1, Ratios(0.5, 0.25, 0.25), 0.5, 0.25, 1), [x], goal=goal, k=40)
+    before, _ = tier_iteration(
+        model, Step(1, Ratios(0.5, 0.25, 0.25), 0.5, 0.25, 1), [x], options=sk.tiers.TierOptions(goal=goal, k=40)
+    )
     fading = [fading_of(layer) for layer in model[::2]]
-    maps, _ = tier_iteration(model, Step(2, goal, 0.25, 0.0, 1), [x], before, goal=goal)
+    maps, _ = tier_iteration(model, Step(2, goal, 0.25, 0.0, 1), [x], before, options=sk.tiers.TierOptions(goal=goal))
     for found, old, new in zip(fading, before.values(), maps.values(), strict=True):
         arrived = (old.tiers == TOPK) & (new.tiers == TOPK)
         blocks = found.unflatten(1, (-1, 16)).unflatten(0, (-1, 16)).any(3).any(1)
@@ -231,10 +241,10 @@ def test_blocks_that_have_arrived_do_not_fade():
 
 def test_fading_is_forgotten_where_the_schedule_ends(task):
     model, x, _ = task
-    tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
+    tier_iteration(model, STEPS[0], [x], options=sk.tiers.TierOptions(goal=STEPS[2].ratios))
     assert {"weight_mask", "weight_fading"} == {name for name, _ in model[0].named_buffers()}
     assert "weight_fading" not in "".join(model.state_dict())
-    tier_iteration(model, STEPS[2], [x], goal=STEPS[2].ratios)
+    tier_iteration(model, STEPS[2], [x], options=sk.tiers.TierOptions(goal=STEPS[2].ratios))
     assert {"weight_mask"} == {name for name, _ in model[0].named_buffers()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     before = model[0].weight.detach().clone()
@@ -243,7 +253,7 @@ def test_fading_is_forgotten_where_the_schedule_ends(task):
     assert torch.equal(model[0].weight, before)
     with pytest.raises(ValueError, match="updates must be from 0 on, got -1"):
         fade(model, optimizer, -1)
-    tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
+    tier_iteration(model, STEPS[0], [x], options=sk.tiers.TierOptions(goal=STEPS[2].ratios))
     other = torch.optim.SGD(nn.Linear(2, 2).parameters())
     with pytest.raises(ValueError, match="the optimizer holds none of the weights that fade"):
         fade(model, other, 1)
@@ -259,7 +269,7 @@ def test_a_failure_forgets_what_would_fade(task):
 
     model[2].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="the second layer"):
-        tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
+        tier_iteration(model, STEPS[0], [x], options=sk.tiers.TierOptions(goal=STEPS[2].ratios))
     assert {"weight_mask"} == {name for name, _ in model[0].named_buffers()}
 
 
@@ -267,7 +277,11 @@ def test_a_layer_that_no_batch_reaches_keeps_its_map(task):
     model, x, _ = task
     whole = nn.ModuleDict({"used": model, "unused": nn.Linear(32, 32)})
     maps, reports = progressive_tiers(
-        whole, STEPS[:2], [x], lambda model, step: None, forward=lambda model, batch: model["used"](batch)
+        whole,
+        STEPS[:2],
+        [x],
+        lambda model, step: None,
+        calibration=sk.Calibration(forward=lambda model, batch: model["used"](batch)),
     )
     assert maps["unused"].counts == (4, 0, 0) and "unused" not in reports[-1].demoted
     assert maps["used.0"].ratios == STEPS[1].ratios
@@ -275,7 +289,7 @@ def test_a_layer_that_no_batch_reaches_keeps_its_map(task):
 
 def test_a_model_that_still_fades_may_be_compressed(task):
     model, x, _ = task
-    tier_iteration(model, STEPS[0], [x], goal=STEPS[2].ratios)
+    tier_iteration(model, STEPS[0], [x], options=sk.tiers.TierOptions(goal=STEPS[2].ratios))
     assert "weight_fading" in model[0]._buffers and unfit(model[0]) is None
 
 

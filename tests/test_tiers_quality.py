@@ -7,7 +7,7 @@ import torch
 from language import MODELS
 
 from sparsekit.masks import get_mask
-from sparsekit.tiers import Ratios, Step, TierMap, demote, prune_tiers, tier_iteration, tier_mask
+from sparsekit.tiers import Ratios, Step, TierMap, TierOptions, demote, prune_tiers, tier_iteration, tier_mask
 
 # Quarters, so that matrices of few blocks reach the same shares by either rule of rounding.
 SHARES = ((0.75, 0.25, 0.0), (0.5, 0.25, 0.25), (0.25, 0.5, 0.25))
@@ -51,8 +51,8 @@ def test_the_loss_criterion_keeps_more_of_the_output_at_equal_ratios(language, a
     errors, sparsity = {}, {}
     for criterion in ("published", "loss"):
         model = copy.deepcopy(language.model)
-        options = {"criterion": criterion, "allocation": allocation}
-        maps, report = tier_iteration(model, step(1, SHARES[-1]), language.batches, **options)
+        options = TierOptions(criterion=criterion, allocation=allocation)
+        maps, report = tier_iteration(model, step(1, SHARES[-1]), language.batches, options=options)
         assert report.ratios == SHARES[-1]
         if allocation == "layer":
             assert all(tier_map.ratios == SHARES[-1] for tier_map in maps.values())
@@ -70,7 +70,9 @@ def test_demotion_is_monotone_and_one_way(language, criterion):
     model, maps, before = copy.deepcopy(language.model), None, None
     errors, sparsity = [], []
     for index, shares in enumerate(SHARES, 1):
-        maps, report = tier_iteration(model, step(index, shares), language.batches, maps, criterion=criterion)
+        maps, report = tier_iteration(
+            model, step(index, shares), language.batches, maps, options=TierOptions(criterion=criterion)
+        )
         tiers = torch.cat([tier_map.tiers.flatten() for tier_map in maps.values()])
         masks = torch.cat([get_mask(model.get_submodule(name)).flatten() for name in maps])
         if before is not None:

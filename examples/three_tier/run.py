@@ -33,6 +33,7 @@ from sparsekit.tiers import (
     IterationReport,
     Step,
     TierMap,
+    TierOptions,
     load_tier_maps,
     progressive_tiers,
     read_schedule,
@@ -81,13 +82,13 @@ class Pruner:
         device = next(model.parameters()).device
         self.batches = [{"input_ids": batch.to(device)} for batch in text.train[: config.nsamples].split(8)]
         block = (config.block_size, config.block_size)
-        self.options = {
-            "criterion": config.criterion,
-            "allocation": config.allocation,
-            "reconstruct": config.reconstruct,
-            "progress": bar,
-        }
-        self.blocks = {"block": block, "k": config.topk_per_block}
+        self.options = TierOptions(
+            criterion=config.criterion,
+            allocation=config.allocation,
+            reconstruct=config.reconstruct,
+            block=block,
+            k=config.topk_per_block,
+        )
 
     @torch.no_grad()
     def perplexity(self, model: nn.Module) -> float:
@@ -127,19 +128,18 @@ class Pruner:
             steps,
             self.batches,
             finetune,
-            tier_maps=before and load_tier_maps(before, **self.blocks),
-            goal=schedule[-1].ratios,
+            tier_maps=before and load_tier_maps(before, block=self.options.block, k=self.options.k),
             folder=folder,
             evaluate=self.perplexity,
-            **self.options,
-            **self.blocks,
+            options=replace(self.options, goal=schedule[-1].ratios),
+            progress=bar,
         )
         return model, maps, reports
 
     def one_shot(self, step: Step) -> IterationReport:
         """Prunes a copy to the shares of a step at once, without fine-tuning."""
         model = copy.deepcopy(self.model)
-        _, report = tier_iteration(model, step, self.batches, **self.options, **self.blocks)
+        _, report = tier_iteration(model, step, self.batches, options=self.options, progress=bar)
         return replace(report, metric=self.perplexity(model))
 
 

@@ -1,4 +1,4 @@
-"""ADMM: the weights that best stand in for the dense ones, with the mask growing as they settle."""
+"""ADMM: alternates between the best weights and the pattern, and drops more weights step by step."""
 
 import math
 from dataclasses import dataclass
@@ -8,28 +8,30 @@ from torch import Tensor
 
 from ..masks import Pattern
 from ..ops import block_topk_mask
+from .calibration.statistics import Gram
 from .methods import Method
 from .second_order import cholesky
-from .statistics import Gram
 
 
 @dataclass(frozen=True)
 class ADMM(Method):
-    """Finds mask and weights together by alternating between least squares and the pattern
-    (https://arxiv.org/abs/2401.02938). Needs batches; the lowest layer error without a refinement.
+    """Finds mask and weights together by alternating between least squares and the pattern. Needs batches.
+
+    Its layer error is the lowest of all methods without a refinement (https://arxiv.org/abs/2401.02938).
 
     Inputs are scaled to the same norm first. The share of dropped weights grows as ``1 - (1 - t / ramp) ** 3`` over the
-    first ``ramp`` iterations; with n:m only what a group would drop in the end is dropped on the way.
+    first ``ramp`` iterations; with n:m these are the smallest of the
+    weights that the full pattern would drop.
 
     Args:
         pattern: what to keep.
-        iterations: alternations in all.
-        ramp: those in which the mask still changes.
-        damp: what is added to the diagonal of the normalized second moments; less fits the batches more closely, which
-            pays where there are many tokens.
+        iterations: number of alternations.
+        ramp: the number of alternations during which the mask still changes.
+        damp: how much is added to the diagonal of the normalized Gram matrix; less fits the batches more closely, which
+            is better if there are many tokens.
 
     Raises:
-        ValueError: a pattern that is none, not ``0 < ramp <= iterations``, or ``damp`` is negative.
+        ValueError: ``pattern`` is not a pattern, not ``0 < ramp <= iterations``, or ``damp`` is negative.
     """
 
     iterations: int = 20
@@ -51,7 +53,7 @@ class ADMM(Method):
         gram = gram / norm / norm[:, None]
         gram.diagonal().add_(self.damp * gram.diagonal().mean())
         target = weight.flatten(1).float() * norm
-        pull = target @ gram  # what least squares wants
+        target_gram = target @ gram  # the right-hand side of the least squares problem
         gram.diagonal().add_(1)
         factor = cholesky(gram, 0.0)
         current, dual = target.clone(), torch.zeros_like(target)
@@ -62,13 +64,13 @@ class ADMM(Method):
                 mask = _partly(pattern, (current + dual).view(weight.shape), share).flatten(1)
             sparse = torch.where(mask, current + dual, 0)
             dual += current - sparse
-            current = torch.cholesky_solve((pull + sparse - dual).t(), factor).t()
+            current = torch.cholesky_solve((target_gram + sparse - dual).t(), factor).t()
         pruned = torch.where(mask, current + dual, 0) / norm
         return pruned.to(weight.dtype).view(weight.shape), mask.view(weight.shape)
 
 
 def _partly(pattern: Pattern, score: Tensor, share: float) -> Tensor:
-    """The pattern's mask with only ``share`` of what it drops dropped, the smallest: of every row, or of the layer."""
+    """Returns the pattern's mask, but drops only a ``share`` of what it drops: the smallest of each row or layer."""
     mask = pattern.mask(score)
     if share >= 1:
         return mask

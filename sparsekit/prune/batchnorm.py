@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm: stale once weights before it are pruned, and estimated anew from batches."""
+"""Running statistics of BatchNorm, estimated again from batches: pruning the layers before it makes them wrong."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -15,9 +15,9 @@ from .._forwards import Around, around_forwards
 from .._layers import check_model
 from .._trees import copied
 from .._undo import Undo, restoring
+from .calibration.passes import check_count
+from .calibration.ranks import Group, Ranks, local_buffers
 from .full_precision import full_precision
-from .passes import check_count
-from .ranks import Group, Ranks, local_buffers
 
 
 def reestimate_batchnorm_(
@@ -25,26 +25,26 @@ def reestimate_batchnorm_(
 ) -> tuple[str, ...]:
     """Gives every BatchNorm of a model the statistics that its inputs have now, in place.
 
-    ``prune_`` does so by itself; this is for weights that were changed in another way. All batches go through the model
-    once, in evaluation mode but with every BatchNorm normalizing by the batch, as in training. The new
-    ``running_mean`` and ``running_var`` are the plain averages of the batches' means and unbiased variances, each batch
-    counting the same whatever ``momentum`` is; ``num_batches_tracked`` is their number. Padding counts.
+    ``prune_`` does so by itself; this function is for weights that were changed in another way. All batches go through
+    the model once, in evaluation mode, but every BatchNorm normalizes by the batch, as in training. The new
+    ``running_mean`` and ``running_var`` are the plain averages of the batches' means and unbiased variances: each batch
+    counts the same, whatever ``momentum`` is. ``num_batches_tracked`` is the number of batches. Padding counts.
 
-    Left as they are: a BatchNorm that no batch reaches or that tracks no statistics, and one in evaluation mode inside
-    a model in training mode, which was frozen on purpose. Inputs of a single value per channel have no variance: they
-    are normalized as before and do not count. Whatever fails, the model is as it was.
+    Not changed are a BatchNorm that no batch reaches or that tracks no statistics, and one in evaluation mode inside a
+    model in training mode, which was frozen on purpose. Inputs of a single value per channel have no variance: they are
+    normalized as before and do not count. If anything fails, the model is as it was.
 
     Args:
         model: any tree of modules.
         batches: as for ``prune_``, but read only once. Some hundred samples in batches of some size are enough.
-        forward: ``forward(model, batch)`` in place of calling the model on a batch.
+        forward: ``forward(model, batch)`` runs a batch, instead of calling the model on it.
         group: the processes that do it together, each with batches of its own, as for ``prune_``.
 
     Returns:
         The names of the modules that have new statistics.
 
     Raises:
-        TypeError: ``model`` is no module or ``batches`` are none.
+        TypeError: ``model`` is not a module or ``batches`` are not batches.
         ValueError: there is no batch, or an input of a BatchNorm is NaN or infinite, or too large for its dtype.
         RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
     """
@@ -61,7 +61,10 @@ def reestimate_batchnorm_(
 
 
 def tracked_batchnorms(model: nn.Module) -> dict[str, nn.Module]:
-    """The BatchNorm modules with running statistics, but for frozen ones: in evaluation mode in a model that trains."""
+    """Returns the BatchNorm modules with running statistics by name, except frozen ones.
+
+    A BatchNorm is frozen if it is in evaluation mode while the model is in training mode.
+    """
     return {
         name: module
         for name, module in model.named_modules()
@@ -82,10 +85,10 @@ def reestimate(
     undo: Undo,
     after: Collection[nn.Module] | None = None,
 ) -> tuple[str, ...]:
-    """``reestimate_batchnorm_`` of a model in evaluation mode; ``undo`` takes the way back.
+    """Does the work of ``reestimate_batchnorm_`` for a model in evaluation mode; ``undo`` records how to restore it.
 
-    With ``after`` only where one of those modules has run before in the same pass: the inputs of the others are what
-    they were.
+    With ``after``, a BatchNorm gets new statistics only if one of those modules has run before it in the same pass: the
+    inputs of the others have not changed.
     """
     estimates = {name: _Estimate(name, module) for name, module in batchnorms.items()}
     changed = after is None
@@ -124,7 +127,7 @@ def reestimate(
 
 
 class _Estimate:
-    """The statistics of one BatchNorm, which normalizes by them while it runs."""
+    """The new statistics of one BatchNorm, which normalizes by the current batch while it runs."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.module = module
@@ -135,7 +138,7 @@ class _Estimate:
         self._count = 0
 
     def enter(self, x: Tensor) -> None:
-        """Takes in an input and lets the module normalize by it."""
+        """Adds an input, and lets the module normalize by it."""
         values = x.numel() // max(len(self._mean), 1)
         if values < 2:
             return
@@ -148,14 +151,14 @@ class _Estimate:
             self._show(mean.to(self._own[0].dtype), var.to(self._own[1].dtype))
 
     def leave(self) -> None:
-        """Gives the module its own statistics back."""
+        """Restores the statistics of the module."""
         self._show(*self._own)
 
     def _show(self, mean: Tensor, var: Tensor) -> None:
         self.module._buffers.update(running_mean=mean, running_var=var)
 
     def write(self, ranks: Ranks, undo: Undo) -> bool:
-        """Stores the averages over all batches of all processes; False where none came."""
+        """Stores the averages over all batches of all processes; returns False if there were none."""
         count = torch.tensor(self._count, dtype=torch.int64, device=self._mean.device)
         for each in (self._mean, self._var, count):
             ranks.all_reduce(each)

@@ -1,4 +1,4 @@
-"""Arithmetic of statistics and methods: full fp32, whatever modes the caller is in."""
+"""Full fp32 arithmetic for statistics and methods, whatever modes the caller has set."""
 
 import threading
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from .._undo import restoring
 
 _DEVICES = ("cpu", "cuda")
 _SETTINGS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-_FULL = ("none", "ieee")  # "none" asks for nothing else
+_FULL = ("none", "ieee")  # "none" is the default, which is full fp32
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Turns off autocast, gradients, inference mode, and products in TF32 or bfloat16, for what runs inside.
+    """Turns off autocast, gradients, inference mode, and products in TF32 or bfloat16 inside the ``with``.
 
-    Tensors made inside are ordinary ones, which can be trained and changed later. All of it is restored.
+    Tensors made inside are ordinary ones, which can be trained and changed later. All settings are restored at the end.
     """
     grad, casting = torch.is_grad_enabled(), [device for device in _DEVICES if torch.is_autocast_enabled(device)]
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
@@ -67,7 +67,7 @@ def _lower_products(user: object) -> None:
         if _users == {user}:
             for each, before in zip(_SETTINGS, _before, strict=True):
                 if each.fp32_precision != before:
-                    each.fp32_precision = "none"  # what only followed a wider setting does so again
+                    each.fp32_precision = "none"  # a setting that followed a wider one follows it again
                 if each.fp32_precision != before:
                     each.fp32_precision = before
         _users.discard(user)

@@ -1,4 +1,4 @@
-"""Which layers can be pruned, and how each one meets its inputs."""
+"""The layers of a model that can be pruned, and how the weight of each one meets its inputs."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,23 +19,23 @@ from .._layers import (
     unsupported_reason,
 )
 from ..masks import Axis, Pattern, grouped
-from .leftover import leftovers
 from .report import Skipped
+from .skipped import never_pruned
 
 WINDOW_BYTES = 2**26
-ExpertAxes = Mapping[nn.Module, dict[str, int]]  # by name of the parameter
+ExpertAxes = Mapping[nn.Module, dict[str, int]]  # the dimension that inputs run along, by name of the parameter
 
 
 @dataclass(frozen=True)
-class Layer:
+class PrunableLayer:
     """A layer that can be pruned.
 
     Args:
-        name: its name in the model; of experts, which are a parameter, the parameter's.
-        module: holds the weight.
+        name: its name in the model; for experts, which are a parameter, the name of the parameter.
+        module: the module that holds the weight.
         axis: the weight dimension that the groups run along.
-        parameter: which of the module's parameters is the weight.
-        expert: which of the matrices of that parameter it is; None where the layer is the whole parameter.
+        parameter: the name of the parameter that is the weight.
+        expert: the index of the matrix in that parameter, for one expert; None if the layer is the whole parameter.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The Parameter; of one expert its matrix in it, without a gradient."""
+        """The Parameter; for one expert its matrix in the Parameter, without a gradient."""
         weight = self.module.get_parameter(self.parameter)
         return weight if self.expert is None else weight.detach()[self.expert]
 
@@ -61,26 +61,28 @@ class Layer:
         return f"{self.path}.{self.parameter}".lstrip(".")
 
     @property
-    def experts(self) -> tuple["Layer", ...]:
-        """The layers that this one holds in a parameter of three dimensions, one per expert; else none."""
+    def experts(self) -> tuple["PrunableLayer", ...]:
+        """The layers of the single experts if the parameter has three dimensions; else none."""
         weight = self.module.get_parameter(self.parameter)
         if self.expert is not None or weight.dim() != 3 or not isinstance(self.axis, int):
             return ()
         name, axis = self.name, self.axis - 1
-        return tuple(Layer(f"{name}[{e}]", self.module, axis, self.parameter, e) for e in range(len(weight)))
+        return tuple(PrunableLayer(f"{name}[{e}]", self.module, axis, self.parameter, e) for e in range(len(weight)))
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """``weight`` as ``[outputs, inputs]``, its columns in the order of ``windows``."""
+        """Returns ``weight`` as ``[outputs, inputs]``, with its columns in the order of ``windows``."""
         return weight.t() if self.axis == 0 else weight.flatten(1)
 
     @property
     def input_shape(self) -> torch.Size:
-        """What one output's weights meet: ``[inputs]``, or ``[channels, kernel height, kernel width]``."""
+        """The shape of the inputs of one output: ``[inputs]``, or ``[channels, kernel height, kernel width]``."""
         weight = self.weight
         return weight.shape[1:] if isinstance(self.module, nn.Conv2d) else self.matrix(weight).shape[1:]
 
     def windows(self, x: Tensor) -> Tensor:
-        """Everything that the weight meets in an input ``x``: ``[tokens, inputs]``, or for a Conv2d the view
+        """Returns all input vectors in ``x`` that the weight is multiplied by.
+
+        They are ``[tokens, inputs]``, or for a Conv2d the view
         ``[images, height, width, channels, kernel height, kernel width]``.
         """
         conv = self.module
@@ -88,14 +90,15 @@ class Layer:
             return x.reshape(-1, x.shape[-1])
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x = F.pad(x if x.dim() == 4 else x.unsqueeze(0), conv._reversed_padding_repeated_twice, mode=mode)
-        (high, wide), (down, right), (row, col) = conv.kernel_size, conv.stride, conv.dilation
-        view = x.unfold(2, row * (high - 1) + 1, down).unfold(3, col * (wide - 1) + 1, right)
-        return view[..., ::row, ::col].permute(0, 2, 3, 1, 4, 5)
+        (height, width), (stride_y, stride_x) = conv.kernel_size, conv.stride
+        dilation_y, dilation_x = conv.dilation
+        view = x.unfold(2, dilation_y * (height - 1) + 1, stride_y).unfold(3, dilation_x * (width - 1) + 1, stride_x)
+        return view[..., ::dilation_y, ::dilation_x].permute(0, 2, 3, 1, 4, 5)
 
     def rows(self, x: Tensor) -> Iterator[Tensor]:
-        """What the weight meets in ``x``: float32 ``[tokens, inputs]``, in the order of ``grouped``.
+        """Yields the input vectors in ``x`` as float32 ``[tokens, inputs]``, with columns in the order of ``grouped``.
 
-        Windows of images overlap, so they come in parts of at most ``WINDOW_BYTES``, or of one line of the output.
+        The windows of images overlap, so they come in parts of at most ``WINDOW_BYTES``, or of one line of the output.
         """
         windows = self.windows(x)
         if not isinstance(self.module, nn.Conv2d):
@@ -112,7 +115,7 @@ class Layer:
         squares = x.float().square()
         images = 1
         if isinstance(self.module, nn.Conv2d) and x.dim() == 4:
-            images, squares = len(x), squares.sum(0, keepdim=True)  # before the windows, which would copy each pixel
+            images, squares = len(x), squares.sum(0, keepdim=True)  # before the windows, which repeat each pixel
         windows = self.windows(squares)
         positions = windows.shape[: windows.dim() - self.weight.dim() + 1]
         return windows.sum(tuple(range(len(positions)))), images * positions.numel()
@@ -124,23 +127,23 @@ def find_layers(
     axis: Literal["input", "flatten"],
     where: Where | None,
     observed: ExpertAxes | None = None,
-) -> tuple[list[Layer], list[Skipped]]:
-    """The layers that ``where`` selects and that can be pruned; and every other parameter of at least two dimensions
-    and one group that it selects, each with the reason why it is left.
+) -> tuple[list[PrunableLayer], list[Skipped]]:
+    """Finds the layers that ``where`` selects and that can be pruned, and what else it selects, with the reason.
 
-    ``observed`` says which other parameters a pass has shown to be experts.
+    The second list has every other parameter of at least two dimensions and one group. ``observed`` are parameters that
+    a pass has shown to be experts.
     """
     check_where(where)
-    layers, skipped, never = list[Layer](), list[Skipped](), list[Skipped]()
+    layers, skipped, never = list[PrunableLayer](), list[Skipped](), list[Skipped]()
     shared = shared_weight_reasons(model, fast_paths=False)
     for name, module in model.named_modules():
         found = list(_layers_of(name, module, axis, observed or {}))
-        left = list(leftovers(name, module, pattern, {layer.parameter for layer in found}))
+        left = list(never_pruned(name, module, pattern, {layer.parameter for layer in found}))
         if not (found or left) or not selects(where, name, module):
             continue
         for layer in found:
             key = layer.parameter
-            reason = unsupported_reason(module, key) or shared.get((module, key)) or _unfit(layer, pattern)
+            reason = unsupported_reason(module, key) or shared.get((module, key)) or _pattern_reason(layer, pattern)
             if reason:
                 skipped.append(Skipped(layer.name, reason))
             else:
@@ -151,17 +154,17 @@ def find_layers(
 
 def _layers_of(
     name: str, module: nn.Module, axis: Literal["input", "flatten"], observed: ExpertAxes
-) -> Iterator[Layer]:
-    """What of a module is a layer, whether or not it can be pruned."""
+) -> Iterator[PrunableLayer]:
+    """Yields the layers of a module, whether or not they can be pruned."""
     if (dim := input_dim(module)) is not None:
-        yield Layer(name, module, "flatten" if axis == "flatten" and isinstance(module, nn.Conv2d) else dim)
+        yield PrunableLayer(name, module, "flatten" if axis == "flatten" and isinstance(module, nn.Conv2d) else dim)
         return
     for key, along in (expert_axes(module) | observed.get(module, {})).items():
-        yield Layer(f"{name}.{key}".lstrip("."), module, along, key)
+        yield PrunableLayer(f"{name}.{key}".lstrip("."), module, along, key)
 
 
-def _unfit(layer: Layer, pattern: Pattern) -> str | None:
-    """Why this pattern cannot be put on a layer that can be pruned; None where it can."""
+def _pattern_reason(layer: PrunableLayer, pattern: Pattern) -> str | None:
+    """Returns why a layer cannot have this pattern; None if it can."""
     module = layer.module
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"it is a convolution of {module.groups} groups, and no N:M kernel runs those"
@@ -170,18 +173,18 @@ def _unfit(layer: Layer, pattern: Pattern) -> str | None:
 
 
 def nothing_to(do: str, what: str, where: Where | None, skipped: Sequence[Skipped]) -> str:
-    """What is to be said where a model has nothing for a verb: who left it out, and the first reasons."""
+    """Returns the error message for a model in which a verb finds nothing to do, with the first reasons."""
     who = "the model has" if where is None else "where selects"
     return f"nothing to {do}: {who} no {what}{first_reasons(skipped)}"
 
 
 def first_reasons(skipped: Sequence[Skipped]) -> str:
-    """The end of a sentence that names a few of what was left, each with its reason."""
+    """Returns the end of a sentence that names the first skipped layers with their reasons."""
     return "".join(f"; {layer.name or 'the model'}: {layer.reason}" for layer in skipped[:3])
 
 
-def check_weights(layers: list[Layer]) -> None:
-    """Rejects weights that are NaN, which would rank above everything, or infinite, which no method can work with.
+def check_weights(layers: list[PrunableLayer]) -> None:
+    """Rejects weights that are NaN, which would rank above everything, or infinite, which no method can handle.
 
     Raises:
         ValueError: names the first layer that has one.
@@ -191,7 +194,7 @@ def check_weights(layers: list[Layer]) -> None:
             raise ValueError(f"the weight of {layer.name or 'the model'} contains NaN or Inf; prune_ needs numbers")
 
 
-def check_result(layer: Layer, pruned: Tensor, method: object) -> None:
+def check_result(layer: PrunableLayer, pruned: Tensor, method: object) -> None:
     """Rejects a new weight that its dtype cannot hold.
 
     Raises:
@@ -205,5 +208,5 @@ def check_result(layer: Layer, pruned: Tensor, method: object) -> None:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """``isfinite(weight).all()`` in no memory: the least and the largest are NaN where anything is."""
+    """Returns ``isfinite(weight).all()`` without a copy: minimum and maximum are NaN if any entry is."""
     return all(math.isfinite(value) for value in weight.aminmax())

@@ -1,4 +1,4 @@
-"""The masked weights of a model, as an optimizer meets them: sharded, replaced, masked anew."""
+"""The masked weights of a model that an optimizer trains; they may be sharded, replaced, or get another mask."""
 
 import torch
 from torch import Tensor, nn
@@ -9,25 +9,25 @@ from ..nn import Compressed
 
 
 class MaskedWeight:
-    """A parameter and what its mask drops of it, both looked up anew: users and wrappers replace either."""
+    """A parameter and its mask, both looked up again at every step, because users and wrappers may replace them."""
 
     def __init__(self, module: nn.Module, key: str, layer: str) -> None:
         self.module, self.key = module, key
         self.name = f"layer {layer!r}" if key == "weight" else f"{key!r} of {layer!r}"
         self.parameter: nn.Parameter = module._parameters[key]  # type: ignore[assignment]
-        self.hooked: nn.Parameter | None = None  # whose gradients are masked
+        self.hooked: nn.Parameter | None = None  # the parameter whose gradients are masked
         self.is_grad_masked = False  # since the last step
-        self.bits: Tensor | None = None  # that were unpacked
+        self.bits: Tensor | None = None  # the mask that ``dropped`` was unpacked from
         self.dropped = torch.empty(0)
 
     @property
     def current(self) -> nn.Parameter | None:
-        """The parameter that the module has now: of one that FSDP has gathered for a pass, the sharded one behind."""
+        """The parameter that the module has now; if FSDP has gathered it for a pass, the sharded one behind it."""
         found = self.module._parameters.get(self.key)
         return self.parameter if is_sharded(self.parameter) and not is_sharded(found) else found
 
     def update(self) -> bool:
-        """Follows the mask that the module has now; says whether it is another."""
+        """Switches to the mask that the module has now; returns whether it is another one."""
         bits = get_mask_bits(self.module, self.key)
         if bits is None:
             raise ValueError(f"{self.name} has lost its mask since keep_masks was called: call remove() before that")
@@ -39,26 +39,27 @@ class MaskedWeight:
         return True
 
     def broken(self) -> Tensor:
-        """Whether a dropped weight is not zero, as a tensor: on a GPU nothing waits for it."""
+        """Returns whether a dropped weight is not zero, as a tensor, so that nothing waits for a GPU."""
         return local_part(self.parameter).ne(0).logical_and_(self.dropped).any()
 
     def drop(self, tensor: Tensor) -> None:
-        """Zeroes what is dropped."""
+        """Zeroes the dropped entries of a tensor."""
         local_part(tensor).masked_fill_(self.dropped, 0)
 
     def drop_grad(self) -> None:
+        """Zeroes the dropped entries of the gradient."""
         # Filled, not multiplied: an overflow that a gradient scaler is about to skip would leave NaN in place of 0.
         if self.parameter.grad is not None:
             self.drop(self.parameter.grad)
 
     def count(self) -> tuple[int, int]:
-        """How many dropped weights are not zero, and how many there are."""
+        """Counts the dropped weights that are not zero, and all dropped weights."""
         broken = local_part(self.parameter).ne(0).logical_and_(self.dropped)
         return int(broken.sum()), int(self.dropped.sum())
 
 
 def masked_weights(model: nn.Module, held: set[Tensor]) -> list[MaskedWeight]:
-    """The model's weights that have a mask to be kept, where the optimizer holds the parameters ``held``."""
+    """Returns the masked weights of a model, of which the optimizer holds the parameters ``held``."""
     kind = sharding(model)
     masked = [(layer, module, key) for layer, module in model.named_modules() for key in masked_parameters(module)]
     for layer, module, _ in masked:
@@ -69,7 +70,7 @@ def masked_weights(model: nn.Module, held: set[Tensor]) -> list[MaskedWeight]:
     check_masks(model)
     for module in model.modules():
         if kind == "fully_shard" and hasattr(module, "reshard"):
-            module.reshard()  # type: ignore[operator]  # after a pass the weights of the outermost module are still gathered
+            module.reshard()  # type: ignore[operator]  # after a pass the outermost module still has its gathered weights
     weights = []
     for layer, module, key in masked:
         parameter = module.get_parameter(key)

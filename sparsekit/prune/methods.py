@@ -1,4 +1,4 @@
-"""Pruning methods: what to keep of one weight, given what its inputs look like."""
+"""Pruning methods: choose what to keep of one weight, given a statistic of its inputs."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from ..masks import Pattern
-from .statistics import InputNorm, Statistic
+from .calibration.statistics import InputNorm, Statistic
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """How ``prune_`` prunes one weight. A subclass gives ``prune`` and names the ``statistic`` that it needs, if any.
+    """Base class of pruning methods. A subclass defines ``prune`` and names the ``statistic`` that it needs, if any.
 
     Args:
         pattern: what to keep: ``"2:4"`` (2 of every 4 inputs; any ``0 < n <= m <= 32``) or ``"50%"`` (drop half of
             every output's weights).
 
     Raises:
-        ValueError: ``pattern`` is no such rule.
+        ValueError: ``pattern`` is not such a rule.
     """
 
     pattern: str
@@ -56,14 +56,16 @@ class Magnitude(Method):
 
 @dataclass(frozen=True)
 class Wanda(Method):
-    """Keeps the largest products of magnitude and input norm: about as fast as ``Magnitude``, far better on language
-    models, whose inputs have outlier channels (https://arxiv.org/abs/2306.11695). Needs batches.
+    """Keeps the largest products of magnitude and input norm (https://arxiv.org/abs/2306.11695). Needs batches.
+
+    It is about as fast as ``Magnitude``, and far better on language models, whose inputs have outlier channels, where
+    magnitude pruning fails.
 
     The norm is the root mean square of an input over all tokens, or of an input channel over all pixels. On
-    convolutional networks that ranks little better than ``Magnitude``, and leaves statistics of BatchNorm more wrong: a
-    ResNet-20 at 2:4 finds 36 % of CIFAR-10 with the old ones (``Magnitude`` 55 %, dense 81 %) and 72 % with new ones
-    (``Magnitude`` 72 %), which ``prune_`` estimates by itself. Where a network has other norms compare both, or take a
-    method that updates weights, such as ``SparseGPT``.
+    convolutional networks it ranks little better than ``Magnitude``, and leaves the statistics of BatchNorm more wrong:
+    a ResNet-20 at 2:4 classifies 36 % of CIFAR-10 correctly with the old statistics (``Magnitude`` 55 %, dense 81 %)
+    and 72 % with new ones (``Magnitude`` 72 %), which ``prune_`` estimates by itself. For a network with other norms
+    compare both, or use a method that updates weights, such as ``SparseGPT``.
     """
 
     statistic = InputNorm
@@ -74,17 +76,18 @@ class Wanda(Method):
 
 @dataclass(frozen=True)
 class RIA(Method):
-    """Keeps what matters most among the weights of its input and of its output, times a power of the input norm
-    (https://openreview.net/forum?id=Tr0lPx9woF). Needs batches.
+    """Keeps the largest relative importance times a power of the input norm. Needs batches.
 
-    The score is ``(|w| / sum of its column + |w| / sum of its row) * norm ** power``.
+    The relative importance of a weight is its share of its input's and of its output's weights (RIA,
+    https://openreview.net/forum?id=Tr0lPx9woF). The score is
+    ``(|w| / sum of its column + |w| / sum of its row) * norm ** power``.
 
     Args:
         pattern: what to keep.
-        power: how much the norms count; 0.5 is the paper's.
+        power: how much the norms count; 0.5 as in the paper.
 
     Raises:
-        ValueError: a pattern that is none, or ``power`` is no number from 0.
+        ValueError: ``pattern`` is not a pattern, or ``power`` is negative or infinite.
     """
 
     power: float = 0.5

@@ -1,4 +1,4 @@
-"""What ``prune_`` did."""
+"""The report of ``prune_``."""
 
 import math
 import os
@@ -8,17 +8,23 @@ from typing import Any
 
 from .._files import write_json
 
-SHOWN = 3  # names of what was left out for one reason
+SHOWN = 3  # names that are shown for one reason
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class PruneLayerReport:
     """One pruned layer.
 
-    ``error`` is the relative output error ``||X (W - W')^T|| / ||X W^T||`` on up to 256 calibration inputs ``X``, drawn
-    evenly from all; None without batches, or where none reached the layer; NaN where an input is not a number.
-    ``seconds`` is what pruning it took, without the forward passes that showed it its inputs. ``remark`` says what is
-    special about it, if anything.
+    Args:
+        name: of the layer; of experts, the parameter's.
+        shape: of the weight.
+        pattern: what the mask keeps, such as ``"2:4"``.
+        dropped: number of weights that the mask drops.
+        weights: number of weights.
+        error: relative output error ``||X (W - W')^T|| / ||X W^T||`` on up to 256 calibration inputs ``X``, drawn
+            evenly from all. None without batches, or if none reached the layer; NaN if an input is NaN or infinite.
+        seconds: time to prune the layer, without the forward passes of calibration.
+        remark: anything special about the layer.
     """
 
     name: str
@@ -38,7 +44,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer, or another parameter of two dimensions and more, that was selected but left as it was, and why."""
+    """A layer, or another parameter of at least two dimensions, that was selected but not pruned, and the reason."""
 
     name: str
     reason: str
@@ -46,20 +52,20 @@ class Skipped:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What ``prune_`` did to each layer; ``str`` gives a table.
+    """The result of ``prune_`` for each layer; ``str(report)`` is a table.
 
     Args:
-        method: the method, as it prints itself.
+        method: the ``repr`` of the method.
         layers: the pruned layers, in the order in which they were pruned.
-        skipped: what was left dense, each with the reason: layers, embeddings, and every other parameter of at least
-            two dimensions and one group.
+        skipped: everything that was left dense, each with the reason: layers, embeddings, and every other parameter of
+            at least two dimensions and one group.
         seconds: wall-clock time of the whole call.
-        model_weights: the number of all parameters of the model, biases and embeddings too, shared ones once.
-        batchnorm: the BatchNorm modules that have new statistics.
+        model_weights: number of all parameters of the model, with biases and embeddings; shared ones count once.
+        batchnorm: names of the BatchNorm modules that have new statistics.
     """
 
     method: str
-    layers: tuple[LayerReport, ...]
+    layers: tuple[PruneLayerReport, ...]
     skipped: tuple[Skipped, ...]
     seconds: float
     model_weights: int
@@ -110,7 +116,7 @@ class PruneReport:
         return "\n".join([*lines, f"{self.method}, {self.seconds:.1f} s"])
 
     def to_json(self) -> dict[str, Any]:
-        """The report and its totals as what JSON can hold, which has no NaN: an error that cannot be known is None."""
+        """Returns the report and its totals for JSON, which has no NaN: an error that is NaN becomes None."""
         totals = {
             "weights": self.weights,
             "sparsity": self.sparsity,
@@ -126,7 +132,7 @@ class PruneReport:
 
 
 def summary(texts: Iterable[tuple[str, str]]) -> list[str]:
-    """What is said of layers, given with their names, in a line for each text: ``"NAMES: TEXT"``."""
+    """Groups pairs of text and layer name into one line per text: ``"NAMES: TEXT"``."""
     names: dict[str, list[str]] = {}
     for text, name in texts:
         names.setdefault(text, []).append(name or "(model)")

@@ -1,4 +1,4 @@
-"""What the methods that know the Gram matrix share: damping, factors, and the layer error that they lower."""
+"""Damping and Cholesky factors of the Gram matrix, for the methods that need it."""
 
 import warnings
 
@@ -9,7 +9,7 @@ MAX_DAMP = 1.0
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
-    """``gram`` with ``damp`` times its mean diagonal added to the diagonal; an input that is always 0 counts as 1."""
+    """Adds ``damp`` times the mean diagonal to the diagonal of a copy; an input that is always 0 counts as 1."""
     gram = gram.clone()
     diagonal = gram.diagonal()
     diagonal.add_((diagonal == 0) + damp * diagonal.mean())
@@ -17,13 +17,13 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 
 
 def cholesky(gram: Tensor, damp: float) -> Tensor:
-    """The lower Cholesky factor of the damped matrix.
+    """Computes the lower Cholesky factor of the damped matrix.
 
-    A matrix that is not positive definite in fp32 (fewer tokens than inputs and little damping) is damped ten times
-    more, with a warning, until it is.
+    If the matrix is not positive definite in fp32 (fewer tokens than inputs and little damping), it is damped ten times
+    more until it is, with a warning.
 
     Raises:
-        ValueError: it is not even with its mean diagonal added, which no Gram matrix is.
+        ValueError: it is not positive definite even with its mean diagonal added, so it is no Gram matrix.
     """
     factor, info = torch.linalg.cholesky_ex(damped(gram, damp))
     used = damp
@@ -38,7 +38,9 @@ def cholesky(gram: Tensor, damp: float) -> Tensor:
 
 
 def upper_factor(gram: Tensor, damp: float) -> Tensor:
-    """The upper ``R`` with ``R R^T`` the damped matrix: the inverse of SparseGPT's factor ``U``, whose ``U^T U`` is the
-    inverse of the matrix. It is the Cholesky factor of the matrix read backwards, read backwards.
+    """Computes the upper triangular ``R`` for which ``R R^T`` is the damped matrix.
+
+    ``R`` is the inverse of SparseGPT's factor ``U``, for which ``U^T U`` is the inverse of the matrix. It is computed
+    by reversing rows and columns, taking the lower Cholesky factor, and reversing its rows and columns.
     """
     return cholesky(gram.flip(0, 1), damp).flip(0, 1)

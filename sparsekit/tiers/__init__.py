@@ -11,6 +11,7 @@ from .fade import fade as fade
 from .files import load_tier_maps as load_tier_maps
 from .files import save_tier_maps as save_tier_maps
 from .iteration import IterationReport as IterationReport
+from .iteration import TierOptions as TierOptions
 from .iteration import tier_iteration as tier_iteration
 from .progressive import progressive_tiers as progressive_tiers
 from .schedule import Step as Step

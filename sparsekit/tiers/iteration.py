@@ -1,45 +1,45 @@
-"""One iteration of progressive pruning: score the blocks of all layers, demote, and put the masks in place."""
+"""One iteration of progressive pruning: scores the blocks of all layers, demotes some, and applies the masks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._batches import Forward, Progress, check_functions, evaluating
+from .._batches import Progress, check_functions, evaluating
 from .._changing import change
-from .._layers import Where, check_model
+from .._layers import Where, check_model, check_where
 from .._undo import Undo
 from ..masks import Pattern
-from ..prune.apply import apply_mask
-from ..prune.calibration import calibrated
+from ..prune.apply_mask import apply_mask
+from ..prune.calibration import Calibration, calibrate
+from ..prune.calibration.inputs import LayerInputs
+from ..prune.calibration.ranks import Ranks, local_buffers
+from ..prune.calibration.statistics import Gram, InputNorm
 from ..prune.full_precision import full_precision
-from ..prune.layers import Layer, check_result, check_weights, find_layers, nothing_to
-from ..prune.padding import TokenMask
-from ..prune.ranks import Group, Ranks, local_buffers
-from ..prune.statistics import Gram, InputNorm
+from ..prune.layers import PrunableLayer, check_result, check_weights, find_layers, nothing_to
+from ..prune.prune import check_calibration
 from .demote import Criterion
 from .fade import fading_of, mark_fading
-from .planner import Allocation, Planner
+from .planner import Allocation, Planner, Stages
 from .schedule import Step
 from .tier_map import Ratios, TierMap
 
 
 @dataclass(frozen=True)
 class IterationReport:
-    """One iteration.
+    """The result of one iteration.
 
     Args:
-        step: what the schedule asked for.
+        step: the step of the schedule.
         ratios: dense, 2:4 and top-k shares of all blocks now.
-        sparsity: the share of the weights that the masks drop, counted; what has faded is zero before that.
-        expected_sparsity: what the tier maps promise.
+        sparsity: the counted share of the weights that the masks drop; weights that have faded are zero before that.
+        expected_sparsity: the share that follows from the tier maps.
         demoted: blocks that went from dense to 2:4 and from 2:4 to top-k, by layer.
         error: the mean relative output error of the layers, before fine-tuning.
-        metric: what ``evaluate`` returned after fine-tuning; None without.
+        metric: the value that ``evaluate`` returned after fine-tuning; None without it.
         seconds: for scoring and demoting, and for fine-tuning.
     """
 
@@ -53,22 +53,46 @@ class IterationReport:
     seconds: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class TierOptions:
+    """Options of how blocks are demoted.
+
+    Args:
+        criterion: which blocks are demoted first, see ``demote``.
+        allocation: ``"layer"`` gives every layer the same shares, and calibrates stage after stage on what the pruned
+            stages before it produce. ``"model"`` gives the model the shares, and demotes the blocks that add least to
+            the relative output error of their layer, wherever they are; it is calibrated in one pass.
+        reconstruct: gives the kept weights the values that change the output least (``LeastSquares``). With
+            ``allocation="model"`` that takes a second calibration, stage after stage.
+        goal: the shares after the last step: entries that they will drop are marked, for ``fade``. None marks none.
+        block: rows and columns of a block, 16 to 128; GPUs can use 64 and more. Not used with ``tier_maps``.
+        k: weights that a top-k block keeps. Not used with ``tier_maps``.
+
+    Raises:
+        ValueError: ``allocation`` is unknown.
+    """
+
+    criterion: Criterion = "loss"
+    allocation: Allocation = "layer"
+    reconstruct: bool = False
+    goal: Ratios | None = None
+    block: tuple[int, int] = (16, 16)
+    k: int = 10
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ("layer", "model"):
+            raise ValueError(f'allocation must be "layer" or "model", got {self.allocation!r}')
+
+
 def tier_iteration(
     model: nn.Module,
     step: Step,
-    calibrate: Any,
+    batches: Any,
     tier_maps: Mapping[str, TierMap] | None = None,
     *,
-    criterion: Criterion = "loss",
-    allocation: Allocation = "layer",
-    reconstruct: bool = False,
-    goal: Ratios | None = None,
-    block: tuple[int, int] = (16, 16),
-    k: int = 10,
     where: Where | None = None,
-    forward: Forward | None = None,
-    token_mask: TokenMask | None = None,
-    group: Group = "world",
+    options: TierOptions | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, TierMap], IterationReport]:
     """Demotes the blocks of every linear layer to the shares of one step, and zeroes what their tiers drop, in place.
@@ -76,66 +100,53 @@ def tier_iteration(
     The masks are stored with the layers, for ``keep_masks``. Left out are the layers that ``prune_`` leaves out.
 
     Args:
-        model: any tree of modules; whatever fails, it is as it was.
+        model: any tree of modules; if anything fails, it is as it was.
         step: the shares to reach.
-        calibrate: calibration batches, as ``prune_`` takes them.
+        batches: calibration batches, as ``prune_`` takes them.
         tier_maps: the maps after the step before, by layer name, or by the ends of the names (``layer_3.mlp.up_proj``
             for ``model.layers.3.mlp.up_proj``); None starts with every block dense.
-        criterion: which blocks are demoted first, see ``demote``.
-        allocation: ``"layer"`` gives every layer the same shares, and calibrates block after block on what the pruned
-            ones before produce. ``"model"`` gives the model the shares, and demotes the blocks that add least to the
-            relative output error of their layer, wherever they are; calibrated in one pass.
-        reconstruct: gives the kept weights the values that change the output least (``LeastSquares``). With
-            ``allocation="model"`` that is a second pass, block after block.
-        goal: the shares after the last step: what they would drop is marked, for ``fade``. None marks nothing.
-        block: rows and columns of a block, 16 to 128; 64 and more is what GPUs can use. Without ``tier_maps``.
-        k: weights that a top-k block keeps. Without ``tier_maps``.
         where: ``where(name, module)`` selects layers; None selects all linear ones.
-        forward: ``forward(model, batch)`` in place of calling the model on a batch.
-        token_mask: which tokens of a batch count, as for ``prune_``.
-        group: the processes that do it together, as for ``prune_``.
+        options: how blocks are demoted; None is ``TierOptions()``.
+        calibration: how the model is run, as for ``prune_``; None is ``Calibration()``. Its ``sequential`` and
+            ``batchnorm`` are not used: ``options.allocation`` decides the former.
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
 
     Returns:
-        The new maps by layer name, and what was done, with no fine-tuning yet. Layers that no batch reached keep their
-        maps, and are not in the report.
+        The new maps by layer name, and the report, without fine-tuning. Layers that no batch reached keep their maps,
+        and are not in the report.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: nothing can be pruned, a layer has no tier map or one of another shape, a weight or a calibration
-            input is NaN or infinite, an unknown allocation, or the processes hold different models.
+            input is NaN or infinite, or the processes hold different models.
         RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
     """
     check_model(model)
-    check_functions(forward=forward, token_mask=token_mask, progress=progress)
-    if allocation not in ("layer", "model"):
-        raise ValueError(f'allocation must be "layer" or "model", got {allocation!r}')
-    statistic = Gram if reconstruct else InputNorm
-    ranks = Ranks(group, statistic)
+    check_functions(progress=progress)
+    options, calibration = checked_options(options, calibration)
+    statistic = Gram if options.reconstruct else InputNorm
+    ranks = Ranks(calibration.group, statistic)
 
     def work(undo: Undo) -> tuple[dict[str, TierMap], IterationReport]:
         layers = linear_layers(model, where)
         check_weights(layers)
-        ranks.agree({"step": step, "criterion": criterion, "allocation": allocation, "goal": goal}, layers)
-        before = _starting_maps(layers, tier_maps, block, k)
-        planner = Planner(before, step, goal, criterion, statistic, token_mask)
-        show = partial(
-            calibrated,
-            model,
-            layers,
-            batches=calibrate,
-            forward=forward,
-            progress=progress or iter,
-            exchange=ranks.exchange,
-        )
+        ranks.agree({"step": step, **vars(options)}, layers)
+        before = _starting_maps(layers, tier_maps, options)
+        planner = Planner(before, step, options.goal, options.criterion, statistic, calibration.token_mask)
+
+        def run(make_inputs: Callable[[PrunableLayer], LayerInputs], sequential: bool) -> Stages:
+            how = replace(calibration, sequential=sequential)
+            yield from calibrate(model, layers, make_inputs, batches, how, ranks, progress=progress or iter)
+
         after: dict[str, TierMap] = {}
         demoted: dict[str, tuple[int, int]] = {}
         errors: list[float] = []
         dropped = 0
-        with evaluating(model), local_buffers(model), closing(planner.plans(show, ranks, allocation)) as plans:
+        with evaluating(model), local_buffers(model), closing(planner.plans(run, ranks, options.allocation)) as plans:
             for layer, inputs, plan in plans:
                 with full_precision():
                     parts = planner.prune(layer, inputs, plan)
-                    ranks.exchange()  # one that could not prune the layer says so here
+                    ranks.exchange()  # a process that could not prune the layer says so here
                     pruned, mask, fading = (part if part is None else ranks.broadcast(part) for part in parts)
                     assert pruned is not None and mask is not None
                     check_result(layer, pruned, "tier_iteration")
@@ -166,12 +177,24 @@ def tier_iteration(
     return change(model, "pruned", ranks.together(work))
 
 
-def linear_layers(model: nn.Module, where: Where | None) -> list[Layer]:
-    """The layers that ``where`` selects and that can be pruned by tiers.
+def checked_options(options: TierOptions | None, calibration: Calibration | None) -> tuple[TierOptions, Calibration]:
+    """Returns both with the defaults in place of None; rejects anything else."""
+    options = TierOptions() if options is None else options
+    if not isinstance(options, TierOptions):
+        raise TypeError(f"options must be TierOptions such as TierOptions(k=8), got {options!r}")
+    calibration = Calibration() if calibration is None else calibration
+    check_calibration(calibration)
+    return options, calibration
+
+
+def linear_layers(model: nn.Module, where: Where | None) -> list[PrunableLayer]:
+    """Returns the layers that ``where`` selects and that can be pruned by tiers.
 
     Raises:
+        TypeError: ``where`` cannot be called.
         ValueError: there are none.
     """
+    check_where(where)
 
     def linear(name: str, module: nn.Module) -> bool:
         return not isinstance(module, nn.Conv2d) and (where is None or where(name, module))
@@ -184,9 +207,9 @@ def linear_layers(model: nn.Module, where: Where | None) -> list[Layer]:
 
 
 def _starting_maps(
-    layers: list[Layer], tier_maps: Mapping[str, TierMap] | None, block: tuple[int, int], k: int
+    layers: list[PrunableLayer], tier_maps: Mapping[str, TierMap] | None, options: TierOptions
 ) -> dict[str, TierMap]:
-    maps = {layer.name: TierMap.dense(layer.matrix(layer.weight), block, k) for layer in layers}
+    maps = {layer.name: TierMap.dense(layer.matrix(layer.weight), options.block, options.k) for layer in layers}
     if tier_maps is None:
         return maps
     for layer in layers:
@@ -201,7 +224,7 @@ def _starting_maps(
 
 
 def _end(name: str) -> str:
-    """``layer_3.mlp.up_proj`` to ``s.3.mlp.up_proj``: the end of ``model.layers.3.mlp.up_proj``."""
+    """Turns ``layer_3.mlp.up_proj`` into ``s.3.mlp.up_proj``, the end of ``model.layers.3.mlp.up_proj``."""
     return "s." + name.removeprefix("layer_") if name.startswith("layer_") else "." + name
 
 

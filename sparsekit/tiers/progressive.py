@@ -1,4 +1,4 @@
-"""Progressive pruning: demote, fine-tune, save; again and again, from wherever it stopped."""
+"""Progressive pruning: demotes, fine-tunes and saves, step by step, and goes on from the last saved step."""
 
 import os
 import time
@@ -9,44 +9,34 @@ from typing import Any
 
 from torch import nn
 
-from .._batches import Forward, Progress, as_batches, evaluating
+from .._batches import Progress, as_batches, evaluating
 from .._fingerprint import digest, digest_batches, digest_modules, digest_tensors, name_of
 from .._layers import Where, check_model
-from ..prune.padding import TokenMask
-from ..prune.ranks import Group, Ranks
-from .demote import Criterion
-from .iteration import IterationReport, linear_layers, tier_iteration
+from ..prune.calibration import Calibration
+from ..prune.calibration.ranks import Ranks
+from .iteration import IterationReport, TierOptions, checked_options, linear_layers, tier_iteration
 from .kept import Kept
-from .planner import Allocation
 from .schedule import Step
-from .tier_map import Ratios, TierMap
+from .tier_map import TierMap
 
 
 def progressive_tiers(
     model: nn.Module,
     schedule: Sequence[Step],
-    calibrate: Any,
+    batches: Any,
     finetune: Callable[[nn.Module, Step], object],
     *,
     tier_maps: Mapping[str, TierMap] | None = None,
     folder: str | os.PathLike[str] | None = None,
-    criterion: Criterion = "loss",
-    allocation: Allocation = "layer",
-    reconstruct: bool = False,
-    goal: Ratios | None = None,
-    block: tuple[int, int] = (16, 16),
-    k: int = 10,
     where: Where | None = None,
-    forward: Forward | None = None,
-    token_mask: TokenMask | None = None,
-    group: Group = "world",
+    options: TierOptions | None = None,
+    calibration: Calibration | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, TierMap], list[IterationReport]]:
     """Prunes the linear layers of a model by tiers, in the steps of a schedule with fine-tuning between them.
 
-    Each iteration scores the weights as they were fine-tuned last, demotes blocks (``tier_iteration``), and fine-tunes
-    what is left::
+    Each iteration scores the weights, demotes blocks (``tier_iteration``), and fine-tunes the remaining weights::
 
         def finetune(model, step):
             optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
@@ -55,17 +45,16 @@ def progressive_tiers(
 
     Args:
         model: pruned in place.
-        schedule: what ``read_schedule`` read; all of it, or what is left of it after ``tier_maps``.
-        calibrate: calibration batches, as ``prune_`` takes them.
+        schedule: the steps, such as those of ``read_schedule``; with ``tier_maps``, the steps that remain.
+        batches: calibration batches, as ``prune_`` takes them.
         finetune: called with the model and the step after each demotion; it has to keep the masks.
-        tier_maps: where earlier iterations left the blocks; None starts dense.
+        tier_maps: the maps after earlier iterations; None starts dense.
         folder: every finished iteration is kept in ``folder/iteration-N``: model, tier maps and report. The same call
             after a kill loads the last one and goes on; another one is refused: it needs the same weights and batches
             at the start, in the same order, and the same arguments, of which functions count by their name. What
             ``finetune`` and ``evaluate`` do cannot be compared: name another folder when they change. Of several
             processes (torch.distributed) the first one writes, and all read.
-        criterion, allocation, reconstruct, goal, block, k, where, forward, token_mask, group, progress: as in
-            ``tier_iteration``.
+        where, options, calibration, progress: as in ``tier_iteration``.
         evaluate: gives a number for the report, say perplexity, after every iteration; in evaluation mode, without
             gradients.
 
@@ -82,22 +71,18 @@ def progressive_tiers(
         raise ValueError("schedule must have at least one step, got none")
     kept, reports = None, list[IterationReport]()
     maps = None if tier_maps is None else dict(tier_maps)
-    ranks = Ranks(group, None)
+    options, calibration = checked_options(options, calibration)
+    ranks = Ranks(calibration.group, None)
     if folder is not None:
         call = {
-            "criterion": criterion,
-            "allocation": allocation,
-            "reconstruct": reconstruct,
-            "goal": goal,
-            "block": block,
-            "k": k,
+            **vars(options),
             "layers": [layer.name for layer in linear_layers(model, where)],
-            "forward": name_of(forward),
-            "token_mask": name_of(token_mask),
+            "forward": name_of(calibration.forward),
+            "token_mask": name_of(calibration.token_mask),
             "tier_maps": None if tier_maps is None else {name: digest(each) for name, each in tier_maps.items()},
             "weights": digest_tensors(model),
             "modules": digest_modules(model),
-            "batches": ranks.exchange(digest_batches(as_batches(calibrate, reused=True))),
+            "batches": ranks.exchange(digest_batches(as_batches(batches, reused=True))),
         }
         kept = ranks.all_or_none(lambda: Kept(folder, call))
         reports = ranks.all_or_none(lambda: kept.reports(schedule))
@@ -108,18 +93,11 @@ def progressive_tiers(
         maps, report = tier_iteration(
             model,
             step,
-            calibrate,
+            batches,
             maps,
-            criterion=criterion,
-            allocation=allocation,
-            reconstruct=reconstruct,
-            goal=goal,
-            block=block,
-            k=k,
             where=where,
-            forward=forward,
-            token_mask=token_mask,
-            group=group,
+            options=options,
+            calibration=calibration,
             progress=progress,
         )
         scored = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Puts a pruned weight and its mask into a layer, and knows how to get the layer back."""
+"""Writes a pruned weight and its mask into a layer, and records how to undo that."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,27 +8,27 @@ from torch import Tensor
 from .._undo import Undo
 from ..masks import MaskInfo, Pattern, get_mask_bits, get_mask_info, remove_mask, set_mask, set_mask_bits
 from ..ops import pack_bits, unpack_bits
-from .layers import Layer
+from .layers import PrunableLayer
 
-BITS = {2: torch.int16, 4: torch.int32}
+BITS = {2: torch.int16, 4: torch.int32}  # the integer dtype of the same size, by bytes
 CHUNK = 2**20  # weights that are compared at a time: picking from them takes 16 bytes each on a CPU
 
 
-def apply_mask(layer: Layer, pruned: Tensor, mask: Tensor, pattern: Pattern, undo: Undo) -> None:
-    """Writes a weight and its mask, both of the weight's own shape; ``undo`` takes the way back."""
+def apply_mask(layer: PrunableLayer, pruned: Tensor, mask: Tensor, pattern: Pattern, undo: Undo) -> None:
+    """Writes a weight and its mask, both in the weight's own shape; ``undo`` records how to restore the layer."""
     weight = layer.weight.detach()
-    undo.callback(_way_back(layer, weight, pruned))
+    undo.callback(_make_restore(layer, weight, pruned))
     weight.copy_(pruned)
-    torch.clear_autocast_cache()  # it may hold the weight as it was, in another dtype
+    torch.clear_autocast_cache()  # it may hold a copy of the old weight in another dtype
     set_mask(layer.module, mask, MaskInfo(pattern, layer.axis), layer.parameter)
 
 
-def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None]:
-    """Notes the values that change, with one bit for each weight, and the mask as it is stored."""
-    bits = BITS[weight.element_size()]  # compared as bits: -0.0 must come back too
+def _make_restore(layer: PrunableLayer, weight: Tensor, pruned: Tensor) -> Callable[[], None]:
+    """Saves the values that change, with one bit per weight, and the stored mask; returns what restores them."""
+    bits = BITS[weight.element_size()]  # compared as bits, so that -0.0 is restored too
     parts = list(zip(chunks(weight), chunks(pruned), strict=True))
     counts = [torch.count_nonzero(old.view(bits) != new.view(bits)) for old, new in parts]
-    # Made whole before the small pieces, which would leave holes in the memory behind it.
+    # Allocated as a whole before the small pieces, which would otherwise leave holes in the heap.
     values = weight.new_empty(int(sum(counts)))
     where = torch.empty((len(weight), -(-weight.shape[1:].numel() // 8)), dtype=torch.uint8, device=weight.device)
     start, rows = 0, where.split(_rows(weight))
@@ -57,7 +57,7 @@ def _way_back(layer: Layer, weight: Tensor, pruned: Tensor) -> Callable[[], None
 
 
 def chunks(weight: Tensor) -> Iterator[Tensor]:
-    """A weight in parts of whole rows, to look at in little memory."""
+    """Yields a weight in parts of whole rows, so that looking at it takes little memory."""
     yield from weight.split(_rows(weight))
 
 

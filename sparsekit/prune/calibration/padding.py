@@ -1,4 +1,4 @@
-"""Which of a layer's inputs are real tokens, and which only fill up a batch."""
+"""Padding: tells the real tokens of a layer's input from those that only fill up a batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Layer
+from ..layers import PrunableLayer
 
 TokenMask = Callable[[Any], Tensor | None]
 ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
 
 
-def real_tokens(x: Tensor, layer: Layer, batch: Any, token_mask: TokenMask | None = None) -> Tensor:
-    """The part of a layer's input that is no padding; ``x`` itself where all of it is real.
+def real_tokens(x: Tensor, layer: PrunableLayer, batch: Any, token_mask: TokenMask | None = None) -> Tensor:
+    """Returns the part of a layer's input that is not padding; ``x`` itself if all of it is real.
 
     A mask is ``[batch, tokens]``, and 0 marks padding. Inputs ``[batch, tokens, ...]``, ``[tokens, batch, ...]`` and
-    ``[batch * tokens, inputs]`` come back as ``[real tokens, ...]``. Other inputs count whole, but for sentences
-    without any real token, and so do masks of other shapes, which say what attends to what.
+    ``[batch * tokens, inputs]`` come back as ``[real tokens, ...]``. Of other inputs everything counts, except
+    sentences without any real token. Masks of another shape say what attends to what, and are not used.
 
     Args:
-        x: what the layer was called with.
-        layer: the layer. With ``decoder`` in its name it takes the mask of the decoder, where both have one shape.
-        batch: what the model was called with. A mapping is asked for ``attention_mask`` and, for the tokens of a
-            decoder, ``decoder_attention_mask``.
-        token_mask: ``token_mask(batch)`` gives the mask in place of the batch.
+        x: the input that the layer was called with.
+        layer: the layer. If its name contains ``decoder`` and both masks have the same shape, the decoder's is used.
+        batch: the batch that the model was called with. If it is a mapping, its ``attention_mask`` and
+            ``decoder_attention_mask`` are the masks.
+        token_mask: ``token_mask(batch)`` returns the mask instead.
 
     Raises:
         TypeError, ValueError: ``token_mask`` returns something else, or a mask has negative entries.
@@ -42,7 +42,7 @@ def real_tokens(x: Tensor, layer: Layer, batch: Any, token_mask: TokenMask | Non
 
 
 def _select(x: Tensor, mask: Tensor) -> Tensor | None:
-    """The rows that a mask keeps; None where the input is not made of its tokens."""
+    """Returns the rows that a mask keeps; None if the input is not made of its tokens."""
     for kept in (mask, mask.t(), mask.flatten()):
         if x.dim() > kept.dim() and x.shape[: kept.dim()] == kept.shape and (x.dim() == 2 or kept.dim() == 2):
             return x if kept.all() else x[kept]

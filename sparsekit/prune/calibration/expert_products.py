@@ -1,4 +1,4 @@
-"""Sees what the matrices in parameters of three dimensions are multiplied by, however a module writes the product."""
+"""Products with the matrices of experts: a mode that finds them however a module computes them."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,15 +11,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class Product(NamedTuple):
-    """One product of an input with one matrix of a parameter.
+    """A product of an input with one matrix of a parameter.
 
     Args:
-        key: the parameter.
+        key: the name of the parameter.
         along: the dimension of the parameter that is summed over, 1 or 2.
-        expert: which of its matrices.
+        expert: the index of the matrix.
         x: the input, ``[rows, inputs]``.
-        tokens: which row of what the module was given each row of ``x`` comes from, int64 ``[rows]``.
-        of: how many rows the module was given, as far as it can be seen.
+        tokens: int64 ``[rows]``: the row of the module's input that each row of ``x`` comes from.
+        of: the number of rows of the module's input, as far as it can be known.
     """
 
     key: str
@@ -35,17 +35,17 @@ PICKS = frozenset(("__getitem__", "index_select"))
 PRODUCTS = frozenset("matmul __matmul__ mm bmm mv".split())
 SUMS = frozenset("addmm baddbmm addmv".split())  # of a first argument and a product
 GROUPED = frozenset("grouped_mm _grouped_mm grouped_mm_fallback".split())
-RECENT = 16  # copies of matrices that are known at a time
+RECENT = 16  # the latest copies of matrices, which are recognized
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Matrices that a tensor is a view of.
+    """The matrices that a tensor is a view of.
 
     Args:
-        key: the parameter.
-        experts: which of its matrices: one per entry of the tensor's first dimension, a single one of a matrix.
-        dims: which dimension of the parameter each of the tensor's last two is.
+        key: the name of the parameter.
+        experts: the indices of the matrices: one per entry of the tensor's first dimension, or the only one.
+        dims: for each of the tensor's last two dimensions, the dimension of the parameter that it runs along.
     """
 
     key: str
@@ -54,17 +54,17 @@ class _Found:
 
 
 class _Stack:
-    """``[experts, rows, cols]`` in memory: a parameter, or a copy of some of its matrices."""
+    """A tensor ``[experts, rows, cols]``: a parameter, or a copy of some of its matrices."""
 
     def __init__(self, key: str, tensor: Tensor, experts: Sequence[int]) -> None:
         self.key, self.tensor, self.experts = key, tensor, list(experts)
         self.address, self.start = _address(tensor), tensor.storage_offset()
         self.strides = tensor.stride()
-        # Of a single matrix the first stride says nothing: one past all that it spans finds it at every offset.
+        # The first stride of a single matrix means nothing; a huge one makes every offset belong to matrix 0.
         self.step = self.strides[0] if len(tensor) > 1 else 1 << 62
 
     def find(self, tensor: Tensor) -> _Found | None:
-        """Which of the matrices a tensor is a view of; None where it is none, or another part of them."""
+        """Returns the matrices that a tensor is a view of; None if it is a view of none, or of parts of them."""
         if _address(tensor) != self.address or tensor.dtype != self.tensor.dtype:
             return None
         while tensor.dim() > 3 and len(tensor) == 1:
@@ -88,11 +88,11 @@ class _Stack:
 
 
 class Products(TorchFunctionMode):
-    """While the mode is on, calls ``see`` with every input of a product with matrices of the parameters.
+    """A mode that calls ``see`` with every product with a matrix of the parameters.
 
-    Products are those of ``F.linear``, ``@``, ``torch.bmm`` and its kin, ``einsum`` of two operands and grouped
-    products, with a matrix on either side: as a view of the parameter, transposed or not, as a copy in another dtype,
-    or among matrices that were picked by their indices.
+    It recognizes ``F.linear``, ``@``, ``torch.bmm`` and its relatives, ``einsum`` of two operands, and grouped
+    products, with the matrix on either side. The matrix may be a view of the parameter, transposed or not, a copy in
+    another dtype, or one of several that were picked by index.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], see: Callable[[Product], None]) -> None:
@@ -100,7 +100,7 @@ class Products(TorchFunctionMode):
         self._stacks = [_Stack(key, tensor.detach(), range(len(tensor))) for key, tensor in parameters.items()]
         self._copies: deque[_Stack] = deque(maxlen=RECENT)
         self._see = see
-        self._picked: tuple[Tensor, int] | None = None  # the rows that were picked last, and of how many
+        self._picked: tuple[Tensor, int] | None = None  # the rows that were picked last, and how many there were
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -134,7 +134,7 @@ class Products(TorchFunctionMode):
         return next((found for stack in (*self._stacks, *self._copies) if (found := stack.find(tensor))), None)
 
     def _follow(self, given: Sequence[Any], result: Any, *, picked: bool) -> None:
-        """Notes a copy of matrices as what it is."""
+        """Records that a tensor is a copy of matrices, or of some picked by index."""
         found = self._find(given[0])
         if found is None or not isinstance(result, Tensor) or self._find(result) is not None:
             return
@@ -151,7 +151,7 @@ class Products(TorchFunctionMode):
             self._copies.append(_Stack(found.key, straight.detach(), experts))
 
     def _follow_rows(self, given: Sequence[Any], result: Any) -> None:
-        """Notes which rows of a matrix of inputs were picked, or how often each is repeated."""
+        """Records which rows of a matrix of inputs were picked, or how often each is repeated."""
         source, index = given[0], given[-1]
         if not isinstance(source, Tensor) or source.dim() != 2 or not isinstance(result, Tensor) or result.dim() != 2:
             return
@@ -164,7 +164,7 @@ class Products(TorchFunctionMode):
             self._picked = (every.repeat_interleave(len(result) // len(source)), len(source))
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, int]:
-        """Which row of the module's input each row of ``x`` comes from, in the shape of ``x`` without its columns."""
+        """Returns the row of the module's input that each row of ``x`` comes from, and how many rows the input has."""
         rows = x.shape[:-1].numel()
         if self._picked is not None and len(self._picked[0]) == rows:
             return self._picked[0].view(x.shape[:-1]), self._picked[1]
@@ -177,7 +177,7 @@ class Products(TorchFunctionMode):
             self._note(found, found.dims[1], right.mT if right.dim() > 1 else right, -3)
 
     def _note(self, found: _Found, along: int, x: Tensor, experts_at: int | None) -> None:
-        """Calls ``see`` for every matrix; ``x [..., inputs]`` may have a dimension with a part for each of them."""
+        """Calls ``see`` for every matrix. ``x [..., inputs]`` may have a dimension with one part for each of them."""
         tokens, of = self._tokens(x)
         each: Iterable[tuple[Tensor, Tensor]] = [(x, tokens)] * len(found.experts)
         if experts_at is not None and len(found.experts) > 1 and x.dim() >= -experts_at and x.shape[experts_at] > 1:

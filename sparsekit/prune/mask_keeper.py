@@ -1,4 +1,4 @@
-"""Fine-tuning with the masks kept as they are."""
+"""``keep_masks``: fine-tuning in which dropped weights stay zero."""
 
 import logging
 import weakref
@@ -19,9 +19,9 @@ logger = logging.getLogger("sparsekit")
 
 
 class MaskKeeper:
-    """Keeps dropped weights at zero while an optimizer trains a model, until ``remove()`` or the end of a ``with``.
+    """Handle of ``keep_masks``: keeps dropped weights at zero until ``remove()`` or the end of a ``with``.
 
-    Made by ``keep_masks``. It lives as long as the optimizer does.
+    It lives as long as the optimizer does.
     """
 
     def __init__(self, weights: list[MaskedWeight], optimizer: Any) -> None:
@@ -46,13 +46,13 @@ class MaskKeeper:
             )
 
     def apply(self) -> None:
-        """Zeroes what the masks drop in the weights, and in every plain optimizer state of a weight's shape.
+        """Zeroes the dropped entries of the weights and of all plain optimizer states of a weight's shape.
 
-        Call it after whatever else than the optimizer has written the weights: a checkpoint or an average of weights
-        that was copied in, a wrapper of the optimizer that moves them itself.
+        Call it after anything but the optimizer has written the weights: a checkpoint or an average of weights that was
+        copied in, or a wrapper of the optimizer that changes weights itself.
 
         Raises:
-            ValueError: a parameter is another than when ``keep_masks`` was called, or has lost its mask.
+            ValueError: a parameter was replaced since ``keep_masks`` was called, or has lost its mask.
         """
         with torch.inference_mode(False), torch.no_grad():
             self._follow()
@@ -61,10 +61,10 @@ class MaskKeeper:
             undo.commit()
 
     def remove(self) -> None:
-        """Stops keeping the masks; the weights, and the masks stored in the model, stay.
+        """Stops keeping the masks; the weights and the masks stored in the model stay.
 
         Raises:
-            ValueError: a dropped weight is not zero, because something else than the optimizer wrote it.
+            ValueError: a dropped weight is not zero, because something other than the optimizer wrote it.
         """
         if self._handles:
             _remove(self._handles)
@@ -82,10 +82,10 @@ class MaskKeeper:
             _remove(self._handles)
 
     def _hook_grad(self, weight: MaskedWeight) -> None:
-        """Masks the parameter's gradient as soon as it is there; a frozen one takes no such hook."""
+        """Masks the parameter's gradient as soon as it is accumulated; a frozen parameter cannot have such a hook."""
         if not weight.parameter.requires_grad or weight.hooked is weight.parameter:
             return
-        # Weak, so that the hook does not keep alive what an optimizer that is gone has left behind.
+        # Weak, so that the hook does not keep this object alive after its optimizer is gone.
         keeper = weakref.ref(self)
 
         @torch.no_grad()
@@ -100,18 +100,18 @@ class MaskKeeper:
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        # A step that calls the step of its base class, or of the optimizer that it wraps, may write before it does so.
+        # Steps nest: one that calls the step of its base class or a wrapped optimizer may have written weights before.
         if not self._stepping and not torch.compiler.is_compiling():
             self._follow()
             self._check(self._weights)
             for weight in self._weights:
-                if not weight.is_grad_masked:  # no backward pass made it, or the mask is newer
+                if not weight.is_grad_masked:  # it was not made by a backward pass, or the mask is newer
                     weight.drop_grad()
                 weight.is_grad_masked = False
             self._stepping = True
 
     def _follow(self) -> None:
-        """Takes the parameters and the masks that the model has now."""
+        """Switches to the parameters and masks that the model has now."""
         held = None
         for weight in self._weights:
             if (found := weight.current) is not weight.parameter:
@@ -125,7 +125,7 @@ class MaskKeeper:
             if weight.update():
                 weight.is_grad_masked = False
                 self._restore_weight(weight, Undo())
-            self._hook_grad(weight)  # of one that was frozen before
+            self._hook_grad(weight)  # the parameter may have been frozen until now
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -135,7 +135,7 @@ class MaskKeeper:
 
     @torch.no_grad()
     def _check(self, weights: list[MaskedWeight]) -> None:
-        """Raises if a dropped weight is not zero. Once a step a GPU is waited for; in a graph it cannot be."""
+        """Raises if a dropped weight is not zero. Waits for the GPU once a step, but not while a graph is captured."""
         device = weights[0].dropped.device if weights else None
         if device is None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
@@ -153,7 +153,7 @@ class MaskKeeper:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _restore(self, undo: Undo) -> int:
-        """Zeroes what is dropped in weights and states, to be undone by ``undo``; returns how many weights it were."""
+        """Zeroes dropped entries of weights and states; returns how many weights were not zero. ``undo`` reverts it."""
         restored = 0
         for weight in self._weights:
             restored += self._restore_weight(weight, undo)
@@ -163,7 +163,7 @@ class MaskKeeper:
     def _restore_weight(self, weight: MaskedWeight, undo: Undo) -> int:
         count, _ = weight.count()
         for tensor in (weight.parameter, *self._states(weight)):
-            part = local_part(tensor).detach()  # written again where gradients are on
+            part = local_part(tensor).detach()  # undo may write it while gradients are on
             lost = part[weight.dropped]
             if lost.any():
                 undo.callback(part.masked_scatter_, weight.dropped, lost)
@@ -171,8 +171,11 @@ class MaskKeeper:
         return count
 
     def _states(self, weight: MaskedWeight) -> list[Tensor]:
-        """The optimizers' states of the weight's shape. Quantized ones are left out: what they hold of a dropped weight
-        moves that weight alone, which is zeroed after every step."""
+        """Returns the optimizers' states of the weight's shape.
+
+        Quantized states are left out: their entries for a dropped weight change that weight alone, which is zeroed
+        after every step.
+        """
         states = [state for each in self._optimizers for state in each.state.get(weight.parameter, {}).values()]
         parts = [local_part(state) for state in states if isinstance(state, Tensor)]
         return [part for part in parts if type(part) is Tensor and part.shape == weight.dropped.shape]
@@ -185,43 +188,44 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def keep_masks(model: nn.Module, optimizer: Any) -> MaskKeeper:
-    """Makes an optimizer train only what the stored masks keep.
+    """Makes an optimizer train only the weights that the stored masks keep.
 
-    Gradients are masked as soon as they are accumulated, so that clipping and logging see what is trained. Weights are
-    zeroed again after every step, whatever the optimizer does with them; and once now, with the optimizer's moments, in
-    case it is older than the masks: a weight that was trained or merged without its mask loses what it gained, which is
-    logged as a warning. The masks are those that ``prune_`` stored: a kept weight that is zero still trains. A mask
-    that is replaced later is followed. Call it when the model is on its device::
+    Gradients are masked as soon as they are accumulated, so that clipping and logging see the gradients that are used.
+    Dropped weights are zeroed after every step, whatever the optimizer does to them. They are also zeroed once now,
+    together with the optimizer's moments, in case the optimizer is older than the masks: dropped weights that were
+    trained or merged without their mask lose their values, and a warning is logged. The masks are those that ``prune_``
+    stored: a kept weight that is zero still trains. A mask that is replaced later is used from then on. Call it when
+    the model is on its device::
 
         with sk.keep_masks(model, optimizer):
             for batch in batches:
                 ...
 
     The model may be wrapped by DDP, ``torch.compile`` or accelerate, or sharded by ``fully_shard`` before the optimizer
-    is made. The optimizer may be wrapped, too, as ``Accelerator.prepare`` does. Where something else writes weights,
-    such as a wrapper that moves them after the optimizer's step, the next step raises before it begins, and so does the
-    end of the ``with``.
+    is made. The optimizer may be wrapped too, as ``Accelerator.prepare`` does. If something else writes weights, say
+    a wrapper that changes them after the optimizer's step, the next step raises before it begins, and so does the end
+    of the ``with``.
 
     Make an average of weights (``AveragedModel``) after pruning. An older one has neither the masks nor the zeros, and
-    with ``use_buffers=True`` torch pairs its buffers with others of the model's.
+    with ``use_buffers=True`` torch pairs its buffers with the wrong buffers of the model.
 
-    Unpacked once, the masks take one byte per weight that this process holds. A step costs a pass over the weights
-    before and after it, and on a GPU waits for it once.
+    The unpacked masks take one byte per weight that this process holds. A step costs a pass over the weights before and
+    one after it, and waits for a GPU once.
 
     Args:
-        model: has layers with stored masks.
-        optimizer: any torch optimizer over the model's parameters, new or used, or a wrapper of one. Its states may be
-            quantized ones: these are left as they are.
+        model: a model whose layers have stored masks.
+        optimizer: any torch optimizer over the model's parameters, new or used, or a wrapper of one. Quantized states
+            are left as they are.
 
     Returns:
-        A handle with ``remove()``, which is a context manager too, and ``apply()``.
+        A handle with ``remove()`` and ``apply()``, which is also a context manager.
 
     Raises:
         TypeError: ``model`` is no module, or ``optimizer`` neither a torch optimizer nor a wrapper of one.
-        ValueError: no layer has a mask; one that has is compressed, has changed its shape since, or has a computed or
-            quantized weight, or none yet (on the meta device); the model is flattened by ``FullyShardedDataParallel``;
-            or the optimizer holds none of the masked weights: they are frozen, or it holds copies of them, as
-            DeepSpeed's does. Nothing is changed then.
+        ValueError: no layer has a mask; a layer with a mask is compressed, has changed its shape, has a computed or
+            quantized weight, or is on the meta device; the model is flattened by ``FullyShardedDataParallel``; or the
+            optimizer holds none of the masked weights: they are frozen, or it holds copies of them, as DeepSpeed's
+            does. Nothing is changed in these cases.
     """
     check_model(model)
     held = trained_parameters(stepping_optimizers(optimizer))

@@ -1,11 +1,13 @@
-"""Partial passes that do not repeat what is known: finished stages give the outputs that they gave before.
+"""Partial passes of all batches, in which finished stages are not computed again but return their earlier outputs.
 
-Every pass is an ordinary call of the model, on the caller's thread and under all its modes, that ends when its stage
-has run. Between the stages everything is computed anew. What a finished stage returned is kept while a tensor is alive
-that comes from it, in bounded memory; what is not kept is computed again. What a stage does beside its output, such as
-adding to a cache that other stages read, nobody can see: so every route is tried on the dense model first, where what a
-kept stage leaves behind is overwritten, as other batches overwrite it. Where a stage then returns something else than
-in a plain pass, the batches on that route take plain partial passes.
+Every pass is an ordinary call of the model, on the caller's thread and under all its modes, which ends when its stage
+has run. Everything between the stages is computed again. The output of a finished stage is kept, in bounded memory, as
+long as a tensor that was computed from it is alive; an output that is not kept is computed again.
+
+A stage may do more than return its output: it may add to a cache that other stages read, for instance. That cannot be
+observed, so every route is tried on the dense model first. In that trial each stored stage is run again on other
+numbers, as other batches would, which overwrites anything it left behind. If a stage then returns another output than
+in a plain pass, the batches on that route take plain partial passes, which repeat the finished stages.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -16,45 +18,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._forwards import around_forwards
-from .._trees import copied, map_tree, tensors_in
-from .inputs import Exchange, Gather, Inputs
-from .layers import Layer
+from ..._forwards import around_forwards
+from ..._trees import copied, map_tree, tensors_in
+from ..layers import PrunableLayer
+from .inputs import LayerInputs
 from .lineage import Source
 from .observe import observe
-from .partial_pass import Call, Done, PartialPass, Stale
+from .order import Route, StageOrder
+from .output_store import OutputStore, StoredOutput
+from .partial_pass import Call, PartialPass, PassDone, StaleOutput
 from .passes import Passes
-from .store import Kept, Store
-from .survey import Route, Survey
+from .statistics import Exchange
 
-SAMPLE = 4096  # entries of an output that are compared
+COMPARED = 4096  # entries of an output that the trial compares
 
 
 class Replay:
-    """The partial passes of all batches, stage after stage; a stage is finished when its layers are pruned."""
+    """The partial passes of all batches, stage after stage. A stage is finished when its layers are pruned."""
 
     def __init__(
-        self, found: Survey, passes: Passes, store: Store, finished: Collection[int], exchange: Exchange
+        self, found: StageOrder, passes: Passes, store: OutputStore, finished: Collection[int], exchange: Exchange
     ) -> None:
         self._stages, self._routes, self._passes, self._store = found.stages, found.routes, passes, store
         self._finished = set(finished)
-        self._ends: dict[int, int | None] = {}  # by batch: all that it enters before this stage is finished
+        self._ends: dict[int, int | None] = {}  # by batch: the first stage on its way that is not finished
         self._now: PartialPass | _Outputs | None = None
         first = {route: index for index, route in reversed(list(enumerate(self._routes)))}
-        fit = {route: self._pays(route) and self._can_be_replayed(route, index) for route, index in first.items()}
-        if not all(exchange(all(fit.values()))):  # processes that share weights must run in step
-            fit = dict.fromkeys(fit, False)
-        self._kept: list[dict[Source, Kept] | None] = [{} if fit[route] else None for route in self._routes]
+        replayed = {route: self._pays(route) and self._can_be_replayed(route, index) for route, index in first.items()}
+        if not all(exchange(all(replayed.values()))):  # processes that share sharded weights must run in step
+            replayed = dict.fromkeys(replayed, False)
+        kept = [dict[Source, StoredOutput]() if replayed[route] else None for route in self._routes]
+        self._kept: list[dict[Source, StoredOutput] | None] = kept
 
-    def collect(self, stage: int, gather: Gather) -> list[Inputs]:
-        """Runs every batch that enters the stage as far as that, and returns what its layers were shown, in order.
+    def collect(self, stage: int, make_inputs: Callable[[PrunableLayer], LayerInputs]) -> list[LayerInputs]:
+        """Runs every batch up to the stage, and returns the inputs of the stage's layers, in their order.
 
-        One that does not enter it in the dense model is tried: behind what is pruned by now it may, as where an exit
-        depends on what a stage produces. It ends before any other stage that is not finished.
+        A batch that does not enter the stage in the dense model may enter it now that other stages are pruned, for
+        instance if an early exit depends on their outputs. So it runs too, and ends before any other unfinished stage.
         """
-        inputs = {layer: gather(layer) for layer in self._stages[stage].layers}
+        inputs = {layer: make_inputs(layer) for layer in self._stages[stage].layers}
 
-        def record(layer: Layer, x: Any) -> None:
+        def record(layer: PrunableLayer, x: Any) -> None:
             inputs[layer].update(x, self._passes.current)
 
         with observe(inputs, record), self._passing():
@@ -70,19 +74,21 @@ class Replay:
         return list(inputs.values())
 
     def finish(self, stage: int) -> None:
-        """Says that the layers of a stage are pruned."""
+        """Marks a stage as finished: its layers are pruned."""
         self._finished.add(stage)
 
-    def _run(self, index: int, start: Callable[..., PartialPass], kept: dict[Source, Kept] | None) -> int | None:
-        """Runs a batch; returns the stage that its pass ended at, or None where the model came to its own end."""
+    def _run(
+        self, index: int, start: Callable[..., PartialPass], kept: dict[Source, StoredOutput] | None
+    ) -> int | None:
+        """Runs a batch; returns the stage at which its pass ended, or None if the model ran to its end."""
         self._now = now = start(kept=kept)
         try:
             with now.following():
                 self._passes.run(index)
             return None
-        except Done as done:
+        except PassDone as done:
             return done.stage
-        except Stale:  # nothing has been recorded yet
+        except StaleOutput:  # nothing has been recorded yet
             assert kept is not None
             for each in kept.values():
                 each.drop()
@@ -105,13 +111,16 @@ class Replay:
             yield
 
     def _pays(self, route: Route) -> bool:
-        """Whether two runs of each stage, and four of the trial, are fewer than plain partial passes take."""
+        """Returns whether replay runs stages less often than plain partial passes do, the trial included.
+
+        Replay runs each stage twice per batch, and four times in the trial.
+        """
         batches = self._routes.count(route)
         return batches * (len(route) + 1) > 4 * (batches + 2)
 
     def _can_be_replayed(self, route: Route, index: int) -> bool:
-        """Whether every stage returns in replayed passes of a batch what it returns in a plain one."""
-        plain, kept = _Outputs(), dict[Source, Kept]()
+        """Returns whether every stage returns the same in replayed passes of a batch as in a plain one."""
+        plain, kept = _Outputs(), dict[Source, StoredOutput]()
         try:
             with self._passing():
                 self._now = plain
@@ -135,7 +144,7 @@ class Replay:
 
 
 def _overwrite(call: Call) -> None:
-    """Calls a stage on other numbers, so that what it has left on modules is not of this pass any more."""
+    """Runs a stage on other numbers, so that whatever it left on modules belongs to another pass."""
     args, kwargs = map_tree(copied((call.args, call.keywords)), _halved, lambda value: value)
     call.func(*args, **kwargs)
 
@@ -145,7 +154,7 @@ def _halved(tensor: Tensor) -> Tensor:
 
 
 class _Outputs:
-    """A sample of what each stage returned in a pass, in this order."""
+    """A sample of the outputs of each stage in one pass, in order."""
 
     def __init__(self) -> None:
         self._of: dict[int, list[Tensor]] = {}
@@ -161,17 +170,17 @@ class _Outputs:
         )
 
     def equal(self, other: "_Outputs", stage: int) -> bool:
-        """Whether both saw the same of a stage, but for one rounding: on a GPU sums may come out in another order."""
+        """Returns whether both have the same outputs of a stage, up to one rounding: a GPU may add in another order."""
         ours, theirs = self._of.get(stage, []), other._of.get(stage, [])
         return len(ours) == len(theirs) and all(map(_close, ours, theirs))
 
 
 def _sampled(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
-    if flat.numel() <= SAMPLE:
+    if flat.numel() <= COMPARED:
         return flat.clone()
     generator = torch.Generator().manual_seed(0)
-    where = torch.randint(flat.numel(), (SAMPLE,), generator=generator, device="cpu", dtype=torch.int64)
+    where = torch.randint(flat.numel(), (COMPARED,), generator=generator, device="cpu", dtype=torch.int64)
     return flat[where.to(flat.device)]
 
 

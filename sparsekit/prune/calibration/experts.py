@@ -1,4 +1,4 @@
-"""Experts that lie in one parameter: each is a matrix of its own, calibrated on the tokens that are routed to it."""
+"""Experts whose weights share one parameter: each matrix is calibrated on the tokens that are routed to it."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,31 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, passes, run_batch
-from .._forwards import around_forwards
-from .._layers import expert_axes, is_stack
-from .._trees import copied
-from .inputs import Exchange, Inputs
-from .layers import ExpertAxes, Layer
-from .methods import Magnitude, Method
+from ..._batches import Forward, passes, run_batch
+from ..._forwards import around_forwards
+from ..._layers import expert_axes, is_stack
+from ..._trees import copied
+from ..layers import ExpertAxes, PrunableLayer
+from .expert_products import Product, Products
+from .inputs import LayerInputs
 from .padding import TokenMask, real_tokens
-from .products import Product, Products
-from .statistics import Reduce, Statistic
-
-Prune = Callable[[Layer, Method, Inputs | None], tuple[Tensor, Tensor]]  # to a new weight and its mask
+from .statistics import Exchange, Reduce, Statistic
 
 
-class ExpertInputs(Inputs):
-    """What the experts of one layer were shown, each for itself."""
+class ExpertInputs(LayerInputs):
+    """The inputs of the experts of one layer, collected for each expert by itself."""
 
-    def __init__(self, layer: Layer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None) -> None:
+    def __init__(
+        self, layer: PrunableLayer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None
+    ) -> None:
         self._layer, self._token_mask = layer, token_mask
-        self.experts = [Inputs(each, statistic) for each in layer.experts]
+        self.experts = [LayerInputs(each, statistic) for each in layer.experts]
         self.sample: Any = _Samples(self.experts)
         self.statistic = None
 
     def update(self, x: Any, batch: Any) -> None:
-        """Takes in what one expert multiplied: ``x`` is a ``Product``."""
+        """Adds the input of one product of one expert: ``x`` is a ``Product``."""
         every = torch.arange(x.of, device=x.x.device)[:, None]
         real = real_tokens(every, self._layer, batch, self._token_mask)
         rows = x.x if real is every else x.x[torch.isin(x.tokens, real[:, 0])]
@@ -42,47 +41,32 @@ class ExpertInputs(Inputs):
 
 
 class _Samples:
-    """The samples of all experts of a layer."""
+    """The input samples of all experts of a layer."""
 
-    def __init__(self, experts: list[Inputs]) -> None:
+    def __init__(self, experts: list[LayerInputs]) -> None:
         self._experts = experts
 
     def __len__(self) -> int:
         return sum(len(each.sample) for each in self._experts)
 
     def relative_error(self, before: Tensor, after: Tensor) -> float | None:
-        """The mean of the experts that any token reached."""
+        """Returns the mean error of the experts that any token reached; None if there is none."""
         each = zip(self._experts, before, after, strict=True)
         errors = [error for inputs, *weights in each if (error := inputs.sample.relative_error(*weights)) is not None]
         return sum(errors) / len(errors) if errors else None
 
 
-def gather_inputs(layer: Layer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None) -> Inputs:
-    """Makes what a layer's inputs are summed up in."""
-    return (ExpertInputs if layer.experts else Inputs)(layer, statistic, token_mask)
+def make_inputs(
+    layer: PrunableLayer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None
+) -> LayerInputs:
+    """Makes the object that collects the inputs of a layer."""
+    return (ExpertInputs if layer.experts else LayerInputs)(layer, statistic, token_mask)
 
 
-def prune_experts(layer: Layer, method: Method, inputs: Inputs | None, prune: Prune) -> tuple[Tensor, Tensor, str]:
-    """Prunes every expert of a layer by ``prune``; one that no token reached by its magnitudes.
-
-    Returns:
-        The new weights and the masks, ``[experts, ...]`` both, and a remark on experts that no token reached.
-    """
-    found, missed = list[tuple[Tensor, Tensor]](), 0
-    shown: Iterable[Inputs | None] = inputs.experts if isinstance(inputs, ExpertInputs) else [None] * len(layer.experts)
-    for expert, own in zip(layer.experts, shown, strict=True):
-        if own is not None and own.statistic is not None and not len(own.sample):
-            missed += 1
-            found.append(prune(expert, Magnitude(method.pattern), None))
-        else:
-            found.append(prune(expert, method, own))
-    weights, masks = (torch.stack(each) for each in zip(*found, strict=True))
-    remark = f"{missed} of {len(found)} experts got no token and are pruned by magnitude" if missed else ""
-    return weights, masks, remark
-
-
-def watch_experts(module: nn.Module, layers: Iterable[Layer], record: Callable[[Layer, Product], None]) -> Products:
-    """A mode that calls ``record`` with what the experts of a module multiply, to be on while the module runs."""
+def watch_experts(
+    module: nn.Module, layers: Iterable[PrunableLayer], record: Callable[[PrunableLayer, Product], None]
+) -> Products:
+    """Returns a mode that calls ``record`` with every product of the module's experts while the module runs."""
     by_key = {layer.parameter: layer for layer in layers}
 
     def see(product: Product) -> None:
@@ -94,10 +78,10 @@ def watch_experts(module: nn.Module, layers: Iterable[Layer], record: Callable[[
 
 
 def find_experts(model: nn.Module, first: Callable[[], list[Any]], forward: Forward | None) -> ExpertAxes:
-    """Which parameters of three dimensions a pass multiplies by as stacks of matrices, and along which dimension.
+    """Finds parameters of three dimensions whose matrices a pass multiplies by, and along which dimension it does so.
 
-    Only those of which nothing else tells are looked at; where there are none, nothing runs. ``first()`` lists the
-    batch that is run.
+    Only parameters of modules that nothing else is known about are watched. If there are none, nothing runs.
+    ``first()`` returns a list of the batch that is run.
     """
     found: dict[nn.Module, dict[str, int]] = {}
 
@@ -122,7 +106,7 @@ def find_experts(model: nn.Module, first: Callable[[], list[Any]], forward: Forw
 
 
 def _is_whole(product: Product, module: nn.Module) -> bool:
-    """Whether the product is with all inputs of a matrix, not with a part of them."""
+    """Returns whether the product uses all inputs of a matrix, not only a part of them."""
     return product.x.shape[-1] == module.get_parameter(product.key).shape[product.along]
 
 

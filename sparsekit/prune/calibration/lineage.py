@@ -1,4 +1,4 @@
-"""Follows what a model computes between its stages: which outputs of stages the tensors come from that are alive."""
+"""Data lineage between stages: tells which outputs of stages the tensors that are still alive were computed from."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from .._trees import tensors_in
-from .._undo import restoring
+from ..._trees import tensors_in
+from ..._undo import restoring
 
-Source = tuple[int, int]  # a call of a stage: which one, and how often it was entered before in the pass
+Source = tuple[int, int]  # one call of a stage: the index of the stage, and how often it was called before in the pass
 
-# What these tell of a tensor does not depend on its numbers.
+# Functions whose result does not depend on the values of a tensor.
 SHAPES = frozenset(
     "size dim ndimension numel nelement stride storage_offset element_size is_contiguous is_floating_point is_complex "
     "is_signed get_device is_inference is_conj is_neg __len__ __hash__ __deepcopy__ type dtype".split()
@@ -22,10 +22,10 @@ SHAPES = frozenset(
 
 
 class Lineage(TorchFunctionMode):
-    """Which stages' outputs must be there for everything that is alive, while the mode is on and not paused.
+    """A mode that records from which stages' outputs every tensor is computed, while it is on and not paused.
 
-    By storage: views of an output come from it, and writing to a view changes what its base comes from. What leaves
-    torch (a number, a NumPy array) may decide anything that follows: its sources stay needed for good.
+    It goes by storage: a view shares the sources of its base, and writing to a view adds sources to its base. A value
+    that leaves torch (a number, a NumPy array) may decide anything that follows, so its sources stay needed for good.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Lineage(TorchFunctionMode):
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Switches the mode on, until the end."""
+        """Switches the mode on until the end of the ``with``."""
         before = torch._C._len_torch_function_stack()
 
         def restore() -> None:
@@ -48,7 +48,7 @@ class Lineage(TorchFunctionMode):
             yield
 
     def pause(self) -> None:
-        """Follows nothing until ``resume``; takes the mode off where no other one lies on it: that costs no time."""
+        """Records nothing until ``resume``. Takes the mode off the stack if it is on top, so that it costs no time."""
         top = torch._C._len_torch_function_stack() - 1
         self._paused = True
         self._taken_off = top >= 0 and torch._C._get_function_stack_at(top) is self
@@ -62,7 +62,7 @@ class Lineage(TorchFunctionMode):
         self._paused = self._taken_off = False
 
     def mark(self, value: Any, sources: Iterable[Source]) -> None:
-        """Says that the tensors in ``value`` come from ``sources`` too."""
+        """Adds ``sources`` to the sources of the tensors in ``value``."""
         sources = frozenset(sources)
         for tensor in tensors_in(value):
             if (storage := _storage(tensor)) is None:
@@ -71,11 +71,11 @@ class Lineage(TorchFunctionMode):
                 self._sources[storage] = self._sources.get(storage, frozenset()) | sources
 
     def pin(self, sources: Iterable[Source]) -> None:
-        """Says that ``sources`` stay needed whatever is alive."""
+        """Keeps ``sources`` needed for good."""
         self._pinned.update(sources)
 
     def alive(self) -> frozenset[Source]:
-        """The sources of everything that still exists."""
+        """Returns the sources of every tensor that still exists, and the pinned ones."""
         self._sources = {storage: names for storage, names in self._sources.items() if not storage.expired()}
         return frozenset(self._pinned).union(*self._sources.values())
 

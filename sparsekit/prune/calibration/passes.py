@@ -1,4 +1,4 @@
-"""Runs a model on its calibration batches as often as it takes, every time in the same way."""
+"""Runs of the model on its calibration batches: as many as it takes, every one under the same conditions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._batches import Forward, eagerly, run_batch
-from .._undo import restoring
-from .held import HeldBatches
+from ..._batches import Forward, eagerly, run_batch
+from ..._undo import restoring
+from .held_batches import HeldBatches
 
 
 class Passes:
-    """A model and its batches, and how they are run."""
+    """A model, its batches, and how they are run."""
 
     def __init__(self, model: nn.Module, batches: HeldBatches, forward: Forward | None) -> None:
         self._model, self._batches, self._forward = model, batches, forward
         self._seed = torch.initial_seed()
-        self.current: Any = None  # the batch that runs
+        self.current: Any = None  # the batch that runs now
 
     def read(self) -> Iterator[int]:
-        """Gives the index of each batch as soon as it is there.
+        """Yields the index of each batch as soon as it has been read.
 
         Raises:
             ValueError: there is no batch.
@@ -33,7 +33,7 @@ class Passes:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What surrounds calls of ``run``: compiled parts run eagerly, and the caller's random numbers stay."""
+        """Surrounds calls of ``run``: compiled modules run eagerly, and the caller's random state is restored."""
         cpu = torch.default_generator.get_state()
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
@@ -47,9 +47,9 @@ class Passes:
             yield
 
     def run(self, index: int) -> None:
-        """Runs a batch: a copy of it, with the same random numbers every time, and the weights as they are now."""
+        """Runs a copy of a batch, with the same random numbers every time, on the weights as they are now."""
         self.current = self._batches[index]
-        torch.clear_autocast_cache()  # it may hold a weight as it was before it was pruned
+        torch.clear_autocast_cache()  # it may hold a weight from before it was pruned
         seed = (self._seed + index) % (1 << 63)
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():

@@ -1,25 +1,25 @@
-"""Batches that are read once from where they come, and can be given again."""
+"""Batches that are read once from their source and can be given again."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .._trees import copied
-from .store import Kept, Store
+from ..._trees import copied
+from .output_store import OutputStore, StoredOutput
 
 
 class HeldBatches:
-    """Gives the same batches every time it is iterated, each as a copy that may be written to.
+    """Batches that are the same in every iteration; each is given as a copy, which may be written to.
 
-    A loader that shuffles, or one that looks as if it could be read again and cannot (a stream in a DataLoader), is
-    read a single time. What it makes is held in bounded memory, and beyond it in a file.
+    A loader is read only once, even if it shuffles, or if it looks as if it could be read again and cannot (a stream in
+    a DataLoader). The batches that it makes are held in bounded memory, and beyond that in a file.
 
     Args:
-        batches: holds batches.
-        store: where those are kept that do not lie in a list anyway; None holds no more than the first, and reads
-            ``batches`` again for every iteration.
+        batches: the source.
+        store: where batches are kept that are not in a list already. None keeps only the first one, and reads
+            ``batches`` again in every iteration.
     """
 
-    def __init__(self, batches: Iterable[Any], store: Store | None) -> None:
+    def __init__(self, batches: Iterable[Any], store: OutputStore | None) -> None:
         self._batches, self._store = batches, store
         self._source: Iterator[Any] | None = None
         self._held: list[Any] = []
@@ -29,12 +29,12 @@ class HeldBatches:
 
     def __getitem__(self, index: int) -> Any:
         held = self._held[index]
-        return held.load() if isinstance(held, Kept) else copied(held)
+        return held.load() if isinstance(held, StoredOutput) else copied(held)
 
     def __iter__(self) -> Iterator[Any]:
         once = self._store is None and isinstance(self._batches, Iterator)
         if once:
-            self.first()  # which can be asked for later, when the iterator is at its end
+            self.first()  # held now: it can be asked for later, when the iterator is at its end
         yield from (self[index] for index in self.arriving())
         if self._store is None:
             yield from map(copied, self._reading())
@@ -42,14 +42,14 @@ class HeldBatches:
                 self._source, self._held = None, []
 
     def arriving(self) -> Iterator[int]:
-        """The index of every batch that is held, as soon as it is."""
+        """Yields the index of every held batch, as soon as it is held."""
         index = 0
         while index < len(self._held) or (self._store is not None and self._hold()):
             yield index
             index += 1
 
     def first(self) -> list[Any]:
-        """The first batch alone; nothing where there is none."""
+        """Returns a list of the first batch alone, or an empty list if there is none."""
         return [self[0]] if self._held or self._hold() else []
 
     def _reading(self) -> Iterator[Any]:

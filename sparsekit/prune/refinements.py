@@ -1,4 +1,4 @@
-"""Refinements on top of the mask of any method: better members for every group, and the best weights for a mask."""
+"""Refinements of another method's result: swaps that improve its mask, and the best weights for a mask."""
 
 import math
 from dataclasses import dataclass, fields
@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from ..masks import Pattern
+from .calibration.statistics import Gram
 from .methods import Method
 from .second_order import damped
-from .statistics import Gram
 
 BASE = ("pattern", "method")
-WINDOW = 32  # columns that trade places where the pattern has no groups
-SPAN = 64  # columns whose groups hear of each other's swaps at once, and the other columns in one product
+WINDOW = 32  # columns in which weights are swapped if the pattern has no groups
+SPAN = 64  # columns that are swapped together; the effect on all other columns is then one product
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Refinement(Method):
-    """A method that starts from the mask of another."""
+    """Base class of methods that start from the mask of another method."""
 
     method: Method
 
@@ -39,18 +39,18 @@ class Refinement(Method):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Swaps(Refinement):
-    """Swaps kept for dropped weights within each group as long as that lowers the layer error; the values stay.
+    """Swaps kept and dropped weights within each group as long as that lowers the layer error; values do not change.
 
     Every swap lowers ``||X (W - W')^T||^2`` by its exact change, so the error only falls (1-swaps,
-    https://arxiv.org/abs/2512.10922). All rows go at once through 64 columns at a time: each makes its best swap there
-    until none helps. Where the pattern has no groups, weights swap within 32 columns.
+    https://arxiv.org/abs/2512.10922). 64 columns are treated at a time, all rows at once: each row makes its best
+    swap there until none helps. If the pattern has no groups, weights are swapped within 32 columns.
 
     Args:
         method: gives the first mask, say ``Wanda("2:4")``.
-        passes: times that all columns are visited, at most; it ends when a pass swaps nothing.
+        passes: how often all columns are visited at most; it ends when a pass swaps nothing.
 
     Raises:
-        TypeError: ``method`` is none.
+        TypeError: ``method`` is not a Method.
         ValueError: ``passes`` is not positive, or the pattern drops whole blocks.
     """
 
@@ -68,23 +68,23 @@ class Swaps(Refinement):
         _, mask = self.method.prune(weight, statistic)
         gram, group = statistic.matrix, Pattern.parse(self.pattern).m or WINDOW
         dense, kept = weight.flatten(1).float(), mask.flatten(1).clone()
-        pull = torch.where(kept, 0, dense) @ gram
+        residual_gram = torch.where(kept, 0, dense) @ gram
         spans = _spans(dense.shape[1], weight.shape[-1], group)
         left, active = torch.arange(len(dense), device=weight.device), kept.clone()
         for _ in range(self.passes):
             moved = torch.zeros_like(left, dtype=torch.bool)
             for span in spans:
-                moved[_swap_span(dense, active, pull, gram, span, group)] = True
+                moved[_swap_span(dense, active, residual_gram, gram, span, group)] = True
             kept[left] = active
             if not moved.any():
                 break
-            left, dense, active, pull = left[moved], dense[moved], active[moved], pull[moved]
+            left, dense, active, residual_gram = (part[moved] for part in (left, dense, active, residual_gram))
         mask = kept.view(weight.shape)
         return torch.where(mask, weight, 0), mask
 
 
 def _spans(inputs: int, cols: int, group: int) -> list[slice]:
-    """About ``SPAN`` columns of full groups at a time; groups start anew with every ``cols`` columns."""
+    """Splits the columns into spans of full groups, about ``SPAN`` wide; groups begin anew every ``cols`` columns."""
     cols = cols if cols % group else inputs
     full, size = cols // group * group if group > 1 else 0, max(SPAN // group, 1) * group
     return [
@@ -94,50 +94,56 @@ def _spans(inputs: int, cols: int, group: int) -> list[slice]:
     ]
 
 
-def _swap_span(dense: Tensor, kept: Tensor, pull: Tensor, gram: Tensor, span: slice, group: int) -> Tensor:
-    """Swaps within the groups of a span until none helps: updates ``kept`` and ``pull`` (what is dropped, times
-    ``gram``), all of them ``[outputs, inputs]``, and returns which outputs changed.
+def _swap_span(dense: Tensor, kept: Tensor, residual_gram: Tensor, gram: Tensor, span: slice, group: int) -> Tensor:
+    """Swaps within the groups of a span until no swap helps, and returns which outputs changed.
+
+    Updates ``kept`` and ``residual_gram``, the dropped weights times ``gram``; both are ``[outputs, inputs]``.
     """
     weight = dense[:, span].t().contiguous()
-    # Copies, since these two are written to: of a single output the transpose is contiguous already.
-    keep, near = (part[:, span].t().clone(memory_format=torch.contiguous_format) for part in (kept, pull))
-    after = _settle(weight, keep, near, gram[span, span], group).t()
+    # Copies, because both are written to, and the transpose of a single output is contiguous already.
+    keep, span_residual = (
+        part[:, span].t().clone(memory_format=torch.contiguous_format) for part in (kept, residual_gram)
+    )
+    after = _swap_until_settled(weight, keep, span_residual, gram[span, span], group).t()
     changed = kept[:, span] ^ after
     rows = changed.any(1).nonzero().squeeze(1)
     weight, changed, after = (part.index_select(0, rows) for part in (dense[:, span], changed, after))
     kept[rows, span] = after
-    pull.index_add_(0, rows, torch.where(after, -weight, weight).mul_(changed) @ gram[span])
+    residual_gram.index_add_(0, rows, torch.where(after, -weight, weight).mul_(changed) @ gram[span])
     return rows
 
 
-def _settle(weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, group: int) -> Tensor:
-    """The mask after the best swap of every output, again and again until none helps; all ``[inputs, outputs]``, so
-    that what one operation reads are whole vectors.
+def _swap_until_settled(weight: Tensor, keep: Tensor, residual: Tensor, gram: Tensor, group: int) -> Tensor:
+    """Makes the best swap of every output, again and again until none helps, and returns the mask.
+
+    All matrices are ``[inputs, outputs]``, so that every operation reads contiguous vectors.
     """
     i, j = torch.triu_indices(group, group, 1, device=weight.device)
     starts = torch.arange(0, len(gram), group, device=weight.device)[:, None]
     i, j = (starts + i).flatten(), (starts + j).flatten()  # all pairs that share a group
-    flip = torch.where(keep, 2 * weight, -2 * weight)  # changing sides alone costs flip * pull + own
-    own = weight.square() * gram.diagonal()[:, None]
+    delta = torch.where(keep, 2 * weight, -2 * weight)  # changing one entry alone costs delta * residual + self_cost
+    self_cost = weight.square() * gram.diagonal()[:, None]
     cross = weight.index_select(0, i).mul_(weight.index_select(0, j)).mul_((-2 * gram[i, j])[:, None])
-    cross.add_(own.mean(0), alpha=2e-6)  # gains below that are rounding, and could go back and forth
+    cross.add_(self_cost.mean(0), alpha=2e-6)  # smaller gains are rounding, and could swap back and forth forever
     settled, outputs = keep.clone(), torch.arange(weight.shape[1], device=weight.device)
     for _ in range(len(gram)):
-        single = torch.addcmul(own, flip, pull)
+        single = torch.addcmul(self_cost, delta, residual)
         change = single.index_select(0, i).add_(single.index_select(0, j)).add_(cross)
         allowed = keep.index_select(0, i).logical_xor_(keep.index_select(0, j))
         best, pair = torch.where(allowed, change, torch.inf).min(0)
         helps = best < 0
         left = helps.nonzero().squeeze(1)
         if 2 * len(left) < len(outputs):
-            flip, keep, pull, own, cross = (part.index_select(1, left) for part in (flip, keep, pull, own, cross))
+            delta, keep, residual, self_cost, cross = (
+                part.index_select(1, left) for part in (delta, keep, residual, self_cost, cross)
+            )
             outputs, pair, helps = outputs[left], pair[left], helps[left]
         if not len(left):
             break
         ends = torch.stack([i[pair], j[pair]])
-        ahead = torch.where(helps, flip.gather(0, ends), 0)
-        pull.addmm_(gram, torch.zeros_like(flip).scatter_(0, ends, ahead), alpha=0.5)
-        flip.scatter_add_(0, ends, -2 * ahead)
+        flipped = torch.where(helps, delta.gather(0, ends), 0)
+        residual.addmm_(gram, torch.zeros_like(delta).scatter_(0, ends, flipped), alpha=0.5)
+        delta.scatter_add_(0, ends, -2 * flipped)
         sides = keep.gather(0, ends) ^ helps
         keep.scatter_(0, ends, sides)
         settled[ends, outputs] = sides
@@ -148,19 +154,19 @@ def _settle(weight: Tensor, keep: Tensor, pull: Tensor, gram: Tensor, group: int
 class LeastSquares(Refinement):
     """Keeps the mask of another method and gives the kept weights the values that change the output least.
 
-    Conjugate gradients on all rows together, so the cost is one product with the second moments per iteration, and no
-    matrix is inverted per row (https://arxiv.org/abs/2406.07831 does so after its own mask search).
+    Runs conjugate gradients on all rows together, so an iteration costs one product with the Gram matrix, and no matrix
+    is inverted per row (https://arxiv.org/abs/2406.07831 does the same after its own mask search).
 
     Args:
         method: gives the mask, say ``Wanda("2:4")`` or ``Swaps(Wanda("2:4"))``.
-        iterations: the most that are made.
-        tolerance: it ends when an iteration lowers the squared layer error by less than this share of what is left;
-            3e-4 leaves the error itself about a thousandth above the least, 0 goes on to what fp32 allows.
-        damp: what is added to the diagonal of the second moments, as a share of its mean: keeps weights that the
-            calibration inputs do not determine where they are.
+        iterations: the largest number of iterations.
+        tolerance: it ends when an iteration lowers the squared layer error by less than this share of the error;
+            3e-4 leaves the error about a thousandth above the least possible, 0 goes on as far as fp32 allows.
+        damp: how much is added to the diagonal of the Gram matrix, as a share of its mean; it keeps weights that the
+            calibration inputs do not determine as they are.
 
     Raises:
-        TypeError: ``method`` is none.
+        TypeError: ``method`` is not a Method.
         ValueError: ``iterations`` is not positive, or ``damp`` or ``tolerance`` negative.
     """
 
@@ -186,12 +192,12 @@ class LeastSquares(Refinement):
         return solved.to(weight.dtype).view(weight.shape), mask
 
     def _solve(self, found: Tensor, dense: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
-        """Least squares on the kept entries of every row, from ``found`` on: preconditioned conjugate gradients."""
+        """Solves least squares on the kept entries of every row by preconditioned conjugate gradients."""
         lost = dense - found
-        pull = lost @ gram
-        error, found = (lost * pull).sum(), found.clone()
-        least = 1e-10 * error  # what fp32 can tell
-        scale, residual = kept / gram.diagonal(), pull.mul_(kept)
+        residual_gram = lost @ gram
+        error, found = (lost * residual_gram).sum(), found.clone()
+        least = 1e-10 * error  # smaller changes are rounding in fp32
+        scale, residual = kept / gram.diagonal(), residual_gram.mul_(kept)
         direction = scaled = residual * scale
         energy = (residual * scaled).sum(1, keepdim=True)
         for _ in range(self.iterations):
@@ -210,5 +216,5 @@ class LeastSquares(Refinement):
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """``above / below``, 0 where a row is solved already; NaN stays NaN."""
+    """Returns ``above / below``, with 0 for rows that are solved already; NaN stays NaN."""
     return torch.where(below <= 0, 0, above / below)

@@ -1,4 +1,4 @@
-"""Several processes that calibrate one model together, each with its own batches."""
+"""Processes that calibrate one model together, each with its own batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,23 +10,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .._undo import Undo, restoring
-from .apply import BITS, chunks
-from .inputs import Inputs
-from .layers import Layer
+from ..._undo import Undo, restoring
+from ..apply_mask import BITS, chunks
+from ..layers import PrunableLayer
+from .inputs import LayerInputs
 from .statistics import Statistic
 
 T = TypeVar("T")
-S = TypeVar("S", bound=Inputs | None)
+S = TypeVar("S", bound=LayerInputs | None)
 Group: TypeAlias = 'Literal["world", "alone"] | dist.ProcessGroup'  # a string: some builds of torch have no groups
 
 
 class RankFailed(RuntimeError):
-    """Another process of the group has failed, and so this one goes back too."""
+    """Raised in all other processes of a group when one of them fails, so that all of them undo their changes."""
 
 
 class Ranks:
-    """The processes of a group; this one alone where torch.distributed is not running.
+    """The processes of a group; only this one if torch.distributed is not running.
 
     Every process makes the same calls in the same order. One that fails says so in place of its next ``exchange``, so
     that the others do not wait for it.
@@ -34,7 +34,7 @@ class Ranks:
     Args:
         group: ``"world"``: all processes, where torch.distributed is initialized; ``"alone"``: only this one; or a
             process group that this one belongs to.
-        statistic: what will be added up.
+        statistic: the statistic that will be added up.
 
     Raises:
         TypeError, ValueError: ``group`` is something else or a group of other processes, or ``statistic`` cannot be
@@ -54,15 +54,15 @@ class Ranks:
             raise TypeError(f'{statistic.__name__} has no method "reduce" to add up processes: pass group="alone"')
 
     def exchange(self, value: Any = None) -> list[Any]:
-        """The values of all processes, in the order of their ranks.
+        """Returns the values of all processes, in the order of their ranks.
 
         Raises:
             RankFailed: one of them has failed.
         """
         return [value] if self.size == 1 else self._exchange(None, value)
 
-    def agree(self, call: Mapping[str, Any], layers: Sequence[Layer]) -> None:
-        """Makes sure that all processes do the same to the same model.
+    def agree(self, call: Mapping[str, Any], layers: Sequence[PrunableLayer]) -> None:
+        """Checks that all processes do the same to the same model.
 
         Raises:
             ValueError: names what differs.
@@ -78,14 +78,14 @@ class Ranks:
                         'or each by itself with group="alone"'
                     )
 
-    def share(self, gathered: Sequence[S]) -> Sequence[S]:
-        """Adds up what the processes have gathered for each of the same layers, in place."""
+    def add_up(self, collected: Sequence[S]) -> Sequence[S]:
+        """Adds up what the processes have collected for each layer, in place."""
         if self.size > 1:
             self.exchange()
-            for inputs in gathered:
+            for inputs in collected:
                 if inputs is not None:
                     inputs.reduce(self.exchange, self.all_reduce)
-        return gathered
+        return collected
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums a tensor over the processes, in place."""
@@ -93,7 +93,7 @@ class Ranks:
             dist.all_reduce(tensor, group=self._group)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """The first process's tensor, for all: of the same shape and dtype everywhere."""
+        """Returns the first process's tensor in all processes; every process gives one of the same shape and dtype."""
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
@@ -101,11 +101,11 @@ class Ranks:
         return tensor
 
     def together(self, work: Callable[[Undo], T]) -> Callable[[Undo], T]:
-        """``work`` that ends in all processes or in none: whatever it raises in one of them, it raises in all."""
+        """Wraps ``work`` so that it succeeds in all processes or in none: an error in one is raised in all."""
         return partial(self._together, work)
 
     def all_or_none(self, work: Callable[[], T]) -> T:
-        """``work()``; whatever it raises in one process, it raises in all."""
+        """Calls ``work()``; an error in one process is raised in all."""
         return self._together(lambda _: work(), Undo())
 
     def _together(self, work: Callable[[Undo], T], undo: Undo) -> T:
@@ -132,7 +132,7 @@ class Ranks:
 
 @contextmanager
 def local_buffers(model: nn.Module) -> Iterator[None]:
-    """Keeps DistributedDataParallel from sending buffers round in every pass: ranks may have more batches or fewer."""
+    """Keeps DistributedDataParallel from synchronizing buffers in each pass: ranks may have different batch counts."""
     wrapped = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     synced = [module.require_forward_param_sync for module in wrapped]
 

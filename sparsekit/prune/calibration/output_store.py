@@ -1,4 +1,4 @@
-"""Keeps outputs from one pass to the next: in memory up to a limit, and beyond it in a file without a name."""
+"""Outputs that are kept from one pass to the next: in memory up to a limit, beyond it in a temporary file."""
 
 import shutil
 import tempfile
@@ -9,30 +9,31 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .._trees import map_tree
+from ..._trees import map_tree
 
 MEMORY = 128 << 20  # bytes
-DISK_SHARE = 4  # one in so many bytes that are free
+DISK_SHARE = 4  # a quarter of the free disk space is used at most
 
 
 class _Opaque(Exception):
-    """Something is in an output that cannot be written down."""
+    """Raised if an output contains something that cannot be stored."""
 
 
-class Kept:
-    """One output: gives it anew each time; dropped, it gives tensors of the same shapes, of NaN or 0."""
+class StoredOutput:
+    """One stored output. After ``drop``, ``load`` gives tensors of the same shapes, filled with NaN or 0."""
 
-    __slots__ = ("_form", "_records", "_store", "dropped")  # one per stage and batch stays to the end
+    __slots__ = ("_form", "_records", "_store", "dropped")  # there is one per stage and batch, to the end
 
-    def __init__(self, store: "Store", form: Any, records: "Sequence[_Record]") -> None:
+    def __init__(self, store: "OutputStore", form: Any, records: "Sequence[_Record]") -> None:
         self._store, self._form, self._records = store, form, records
         self.dropped = False
 
     def load(self) -> Any:
+        """Returns a new copy of the output."""
         return map_tree(self._form, _never, lambda slot: slot.load() if isinstance(slot, _Record) else slot)
 
     def drop(self) -> None:
-        """Frees the memory, or the part of the file."""
+        """Frees the memory, or the room in the file."""
         for record in self._records:
             self._store.free(record)
         self._records = ()
@@ -40,7 +41,7 @@ class Kept:
 
 
 class _Record:
-    """One tensor: held, or a part of the file, or only what it looked like."""
+    """One tensor: held in memory, or in the file, or only its shape and dtype once it is dropped."""
 
     __slots__ = ("device", "file", "held", "like", "offset")
 
@@ -59,7 +60,7 @@ class _Record:
             return self.held.clone()
         empty = torch.empty_like(self.like, device=self.device)
         if self.file is None:
-            # An index must stay one; and a number that is used after all must be found out, not be right by chance.
+            # NaN exposes a number that is used although it was dropped; indices become 0, which stays a valid index.
             return empty.fill_(torch.nan) if self.like.is_floating_point() else empty.zero_()
         buffer = bytearray(self.nbytes)
         self.file.seek(self.offset)
@@ -68,18 +69,18 @@ class _Record:
         return empty.copy_(torch.frombuffer(buffer, dtype=self.like.dtype).view(self.like.shape))
 
 
-class Store:
-    """Outputs in at most ``memory`` bytes, and beyond them in a temporary file that vanishes with this object."""
+class OutputStore:
+    """Store of outputs: at most ``memory`` bytes in memory, the rest in a temporary file that is deleted with it."""
 
     def __init__(self, memory: int | None = None) -> None:
         self._room = MEMORY if memory is None else memory
         self._file: IO[bytes] | None = None
         self._disk = self._end = 0
-        self._likes: dict[Any, Tensor] = {}  # on the meta device, by all that it tells
-        self._gaps: dict[int, list[int]] = {}  # by size: outputs of a stage are as large as those before
+        self._likes: dict[Any, Tensor] = {}  # on the meta device, by shape, strides and dtype
+        self._gaps: dict[int, list[int]] = {}  # offsets of free room in the file, by size: outputs have few sizes
 
-    def keep(self, value: Any) -> Kept | None:
-        """Keeps an output of strided tensors in containers; None where it holds something else, or there is no room."""
+    def keep(self, value: Any) -> StoredOutput | None:
+        """Stores an output of strided tensors in containers; None if it holds anything else or there is no room."""
         records: list[_Record] = []
 
         def record(tensor: Tensor) -> _Record:
@@ -89,13 +90,14 @@ class Store:
             return records[-1]
 
         try:
-            return Kept(self, map_tree(value, record, _refuse), records)
+            return StoredOutput(self, map_tree(value, record, _refuse), records)
         except (_Opaque, OSError):
             for each in records:
                 self.free(each)
             return None
 
     def free(self, record: _Record) -> None:
+        """Makes the room of a record free for others."""
         if record.held is not None:
             self._room += record.nbytes
         elif record.file is not None:
@@ -103,7 +105,7 @@ class Store:
         record.held = record.file = None
 
     def close(self) -> None:
-        """Removes the file."""
+        """Deletes the file."""
         if self._file is not None:
             self._file.close()
 

@@ -1,4 +1,4 @@
-"""A look at how every batch goes through the dense model, before anything is pruned."""
+"""The order of the stages: one run of every batch through the dense model shows in which order it enters them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -8,27 +8,28 @@ from typing import Any
 
 from torch import nn
 
-from .._forwards import around_forwards
-from .inputs import Exchange
+from ..._forwards import around_forwards
 from .passes import Passes
 from .stages import Stage, split_layers
+from .statistics import Exchange
 
-Route = tuple[int, ...]  # the stages that a batch enters, by index, as often and in the order in which it does
+Route = tuple[int, ...]  # the indices of the stages that a batch enters, in order; one entered twice stands twice
 
 
 @dataclass(frozen=True)
-class Survey:
+class StageOrder:
     """The stages in an order that suits every batch, and the route of each batch through them."""
 
     stages: list[Stage]
     routes: list[Route]
 
 
-def survey(stages: list[Stage], passes: Passes, exchange: Exchange) -> Survey:
-    """Runs every batch once, and finds the order in which stages can be pruned.
+def find_order(stages: list[Stage], passes: Passes, exchange: Exchange) -> StageOrder:
+    """Runs every batch once and finds the order in which stages can be pruned.
 
-    A stage comes after those that any batch enters before it. A stage whose layers run without it, because its parts
-    are called one by one, falls apart into its layers. All processes that ``exchange`` joins find the same.
+    A stage comes after all stages that any batch enters before it. If the layers of a stage run while the stage's own
+    module does not, because the model calls its parts one by one, every layer becomes a stage of its own. All processes
+    that ``exchange`` joins find the same order.
 
     Raises:
         ValueError: there is no batch.
@@ -37,14 +38,14 @@ def survey(stages: list[Stage], passes: Passes, exchange: Exchange) -> Survey:
     watched = list(dict.fromkeys([*(stage.module for stage in stages), *owner]))
     entered: list[nn.Module] = []
     active: Counter[nn.Module] = Counter()
-    apart: set[nn.Module] = set()
+    bypassed: set[nn.Module] = set()  # modules of stages whose layers ran without them
 
     def around(module: nn.Module) -> Callable[..., Any]:
         def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             entered.append(module)
             active[module] += 1
             if module in owner and not active[owner[module].module]:
-                apart.add(owner[module].module)
+                bypassed.add(owner[module].module)
             try:
                 return forward(*args, **kwargs)
             finally:
@@ -54,16 +55,16 @@ def survey(stages: list[Stage], passes: Passes, exchange: Exchange) -> Survey:
 
     paths: list[tuple[int, ...]] = []
     number = {module: index for index, module in enumerate(watched)}
-    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of batches take few ways
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of batches share a few paths
     with passes.running(), around_forwards({module: around(module) for module in watched}):
         for index in passes.read():
             entered.clear()
             passes.run(index)
             path = tuple(number[module] for module in entered)
             paths.append(known.setdefault(path, path))
-    ranks = exchange(({number[module] for module in apart}, list(known)))
-    broken = {watched[index] for indices, _ in ranks for index in indices}
-    found = [part for stage in stages for part in (split_layers(stage.layers) if stage.module in broken else [stage])]
+    ranks = exchange(({number[module] for module in bypassed}, list(known)))
+    split = {watched[index] for indices, _ in ranks for index in indices}
+    found = [part for stage in stages for part in (split_layers(stage.layers) if stage.module in split else [stage])]
     place = {number[stage.module]: index for index, stage in enumerate(found)}
 
     def route(path: tuple[int, ...]) -> Route:
@@ -72,13 +73,13 @@ def survey(stages: list[Stage], passes: Passes, exchange: Exchange) -> Survey:
     order = _order(len(found), [route(path) for _, all_paths in ranks for path in all_paths])
     rank = {stage: index for index, stage in enumerate(order)}
     routes = {path: tuple(rank[stage] for stage in route(path)) for path in known}
-    return Survey([found[index] for index in order], [routes[path] for path in paths])
+    return StageOrder([found[index] for index in order], [routes[path] for path in paths])
 
 
 def _order(count: int, routes: Iterable[Route]) -> list[int]:
-    """Puts stages after all that some route enters before them; where routes contradict each other, the first counts.
+    """Orders stages so that each comes after those that any route enters before it.
 
-    Those that no route enters come last.
+    If routes contradict each other, the first one counts. Stages that no route enters come last.
     """
     before: list[set[int]] = [set() for _ in range(count)]
     seen: dict[int, None] = {}

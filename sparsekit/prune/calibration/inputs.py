@@ -1,39 +1,38 @@
-"""What one layer is shown in calibration: the statistic that a method needs, and a sample to measure its error on."""
+"""The inputs of one layer in calibration: the statistic that a method needs, and a sample to measure the error on."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .full_precision import full_precision
-from .layers import Layer
+from ..full_precision import full_precision
+from ..layers import PrunableLayer
 from .padding import TokenMask, real_tokens
-from .statistics import Reduce, Statistic
+from .statistics import Exchange, Reduce, Statistic
 
-Gather = Callable[[Layer], "Inputs"]  # makes what gathers the inputs of one layer
-Exchange = Callable[[Any], list[Any]]  # what all processes gave, in the order of their ranks
 CHUNK = 2**22  # weights whose products are compared at a time
 
 
-class Inputs:
-    """What one layer's calibration inputs amounted to.
+class LayerInputs:
+    """The calibration inputs of one layer, summed up.
 
     Args:
         layer: the layer.
-        statistic: what is summed up beside the sample; None where the method needs nothing.
-        token_mask: says what is padding, which does not count; see ``real_tokens``.
+        statistic: what is summed up beside the sample; None if the method needs nothing.
+        token_mask: says which tokens are padding and do not count; see ``real_tokens``.
     """
 
-    def __init__(self, layer: Layer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None) -> None:
+    def __init__(
+        self, layer: PrunableLayer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None
+    ) -> None:
         self._layer, self._token_mask = layer, token_mask
         with full_precision():
             self.sample = InputSample(layer)
             self.statistic = None if statistic is None else statistic(layer)
 
     def update(self, x: Tensor, batch: Any) -> None:
-        """Takes in one input ``x`` of the layer, as the layer was called with it while ``batch`` ran."""
+        """Adds one input ``x`` of the layer, as the layer was called with it while ``batch`` ran."""
         with full_precision():
             x = real_tokens(x, self._layer, batch, self._token_mask)
             if x.numel() == 0:
@@ -43,7 +42,7 @@ class Inputs:
                 self.statistic.update(x)
 
     def reduce(self, exchange: Exchange, reduce: Reduce) -> None:
-        """Adds up with what other processes were shown of the same layer: all then hold the same."""
+        """Adds up the inputs that all processes have collected for this layer; all of them then hold the same."""
         with full_precision():
             self.sample.merge(exchange)
             if self.statistic is not None:
@@ -51,9 +50,9 @@ class Inputs:
 
 
 class InputSample:
-    """Up to ``size`` input rows, drawn evenly from all positions of all batches, the same ones in every run."""
+    """A sample of at most ``size`` input rows, drawn evenly from all positions of all batches; the same each time."""
 
-    def __init__(self, layer: Layer, size: int = 256) -> None:
+    def __init__(self, layer: PrunableLayer, size: int = 256) -> None:
         self._layer = layer
         self._size = size
         self._generator = torch.Generator("cpu").manual_seed(0)
@@ -61,7 +60,7 @@ class InputSample:
         self._rows: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Keeps the rows with the largest of one random key per position: an even draw from a stream."""
+        """Draws a random key for each position and keeps the rows with the largest keys: an even draw from a stream."""
         windows = self._layer.windows(x)
         positions = windows.shape[: windows.dim() - self._layer.weight.dim() + 1]
         new_keys = torch.rand(positions.numel(), generator=self._generator, dtype=torch.float32, device="cpu")
@@ -76,7 +75,7 @@ class InputSample:
         self._rows, self._keys = rows, torch.cat([keys[chosen[~is_new]], keys[chosen[is_new]]])
 
     def merge(self, exchange: Exchange) -> None:
-        """Draws anew from the samples of all processes."""
+        """Replaces the sample by one drawn from the samples of all processes."""
         rows = None if self._rows is None else self._rows.cpu()
         given = [(keys, rows) for keys, rows in exchange((self._keys, rows)) if rows is not None]
         if given:
@@ -89,14 +88,14 @@ class InputSample:
         return len(self._keys)
 
     def relative_error(self, before: Tensor, after: Tensor) -> float | None:
-        """``||X (before - after)^T|| / ||X before^T||`` over the sampled rows; None without rows.
+        """Computes ``||X (before - after)^T|| / ||X before^T||`` over the sampled rows; None without rows.
 
-        NaN where it cannot be known, because a sampled input is NaN or infinite or a product is.
+        NaN if a sampled input or a product is NaN or infinite, and the error cannot be known.
         """
         if self._rows is None or len(self) == 0:
             return None
         x = self._rows.float()
-        x = x / x.abs().max().clamp(min=1e-30)  # the size of the inputs does not matter, and cannot overflow then
+        x = x / x.abs().max().clamp(min=1e-30)  # the ratio stays the same, and nothing overflows
         before, after = self._layer.matrix(before), self._layer.matrix(after)
         outputs = max(CHUNK // max(before.shape[1], 1), 1)
         lost, whole = 0.0, 0.0
@@ -105,12 +104,12 @@ class InputSample:
             lost += _square_sum(x @ (dense - pruned.float()).t())
             whole += _square_sum(x @ dense.t())
         if lost == 0:
-            return 0.0  # also where all is 0
+            return 0.0  # also if everything is 0
         return math.sqrt(lost / whole) if whole > 0 else math.inf if whole == 0 else math.nan
 
 
 def _unravel(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    """``torch.unravel_index``, which imports sympy for its checks: a second."""
+    """Does what ``torch.unravel_index`` does, which imports sympy for its checks and takes a second."""
     parts = []
     for size in reversed(shape):
         parts.append(index % size)

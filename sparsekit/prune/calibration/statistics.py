@@ -1,37 +1,38 @@
-"""What calibration gathers about the inputs of a layer, in memory that does not grow with the number of batches."""
+"""Statistics of a layer's inputs, summed up in memory that does not grow with the number of batches."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .layers import Layer
+from ..layers import PrunableLayer
 
-Reduce = Callable[[Tensor], None]
-TOGETHER = 256  # rows of small batches that are multiplied at once: the product reads and writes all sums
+Reduce = Callable[[Tensor], None]  # sums a tensor over all processes, in place
+Exchange = Callable[[Any], list[Any]]  # gives the values of all processes, in the order of their ranks
+TOGETHER = 256  # rows of small batches that are multiplied at once, because each product reads and writes all sums
 
 
 class Statistic(Protocol):
-    """Something that is summed up over every input of one layer; a method names the class that it needs."""
+    """A sum over all inputs of one layer. A method names the class that it needs."""
 
-    def __init__(self, layer: Layer) -> None: ...
+    def __init__(self, layer: PrunableLayer) -> None: ...
 
     def update(self, x: Tensor) -> None:
-        """Takes in one input of the layer, as the layer was called with it; padding is left out already."""
+        """Adds one input of the layer, as the layer was called with it; padding is left out already."""
 
     def reduce(self, reduce: Reduce) -> None:
-        """Adds up with the same statistic of other processes.
+        """Adds the same statistic of all other processes.
 
-        Calls ``reduce``, which sums in place, on every tensor of sums: the same ones in the same order in each process,
-        whether or not any input came.
+        Calls ``reduce``, which sums in place, on every tensor of sums: on the same ones in the same order in each
+        process, even if no input came.
         """
 
 
 class InputNorm:
-    """Wanda's norm: the root mean square of every input column, over all positions of all batches, in fp32."""
+    """The input norm of Wanda: the root mean square of every input column over all positions, in fp32."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: PrunableLayer) -> None:
         self._layer = layer
         self._sums = torch.zeros(layer.input_shape, dtype=torch.float32, device=layer.weight.device)
         self._count = 0
@@ -49,10 +50,10 @@ class InputNorm:
 
     @property
     def norm(self) -> Tensor:
-        """float32 ``[cols]``, one per entry of the dimension that groups run along.
+        """The norms, float32 ``[cols]``: one per entry of the dimension that groups run along.
 
-        A Conv2d has one per input channel, the mean over its kernel; grouped by ``"flatten"``, one per channel and
-        kernel position.
+        A Conv2d has one per input channel, which is the mean over its kernel; with ``axis="flatten"`` it has one per
+        channel and kernel position.
 
         Raises:
             ValueError: an input was NaN or infinite, or so large that its square is.
@@ -66,14 +67,16 @@ class InputNorm:
 
 
 class Gram(InputNorm):
-    """The second moments of the inputs beside their norms: what methods need that update the kept weights.
+    """The Gram matrix of the inputs, beside their norms; methods that update the kept weights need it.
 
-    Memory: ``4 * cols ** 2`` bytes per layer of the block that is being calibrated.
+    Memory: ``4 * cols ** 2`` bytes per layer of the stage that is being calibrated.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: PrunableLayer) -> None:
         super().__init__(layer)
-        self._products: Tensor | None = None  # made when the first input comes: of most layers that is much later
+        self._products: Tensor | None = (
+            None  # made when the first input comes, so that layers not reached yet take no memory
+        )
         self._waiting: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
@@ -82,7 +85,7 @@ class Gram(InputNorm):
             if len(rows) >= TOGETHER:
                 self._add(rows)
             else:
-                self._waiting.append(rows.clone())  # what it is a view of may be written to
+                self._waiting.append(rows.clone())  # the model may overwrite the tensor that it is a view of
                 if sum(map(len, self._waiting)) >= TOGETHER:
                     self._sum()
 
@@ -102,8 +105,9 @@ class Gram(InputNorm):
 
     @property
     def matrix(self) -> Tensor:
-        """float32 ``[cols, cols]``: the mean of ``x x^T``, columns as in the weight that ``Method.prune`` gets,
-        flattened.
+        """The mean of ``x x^T``, float32 ``[cols, cols]``.
+
+        The columns are those of the weight that ``Method.prune`` gets, flattened.
 
         Raises:
             ValueError: an input was NaN or infinite, or so large that a product is.

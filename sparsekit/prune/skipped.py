@@ -1,4 +1,4 @@
-"""What of a model is never pruned though it is large enough, and why: so that a report tells of the whole model."""
+"""Parameters that are never pruned although they are large enough: listed so that a report covers the whole model."""
 
 from collections.abc import Collection, Iterator
 
@@ -14,11 +14,13 @@ from .report import Skipped
 ONLY = "only Linear and Conv2d layers, transformers' Conv1D and experts are pruned"
 
 
-def leftovers(name: str, module: nn.Module, pattern: Pattern, layers: Collection[str]) -> Iterator[Skipped]:
-    """Every parameter of a module itself that has at least two dimensions and one group, and is not in ``layers``."""
+def never_pruned(name: str, module: nn.Module, pattern: Pattern, layers: Collection[str]) -> Iterator[Skipped]:
+    """Yields the module's own parameters that have at least two dimensions and one group and are not in ``layers``."""
     if isinstance(module, Compressed):
         yield Skipped(name, unsupported_reason(module) or "")
-    if isinstance(module, Compressed | ParametrizationList):  # what the latter computes is listed where it is used
+    if isinstance(
+        module, Compressed | ParametrizationList
+    ):  # the parameter that the latter computes is listed with the module that uses it
         return
     for key, parameter in module._parameters.items():
         if parameter is None or key in layers or "bias" in key:
