@@ -173,7 +173,7 @@ def test_a_failure_while_loading_leaves_the_model_whole(path, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rebuild, "forget_masks", fail)
+    monkeypatch.setattr(rebuild, "remove_masks", fail)
     with pytest.raises(KeyboardInterrupt):
         sk.load(model, path)
     assert contents(model) == before

@@ -17,11 +17,12 @@ from .._replace import release_weight
 from .._state import get_original
 from .._undo import Undo, restoring
 from ..nn import Compressed, weight_shape
-from .bitmask24 import from_bitmask24, to_bitmask24
-from .mask_file import assign_masks, masks_of, only_masks
+from .bitmask import from_bitmask24, to_bitmask24
+from .mask_file import assign_masks, collect_masks, holds_only_masks
 from .rebuild import rebuild
 from .shards import Shards
-from .structure import Layer, dump, layers_of, parse
+from .structure import LayerRecord, collect_records, dump, parse
+from .verify import verify
 
 T = TypeVar("T")
 Format = Literal["sparsekit", "sparse-24-bitmask", "masks"]
@@ -55,7 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
     if format == "masks":
-        layers, masks = masks_of(model)
+        layers, masks = collect_masks(model)
         tensors, shared = unique(masks)
         write(Path(path), tensors, seal(dump(layers, shared), tensors))
         return
@@ -65,7 +66,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
         write(Path(path), tensors, {"format": "pt"})
         return
     layers = {}
-    for name, layer, bits in layers_of(model):
+    for name, layer, bits in collect_records(model):
         layers[name] = layer
         if bits is not None:
             state[layer.mask_name(name)] = bits
@@ -134,12 +135,12 @@ def _prepared(wrapper: nn.Module, model: nn.Module, path: Path, dense: bool) -> 
         if name in tensors or source not in tensors:
             raise ValueError(f"{name!r} cannot share the tensor {source!r}")
         tensors[name] = tensors[source]
-    alone = only_masks(layers, tensors)
+    alone = holds_only_masks(layers, tensors)
     if not alone:
         _check_replaceable(wrapper)
         _check_fits(model, layers)
         for name, layer in layers.items():
-            layer.check(name, tensors)
+            verify(name, layer, tensors)
         if dense:
             layers = {name: layer.densify(name, tensors) for name, layer in layers.items()}
     return partial(assign_masks if alone else rebuild, model, layers, tensors)
@@ -200,7 +201,7 @@ def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     return (None, dict(Shards(path))) if path.is_dir() else read(path)
 
 
-def _check_fits(model: nn.Module, layers: Mapping[str, Layer]) -> None:
+def _check_fits(model: nn.Module, layers: Mapping[str, LayerRecord]) -> None:
     """Rejects a model that is not whole here, and layers that it has not in their shape: first, or a small file could
     ask for any memory.
     """
@@ -208,7 +209,7 @@ def _check_fits(model: nn.Module, layers: Mapping[str, Layer]) -> None:
         check_holds_data(name, parameter)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
-        module = modules.get(layer.module(name))
+        module = modules.get(layer.module_name(name))
         if module is None or not (
             isinstance(module, Compressed) or isinstance(module._parameters.get(layer.parameter), Tensor)
         ):

@@ -8,19 +8,20 @@ from torch import Tensor, nn
 from .._archive import check_holds_data, seal, write
 from ..masks import MaskInfo, masked_parameters, remove_mask, set_mask_bits
 from ..nn import Compressed
-from .structure import Layer, dump, join, layers_of
+from .structure import LayerRecord, collect_records, dump, join
+from .verify import verify_mask
 
 
-def masks_of(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+def collect_masks(model: nn.Module) -> tuple[dict[str, LayerRecord], dict[str, Tensor]]:
     """The pruned layers of a model, and their masks.
 
     Raises:
         ValueError: it has none, or one that does not belong to its weight any more.
     """
-    layers, tensors = dict[str, Layer](), dict[str, Tensor]()
-    for name, layer, bits in layers_of(model):
+    layers, tensors = dict[str, LayerRecord](), dict[str, Tensor]()
+    for name, layer, bits in collect_records(model):
         if bits is not None:
-            layers[name] = Layer("dense", layer.shape, mask=layer.mask, parameter=layer.parameter)
+            layers[name] = LayerRecord("dense", layer.shape, mask=layer.mask, parameter=layer.parameter)
             tensors[layer.mask_name(name)] = bits
     if not layers:
         raise ValueError("the model has no masks to be saved")
@@ -33,18 +34,18 @@ def save_masks(path: Path, masks: Mapping[str, tuple[Tensor, tuple[int, ...], Ma
     Raises:
         OSError: the file cannot be written.
     """
-    layers = {name: Layer("dense", shape, mask=info) for name, (_, shape, info) in masks.items()}
+    layers = {name: LayerRecord("dense", shape, mask=info) for name, (_, shape, info) in masks.items()}
     tensors = {join(name, "weight_mask"): bits for name, (bits, _, _) in masks.items()}
     write(path, tensors, seal(dump(layers, {}), tensors))
 
 
-def only_masks(layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> bool:
+def holds_only_masks(layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file holds nothing but the masks of its layers."""
     masked = {layer.mask_name(name) for name, layer in layers.items() if layer.mask}
     return len(masked) == len(layers) > 0 and tensors.keys() == masked
 
 
-def assign_masks(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+def assign_masks(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
     """Gives the layers of a dense model these masks, and takes away all others.
 
     Raises:
@@ -52,8 +53,8 @@ def assign_masks(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
-        kept = layer.check_mask(name, tensors)
-        module = modules.get(layer.module(name))
+        kept = verify_mask(name, layer, tensors)
+        module = modules.get(layer.module_name(name))
         # A weight that is computed from others is not read: reading may change them.
         weight = None if module is None or isinstance(module, Compressed) else module._parameters.get(layer.parameter)
         if weight is None:
@@ -65,15 +66,15 @@ def assign_masks(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping
             raise ValueError(f"layer {name!r} is on the meta device: masks alone need a model that has its weights")
         if weight.detach()[~kept.view(weight.shape).to(weight.device)].any():
             raise ValueError(f"layer {name!r} has weights that its mask drops: these are not the weights it belongs to")
-    forget_masks(modules.values())
+    remove_masks(modules.values())
     for name, layer in layers.items():
-        module = modules[layer.module(name)]
+        module = modules[layer.module_name(name)]
         bits = tensors[layer.mask_name(name)].to(module.get_parameter(layer.parameter).device)
         assert layer.mask is not None
         set_mask_bits(module, bits, layer.mask, layer.parameter)
 
 
-def forget_masks(modules: Iterable[nn.Module]) -> None:
+def remove_masks(modules: Iterable[nn.Module]) -> None:
     """Removes the stored masks of all parameters of modules."""
     for module in modules:
         for parameter in masked_parameters(module):

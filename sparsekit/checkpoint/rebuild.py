@@ -20,11 +20,11 @@ from ..nn import (
     TieredLinearWithDense,
 )
 from ..ops import TieredWeight
-from .mask_file import forget_masks
-from .structure import Layer, join
+from .mask_file import remove_masks
+from .structure import LayerRecord, join
 
 
-def rebuild(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+def rebuild(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
     """Puts a module of the kind that the file says in every place, and gives all of them their tensors.
 
     Args:
@@ -41,7 +41,7 @@ def rebuild(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str,
     guard_saving(model)
 
 
-def _swap(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+def _swap(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
     """Puts a module of the kind that the file says in every place."""
     made: dict[nn.Module, nn.Module] = {}
     make: Callable[[], nn.Module]
@@ -66,7 +66,7 @@ def _dense(name: str, module: Compressed) -> nn.Module:
     return restored_layer(module)
 
 
-def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str, Tensor]) -> Compressed:
+def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mapping[str, Tensor]) -> Compressed:
     """The compressed layer to put in place of ``module``, which is emptied if it is dense."""
     if not isinstance(module, Compressed) and not (
         isinstance(module, nn.Linear) is not layer.transposed
@@ -107,7 +107,7 @@ def _compressed(name: str, module: nn.Module, layer: Layer, tensors: Mapping[str
     return new.train(module.training)
 
 
-def _assign(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str, Tensor]) -> None:
+def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
     """Gives every parameter, buffer and mask its tensor: one object per stored tensor, so that what was shared is
     shared again, and nothing else is.
     """
@@ -136,9 +136,9 @@ def _assign(model: nn.Module, layers: Mapping[str, Layer], tensors: Mapping[str,
 
     own = {key: placed(tensor, _device(current[key]), key in parameters) for key, tensor in state.items()}
     model.load_state_dict(own, strict=False, assign=True)
-    forget_masks(modules.values())
+    remove_masks(modules.values())
     for name, bits in masks.items():
-        layer, module = layers[name], modules[layers[name].module(name)]
+        layer, module = layers[name], modules[layers[name].module_name(name)]
         if layer.mask is not None:
             device = _device(_stored(module, layer.parameter))
             set_mask_bits(module, placed(bits, device, False), layer.mask, layer.parameter)

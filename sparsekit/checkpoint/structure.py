@@ -1,29 +1,25 @@
 """The structure that a checkpoint describes: which layers are compressed or pruned, and whether the tensors fit it."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._files import parse_json
 from ..masks import Axis, MaskInfo, Pattern, check_masks, get_mask_bits, get_mask_info, masked_parameters
 from ..nn import Linear24, PrepackedLinear, TieredLinear, weight_shape
-from ..ops import TieredWeight, pack_bits, unpack24, unpack_bits, unpack_tiered
-from ..ops._define import DTYPES
-from ..ops.sparse24 import values_per_row
-from .tiered import PARTS, check_tiered
+from ..ops import TieredWeight, unpack24, unpack_tiered
 
 VERSION = 1
+TIERED_PARTS = tuple(name for name in TieredWeight._fields if name != "starts")  # all that is stored
 KINDS = ("linear24", "tiered", "prepacked", "dense")
 _MAX_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRecord:
     """What the structure says of a layer that is compressed or pruned.
 
     Its name is that of its module; where its weight has another name, as those of experts have, the weight's.
@@ -39,29 +35,29 @@ class Layer:
     parameter: str = "weight"
 
     @staticmethod
-    def of(module: nn.Module) -> "Layer | None":
+    def of(module: nn.Module) -> "LayerRecord | None":
         """The layer that a compressed module is; None for another module."""
         mask = get_mask_info(module)
         if isinstance(module, Linear24):
-            return Layer("linear24", weight_shape(module), module.transposed, mask=mask)
+            return LayerRecord("linear24", weight_shape(module), module.transposed, mask=mask)
         if isinstance(module, TieredLinear):
             shape = weight_shape(module)
-            return Layer("tiered", shape, module.transposed, mask=mask, block=module.block, k=module.k)
+            return LayerRecord("tiered", shape, module.transposed, mask=mask, block=module.block, k=module.k)
         if isinstance(module, PrepackedLinear):
-            return Layer("prepacked", weight_shape(module), module.transposed, module.tokens, mask)
+            return LayerRecord("prepacked", weight_shape(module), module.transposed, module.tokens, mask)
         return None
 
-    def module(self, name: str) -> str:
+    def module_name(self, name: str) -> str:
         """The name of its module."""
         return name if self.parameter == "weight" else name.removesuffix(self.parameter).removesuffix(".")
 
-    def weight(self, name: str) -> str:
+    def weight_name(self, name: str) -> str:
         """The name of its weight in a state dict."""
-        return join(self.module(name), self.parameter)
+        return join(self.module_name(name), self.parameter)
 
     def mask_name(self, name: str) -> str:
         """The name of its mask in a file."""
-        return f"{self.weight(name)}_mask"
+        return f"{self.weight_name(name)}_mask"
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -89,7 +85,7 @@ class Layer:
         }
 
     @staticmethod
-    def parse(name: str, data: Any) -> "Layer":
+    def parse(name: str, data: Any) -> "LayerRecord":
         where = f"layer {name!r}"
         kind = _field(where, data, "kind", str)
         if kind not in KINDS:
@@ -110,58 +106,28 @@ class Layer:
         parameter = _field(where, data, "parameter", str) if "parameter" in data else "weight"
         if parameter != "weight" and (kind != "dense" or (name != parameter and not name.endswith(f".{parameter}"))):
             raise ValueError(f"{where} has the weight {parameter!r}, and is not dense and called like it")
-        return Layer(kind, shape, _field(where, data, "transposed", bool), tokens, info, block, k, parameter)
-
-    def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Verifies that the layer's own tensors are there, have its shape, and are well-formed bits."""
-        if self.kind == "linear24":
-            rows, cols = self.matrix
-            values = _tensor(tensors, join(name, "values"), (rows, values_per_row(cols)))
-            if values.dtype not in DTYPES:
-                raise ValueError(f"{join(name, 'values')} is {values.dtype}, not float32, float16 or bfloat16")
-            kept = _bits(tensors, join(name, "bitmask"), (rows, cols))
-            full = cols // 4 * 4
-            if not (kept[:, full:].all() and (kept[:, :full].unflatten(1, (full // 4, 4)).sum(-1) == 2).all()):
-                raise ValueError(f"{join(name, 'bitmask')} does not keep exactly two of every four columns")
-        elif self.kind == "tiered":
-            for part in PARTS:
-                _present(tensors, join(name, part))
-            _tensor(tensors, join(name, "tiers"), self.grid)
-            try:
-                check_tiered(self.tiered(name, tensors), *self.matrix, self.block, self.k)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"layer {name!r} is not packed as pack_tiered does: {error}") from error
-        else:
-            weight = _tensor(tensors, self.weight(name), self.shape)
-            if not weight.is_floating_point():
-                raise ValueError(f"{self.weight(name)} is {weight.dtype}, not floating point")
-        if self.mask:
-            self.check_mask(name, tensors)
-
-    def check_mask(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The bool mask ``[rows, columns]`` of the layer, verified to be there and well-formed."""
-        return _bits(tensors, self.mask_name(name), (self.shape[0], math.prod(self.shape[1:])))
+        return LayerRecord(kind, shape, _field(where, data, "transposed", bool), tokens, info, block, k, parameter)
 
     def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
         """The packed weight of a tiered layer."""
-        return TieredWeight.from_parts(*(tensors[join(name, part)] for part in PARTS))
+        return TieredWeight.from_parts(*(tensors[join(name, part)] for part in TIERED_PARTS))
 
-    def densify(self, name: str, tensors: dict[str, Tensor]) -> "Layer":
+    def densify(self, name: str, tensors: dict[str, Tensor]) -> "LayerRecord":
         """The same layer as a dense one; its packed tensors are replaced by the weight."""
         if self.kind == "linear24":
             values, bitmask = tensors.pop(join(name, "values")), tensors.pop(join(name, "bitmask"))
             weight = unpack24(values, bitmask, self.matrix[1])
         elif self.kind == "tiered":
             weight = unpack_tiered(self.tiered(name, tensors), *self.matrix)
-            for part in PARTS:
+            for part in TIERED_PARTS:
                 del tensors[join(name, part)]
         else:
-            return Layer("dense", self.shape, mask=self.mask, parameter=self.parameter)
+            return LayerRecord("dense", self.shape, mask=self.mask, parameter=self.parameter)
         tensors[join(name, "weight")] = weight.t().contiguous() if self.transposed else weight
-        return Layer("dense", self.shape, mask=self.mask)
+        return LayerRecord("dense", self.shape, mask=self.mask)
 
 
-def layers_of(model: nn.Module) -> Iterator[tuple[str, Layer, Tensor | None]]:
+def collect_records(model: nn.Module) -> Iterator[tuple[str, LayerRecord, Tensor | None]]:
     """Yields every compressed or pruned layer of a model: its name, itself, and its bit-packed mask.
 
     Raises:
@@ -169,22 +135,22 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, Layer, Tensor | None]]:
     """
     check_masks(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        if layer := Layer.of(module):
+        if layer := LayerRecord.of(module):
             yield name, layer, get_mask_bits(module)
             continue
         for parameter in masked_parameters(module):
             shape = tuple(module.get_parameter(parameter).shape)
-            layer = Layer("dense", shape, mask=get_mask_info(module, parameter), parameter=parameter)
+            layer = LayerRecord("dense", shape, mask=get_mask_info(module, parameter), parameter=parameter)
             yield name if parameter == "weight" else join(name, parameter), layer, get_mask_bits(module, parameter)
 
 
-def dump(layers: Mapping[str, Layer], shared: Mapping[str, str]) -> str:
+def dump(layers: Mapping[str, LayerRecord], shared: Mapping[str, str]) -> str:
     """The structure as JSON."""
     entries = {name: layer.to_json() for name, layer in layers.items()}
     return json.dumps({"version": VERSION, "layers": entries, "shared": shared})
 
 
-def parse(structure: str) -> tuple[dict[str, Layer], dict[str, str]]:
+def parse(structure: str) -> tuple[dict[str, LayerRecord], dict[str, str]]:
     """The layers of a structure by name, and which tensor every shared one is.
 
     Raises:
@@ -201,7 +167,7 @@ def parse(structure: str) -> tuple[dict[str, Layer], dict[str, str]]:
     if not all(isinstance(name, str) for name in shared.values()):
         raise ValueError("'shared' must map names to names")
     layers = _field("the structure", root, "layers", dict)
-    return {name: Layer.parse(name, data) for name, data in layers.items()}, shared
+    return {name: LayerRecord.parse(name, data) for name, data in layers.items()}, shared
 
 
 def _parse_mask(where: str, data: Any, shape: tuple[int, ...]) -> MaskInfo:
@@ -223,30 +189,6 @@ def _field(where: str, data: Any, key: str, kind: type) -> Any:
     if not isinstance(data, dict) or type(data.get(key)) is not kind:
         raise ValueError(f"{where} has no {key!r} of type {kind.__name__}")
     return data[key]
-
-
-def _present(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"the tensor {name!r} is missing")
-    return tensors[name]
-
-
-def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    tensor = _present(tensors, name)
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its layer needs {tuple(shape)}")
-    return tensor
-
-
-def _bits(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
-    """The bool mask ``shape`` of a bit-packed tensor, verified."""
-    bits = _tensor(tensors, name, (shape[0], -(-shape[1] // 8)))
-    if bits.dtype != torch.uint8:
-        raise ValueError(f"{name} is {bits.dtype}, not uint8")
-    mask = unpack_bits(bits, shape[-1])
-    if not torch.equal(pack_bits(mask), bits):
-        raise ValueError(f"{name} has bits set past its last column")
-    return mask
 
 
 def join(layer: str, part: str) -> str:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .._archive import read
 from ..checkpoint.bitmask import find_packed, unpack_bitmask
-from ..checkpoint.mask_file import only_masks
+from ..checkpoint.mask_file import holds_only_masks
 from ..checkpoint.shards import Shards
 from ..checkpoint.structure import join, parse
+from ..checkpoint.verify import verify, verify_mask
 from ..masks import Axis, MaskInfo, Pattern
 from ..ops import unpack_bits
 
@@ -83,7 +84,7 @@ def read_masks(path: Path) -> dict[str, tuple[Tensor, MaskInfo]]:
         layers, shared = parse(structure)
         tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
         return {
-            name: (layer.check_mask(name, tensors).view(layer.shape), layer.mask)
+            name: (verify_mask(name, layer, tensors).view(layer.shape), layer.mask)
             for name, layer in layers.items()
             if layer.mask is not None
         }
@@ -105,21 +106,21 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
         structure, tensors = read(path)
         layers, shared = parse(structure or "")
         tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
-        if only_masks(layers, tensors):
+        if holds_only_masks(layers, tensors):
             raise ValueError("it holds masks alone, their weights are in the other files of its folder")
         for name, layer in layers.items():
-            layer.check(name, tensors)
+            verify(name, layer, tensors)
             bits = tensors.pop(layer.mask_name(name), None)
             held = {key for key in tensors if key.rpartition(".")[0] == name} - {join(name, "bias")}
             if layer.kind == "dense":
-                held = {layer.weight(name)}
+                held = {layer.weight_name(name)}
             stored = sum(tensors[key].nbytes for key in held)
             layer.densify(name, tensors)
             axis: Axis = layer.mask.axis if layer.mask else 0 if layer.transposed else 1
             role = roles.get(name)
             role = Role(axis, role.exempt if role else "", experts=len(layer.shape) == 3)
             mask = None if bits is None else _mask(bits, layer.shape)
-            yield Matrix(name, tensors.pop(layer.weight(name)), role, stored, mask, layer.mask)
+            yield Matrix(name, tensors.pop(layer.weight_name(name)), role, stored, mask, layer.mask)
         for key, weight in tensors.items():
             name, _, part = key.rpartition(".")
             role = roles.get(name)

@@ -1,0 +1,104 @@
+"""Verifies that the tensors of a file fit the structure that it describes."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..ops import TieredWeight, pack_bits, unpack_bits, unpack_tiered
+from ..ops._define import DTYPES
+from ..ops.sparse24 import values_per_row
+from .structure import TIERED_PARTS, LayerRecord, join
+
+
+def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> None:
+    """Verifies that the layer's own tensors are there, have its shape, and are well-formed bits."""
+    if record.kind == "linear24":
+        rows, cols = record.matrix
+        values = _tensor(tensors, join(name, "values"), (rows, values_per_row(cols)))
+        if values.dtype not in DTYPES:
+            raise ValueError(f"{join(name, 'values')} is {values.dtype}, not float32, float16 or bfloat16")
+        kept = _bits(tensors, join(name, "bitmask"), (rows, cols))
+        full = cols // 4 * 4
+        if not (kept[:, full:].all() and (kept[:, :full].unflatten(1, (full // 4, 4)).sum(-1) == 2).all()):
+            raise ValueError(f"{join(name, 'bitmask')} does not keep exactly two of every four columns")
+    elif record.kind == "tiered":
+        for part in TIERED_PARTS:
+            _present(tensors, join(name, part))
+        _tensor(tensors, join(name, "tiers"), record.grid)
+        try:
+            _check_tiered(record.tiered(name, tensors), *record.matrix, record.block, record.k)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer {name!r} is not packed as pack_tiered does: {error}") from error
+    else:
+        weight = _tensor(tensors, record.weight_name(name), record.shape)
+        if not weight.is_floating_point():
+            raise ValueError(f"{record.weight_name(name)} is {weight.dtype}, not floating point")
+    if record.mask:
+        verify_mask(name, record, tensors)
+
+
+def verify_mask(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The bool mask ``[rows, columns]`` of the layer, verified to be there and well-formed."""
+    return _bits(tensors, record.mask_name(name), (record.shape[0], math.prod(record.shape[1:])))
+
+
+def _check_tiered(packed: TieredWeight, rows: int, cols: int, block: tuple[int, int], k: int) -> None:
+    """Verifies that no kernel can be led outside of a weight ``[rows, cols]``, in addition to what its parts say.
+
+    Raises:
+        ValueError: it is not what ``pack_tiered`` returns.
+    """
+    found = packed.topk.shape[1]
+    if packed.block != block or found != k or k > block[0] * block[1]:
+        raise ValueError(f"blocks of {packed.block} and k={found} in a layer of {block} and k={k}")
+    groups = unpack_bits(packed.bitmask.flatten(0, 1), block[1]).unflatten(1, (block[1] // 4, 4))
+    if not (groups.sum(-1) == 2).all():
+        raise ValueError("bitmask does not keep exactly two of every four columns")
+    if not _ascending(packed.positions, packed.topk):
+        raise ValueError("positions do not ascend to a padding of zeros")
+    if not _within(packed, rows, cols):
+        raise ValueError("entries lie outside of the weight")
+
+
+def _ascending(positions: Tensor, topk: Tensor) -> bool:
+    """Whether every row of positions rises, and ends in zeros that stand for nothing."""
+    first, later = positions[:, :-1], positions[:, 1:]
+    padding = later == 0
+    rises = padding | (later > first)
+    ends = ~padding[:, :-1] | padding[:, 1:]
+    return bool(rises.all()) and bool(ends.all()) and not bool((topk[:, 1:][padding] != 0).any())
+
+
+def _within(packed: TieredWeight, rows: int, cols: int) -> bool:
+    """Whether the padding of the last blocks is empty."""
+    sizes = [side * count for side, count in zip(packed.block, packed.tiers.shape, strict=True)]
+    if sizes == [rows, cols]:
+        return True
+    padded = unpack_tiered(packed._replace(topk=torch.ones_like(packed.topk)), *sizes)
+    return not bool((padded[rows:] != 0).any()) and not bool((padded[:, cols:] != 0).any())
+
+
+def _present(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"the tensor {name!r} is missing")
+    return tensors[name]
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = _present(tensors, name)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its layer needs {tuple(shape)}")
+    return tensor
+
+
+def _bits(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    """The bool mask ``shape`` of a bit-packed tensor, verified."""
+    bits = _tensor(tensors, name, (shape[0], -(-shape[1] // 8)))
+    if bits.dtype != torch.uint8:
+        raise ValueError(f"{name} is {bits.dtype}, not uint8")
+    mask = unpack_bits(bits, shape[-1])
+    if not torch.equal(pack_bits(mask), bits):
+        raise ValueError(f"{name} has bits set past its last column")
+    return mask
