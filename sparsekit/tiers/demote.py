@@ -1,4 +1,4 @@
-"""Which blocks of a weight a demotion costs least, and the mask that a tier map puts on it."""
+"""Demotion: moves the blocks of a weight that cost least to a smaller tier, and prunes a weight by its tier map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from ..ops import block_scores, nm_mask, tier_prune, tier_scores
+from ..ops.bits import nonzero
 from ..ops.tiers import DENSE, SPARSE24
 from .tier_map import Ratios, TierMap
 
 Criterion = Literal["loss", "published"]
 Costs = tuple[Tensor, Tensor]
-LEAST = 1e-18  # of a score; its square is still a normal number
+LEAST = 1e-18  # the smallest score of a kept weight; its square is still a normal number
 
 
 @dataclass(frozen=True)
 class Demotion:
-    """What was demoted of one weight: blocks from dense to 2:4 and from 2:4 to top-k, and the shares reached."""
+    """The demoted blocks of one weight: how many from dense to 2:4 and from 2:4 to top-k, and the shares reached."""
 
     dense_to_2_4: int
     mid_2_4_to_topk: int
@@ -26,20 +27,20 @@ class Demotion:
 
 
 def tier_mask(weight: Tensor, score: Tensor, tier_map: TierMap, criterion: Criterion = "loss") -> Tensor:
-    """The bool mask that a tier map puts on a weight. The arguments are those of ``prune_tiers``."""
+    """Returns the bool mask that a tier map gives a weight. The arguments are those of ``prune_tiers``."""
     return prune_tiers(weight, score, tier_map, criterion)[1]
 
 
 def prune_tiers(
     weight: Tensor, score: Tensor, tier_map: TierMap, criterion: Criterion = "loss"
 ) -> tuple[Tensor, Tensor]:
-    """Zeroes what a tier map drops of a weight, and returns ``(pruned, mask)``.
+    """Prunes a weight by its tier map, and returns ``(pruned, mask)``.
 
     Args:
-        weight: ``[rows, cols]``; in blocks that are not dense, what is zero in it ranks last.
-        score: what chooses inside the blocks, see ``demote``.
-        tier_map: the tiers of its blocks.
-        criterion: ``"published"`` chooses by the bare magnitude, and top-k among what 2:4 leaves.
+        weight: ``[rows, cols]``; in blocks that are not dense, zeros rank last.
+        score: ranks the entries inside the blocks, see ``demote``.
+        tier_map: the tiers of the weight's blocks.
+        criterion: ``"published"`` ranks by magnitude alone, and chooses top-k among the entries that 2:4 keeps.
     """
     tiers, k, block = tier_map.tiers, tier_map.k, tier_map.block
     if criterion == "published":
@@ -50,10 +51,10 @@ def prune_tiers(
 
 
 def _ranked(weight: Tensor, score: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What to rank, and its scale. Kept weights of inputs that are always 0 still rank before dropped ones."""
+    """Returns a tensor to rank and its scale, so that kept weights of all-zero inputs rank before dropped ones."""
     if score.dim() == 1:
         return weight, score.clamp(min=LEAST)
-    return torch.where(weight != 0, score.clamp(min=LEAST), 0), None
+    return torch.where(nonzero(weight), score.clamp(min=LEAST), 0), None
 
 
 def demote(
@@ -64,22 +65,22 @@ def demote(
     *,
     criterion: Criterion = "loss",
 ) -> tuple[TierMap, Demotion]:
-    """Moves blocks of one weight down until the wanted shares are reached: dense to 2:4, then 2:4 to top-k.
+    """Moves blocks of one weight from dense to 2:4, then from 2:4 to top-k, until the target shares are reached.
 
-    One way only, and in two stages: all 2:4 blocks, the new ones too, compete for top-k. Of equal blocks the first go.
+    Blocks never move up. All 2:4 blocks compete for top-k, the new ones too. Of equal blocks the first are moved.
 
     Args:
-        weight: ``[rows, cols]``, as fine-tuned last.
+        weight: ``[rows, cols]``, as it was fine-tuned last.
         score: float32, not negative: ``weight.abs() * norm`` as ``[rows, cols]``; or, several times faster, the norm
             itself, ``[cols]``.
-        tier_map: where the blocks are now; not changed.
-        target: the dense, 2:4 and top-k shares to reach. A share that is reached already demotes nothing.
-        criterion: ``"loss"`` demotes the blocks that lose the least squared score, which is what the layer's squared
-            output error grows by if inputs are uncorrelated. ``"published"`` demotes the blocks with the lowest sum of
-            scores, as the published three-tier pruner does, and rounds the numbers of blocks down as it does.
+        tier_map: the current tiers; not changed.
+        target: the dense, 2:4 and top-k shares to reach. If a share is reached already, nothing is moved for it.
+        criterion: ``"loss"`` demotes the blocks that lose the least squared score, by which the layer's squared output
+            error grows if inputs are uncorrelated. ``"published"`` demotes the blocks with the lowest sum of scores,
+            and rounds the numbers of blocks down, as the published three-tier pruner does.
 
     Returns:
-        The new map, and what was moved.
+        The new map, and the numbers of moved blocks.
 
     Raises:
         ValueError: shapes that do not fit, shares that do not add up to 1, or an unknown criterion.
@@ -91,9 +92,9 @@ def demote(
 
 
 def demotion_costs(weight: Tensor, score: Tensor, tier_map: TierMap, criterion: Criterion = "loss") -> Costs:
-    """What demoting each block costs, float32 ``[R, C]`` each: from dense to 2:4, and from 2:4 to top-k.
+    """Computes what it costs to demote each block: from dense to 2:4 and from 2:4 to top-k, float32 ``[R, C]`` each.
 
-    Arguments and errors are those of ``demote``. All blocks are scored, wherever they are.
+    Arguments and errors are those of ``demote``. All blocks get both costs, whatever their tier is.
     """
     if criterion not in ("loss", "published"):
         raise ValueError(f'criterion must be "loss" or "published", got {criterion!r}')
@@ -120,11 +121,11 @@ def demote_together(
     *,
     criterion: Criterion = "loss",
 ) -> tuple[list[TierMap], list[Demotion]]:
-    """Like ``demote`` for several weights that share the numbers of blocks: the cheapest go, wherever they are.
+    """Demotes the cheapest blocks of several weights until the blocks of all together reach the target shares.
 
     Args:
         tier_maps: one per weight; not changed.
-        costs: ``demotion_costs`` of each, in units that compare between the weights.
+        costs: the ``demotion_costs`` of each weight, in units that can be compared between weights.
         target: the shares of all blocks together.
         criterion: decides how the numbers of blocks are rounded, see ``demote``.
     """
@@ -132,28 +133,28 @@ def demote_together(
     sizes = [tier_map.tiers.numel() for tier_map in tier_maps]
     tiers = torch.cat([tier_map.tiers.flatten() for tier_map in tier_maps])
     moved = []
-    for tier, share, stage in zip((DENSE, SPARSE24), target, zip(*costs, strict=True), strict=False):
+    for tier, share, tier_costs in zip((DENSE, SPARSE24), target, zip(*costs, strict=True), strict=False):
         count = _count(tiers, tier, share, criterion)
-        cheapest = _cheapest(tiers == tier, torch.cat([cost.flatten() for cost in stage]), count)
+        cheapest = _cheapest(tiers == tier, torch.cat([cost.flatten() for cost in tier_costs]), count)
         tiers = tiers.index_fill(0, cheapest, tier + 1)
         moved.append(torch.zeros_like(tiers).index_fill(0, cheapest, 1).split(sizes))
     new = [
         replace(tier_map, tiers=own.view(tier_map.tiers.shape))
         for tier_map, own in zip(tier_maps, tiers.split(sizes), strict=True)
     ]
-    first, second = ([int(part.sum()) for part in stage] for stage in moved)
+    first, second = ([int(part.sum()) for part in parts] for parts in moved)
     return new, [Demotion(*each) for each in zip(first, second, (tier_map.ratios for tier_map in new), strict=True)]
 
 
 def _count(tiers: Tensor, tier: int, share: float, criterion: Criterion) -> int:
-    """How many blocks of a tier are too many."""
+    """Returns how many blocks of a tier must be demoted."""
     total, now = len(tiers), int((tiers == tier).sum())
     many = int(total * (now / max(total, 1) - share)) if criterion == "published" else now - round(total * share)
     return max(many, 0)
 
 
 def _cheapest(candidates: Tensor, costs: Tensor, count: int) -> Tensor:
-    """The indices of the ``count`` cheapest candidates, the first ones of equals."""
+    """Returns the indices of the ``count`` cheapest candidates; of equal ones, the first."""
     where = candidates.nonzero().flatten()
     if not count:
         return where[:0]
@@ -164,6 +165,6 @@ def _cheapest(candidates: Tensor, costs: Tensor, count: int) -> Tensor:
 
 
 def check_shares(shares: tuple[float, float, float]) -> None:
-    """Rejects what are not three shares of one whole."""
+    """Rejects shares that are not three numbers from 0 to 1 that add up to 1."""
     if len(shares) != 3 or any(not 0 <= share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"dense, 2:4 and top-k shares must be from 0 to 1 and add up to 1, got {tuple(shares)}")

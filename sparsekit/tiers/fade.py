@@ -1,4 +1,4 @@
-"""Fading: what later steps will drop shrinks to nothing while a model is fine-tuned, so no demotion is a blow."""
+"""Fading: entries that later steps will drop shrink to zero during fine-tuning, so that demotions do little harm."""
 
 from types import TracebackType
 from typing import Any
@@ -15,23 +15,20 @@ from ..ops import pack_bits, unpack_bits
 
 
 def mark_fading(module: nn.Module, fading: Tensor | None) -> None:
-    """Stores which entries of a layer's weight fade, bit-packed as its mask is; None forgets it."""
+    """Stores which entries of a layer's weight fade, bit-packed like its mask; None removes that."""
     remove_bits(module, FADING)
     if fading is not None:
         set_bits(module, FADING, pack_bits(fading))
 
 
 def fading_of(module: nn.Module) -> Tensor | None:
-    """Which entries of a layer's weight fade, bool of its shape; None where none do."""
+    """Returns which entries of a layer's weight fade, bool of its shape; None if no entry does."""
     bits = get_bits(module, FADING)
     return None if bits is None else unpack_bits(bits, module.get_parameter("weight").shape[1])
 
 
 class Fade:
-    """Shrinks the entries that fade after every step of an optimizer, until ``remove()`` or the end of a ``with``.
-
-    Made by ``fade``.
-    """
+    """Handle of ``fade``: shrinks the marked entries after every step, until ``remove()`` or the end of a ``with``."""
 
     def __init__(self, fading: dict[nn.Parameter, Tensor], optimizer: Optimizer, updates: int) -> None:
         self._fading, self._left, self._due = fading, updates, False
@@ -44,19 +41,19 @@ class Fade:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Shrinks them once: by 1 / n with n updates left, so without gradients they fall in a straight line."""
+        """Shrinks the marked entries by 1 / n with n updates left: without gradients they fall in a straight line."""
         for parameter, fading in self._fading.items():
             part = local_part(parameter)
             part.copy_(torch.where(fading, part * (1 - 1 / max(self._left, 1)), part))
         self._left -= 1
 
     def remove(self) -> None:
-        """Stops; the weights stay."""
+        """Stops shrinking; the weights stay as they are."""
         for handle in self._handles:
             handle.remove()
 
     def _after_step(self) -> None:
-        if self._due:  # the step of a class that calls its base class's ends twice
+        if self._due:  # a step that calls the step of its base class ends twice
             self._due = False
             self.apply()
 
@@ -70,25 +67,26 @@ class Fade:
 
 
 def fade(model: nn.Module, optimizer: Any, updates: int) -> Fade:
-    """Makes what the rest of the schedule will drop shrink to zero over the next updates of an optimizer.
+    """Shrinks the entries that the rest of the schedule will drop to zero over the next updates of an optimizer.
 
-    ``tier_iteration`` marks these entries, given the shares of the last step. A demotion that drops what has faded
-    changes nothing, so the model learns to do without while the learning rate still lets it. Entries that the next
-    iteration, scoring anew, keeps after all grow back. Without marked entries it does nothing::
+    ``tier_iteration`` marks these entries if it knows the shares of the last step (``goal``). A demotion that drops
+    entries that have faded changes nothing, so the model learns to do without them while the learning rate is still
+    high enough. Entries that the next iteration scores again and keeps after all grow back. Without marked entries this
+    does nothing::
 
         with sk.keep_masks(model, optimizer), fade(model, optimizer, max(0, updates_of_all_steps // 10 - done)):
             for batch in batches:
                 ...
 
     Args:
-        model: as ``tier_iteration`` left it.
-        optimizer: holds its weights; or a wrapper of one, as in ``keep_masks``.
-        updates: steps of the optimizer after which they are zero; it may be left, and begun anew, before that. A tenth
-            of the updates of all steps did better than a half, which leaves too few of them for the final shape, and
-            than no fading, which drops everything at one blow.
+        model: a model that ``tier_iteration`` has pruned.
+        optimizer: an optimizer of its weights, or a wrapper of one, as for ``keep_masks``.
+        updates: steps of the optimizer until the entries are zero; fading may be stopped and started again before that.
+            A tenth of the updates of all steps worked better than a half, which leaves too few updates for the final
+            masks, and than no fading, which drops everything at once.
 
     Returns:
-        A handle with ``remove()``, which is a context manager too.
+        A handle with ``remove()``, which is also a context manager.
 
     Raises:
         TypeError: ``optimizer`` is neither a torch optimizer nor a wrapper of one.

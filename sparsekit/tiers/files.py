@@ -1,4 +1,4 @@
-"""Tier maps on disk: one safetensors file for a model, with its structure as JSON in the header."""
+"""Files of tier maps: one safetensors file per model, with its structure as JSON in the header."""
 
 import json
 import os
@@ -33,10 +33,11 @@ def save_tier_maps(tier_maps: Mapping[str, TierMap], path: str | os.PathLike[str
 def load_tier_maps(
     path: str | os.PathLike[str], *, block: tuple[int, int] = (16, 16), k: int = 10
 ) -> dict[str, TierMap]:
-    """Reads what ``save_tier_maps`` wrote, or the ``.pt`` of the published pruner (keys as ``layer_0.mlp.up``).
+    """Reads a file of ``save_tier_maps``, or a ``.pt`` of the published pruner, whose keys are like ``layer_0.mlp.up``.
 
-    Nothing is unpickled but tensors (``weights_only``). A ``.pt`` holds neither shapes nor blocks: its weights are
-    taken to be whole blocks of ``block``. ``tier_iteration`` matches its names to the model's by their ends.
+    Nothing but tensors is unpickled (``weights_only``). A ``.pt`` stores neither shapes nor block sizes: its weights
+    are assumed to consist of whole blocks of ``block``. ``tier_iteration`` matches its names to the ends of the
+    model's names.
 
     Args:
         path: the file.
@@ -48,7 +49,7 @@ def load_tier_maps(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, was altered, or is of another version; the message names the file.
+        ValueError: it holds something else, was altered, or has another version; the message names the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,7 +58,7 @@ def load_tier_maps(
         return _read_pt(path, block, k) if path.suffix in (".pt", ".pth") else _read(path)
     except PermissionError:
         raise
-    except Exception as error:  # what torch.load raises on a file that is not its own is not to be listed
+    except Exception as error:  # torch.load raises errors of many classes on foreign files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} holds no tier maps: {reason}") from error
 
@@ -93,7 +94,9 @@ def _read_pt(path: Path, block: tuple[int, int], k: int) -> dict[str, TierMap]:
         raise ValueError("it is not a dict of matrices")
     for name, tiers in stored.items():
         if tiers.is_meta or tiers.numel() * tiers.element_size() > tiers.untyped_storage().nbytes():
-            raise ValueError(f"{name} has no data, or not all of it")  # a few bytes could ask for any memory
+            raise ValueError(
+                f"{name} has no data, or not all of it"
+            )  # a small file could otherwise ask for any amount of memory
         if tiers.is_floating_point() or not bool(((tiers >= 0) & (tiers <= 2)).all()):
             raise ValueError(f"a tier is 0, 1 or 2, and {name} has others")
     return {

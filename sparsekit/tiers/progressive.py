@@ -14,8 +14,8 @@ from .._fingerprint import digest, digest_batches, digest_modules, digest_tensor
 from .._layers import Where, check_model
 from ..prune.calibration import Calibration
 from ..prune.calibration.ranks import Ranks
+from .finished import FinishedIterations
 from .iteration import IterationReport, TierOptions, checked_options, linear_layers, tier_iteration
-from .kept import Kept
 from .schedule import Step
 from .tier_map import TierMap
 
@@ -69,7 +69,7 @@ def progressive_tiers(
     check_model(model)
     if not schedule:
         raise ValueError("schedule must have at least one step, got none")
-    kept, reports = None, list[IterationReport]()
+    finished, reports = None, list[IterationReport]()
     maps = None if tier_maps is None else dict(tier_maps)
     options, calibration = checked_options(options, calibration)
     ranks = Ranks(calibration.group, None)
@@ -84,10 +84,10 @@ def progressive_tiers(
             "modules": digest_modules(model),
             "batches": ranks.exchange(digest_batches(as_batches(batches, reused=True))),
         }
-        kept = ranks.all_or_none(lambda: Kept(folder, call))
-        reports = ranks.all_or_none(lambda: kept.reports(schedule))
+        finished = ranks.all_or_none(lambda: FinishedIterations(folder, call))
+        reports = ranks.all_or_none(lambda: finished.reports(schedule))
         if reports:
-            maps = ranks.all_or_none(lambda: kept.restore(model, reports[-1].step))
+            maps = ranks.all_or_none(lambda: finished.restore(model, reports[-1].step))
     for step in schedule[len(reports) :]:
         begin = time.perf_counter()
         maps, report = tier_iteration(
@@ -104,8 +104,8 @@ def progressive_tiers(
         finetune(model, step)
         seconds = (scored - begin, time.perf_counter() - scored)
         report = replace(report, seconds=seconds, metric=_evaluate(model, evaluate))
-        if kept is not None:
-            ranks.all_or_none(partial(kept.add, model, maps, report) if ranks.rank == 0 else lambda: None)
+        if finished is not None:
+            ranks.all_or_none(partial(finished.add, model, maps, report) if ranks.rank == 0 else lambda: None)
         reports.append(report)
     assert maps is not None
     return maps, reports

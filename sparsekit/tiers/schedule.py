@@ -1,4 +1,4 @@
-"""The schedule of progressive pruning: a CSV with one iteration a line."""
+"""The schedule of progressive pruning: a CSV file with one iteration per line."""
 
 import csv
 import os
@@ -18,9 +18,9 @@ class Step:
 
     Args:
         iteration: counted from 1.
-        ratios: dense, 2:4 and top-k shares when it is done.
-        dense_to_2_4, mid_2_4_to_topk: the shares that it demotes; they agree with the ratios.
-        epochs: of fine-tuning; may be a fraction.
+        ratios: dense, 2:4 and top-k shares after the iteration.
+        dense_to_2_4, mid_2_4_to_topk: the shares that it demotes; they follow from the ratios.
+        epochs: epochs of fine-tuning; may be a fraction.
     """
 
     iteration: int
@@ -31,19 +31,21 @@ class Step:
 
 
 def read_schedule(path: str | os.PathLike[str]) -> tuple[Step, ...]:
-    """Reads ``iteration,dense,mid_2_4,topk,dense_to_2_4,mid_2_4_to_topk,epochs``, a header line and one per iteration.
+    """Reads a schedule from a CSV file: a header line, and one line per iteration.
+
+    The columns are ``iteration,dense,mid_2_4,topk,dense_to_2_4,mid_2_4_to_topk,epochs``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing or unknown, a number is none, iterations do not count up from 1, shares do not
-            add up to 1 or go back up, or the demotions do not agree with them; the message names file and line.
+        ValueError: a column is missing or unknown, a cell is not a number, iterations do not count up from 1, shares do
+            not add up to 1 or go back up, or the demotions do not agree with them; the message names file and line.
     """
     with open(path, encoding="utf-8", newline="") as file:
         return parse_schedule(file, Path(path).name)
 
 
 def parse_schedule(lines: Iterable[str], name: str) -> tuple[Step, ...]:
-    """Like ``read_schedule``, from lines of text; ``name`` stands in the messages."""
+    """Parses the lines of a schedule; ``name`` is the file's name in error messages."""
     reader = csv.reader(lines)
     header = tuple(cell.strip() for cell in next(reader, []))
     if header != COLUMNS:

@@ -1,4 +1,4 @@
-"""Tier maps: which blocks of a weight are dense, 2:4 or top-k."""
+"""Tier maps: the tier of every block of a weight, which is dense, 2:4 or top-k."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from ..masks import get_mask, get_mask_info, tier_sizes
 from ..ops.tiered import smallest_tiers
 from ..ops.tiers import SPARSE24, TOPK
 
-COLORS = ((24, 45, 92), (70, 150, 190), (252, 214, 112))  # dense, 2:4, top-k: told apart in gray as well
+COLORS = ((24, 45, 92), (70, 150, 190), (252, 214, 112))  # dense, 2:4, top-k; they differ in gray as well
 
 
 class Ratios(NamedTuple):
-    """Shares of blocks."""
+    """Shares of the blocks that are dense, 2:4 and top-k."""
 
     dense: float
     mid_2_4: float
@@ -32,8 +32,8 @@ class TierMap:
         k: weights that a top-k block keeps.
 
     Raises:
-        TypeError, ValueError: ``tiers`` is no such tensor, ``shape`` and ``block`` are not two integers or ``k`` not
-            one, the block's columns are not a multiple of 4, or ``k`` is not between 0 and the block's size.
+        TypeError, ValueError: ``tiers`` is not such a tensor, ``shape`` or ``block`` is not two integers, ``k`` is no
+            integer, the block's columns are not a multiple of 4, or ``k`` is not between 0 and the block's size.
     """
 
     tiers: Tensor
@@ -47,17 +47,17 @@ class TierMap:
                 raise TypeError(f"{name} must be a tuple of two integers, rows and columns, got {sides!r}")
         if type(self.k) is not int:
             raise TypeError(f"k must be an integer, got {self.k!r}")
-        (rows, cols), (high, wide) = self.shape, self.block
+        (rows, cols), (block_rows, block_cols) = self.shape, self.block
         if rows < 0 or cols < 0:
             raise ValueError(f"shape must not be negative, got {self.shape}")
-        if high < 1 or wide < 4 or wide % 4:
+        if block_rows < 1 or block_cols < 4 or block_cols % 4:
             raise ValueError(f"block must have rows, and columns in a multiple of 4, got {self.block}")
-        if not 0 <= self.k <= high * wide:
-            raise ValueError(f"k must be from 0 to {high * wide}, the size of a block, got {self.k}")
+        if not 0 <= self.k <= block_rows * block_cols:
+            raise ValueError(f"k must be from 0 to {block_rows * block_cols}, the size of a block, got {self.k}")
         if not isinstance(self.tiers, Tensor) or self.tiers.dtype != torch.uint8:
             found = self.tiers.dtype if isinstance(self.tiers, Tensor) else type(self.tiers).__name__
             raise TypeError(f"tiers must be uint8, got {found}")
-        grid = (-(-rows // high), -(-cols // wide))
+        grid = (-(-rows // block_rows), -(-cols // block_cols))
         if self.tiers.shape != grid:
             raise ValueError(
                 f"tiers must have shape {grid} for a weight of {self.shape}, got {tuple(self.tiers.shape)}"
@@ -67,20 +67,20 @@ class TierMap:
 
     @staticmethod
     def dense(weight: Tensor, block: tuple[int, int] = (16, 16), k: int = 10) -> "TierMap":
-        """The map from which every schedule starts: all blocks of ``weight`` dense."""
+        """Returns the map from which every schedule starts: all blocks of ``weight`` are dense."""
         rows, cols = weight.shape
         grid = (-(-rows // block[0]), -(-cols // block[1]))
         return TierMap(torch.zeros(grid, dtype=torch.uint8, device=weight.device), (rows, cols), block, k)
 
     @staticmethod
     def of(layer: nn.Module) -> "TierMap":
-        """The map of a layer that ``progressive_tiers`` or ``tier_iteration`` pruned, read from its stored mask.
+        """Reads the map of a layer that ``progressive_tiers`` or ``tier_iteration`` pruned from its stored mask.
 
-        A block is top-k where it keeps at most ``k`` entries, else 2:4 where every four columns keep at most two, else
-        dense: as ``pack_tiered`` packs it, and as it was demoted, with three exceptions. Blocks at the edges may have
-        so few entries that a smaller form holds them too; where the columns are 3 more than a multiple of 4, a 2:4
-        block at the right edge keeps all three and comes back dense; and where ``k`` is half a block or more, 2:4
-        comes back as top-k.
+        A block is top-k if it keeps at most ``k`` entries, else 2:4 if every four columns keep at most two, else dense.
+        That is how ``pack_tiered`` packs it, and how it was demoted, with three exceptions. A block at the edge may
+        have so few entries that a smaller tier holds them. If the number of columns is 3 more than a multiple of 4, a
+        2:4 block at the right edge keeps all three and is read as dense. And if ``k`` is half a block or more, a 2:4
+        block is read as top-k.
 
         Raises:
             ValueError: the layer has no stored mask whose pattern is tiers.
@@ -95,30 +95,30 @@ class TierMap:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Dense, 2:4 and top-k blocks."""
+        """Numbers of dense, 2:4 and top-k blocks."""
         dense, mid, topk = torch.bincount(self.tiers.flatten().long(), minlength=3).tolist()
         return dense, mid, topk
 
     @property
     def ratios(self) -> Ratios:
-        """Dense, 2:4 and top-k shares of the blocks."""
+        """Shares of dense, 2:4 and top-k blocks."""
         return Ratios(*(count / max(self.tiers.numel(), 1) for count in self.counts))
 
     @property
     def sparsity(self) -> float:
         """The expected share of zeros: half of the 2:4 blocks, and all but ``k`` of each top-k block."""
-        (rows, cols), (high, wide) = self.shape, self.block
+        (rows, cols), (block_rows, block_cols) = self.shape, self.block
         if rows * cols == 0:
             return 0.0
         tiers = self.tiers.cpu()
-        heights = (rows - high * torch.arange(tiers.shape[0], device="cpu")).clamp(max=high)
-        widths = (cols - wide * torch.arange(tiers.shape[1], device="cpu")).clamp(max=wide)
+        heights = (rows - block_rows * torch.arange(tiers.shape[0], device="cpu")).clamp(max=block_rows)
+        widths = (cols - block_cols * torch.arange(tiers.shape[1], device="cpu")).clamp(max=block_cols)
         area = (heights[:, None] * widths).double()
         zeros = torch.where(tiers == SPARSE24, area / 2, torch.where(tiers == TOPK, (area - self.k).clamp(min=0), 0))
         return float(zeros.sum() / area.sum())
 
     def picture(self) -> Tensor:
-        """uint8 ``[R, C, 3]``, one RGB pixel a block: dense dark, 2:4 blue, top-k light."""
+        """Draws the map, uint8 ``[R, C, 3]``, with one RGB pixel per block: dense dark, 2:4 blue, top-k light."""
         return torch.tensor(COLORS, dtype=torch.uint8, device="cpu")[self.tiers.cpu().long()]
 
     def __str__(self) -> str:

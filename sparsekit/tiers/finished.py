@@ -1,4 +1,4 @@
-"""The finished iterations of progressive pruning in a folder, to go on from after a kill."""
+"""The finished iterations of progressive pruning in a folder, from which it can go on after a kill."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,14 @@ from .tier_map import Ratios, TierMap
 VERSION = 1
 
 
-class Kept:
-    """The finished iterations: ``iteration-N/{model,tier_maps}.safetensors``, ``call.json`` and, last, ``report.json``.
+class FinishedIterations:
+    """The finished iterations of a run, each in a folder ``iteration-N``.
+
+    A folder holds ``model.safetensors``, ``tier_maps.safetensors``, ``call.json``, and ``report.json``, written last.
 
     Args:
-        folder: made, and tried, at once: what cannot be kept ends before the work.
-        call: what the iterations come from, as JSON; those of another call are refused.
+        folder: made if need be, and tried at once, so that a folder that cannot be written to fails before the work.
+        call: describes the call of the run, as JSON; iterations of another call are refused.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -38,7 +40,7 @@ class Kept:
         return self._folder / f"iteration-{step.iteration}" / name
 
     def reports(self, schedule: Sequence[Step]) -> list[IterationReport]:
-        """The reports of the iterations that are finished, up to the first that is not.
+        """Returns the reports of the finished iterations, up to the first that is not finished.
 
         Raises:
             ValueError: they belong to another schedule or call, or a file is damaged; the message names it.
@@ -65,7 +67,7 @@ class Kept:
         return found
 
     def restore(self, model: nn.Module, step: Step) -> dict[str, TierMap]:
-        """Makes ``model`` what it was after an iteration, and returns its tier maps.
+        """Restores ``model`` to its state after an iteration, and returns its tier maps.
 
         Raises:
             ValueError: a file is missing or damaged; the message names it, and the model is as it was.
@@ -78,7 +80,7 @@ class Kept:
         return tier_maps
 
     def add(self, model: nn.Module, tier_maps: Mapping[str, TierMap], report: IterationReport) -> None:
-        """Writes an iteration that has just been finished."""
+        """Writes a finished iteration."""
         self._path(report.step, "").mkdir(parents=True, exist_ok=True)
         save(model, self._path(report.step, "model.safetensors"))
         save_tier_maps(tier_maps, self._path(report.step, "tier_maps.safetensors"))
@@ -87,7 +89,7 @@ class Kept:
 
 
 def _parse(data: Mapping[str, Any]) -> IterationReport:
-    """The report that a record holds; a number that JSON has not is a word there."""
+    """Builds a report from its record, in which NaN and Inf, which JSON lacks, are words."""
     step, metric, (scoring, tuning) = data["step"], data["metric"], data["seconds"]
     return IterationReport(
         step=Step(
