@@ -65,7 +65,8 @@ gpu:
 	  --continue-on-collection-errors -o filterwarnings=default --junitxml build/gpu/tests.xml \
 	  $(shell grep -lE 'mark\.(triton|gpu)' tests/test_*.py)
 	-timeout 60 ncu --target-processes all --clock-control none --profile-from-start off --set full --page raw --csv \
-	  --log-file build/gpu/counters.csv $(PYTHON) -m bench.gpu.profile build/gpu/sections
+	  --log-file build/gpu/counters.csv \
+	  $(PYTHON) -c 'from bench.gpu.products import profile; profile("build/gpu/sections")'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

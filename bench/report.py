@@ -40,7 +40,6 @@ def today() -> str:
 
 def write(path: Path, report: dict) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
 
 
 def slug(report: dict) -> str:

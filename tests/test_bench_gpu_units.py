@@ -47,14 +47,6 @@ def test_an_exception_becomes_a_row(tmp_path):
         {"what": "other", "error": "ValueError: too"},
     ]
 
-    def lost():
-        raise RuntimeError("the device is lost")
-
-    rows.healthy = lost
-    with pytest.raises(RuntimeError, match="the device is lost"):
-        rows.for_each({"third": "illegal memory access", "fourth": ""}, fail)
-    assert [row["what"] for row in read(rows.path)[2:]] == ["third"]
-
 
 def test_contenders_take_turns_and_counts_the_buffers(monkeypatch):
     clock, called = [0.0], []
@@ -69,7 +61,7 @@ def test_contenders_take_turns_and_counts_the_buffers(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     times = CpuClock().time_interleaved({"own": [call("own", 1.0)] * 2, "slow": [call("slow", 3.0)]}, budget=0)
     assert times.device == {"own": [1.0, 1.0], "slow": [3.0, 3.0]} and times.host == times.device
-    assert called == ["own"] * 4 + ["slow"] * 3 + ["own"] * 4 + ["slow"]  # twice to warm up, two rounds
+    assert called == ["own", "own", "slow", "slow", "own", "own", "own", "own", "slow"]  # once to warm up, two rounds
     assert times.ratio("own", "slow") == 3.0
     assert Times({"a": [1.0, 2.0, 3.0]}, {}).spread("a") == 1.0
     assert Times({"a": [1.0, 4.0]}, {"a": [2.0, 3.0]}).eager().device == {"a": [2.0, 4.0]}

@@ -7,11 +7,9 @@ JSON and `table.md` of all that is known so far.
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,11 +23,7 @@ from .rows import Row, Rows, one_line, read
 from .table import details, render
 
 GRACE = 15.0  # seconds that a section has to start and to end its last item
-LEAST = 5.0  # seconds with which a section is still begun
 TUNING = 2.5  # times as long for sections that choose configurations, too
-RESERVE = 10 + GRACE  # seconds at the end, for a section that ends late and for writing
-
-
 # What measures, and the seconds that it may take; the time that it leaves over is not given to others.
 SECTIONS: dict[str, tuple[Callable[[Lab, Rows], None], float]] = {
     "machine": (machine.machine, 20),
@@ -42,26 +36,29 @@ SECTIONS: dict[str, tuple[Callable[[Lab, Rows], None], float]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder for the results; default build/gpu, and bench/results/")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="only these sections")
+    parser.add_argument("--tune", action="store_true", help="choose the configurations of the Triton kernels, too")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.gpu: this needs a GPU that PyTorch can use", file=sys.stderr)
         return 2
     out = options.out or Path("build", "gpu")
-    report = measure_all(torch.cuda.get_device_name(0), options.only or SECTIONS, out, options.minutes, options.tune)
+    report = measure_all(torch.cuda.get_device_name(0), options.only or SECTIONS, out, options.tune)
     if not (options.out or options.only):
         write(RESULTS / f"{slug(report)}.json", report)
     return 0
 
 
-def measure_all(device: str, names: Iterable[str], out: Path, minutes: float, tune: bool = False) -> Row:
+def measure_all(device: str, names: Iterable[str], out: Path, tune: bool) -> Row:
     """Runs sections one after the other; after each, the folder gets the report and the tables of what is known."""
     report: Row = {"kind": "gpu", "device": device, "commit": commit(), "date": today(), "sections": {}}
     (out / "tuned.json").unlink(missing_ok=True)
-    end = time.monotonic() + 60 * minutes - RESERVE
     for name in names:
-        seconds = min(SECTIONS[name][1] * (TUNING if tune else 1), end - time.monotonic())
-        ended = run(name, rows_path(out, name), seconds, tune)
-        report["sections"][name] = ended | {"rows": read(rows_path(out, name))}
+        path = out / "sections" / f"{name}.jsonl"
+        seconds = SECTIONS[name][1] * (TUNING if tune else 1)
+        report["sections"][name] = ended = run(name, path, seconds, tune) | {"rows": read(path)}
         print(f"{name}: {ended['status']}, {ended['seconds']:.0f} s {ended.get('reason', '')}".rstrip(), flush=True)
         (out / "table.md").write_text(render(report) + "\n" + details(report), encoding="utf-8")
         write(out / f"{slug(report)}.json", report)
@@ -69,27 +66,11 @@ def measure_all(device: str, names: Iterable[str], out: Path, minutes: float, tu
     return report
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder for the results; default build/gpu, and bench/results/")
-    parser.add_argument("--minutes", type=float, default=6, help="for all together (6)")
-    listed = ", ".join(SECTIONS)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"only these: {listed}")
-    parser.add_argument("--tune", action="store_true", help="choose the configurations of the Triton kernels, too")
-    return parser.parse_args(arguments)
-
-
-def rows_path(out: Path, name: str) -> Path:
-    return out / "sections" / f"{name}.jsonl"
-
-
 def run(name: str, path: Path, seconds: float, tune: bool) -> Row:
     """Runs a section in a process of its own; returns how it ended."""
     begin = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    if seconds < LEAST:
-        return {"status": "skipped", "reason": "no time was left", "seconds": 0.0}
     process = get_context("spawn").Process(target=_in_process, args=(name, path, seconds, tune))
     process.start()
     process.join(seconds + GRACE)
@@ -98,15 +79,12 @@ def run(name: str, path: Path, seconds: float, tune: bool) -> Row:
         ended = {"status": "stopped", "reason": f"it did not end within {seconds + GRACE:.0f} s"}
     elif process.exitcode:
         ended = {"status": "failed", "reason": f"exit code {process.exitcode}"}
-    with suppress(ProcessLookupError):  # where it ended with all that it started
-        os.killpg(process.pid or 0, signal.SIGKILL)
     process.kill()
     process.join()
     return ended | {"seconds": round(time.monotonic() - begin, 1)}
 
 
 def _in_process(name: str, path: Path, seconds: float, tune: bool) -> None:
-    os.setsid()
     os.environ["SPARSEKIT_TUNE_CACHE"] = "0"
     with path.with_suffix(".log").open("w") as printed:
         os.dup2(printed.fileno(), 1)
@@ -118,9 +96,7 @@ def measure(name: str, path: Path, seconds: float, tune: bool) -> None:
     """Runs a section in this process."""
     rows = Rows(path, seconds)
     try:
-        lab = gpu_lab(path.parent.parent if tune else None)
-        rows.healthy = lab.healthy
-        SECTIONS[name][0](lab, rows)
+        SECTIONS[name][0](gpu_lab(path.parent.parent if tune else None), rows)
     except Exception as error:
         rows.write(what="the end", error=one_line(error))
         raise

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+MIN_ROUNDS, MAX_ROUNDS = 7, 51
 SPINS_PER_SECOND = 2.1e9  # a little above the clock of any GPU, so that the wait is never too short
 MAX_SPIN = 0.05  # seconds
 MAX_SETS = 64
@@ -18,21 +19,14 @@ Contenders = Mapping[str, Sequence[Call]]  # several calls that differ in their 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call of every contender, round by round.
-
-    Args:
-        device: on the device.
-        host: until the call returned; empty where the calls were replayed as a graph.
-    """
+    """Seconds per call of every contender, round by round."""
 
     device: dict[str, list[float]]
-    host: dict[str, list[float]]
+    host: dict[str, list[float]]  # until the call returned; not of calls that were replayed as a graph
 
-    def seconds(self) -> dict[str, float]:
-        return {key: statistics.median(each) for key, each in self.device.items()}
-
-    def host_seconds(self) -> dict[str, float]:
-        return {key: statistics.median(each) for key, each in self.host.items()}
+    def seconds(self, host: bool = False) -> dict[str, float]:
+        """Returns the median of each contender."""
+        return {key: statistics.median(each) for key, each in (self.host if host else self.device).items()}
 
     def eager(self) -> "Times":
         """Returns what a caller waits for who sends call after call: the device or the host, whichever is slower."""
@@ -54,8 +48,6 @@ class Clock:
     """Times calls on a GPU, which spins while the host queues the launches up: what is timed between two events is the
     kernels one after the other, not the host."""
 
-    rounds = 7, 51  # at least and at most
-
     def __init__(self, device: torch.device):
         self.cache = torch.cuda.get_device_properties(device).L2_cache_size  # bytes
 
@@ -63,25 +55,20 @@ class Clock:
         """Returns how many buffers of ``nbytes`` are three times the cache: a round over them finds none there."""
         return max(1, min(MAX_SETS, -(-3 * self.cache // max(nbytes, 1))))
 
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
+    def time_interleaved(
+        self, contenders: Contenders, budget: float = 0.25, *, capture: bool = False, least: int = MIN_ROUNDS
+    ) -> Times:
+        """Times every contender, after a warm-up, in rotating order: ``least`` rounds, and on for ``budget`` seconds.
 
-    def time_interleaved(self, contenders: Contenders, budget: float = 0.25, *, capture: bool = False) -> Times:
-        """Times every contender for ``budget`` seconds, at least 7 rounds in rotating order.
-
-        Args:
-            contenders: the calls by name; each is called before anything is timed.
-            budget: seconds for all together.
-            capture: whether the calls are replayed as one graph where they can be captured, which leaves out the gaps
-                that a host needs to launch.
+        With ``capture``, calls that can be captured are replayed as one graph, without the host's gaps between them.
         """
         graphs = {key: self.graph(calls) if capture else None for key, calls in contenders.items()}
         runs = {key: graphs[key] or partial(_call_all, calls) for key, calls in contenders.items()}
-        times = Times({key: [] for key in runs}, {key: [] for key in runs if graphs[key] is None})
-        host = {key: self._warm_up(run) for key, run in runs.items()}
+        times = Times({key: [] for key in runs}, {key: [] for key in runs if not graphs[key]})
+        host = {key: self.warm_up(run) for key, run in runs.items()}
         order, begin = list(runs), time.perf_counter()
-        for done in range(self.rounds[1]):
-            if done >= self.rounds[0] and time.perf_counter() - begin > budget:
+        for done in range(MAX_ROUNDS):
+            if done >= least and time.perf_counter() - begin > budget:
                 break
             order = order[1:] + order[:1]
             for key in order:
@@ -93,31 +80,29 @@ class Clock:
 
     def seconds(self, calls: Sequence[Call]) -> float:
         """Returns the median seconds of one call, from three rounds."""
-        run = partial(_call_all, calls)
-        host = self._warm_up(run)
-        return statistics.median(self.once(run, host)[0] for _ in range(3)) / len(calls)
+        return self.time_interleaved({"": calls}, 0, least=3).seconds()[""]
 
     def graph(self, calls: Sequence[Call]) -> Call | None:
         """Captures the calls as one graph; returns what replays it, or None where they cannot be captured."""
         _call_all(calls)  # compiles, and sets up libraries, which a capture does not allow
-        self.synchronize()
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 results = _call_all(calls)
         except Exception:  # not every baseline can be captured
-            self.synchronize()
+            torch.cuda.synchronize()
             return None
-        return lambda: graph.replay() or results  # which keeps the results, that the graph writes to
+        return lambda: graph.replay() or results  # keeps the results, to which the graph writes
 
-    def _warm_up(self, run: Call) -> float:
+    def warm_up(self, run: Call) -> float:
         """Runs twice; returns the seconds that the host needed the second time."""
         for _ in range(2):
-            self.synchronize()
+            torch.cuda.synchronize()
             begin = time.perf_counter()
             run()
             took = time.perf_counter() - begin
-        self.synchronize()
+        torch.cuda.synchronize()
         return took
 
     def once(self, run: Call, host_seconds: float) -> tuple[float, float]:

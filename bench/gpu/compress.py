@@ -30,8 +30,8 @@ def compress(lab: Lab, rows: Rows) -> None:
 
                 def one(x: Tensor, mode: str = mode, model: nn.ModuleList = model, layer=layer) -> Row:
                     forms = {DENSE: list(plain), mode: list(model)}
-                    expected = F.linear(x.float(), plain[0].weight.float(), plain[0].bias.float())
-                    row = compare(lab, forms, x, expected, eager=not MODES[mode])
+                    right = F.linear(x.float(), plain[0].weight.float(), plain[0].bias.float())
+                    row = compare(lab, forms, x, right, eager=not MODES[mode])
                     return row | {"goal": {mode: NEVER_SLOWER}, "choice": layer.names.get(len(x), layer.decision)}
 
                 at_tokens(lab, rows, shape, lab.sizes.tokens, one)

@@ -32,23 +32,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Lab:
-    """One device with everything that is asked of it.
-
-    Args:
-        device: where everything computes.
-        sizes: what is measured.
-        layout: that of cuSPARSELt's packed weights on this GPU; None where there is no cuSPARSELt.
-        clock: what times.
-        backend: that of torch.compile.
-        tuned: the folder of the choices where Triton's configurations are chosen first, else None.
-    """
+    """One device with everything that is asked of it."""
 
     device: torch.device
     sizes: Sizes
-    layout: str | None
+    layout: str | None  # of cuSPARSELt's packed weights on this GPU
     clock: Clock
-    backend: str = "inductor"
-    tuned: Path | None = None
+    backend: str = "inductor"  # of torch.compile
+    tuned: Path | None = None  # the folder of the choices, where configurations of Triton kernels are chosen
 
     def randn(self, *shape: int, dtype: str = "bf16") -> Tensor:
         return torch.randn(shape, device=self.device).to(DTYPES[dtype])
@@ -61,12 +52,6 @@ class Lab:
         """Chooses the configurations of the kernels that calls launch, where that is asked for."""
         if self.tuned is not None:
             tune(self.clock, rows, self.tuned, calls, check)
-
-    def healthy(self) -> None:
-        """Raises where an earlier fault has lost the device to this process."""
-        self.clock.synchronize()
-        torch.ones(1, device=self.device).sum()
-        self.clock.synchronize()
 
 
 def gpu_lab(tuned: Path | None) -> Lab:

@@ -3,17 +3,18 @@
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import version
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 import sparsekit
 from sparsekit.ops import simd_level
 
 from .checks import check_same
-from .clock import Contenders
 from .lab import Lab
 from .rows import Row, Rows
 
@@ -28,56 +29,42 @@ def machine(lab: Lab, rows: Rows) -> None:
 
 
 def device(lab: Lab) -> Row:
-    properties: Any = torch.cuda.get_device_properties(lab.device)
-    return {
-        "name": "device",
-        "device": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory": properties.total_memory,
-        "l2": properties.L2_cache_size,
-        "layout": lab.layout,
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "sparsekit": sparsekit.__version__,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "cusparselt": str(torch.backends.cusparselt.version()),
-        "CPU kernels": simd_level(),
-        "python": platform.python_version(),
-        **clocks(),
-    }
+    found = torch.cuda.get_device_properties(lab.device)
+    facts = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+    row = {"name": "device", "device": found.name, "layout": lab.layout, "CPU kernels": simd_level(), **clocks()}
+    row |= {fact: getattr(found, fact) for fact in facts} | {"cuda": torch.version.cuda or torch.version.hip}
+    row |= {"cusparselt": str(torch.backends.cusparselt.version()), "python": platform.python_version()}
+    triton = import_module("triton").__version__ if find_spec("triton") else "not installed"
+    return row | {"torch": torch.__version__, "triton": triton, "sparsekit": sparsekit.__version__}
 
 
 def clocks() -> dict[str, str]:
     """Returns clocks, power and temperature at this moment, as nvidia-smi names them."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    if shutil.which("nvidia-smi") is None:
         return {"nvidia-smi": "not found"}
-    query = [tool, f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    return dict(zip(CLOCKS.split(","), (field.strip() for field in done.stdout.split(",")), strict=False))
+    query = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
+    said = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+    return dict(zip(CLOCKS.split(","), map(str.strip, said.split(",")), strict=False))
 
 
 def copy_large(lab: Lab) -> Row:
     """Check 5: what memory allows, by copies that count the bytes read and written."""
     large = torch.randint(-128, 127, (lab.sizes.copy_bytes,), dtype=torch.int8, device=lab.device)
-    target = torch.empty_like(large)
-    target.copy_(large)
-    check_same(target, large)
-    return _copied(lab, "copy", large.nbytes, {"copy_": [lambda: target.copy_(large)], "clone": [large.clone]})
+    return copies(lab, "copy", [(torch.empty_like(large), large)])
 
 
 def copy_weights(lab: Lab) -> Row:
     shape = lab.sizes.memory[0]
     pairs = lab.sets(lambda: (lab.randn(*shape), lab.randn(*shape)), 4 * shape[0] * shape[1])
-    copies = {"copy_": [partial(to.copy_, of) for to, of in pairs], "clone": [of.clone for _, of in pairs]}
-    return _copied(lab, f"copy {shape[0]}x{shape[1]} bf16", pairs[0][0].nbytes, copies)
+    return copies(lab, f"copy {shape[0]}x{shape[1]} bf16", pairs)
 
 
-def _copied(lab: Lab, name: str, nbytes: int, calls: Contenders) -> Row:
-    seconds = lab.clock.time_interleaved(calls, capture=True).seconds()
-    rates = {key: 2 * nbytes / each / 1e9 for key, each in seconds.items()}
-    return {"name": name, "bytes": nbytes, "seconds": seconds, "GB/s": rates}
+def copies(lab: Lab, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Row:
+    calls = {"copy_": [partial(to.copy_, of) for to, of in pairs], "clone": [of.clone for _, of in pairs]}
+    seconds, (to, of) = lab.clock.time_interleaved(calls, capture=True).seconds(), pairs[0]
+    check_same(to, of)
+    rates = {key: 2 * of.nbytes / each / 1e9 for key, each in seconds.items()}
+    return {"name": name, "bytes": of.nbytes, "seconds": seconds, "GB/s": rates}
 
 
 def product(lab: Lab, size: int) -> Row:

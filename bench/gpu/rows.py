@@ -20,21 +20,16 @@ class Rows:
     Args:
         path: the file; what it held is dropped.
         seconds: the section's time.
-        healthy: raises where the device cannot go on; called after every failure.
     """
 
-    def __init__(self, path: Path, seconds: float, healthy: Callable[[], object] = lambda: None):
-        self.path, self.end, self.healthy = path, time.monotonic() + seconds, healthy
+    def __init__(self, path: Path, seconds: float):
+        self.path, self.end = path, time.monotonic() + seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
 
     def write(self, **row: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-    def seconds_left(self) -> float:
-        """Returns the seconds that are left, at least one, for a subprocess."""
-        return max(self.end - time.monotonic(), 1)
 
     def for_each(self, items: Mapping[str, T], do: Callable[[T], Row | None]) -> None:
         """Writes the rows that ``do`` returns, until the time is up; a row names the rest."""
@@ -48,12 +43,11 @@ class Rows:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Turns an exception into a row, so that the next item runs; ends the section where the device is lost."""
+        """Turns an exception into a row, so that the next item runs."""
         try:
             yield
         except Exception as error:
             self.write(what=what, error=one_line(error))
-            self.healthy()
 
 
 def one_line(error: BaseException) -> str:

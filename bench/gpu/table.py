@@ -6,6 +6,7 @@ from . import goals
 from .rows import Row
 
 NOT_MEASURED, DENSE = "not measured", "F.linear"
+SPARSE = ("linear24", "semi-structured", "cuSPARSELt")  # forms that multiply by the 2:4 weight
 MERGED = ("ratios", "seconds", "host", "goal")  # of the rows of one product, by form
 
 
@@ -41,8 +42,8 @@ def render(report: Row) -> str:
         header = ["op", "shape", "dtype", "us", "GB/s", "of the copy", "goal", "over the usual way"]
         parts.append(table([*header, "over the reference"], (_op(row, copy) for row in ops)))
     if cells := products(report):
-        parts += [_by_tokens("2:4 product, fastest", cells, _fastest)]
-        parts += [_by_tokens(f"`{key}`", cells, _ratio(key)) for key in ("linear24", *goals.MODES)]
+        shown = {"2:4 product, fastest": _fastest} | {f"`{key}`": _ratio(key) for key in ("linear24", *goals.MODES)}
+        parts += [_by_tokens(title, cells, show) for title, show in shown.items()]
         parts.append("Times faster than `F.linear` (cuBLAS) at that many tokens; bold where dense is faster.")
     if missed := list(short(report)):
         parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in missed))
@@ -67,17 +68,14 @@ def _figure(value: float | None, unit: str) -> str:
 def _op(row: Row, copy: float | None) -> list[str]:
     seconds, slower = row["seconds"]["own"], dict(row["baselines"])
     rate, defined = row["bytes"] / seconds / 1e9, slower.pop("reference", None)
-    return [
-        f"`{row['op']}`",
-        row["shape"],
-        row["dtype"],
-        f"{seconds * 1e6:.1f}",
-        f"{rate:.0f}",
-        "" if copy is None else f"{rate / copy:.0%}",
-        f"{row['goal']:g}" if row["goal"] else "",
-        ", ".join(f"{value / seconds:.1f}x ({key})" for key, value in slower.items()),
-        "" if defined is None else f"{defined / seconds:.0f}x",
-    ]
+    cells = [f"`{row['op']}`", row["shape"], row["dtype"], f"{seconds * 1e6:.1f}", f"{rate:.0f}", _share(rate, copy)]
+    cells += [f"{row['goal']:g}" if row["goal"] else ""]
+    cells += [", ".join(f"{value / seconds:.1f}x ({key})" for key, value in slower.items())]
+    return [*cells, "" if defined is None else f"{defined / seconds:.0f}x"]
+
+
+def _share(value: float, limit: float | None) -> str:
+    return "" if limit is None else f"{value / limit:.0%}"
 
 
 def products(report: Row) -> dict[tuple[str, int], Row]:
@@ -104,9 +102,6 @@ def fastest(cell: Row) -> tuple[str, float] | None:
     found = {key: ratio for key, ratio in cell["ratios"].items() if key in SPARSE}
     best = max(found, key=found.__getitem__, default=None)
     return None if best is None else (best, found[best])
-
-
-SPARSE = ("linear24", "semi-structured", "cuSPARSELt")
 
 
 def _fastest(cell: Row) -> str:
@@ -154,21 +149,13 @@ def details(report: Row) -> str:
 def _product(shape: str, tokens: int, cell: Row, copy: float | None, product: float | None) -> Iterator[list[str]]:
     size = int(shape.split("x")[0]) * int(shape.split("x")[1])
     for key, seconds in cell["seconds"].items():
-        choice = cell["choice"].get(key)
-        dense = key.startswith(DENSE) or choice == "plain"
-        flops, moved = 2 * size * tokens / seconds / 1e12, size * (2 if dense else 9 / 8) / seconds / 1e9
-        yield [
-            shape,
-            str(tokens),
-            f"{key} ({choice})" if choice else key,
-            f"{seconds * 1e6:.1f}",
-            f"{cell['host'][key] * 1e6:.1f}" if key in cell["host"] else "",
-            f"{flops:.1f}",
-            "" if product is None else f"{flops / product:.0%}",
-            f"{moved:.0f}",  # bf16: whole, or half of the values with four bits a group
-            "" if copy is None else f"{moved / copy:.0%}",
-            f"{cell['ratios'][key]:.2f}" if key in cell["ratios"] else "",
-        ]
+        choice, host, ratio = cell["choice"].get(key), cell["host"].get(key), cell["ratios"].get(key)
+        # In bf16: the whole weight, or half of the values with four bits a group.
+        nbytes = size * (2 if key.startswith(DENSE) or choice == "plain" else 9 / 8)
+        flops, rate = 2 * size * tokens / seconds / 1e12, nbytes / seconds / 1e9
+        line = [shape, str(tokens), f"{key} ({choice})" if choice else key, f"{seconds * 1e6:.1f}"]
+        line += ["" if host is None else f"{host * 1e6:.1f}", f"{flops:.1f}", _share(flops, product)]
+        yield [*line, f"{rate:.0f}", _share(rate, copy), "" if ratio is None else f"{ratio:.2f}"]
 
 
 def errors(rows: Iterable[Row]) -> list[str]:

@@ -14,16 +14,10 @@ from .rows import Rows, one_line
 
 
 def tune(clock: Clock, rows: Rows, folder: Path, calls: Sequence[Call], check: Callable[[Any], None]) -> None:
-    """Chooses for each table that calls ask, unless this run has: `tuned.json` in the folder has its choices.
+    """Chooses for each table that the calls of an op ask, unless `tuned.json` in the folder has a choice.
 
-    The user's table gets them, too, so that what is timed after this uses them.
-
-    Args:
-        clock: what times.
-        rows: gets a row a table.
-        folder: of the run.
-        calls: of one op, which differ in their buffers only.
-        check: raises where what a call returns is wrong.
+    The user's table gets the choices, too, so that what is timed after this uses them. ``check`` raises where what a
+    call returns is wrong.
     """
     with watch() as asked:
         check(calls[0]())
