@@ -1,6 +1,6 @@
 """Kernels for sparse neural networks: fast to make sparse, never slower to run."""
 
-from . import _foreign as _foreign
+from . import _installed as _installed
 from . import nn as nn
 from . import ops as ops
 from . import tiers as tiers

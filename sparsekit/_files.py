@@ -1,8 +1,6 @@
-"""Files that are written whole or not at all, and JSON that holds what it says."""
+"""Files that are written whole or not at all."""
 
 import errno
-import json
-import math
 import os
 import secrets
 import stat
@@ -11,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ._undo import restoring
 
@@ -55,26 +53,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
-def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Writes ``data`` as indented JSON, see ``to_json``, whole or not at all."""
-    text = to_json(data) + "\n"
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def to_json(data: Any) -> str:
-    """Indented JSON that any reader takes: NaN and infinities, which it has not, are null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(data), indent=2, allow_nan=False)
-
-
 def try_folder(folder: Path) -> None:
     """Makes a folder, and sees that files can be written to it: before the work whose result is to go there.
 
@@ -87,33 +65,6 @@ def try_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
-
-
-def parse_json(text: str) -> Any:
-    """Parses JSON as its standard has it: without NaN and infinities, and every name of an object once.
-
-    Raises:
-        ValueError: it is something else.
-    """
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
-
-    def finite(text: str) -> float:
-        if math.isinf(value := float(text)):
-            raise ValueError(f"{text} is too large")
-        return value
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("an object has one name twice")
-        return found
-
-    try:
-        return json.loads(text, parse_constant=no_constant, parse_float=finite, object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _target(path: Path) -> tuple[Path, int | None]:

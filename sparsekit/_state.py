@@ -27,7 +27,7 @@ name                set by                 meaning                              
 The class of a layer changes in two places: ``sparse_training_`` makes an ``nn.Linear`` a ``MaskedLinear``, and
 ``integrations.peft`` gives a LoRA layer a class that masks what it adds. Hooks are held by handles: on optimizers those
 of ``keep_masks`` and ``fade``, on a model the one that sets ``_ran_sparse``. Who is changing which module is noted in
-``_changing``, by id, and not on the modules. Nothing is attached to tensors. The one change of a configuration
+``_undo``, by id, and not on the modules. Nothing is attached to tensors. The one change of a configuration
 is the custom module that ``integrations.peft.lora_config`` registers in a ``LoraConfig``.
 """
 

@@ -10,7 +10,7 @@ from tiering import prune_tiers
 from torch import nn
 
 import sparsekit as sk
-from sparsekit import _archive as archive
+from sparsekit import _safetensors
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
 from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
 
@@ -117,4 +117,4 @@ def forge(path, change):
     tensors = load_file(path)
     structure = change(structure, tensors) or structure
     text = structure if isinstance(structure, str) else json.dumps(structure)
-    archive.write(path, tensors, archive.seal(text, tensors))
+    _safetensors.write_tensors(path, tensors, _safetensors.seal(text, tensors))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sparsekit as sk
-from sparsekit import _archive
+from sparsekit import _safetensors
 from sparsekit.checkpoint import rebuild
 from sparsekit.nn import Linear24
 
@@ -209,7 +209,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(path, monkeypatch, step):
             return b""
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_archive if step == "bytes_of" else os, step, fail)
+    monkeypatch.setattr(_safetensors if step == "bytes_of" else os, step, fail)
     with pytest.raises(KeyboardInterrupt):
         sk.save(mixed(make(1)), path)
     assert path.read_bytes() == old

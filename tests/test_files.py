@@ -19,7 +19,8 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit import _files
-from sparsekit._files import parse_json, replacing, write_json
+from sparsekit._files import replacing
+from sparsekit._json import parse_json, write_json
 from sparsekit.tiers import TierMap, save_tier_maps
 
 MODEL = nn.Sequential(nn.Linear(8, 8))

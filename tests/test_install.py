@@ -12,7 +12,7 @@ import setuptools
 import torch
 
 import sparsekit as sk
-from sparsekit import _foreign, _installed, _native
+from sparsekit import _installed, _native
 from sparsekit.cli import app
 from sparsekit.ops import _kernels
 from sparsekit.ops._define import DECLARED
@@ -174,20 +174,20 @@ def test_the_module_alone_prints_the_config_and_with_arguments_is_the_command(ca
 
 
 def test_another_project_of_the_same_name_is_refused(site):
-    _foreign.refuse_foreign()
+    _installed.refuse_foreign()
     add_distribution(site, "sparsekit", "0.1.5", "Something else that is sparse")
     with pytest.raises(ImportError, match=r"sparsekit 0\.1\.5 in .* is another project.*`pip uninstall sparsekit`"):
-        _foreign.refuse_foreign()
+        _installed.refuse_foreign()
 
 
 def test_what_an_uninstall_left_behind_is_not_foreign(site):
     (site / "sparsekit-0.1.5.dist-info").mkdir(parents=True)
-    _foreign.refuse_foreign()
+    _installed.refuse_foreign()
 
 
 def test_this_project_under_its_earlier_name_is_not_foreign(site):
     add_distribution(site, "sparsekit", "0.1.0", "Kernels for sparse neural networks: 2:4 and more")
-    _foreign.refuse_foreign()
+    _installed.refuse_foreign()
 
 
 def test_another_project_behind_this_one_is_refused(site, tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_another_project_behind_this_one_is_refused(site, tmp_path, monkeypatch)
     add_distribution(tmp_path / "first", "sparsekit", "0.1.0", "Kernels for sparse neural networks: 2:4 and more")
     monkeypatch.syspath_prepend(str(tmp_path / "first"))
     with pytest.raises(ImportError, match=r"sparsekit 0\.1\.5 in"):
-        _foreign.refuse_foreign()
+        _installed.refuse_foreign()
 
 
 def test_import_is_light():

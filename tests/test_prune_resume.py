@@ -10,7 +10,7 @@ from experts import HIDDEN, stacked_and_separate
 from pruning import assert_same, snapshot, stack
 
 import sparsekit as sk
-from sparsekit._record import write_record
+from sparsekit._json import write_record
 from sparsekit.masks import get_mask
 
 

@@ -9,7 +9,7 @@ from pruning import stack
 from torch import nn
 
 import sparsekit as sk
-from sparsekit._changing import change, claiming
+from sparsekit._undo import change, claiming
 from sparsekit.masks import get_mask
 from sparsekit.ops import unpack_bits
 from sparsekit.prune import apply_mask

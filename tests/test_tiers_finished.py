@@ -9,7 +9,7 @@ import torch
 from pruning import assert_same, snapshot, stack
 
 from sparsekit import Calibration
-from sparsekit._record import write_record
+from sparsekit._json import write_record
 from sparsekit.tiers import Ratios, Step, TierMap, TierOptions, load_tier_maps, progressive_tiers, save_tier_maps
 
 STEPS = (Step(1, Ratios(0.5, 0.5, 0.0), 0.5, 0.0, 1), Step(2, Ratios(0.5, 0.25, 0.25), 0.0, 0.25, 1))
@@ -156,7 +156,7 @@ def test_the_folder_is_tried_before_the_work(dense, tmp_path):
     ],
 )
 def test_forged_tier_maps_are_refused(tmp_path, change, match):
-    from sparsekit._archive import seal, write
+    from sparsekit._safetensors import seal, write_tensors
     from sparsekit.tiers.files import KEY
 
     tensors = {"a": torch.zeros(1, 1, dtype=torch.uint8)}
@@ -164,7 +164,7 @@ def test_forged_tier_maps_are_refused(tmp_path, change, match):
     if isinstance(change, dict) and not change.keys() & {"layers", "version"}:
         change = {"layers": {"a": layer | change}}
     structure = {"version": 2, "layers": {"a": layer}} | change if isinstance(change, dict) else change
-    write(tmp_path / "maps", tensors, seal(json.dumps(structure), tensors, KEY))
+    write_tensors(tmp_path / "maps", tensors, seal(json.dumps(structure), tensors, KEY))
     with pytest.raises(ValueError, match=match) as caught:
         load_tier_maps(tmp_path / "maps")
     assert str(tmp_path / "maps") in str(caught.value)

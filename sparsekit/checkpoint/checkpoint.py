@@ -10,12 +10,11 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from .._archive import check_holds_data, read, seal, unique, write
-from .._changing import change
 from .._layers import check_model
 from .._replace import release_weight
+from .._safetensors import check_holds_data, read_tensors, seal, unique, write_tensors
 from .._state import get_original
-from .._undo import Undo, restoring
+from .._undo import Undo, change, restoring
 from ..nn import Compressed, weight_shape
 from .bitmask import from_bitmask24, to_bitmask24
 from .mask_file import assign_masks, collect_masks, holds_only_masks
@@ -58,12 +57,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
     if format == "masks":
         layers, masks = collect_masks(model)
         tensors, shared = unique(masks)
-        write(Path(path), tensors, seal(dump(layers, shared), tensors))
+        write_tensors(Path(path), tensors, seal(dump(layers, shared), tensors))
         return
     state = dict(model.state_dict())
     if format == "sparse-24-bitmask":
         tensors, _ = unique(to_bitmask24(model, state))
-        write(Path(path), tensors, {"format": "pt"})
+        write_tensors(Path(path), tensors, {"format": "pt"})
         return
     layers = {}
     for name, layer, bits in collect_records(model):
@@ -71,7 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
         if bits is not None:
             state[layer.mask_name(name)] = bits
     tensors, shared = unique(state)
-    write(Path(path), tensors, seal(dump(layers, shared), tensors))
+    write_tensors(Path(path), tensors, seal(dump(layers, shared), tensors))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False) -> None:
@@ -198,7 +197,7 @@ def _check_replaceable(model: nn.Module) -> None:
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The structure, None in a foreign file, and the tensors of a file or of a folder of foreign ones."""
-    return (None, dict(Shards(path))) if path.is_dir() else read(path)
+    return (None, dict(Shards(path))) if path.is_dir() else read_tensors(path)
 
 
 def _check_fits(model: nn.Module, layers: Mapping[str, LayerRecord]) -> None:

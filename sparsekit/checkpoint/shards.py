@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from .._archive import unique, write
-from .._files import parse_json, write_json
+from .._json import parse_json, write_json
+from .._safetensors import unique, write_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -92,7 +92,7 @@ def write_shards(
         # Every name is written: what reads these files knows no sharing.
         whole = {name: plain[shared[name]] if name in shared else plain[name] for name in shard}
         files.append(folder / f"model-{len(files) + 1:05d}.safetensors")
-        write(files[-1], whole, {"format": "pt"})
+        write_tensors(files[-1], whole, {"format": "pt"})
         shard.clear()
 
     for name, tensor in tensors:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._files import parse_json
+from .._json import parse_json
 from ..masks import Axis, MaskInfo, Pattern, check_masks, get_mask_bits, get_mask_info, masked_parameters
 from ..nn import Linear24, PrepackedLinear, TieredLinear, weight_shape
 from ..ops import TieredWeight, unpack24, unpack_tiered

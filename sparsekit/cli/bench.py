@@ -10,7 +10,8 @@ import tyro
 from torch import nn
 
 from .. import load
-from .._files import try_folder, write_json
+from .._files import try_folder
+from .._json import write_json
 from ..compress.cache import machine
 from ..compress.clock import cache_bytes
 from ..compress.tune import PARITY_RATIO, Timing

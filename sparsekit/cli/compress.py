@@ -8,7 +8,8 @@ import torch
 import tyro
 
 from .. import CompressReport, compress_, save
-from .._files import try_folder, write_json
+from .._files import try_folder
+from .._json import write_json
 from ..compress.cache import machine
 from ..compress.decide import Objective
 from ..compress.table import grouped_rows, summary

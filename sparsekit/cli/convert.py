@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from torch import Tensor
 
-from .._files import parse_json, write_json
+from .._json import parse_json, write_json
 from ..checkpoint.bitmask import PARTS, find_packed, is_24, pack_all, unpack_all
 from ..checkpoint.mask_file import save_masks
 from ..checkpoint.shards import INDEX, Shards, write_shards

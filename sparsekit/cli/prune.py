@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .. import ADMM, RIA, LeastSquares, Magnitude, PruneReport, SparseGPT, Swaps, Wanda, prune_, save
-from .._files import write_json
+from .._json import write_json
 from .._layers import Where, shared_weight_reasons
 from ..masks import get_mask, get_mask_info, grouped
 from ..prune import Method

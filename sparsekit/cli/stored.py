@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._archive import read
+from .._safetensors import read_tensors
 from ..checkpoint.bitmask import find_packed, unpack_bitmask
 from ..checkpoint.mask_file import holds_only_masks
 from ..checkpoint.shards import Shards
@@ -78,7 +78,7 @@ def read_masks(path: Path) -> dict[str, tuple[Tensor, MaskInfo]]:
         ValueError: it is another file, or was altered.
     """
     try:
-        structure, tensors = read(path)
+        structure, tensors = read_tensors(path)
         if structure is None:
             raise ValueError("it was not written by sparsekit.save")
         layers, shared = parse(structure)
@@ -103,7 +103,7 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
         ValueError: the file was altered, or its layers are not what it says.
     """
     try:
-        structure, tensors = read(path)
+        structure, tensors = read_tensors(path)
         layers, shared = parse(structure or "")
         tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
         if holds_only_masks(layers, tensors):

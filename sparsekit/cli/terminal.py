@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .._batches import Progress as Wrapper
-from .._files import to_json
+from .._json import to_json
 
 WIDE = 10_000  # a file or a pipe gets every table in full
 

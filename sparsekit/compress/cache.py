@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .._files import write_json
+from .._json import write_json
 from ..ops import simd_level
 from . import clock
 from .tune import MAX_SPREAD, Timing, Timings

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from .._batches import Forward, Progress
-from .._changing import change
 from .._layers import Where, check_model
-from .._undo import Undo, restoring
+from .._undo import Undo, change, restoring
 from ..nn import autocast_dtype
 from . import clock
 from .choose import Settings, choose

@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict, dataclass, field
 
-from .._files import write_json
+from .._json import write_json
 from .table import aligned, grouped_rows, summary
 from .tune import Timing
 

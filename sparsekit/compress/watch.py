@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from .._batches import Forward, as_batches, layer_input, passes, run_batch
-from .._forwards import around_forwards
-from .._reads import watch_reads
+from .._forwards import around_forwards, watch_reads
 from .._trees import copied
 from ..nn import autocast_dtype
 from . import clock

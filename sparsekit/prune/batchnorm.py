@@ -10,11 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from .._batches import Forward, as_batches, check_functions, eagerly, evaluating, layer_input, run_batch
-from .._changing import change
 from .._forwards import Around, around_forwards
 from .._layers import check_model
 from .._trees import copied
-from .._undo import Undo, restoring
+from .._undo import Undo, change, restoring
 from .calibration.passes import check_count
 from .calibration.ranks import Group, Ranks, local_buffers
 from .full_precision import full_precision

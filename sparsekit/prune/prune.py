@@ -10,12 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from .._batches import Progress, as_batches, check_functions, evaluating, passes, run_batch
-from .._changing import change
-from .._fingerprint import digest_batches
+from .._digest import digest_batches
+from .._forwards import watch_reads
 from .._layers import Where, check_model, count_weights
-from .._reads import watch_reads
 from .._trees import copied
-from .._undo import Undo
+from .._undo import Undo, change
 from ..masks import Pattern
 from .apply_mask import apply_mask
 from .batchnorm import reestimate, tracked_batchnorms

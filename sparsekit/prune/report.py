@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .._files import write_json
+from .._json import write_json
 
 SHOWN = 3  # names that are shown for one reason
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._archive import read, seal, write
-from .._fingerprint import digest, digest_modules, digest_tensors, name_of, without_addresses
-from .._record import check_call, read_record, write_record
+from .._digest import digest, digest_modules, digest_tensors, name_of, without_addresses
+from .._json import check_call, read_record, write_record
+from .._safetensors import read_tensors, seal, write_tensors
 from ..masks import Pattern, get_mask_bits
 from ..ops import unpack_bits
 from .calibration import Calibration
@@ -102,7 +102,7 @@ class FinishedStages:
         """
         path = self._path(index)
         try:
-            structure, tensors = read(path, KEY)
+            structure, tensors = read_tensors(path, KEY)
             if structure != self._structure(index):
                 raise ValueError("it belongs to another run or place")
             return [self._layer(row, tensors) for row in self._stages[index]]
@@ -119,7 +119,7 @@ class FinishedStages:
             assert bits is not None
             tensors[f"{row.name}.weight"] = layer.weight.detach().cpu().contiguous()
             tensors[f"{row.name}.mask"] = bits.cpu()
-        write(self._path(len(self)), tensors, seal(self._structure(len(self)), tensors, KEY))
+        write_tensors(self._path(len(self)), tensors, seal(self._structure(len(self)), tensors, KEY))
         self._stages.append([row for _, row in stage])
         self._write()
 

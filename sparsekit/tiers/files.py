@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._archive import read, seal, write
-from .._files import parse_json
+from .._json import parse_json
+from .._safetensors import read_tensors, seal, write_tensors
 from .tier_map import TierMap
 
 KEY, VERSION = "sparsekit.tier_maps", 2
@@ -27,7 +27,7 @@ def save_tier_maps(tier_maps: Mapping[str, TierMap], path: str | os.PathLike[str
         for name, tier_map in tier_maps.items()
     }
     tensors = {name: tier_map.tiers.cpu().contiguous() for name, tier_map in tier_maps.items()}
-    write(path, tensors, seal(json.dumps({"version": VERSION, "layers": layers}), tensors, KEY))
+    write_tensors(path, tensors, seal(json.dumps({"version": VERSION, "layers": layers}), tensors, KEY))
 
 
 def load_tier_maps(
@@ -64,7 +64,7 @@ def load_tier_maps(
 
 
 def _read(path: Path) -> dict[str, TierMap]:
-    text, tensors = read(path, KEY)
+    text, tensors = read_tensors(path, KEY)
     if text is None:
         raise ValueError(f"its header has no {KEY}")
     structure = parse_json(text)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._files import try_folder
-from .._record import check_call, read_record, write_record
+from .._json import check_call, read_record, write_record
 from ..checkpoint import load, save
 from .files import load_tier_maps, save_tier_maps
 from .iteration import IterationReport

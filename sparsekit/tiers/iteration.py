@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from .._batches import Progress, check_functions, evaluating
-from .._changing import change
 from .._layers import Where, check_model, check_where
-from .._undo import Undo
+from .._undo import Undo, change
 from ..masks import Pattern
 from ..prune.apply_mask import apply_mask
 from ..prune.calibration import Calibration, calibrate

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .._batches import Progress, as_batches, evaluating
-from .._fingerprint import digest, digest_batches, digest_modules, digest_tensors, name_of
+from .._digest import digest, digest_batches, digest_modules, digest_tensors, name_of
 from .._layers import Where, check_model
 from ..prune.calibration import Calibration
 from ..prune.calibration.ranks import Ranks

@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._changing import claiming
 from .._layers import Where, check_model
 from .._optimizers import sharding
-from .._undo import Undo, undoing
+from .._undo import Undo, claiming, undoing
 from ..masks import MaskInfo, Pattern, get_mask_bits
 from ..ops import pack_bits, unpack_bits
 from .find import find_layers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._archive import bytes_of
+from ._safetensors import bytes_of
 
 
 def digest(value: Any) -> str:

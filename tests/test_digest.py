@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit._fingerprint import digest, digest_batches, digest_modules, digest_tensors, name_of, without_addresses
+from sparsekit._digest import digest, digest_batches, digest_modules, digest_tensors, name_of, without_addresses
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ def test_equal_values_have_one_digest(one, other):
 @pytest.mark.slow
 def test_digests_are_those_of_every_process():
     code = (
-        "import torch; from sparsekit._fingerprint import digest\n"
+        "import torch; from sparsekit._digest import digest\n"
         "print(digest([torch.arange(4), {'b': 1, 'a': {'x', 'y', 'z'}}, torch.relu, None]))"
     )
     value = [torch.arange(4), {"b": 1, "a": {"x", "y", "z"}}, torch.relu, None]

@@ -93,11 +93,11 @@ def _check(name: str, tensor: Any) -> None:
 
 
 def seal(structure: str, tensors: Mapping[str, Tensor], key: str = KEY) -> dict[str, str]:
-    """The metadata of a file with these tensors: their structure, and the digest that ``read`` checks."""
+    """The metadata of a file with these tensors: their structure, and the digest that ``read_tensors`` checks."""
     return {key: structure, "sha256": _digest(structure, tensors)}
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes tensors, on the CPU and contiguous, and metadata, whole or not at all.
 
     The format is that of https://github.com/huggingface/safetensors. Its own writer makes a second temporary file,
@@ -124,7 +124,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
             file.write(bytes_of(tensors[name]))
 
 
-def read(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tensor]]:
+def read_tensors(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tensor]]:
     """The structure and the tensors of a file; the structure is None where ``seal`` made no metadata under ``key``.
 
     Raises:

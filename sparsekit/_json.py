@@ -1,13 +1,61 @@
-"""Records of runs that can be gone on with: JSON with a digest, and what a run was called with."""
+"""Strict JSON, and records of runs in JSON with a digest."""
 
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ._files import parse_json, write_json
+from ._files import replacing
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Writes ``data`` as indented JSON, see ``to_json``, whole or not at all."""
+    text = to_json(data) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def to_json(data: Any) -> str:
+    """Indented JSON that any reader takes: NaN and infinities, which it has not, are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(data), indent=2, allow_nan=False)
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON as its standard has it: without NaN and infinities, and every name of an object once.
+
+    Raises:
+        ValueError: it is something else.
+    """
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    def finite(text: str) -> float:
+        if math.isinf(value := float(text)):
+            raise ValueError(f"{text} is too large")
+        return value
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("an object has one name twice")
+        return found
+
+    try:
+        return json.loads(text, parse_constant=no_constant, parse_float=finite, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_record(path: Path, data: Mapping[str, Any]) -> None:
