@@ -23,7 +23,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "M
 
 
 def measure(select: str) -> list[dict]:
-    """The rows of one fresh process."""
+    """Returns the rows of one fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         options = ["-c", str(FOLDER / "pytest.ini"), "--rootdir", str(FOLDER), f"--benchmark-json={path}", "-k", select]
@@ -34,7 +34,7 @@ def measure(select: str) -> list[dict]:
 
 
 def middle(rows: tuple[dict, ...]) -> dict:
-    """One row of the medians of the same row of every process."""
+    """Returns the medians of one row over all processes."""
     return {
         **rows[0],
         **{

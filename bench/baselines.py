@@ -7,17 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import mkldnn
 
-from .race import Calls
+from .timing import Calls
 
 
 def copy_call(like: Tensor) -> tuple[Calls, int]:
-    """A ``copy_`` of ``like``, which is what memory allows, and the bytes it moves."""
+    """Returns a ``copy_`` of ``like``, which shows what memory allows, and the bytes it moves."""
     target = torch.empty_like(like)
     return {"copy_": lambda: target.copy_(like)}, 2 * like.nbytes
 
 
 def dense_calls(linear: nn.Linear, x: Tensor) -> Calls:
-    """Every dense product that PyTorch has for this layer on a CPU; the fastest of a run is the best dense."""
+    """Returns every dense product that PyTorch has for this layer on a CPU; the fastest of a run is the best dense."""
     weight, bias = linear.weight.detach(), linear.bias.detach()
     calls: Calls = {"F.linear": lambda: F.linear(x, weight, bias)}
     with suppress(RuntimeError):  # oneDNN refuses a dtype that the CPU does not compute in

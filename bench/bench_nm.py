@@ -8,10 +8,9 @@ from sparsekit.ops.bits import pack_bits
 from sparsekit.ops.nm import nm_mask_bits_reference, nm_mask_reference, nm_prune_reference
 
 from .baselines import copy_call
-from .shapes import SQUARE, name
+from .shapes import DTYPES, SQUARE, name
 from .usual import topk_prune, topk_scatter
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLE = slice(None, None, 7)  # the rows that are checked: every thread has some
 
 

@@ -12,7 +12,7 @@ from .loops import sparsegpt_by_columns, tiers_by_blocks, wanda_by_groups
 from .shapes import MODEL, SQUARE, name
 from .usual import topk_prune
 
-BLOCKS = 12  # of the model; the loops prune one of them
+STAGES = 12  # of the model; the loops prune one of them
 SHARE = 16  # the loop over blocks visits every sixteenth row of them
 SCHEDULE = ((0.9, 0.1, 0.0), (0.8, 0.1, 0.1))
 
@@ -28,7 +28,7 @@ class Moments:
 
 
 def bench_prune_wanda(record):
-    layers = [(torch.randn(shape), torch.rand(shape[1])) for _ in range(BLOCKS) for shape in MODEL]
+    layers = [(torch.randn(shape), torch.rand(shape[1])) for _ in range(STAGES) for shape in MODEL]
     method = sk.Wanda("2:4")
 
     def prune():
@@ -46,8 +46,8 @@ def bench_prune_wanda(record):
         "topk": lambda: loop(lambda weight, norm: topk_prune(weight, 2, 4, norm)),
         "group loop": lambda: loop(wanda_by_groups),
     }
-    shares = dict.fromkeys(baselines, 1 / BLOCKS)
-    row = {"step": "Wanda 2:4, all layers", "shape": f"{BLOCKS} blocks of 768/3072"}
+    shares = dict.fromkeys(baselines, 1 / STAGES)
+    row = {"step": "Wanda 2:4, all layers", "shape": f"{STAGES} stages of 768/3072"}
     record(row | {"goal": {"topk": 15, "group loop": 50}}, prune, baselines, shares=shares)
 
 

@@ -5,14 +5,13 @@ import sparsekit as sk
 from sparsekit.ops.transposable import tile_masks, transposable_mask_reference
 
 from .baselines import copy_call
-from .shapes import SQUARE, name
+from .shapes import DTYPES, SQUARE, name
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLE = slice(0, 256)  # rows: whole tiles
 
 
 def usual_search(score, patterns):
-    """Every tile times all 90 patterns, as the exact search is usually written."""
+    """Multiplies every tile by all 90 patterns, as the exact search is usually written; returns the mask."""
     rows, cols = score.shape
     tiles = score.float().abs().view(rows // 4, 4, cols // 4, 4).transpose(1, 2).reshape(-1, 16)
     best = (tiles @ patterns.flatten(1).t()).argmax(1)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 import pytest
 import torch
 
-from .race import MIN_ROUNDS, Calls, race, ratio
+from .timing import MIN_ROUNDS, Calls, ratio, time_interleaved
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def _quiet():
 
 @pytest.fixture
 def record(benchmark):
-    """Races a call against its baselines and keeps the row for the report, through pytest-benchmark's JSON.
+    """Times a call and its baselines, and keeps the row for the report, through pytest-benchmark's JSON.
 
     ``best``: the baselines of which the fastest is the best dense. ``shares``: of slow baselines, which take part in
     fewer rounds, how much of the work they do; scaled to all of it.
@@ -32,7 +32,7 @@ def record(benchmark):
         best: Collection[str] = (),
         shares: Mapping[str, float] | None = None,
     ) -> None:
-        times = race({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS)
+        times = time_interleaved({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS)
         for key, share in (shares or {}).items():
             times[key] = [each / share for each in times[key]]
         seconds = {key: statistics.median(each) for key, each in times.items()}

@@ -1,4 +1,4 @@
-"""Pruning as the published code does it, one group, one block or one column after another."""
+"""Pruning in the loops of the published code: group by group, block by block, column by column."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from sparsekit.ops.tiers import DENSE, SPARSE24, TOPK
 
 
 def wanda_by_groups(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """2:4 by Wanda's score, one group of columns after another."""
+    """Prunes to 2:4 by Wanda's score, one group of columns after another; returns the weight and its mask."""
     score, drop = weight.abs() * norm, torch.zeros(weight.shape, dtype=torch.bool)
     for first in range(0, weight.shape[1], 4):
         drop.scatter_(1, first + score[:, first : first + 4].topk(2, largest=False).indices, True)
@@ -17,7 +17,7 @@ def wanda_by_groups(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 def tiers_by_blocks(
     weight: Tensor, norm: Tensor, tiers: Tensor, target: tuple[float, float, float], k: int, side: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """One iteration of the published three-tier pruner on whole blocks: the pruned weight and its tiers."""
+    """Runs one iteration of the published three-tier pruner on whole blocks; returns the weight and its tiers."""
     weight, tiers, score = weight.clone(), tiers.clone(), weight.abs() * norm
     blocks = [(row, col) for row in range(tiers.shape[0]) for col in range(tiers.shape[1])]
 
@@ -44,28 +44,31 @@ def tiers_by_blocks(
     return weight, tiers
 
 
-def sparsegpt_by_columns(weight: Tensor, gram: Tensor, damp: float = 0.01, size: int = 128) -> tuple[Tensor, Tensor]:
-    """2:4 by SparseGPT, one column after another, with the loss that is summed up: the pruned weight and the mask."""
+def sparsegpt_by_columns(weight: Tensor, gram: Tensor, damp: float = 0.01, columns: int = 128) -> tuple[Tensor, Tensor]:
+    """Prunes to 2:4 by SparseGPT, one column after another; returns the weight and its mask.
+
+    The published code sums the loss up, and so does this.
+    """
     weight, gram = weight.clone(), gram + damp * gram.diagonal().mean() * torch.eye(len(gram))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     factor = torch.linalg.cholesky(inverse, upper=True)
     kept, loss = torch.ones_like(weight, dtype=torch.bool), torch.zeros(())
-    for start in range(0, weight.shape[1], size):
-        end = min(start + size, weight.shape[1])
-        block, inner = weight[:, start:end].clone(), factor[start:end, start:end]
-        pruned, errors, losses = (torch.zeros_like(block) for _ in range(3))
-        drop = torch.zeros_like(block, dtype=torch.bool)
+    for start in range(0, weight.shape[1], columns):
+        end = min(start + columns, weight.shape[1])
+        part, inner = weight[:, start:end].clone(), factor[start:end, start:end]
+        pruned, errors, losses = (torch.zeros_like(part) for _ in range(3))
+        drop = torch.zeros_like(part, dtype=torch.bool)
         for col in range(end - start):
             if col % 4 == 0:
-                score = block[:, col : col + 4].square() / inner.diagonal()[col : col + 4].square()
+                score = part[:, col : col + 4].square() / inner.diagonal()[col : col + 4].square()
                 drop.scatter_(1, col + score.topk(2, dim=1, largest=False).indices, True)
-            column, scale = block[:, col], inner[col, col]
+            column, scale = part[:, col], inner[col, col]
             rest = column.clone()
             rest[drop[:, col]] = 0
             pruned[:, col] = rest
             losses[:, col] = (column - rest) ** 2 / scale**2
             error = (column - rest) / scale
-            block[:, col:] -= error[:, None] @ inner[None, col, col:]
+            part[:, col:] -= error[:, None] @ inner[None, col, col:]
             errors[:, col] = error
         weight[:, start:end], kept[:, start:end] = pruned, ~drop
         loss += losses.sum() / 2

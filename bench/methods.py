@@ -1,8 +1,8 @@
-"""What every pruning method costs and is worth: `SPARSEKIT_DATA=... python -m bench.methods` writes a result file.
+"""Cost and quality of every pruning method: `SPARSEKIT_DATA=... python -m bench.methods` writes a result file.
 
 Each method prunes to 2:4 in a process of its own. Quality is of stories260K (a trained Llama of 260 thousand
-parameters), calibrated on one part of TinyStories and scored on another; time and memory of a random block of a
-realistic width.
+parameters), calibrated on one part of TinyStories and scored on another; time and memory are also those of a random
+stage of a realistic width.
 """
 
 import argparse
@@ -43,7 +43,7 @@ DIM, TOKENS = 768, 2048
 
 
 def stories() -> tuple[nn.Module, list[Any], list[Tensor]]:
-    """stories260K, its calibration batches, and the first stories, to score."""
+    """Returns stories260K, its calibration batches, and the first stories, to score."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     data = Path(os.environ["SPARSEKIT_DATA"])
@@ -57,8 +57,8 @@ def stories() -> tuple[nn.Module, list[Any], list[Tensor]]:
     return model.eval(), [{"input_ids": batch} for batch in torch.stack(windows).split(32)], tokens[:SCORED]
 
 
-class Block(nn.Module):
-    """The layers of a transformer's block, with their residuals; what attention mixes costs pruning nothing."""
+class Stage(nn.Module):
+    """The linear layers of one transformer layer, with their residuals; attention costs pruning nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,12 +70,12 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
-def block() -> tuple[nn.Module, list[Any], list[Tensor]]:
+def stage() -> tuple[nn.Module, list[Any], list[Tensor]]:
     torch.manual_seed(0)
-    return Block(), list(torch.randn(TOKENS, DIM).split(512)), []
+    return Stage(), list(torch.randn(TOKENS, DIM).split(512)), []
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, list[Any], list[Tensor]]]] = {"stories260K": stories, "block": block}
+MODELS: dict[str, Callable[[], tuple[nn.Module, list[Any], list[Tensor]]]] = {"stories260K": stories, "stage": stage}
 
 
 @torch.no_grad()
@@ -85,14 +85,14 @@ def perplexity(model: nn.Module, documents: list[Tensor]) -> float:
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """Returns VmRSS or VmHWM of this process, in bytes."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return 1024 * int(found[1])
 
 
 def measure(model_name: str, method: sk.prune.Method | None) -> dict[str, float]:
-    """One row, in this process: memory of the first run, time of the last."""
+    """Returns one row, measured in this process: the memory of the first run, the time of the last."""
     torch.set_num_threads(1)  # many of the products are small, and threads would mostly wait for each other
     model, batches, documents = MODELS[model_name]()
     row: dict[str, float] = {}
@@ -141,7 +141,7 @@ def main() -> None:
         "commit": commit(),
         "calibration": CALIBRATION * WINDOW,
         "scored": int(rows["dense"]["stories260K"]["tokens"]),
-        "block": {"dim": DIM, "tokens": TOKENS},
+        "stage": {"dim": DIM, "tokens": TOKENS},
         "rows": rows,
     }
     write(RESULTS / f"{slug(report)}.json", report)

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_name() -> str:
-    """The processor as the system names it, with its family and model: a cloud's CPUs are often called alike."""
+    """Returns the system's name of the processor, with its family and model: a cloud's CPUs are often called alike."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -43,13 +43,13 @@ def write(path: Path, report: dict) -> None:
 
 
 def slug(report: dict) -> str:
-    """The result file's name: processor and SIMD level, or GPU; that of the methods says so."""
+    """Returns the result file's name: processor and SIMD level, or GPU; that of the methods says so."""
     kind = "methods" if report.get("kind") == "methods" else ""
     return re.sub(r"[^a-z0-9]+", "-", f"{kind} {report['device']} {report.get('simd', '')}".lower()).strip("-")
 
 
 def render(report: dict) -> str:
-    """The tables as markdown, with the machine named, and what falls short of its goal."""
+    """Renders the tables as markdown, with the machine named, and what falls short of its goal."""
     if report.get("kind") == "gpu":
         return gpu.render(report)
     if report.get("kind") == "methods":
@@ -92,26 +92,26 @@ def _step(row: dict) -> list[str]:
 
 
 def _methods(report: dict) -> str:
-    """What every method costs and is worth."""
+    """Renders the cost and the quality of every method."""
     head = (
         f"{report['device']}, {report['simd']}, one thread, torch {report['torch']}, "
         f"commit {report['commit']}, {report['date']}; 2:4, calibrated on {report['calibration']} tokens, "
-        f"perplexity of {report['scored']} others; the block has {report['block']['dim']} inputs and sees "
-        f"{report['block']['tokens']} tokens."
+        f"perplexity of {report['scored']} others; the stage has {report['stage']['dim']} inputs and sees "
+        f"{report['stage']['tokens']} tokens."
     )
     lines = []
     for method, row in report["rows"].items():
-        story, block = row["stories260K"], row["block"]
+        story, stage = row["stories260K"], row["stage"]
         cells = [method, f"{story['error']:.3f}" if "error" in story else "", f"{story['perplexity']:.1f}"]
-        if "seconds" in block:
-            cells += [f"{story['seconds']:.2g}", f"{block['seconds']:.2g}", f"{block['memory'] / 2**20:.0f}"]
+        if "seconds" in stage:
+            cells += [f"{story['seconds']:.2g}", f"{stage['seconds']:.2g}", f"{stage['memory'] / 2**20:.0f}"]
         lines.append(cells + [""] * (6 - len(cells)))
-    header = ["method", "layer error", "perplexity", "seconds", "seconds, block", "MiB, block"]
+    header = ["method", "layer error", "perplexity", "seconds", "seconds, stage", "MiB, stage"]
     return head + "\n\n" + _table(header, lines) + "\n"
 
 
 def _linear(op: str, rows: list[dict]) -> str:
-    """One line a weight, one column a number of tokens: times faster than the best dense, and than F.linear."""
+    """Renders one line a weight, one column a token count: times faster than the best dense, and than F.linear."""
     columns = sorted({row["tokens"] for row in rows})
     cells = {(row["shape"], row["dtype"], row["tokens"]): row["ratios"] for row in rows}
     lines = []
@@ -127,7 +127,7 @@ def _cell(ratios: dict) -> str:
 
 
 def _short(rows: list[dict]) -> list[str]:
-    """What misses its goal: a line an op, baseline and goal."""
+    """Lists what misses its goal: a line an op, baseline and goal."""
     missed: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for key, wanted in row["goal"].items():
@@ -150,7 +150,7 @@ def _number(ratio: float, baseline: str) -> str:
 
 
 def render_gpus(reports: Iterable[dict]) -> str:
-    """The tables of every GPU among the reports; the goals, not measured, where there is none."""
+    """Renders the tables of every GPU among the reports; the goals, not measured, where there is none."""
     return "\n".join(map(render, (each for each in reports if each.get("kind") == "gpu"))) or gpu.unmeasured()
 
 

@@ -1,21 +1,26 @@
-"""Weights of real models, [out_features, in_features], and the numbers of tokens they meet."""
+"""Weights of real models, [out_features, in_features], the token counts that they meet, dtypes and tolerances."""
 
 from collections.abc import Iterable
+
+import torch
 
 SQUARE = (4096, 4096)  # attention projections of a 7B decoder
 UP = (11008, 4096)  # its feed-forward
 BERT = (768, 768)  # attention projections of a BERT-base or GPT-2
 BERT_UP, BERT_DOWN = (3072, 768), (768, 3072)
-MODEL = ((2304, 768), BERT, BERT_UP, BERT_DOWN)  # the layers of one block of such a model
+MODEL = ((2304, 768), BERT, BERT_UP, BERT_DOWN)  # the layers of one stage of such a model
 WIDE, DEEP = (14336, 4096), (4096, 14336)  # the feed-forward of an 8B decoder
 
 LINEAR = (SQUARE, BERT, BERT_UP, BERT_DOWN, UP)
-LARGE = (SQUARE, UP)
-FEW = (1, 4, 8, 16, 32)
-MANY = (64, 128, 512, 1024)
+GOAL_SHAPES = (SQUARE, UP)  # those with a goal for few tokens
+DECODE_TOKENS = (1, 4, 8, 16, 32)
+PREFILL_TOKENS = (64, 128, 512, 1024)
 
 GPU_LINEAR = (SQUARE, WIDE, DEEP, BERT_UP, BERT)
 GPU_TOKENS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a product, as a share of its largest entry
 
 
 def by_name(listed: Iterable[tuple[int, int]]) -> dict[str, tuple[int, int]]:

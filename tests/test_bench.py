@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import race
+from bench import timing
 from bench.report import RESULTS, render, slug
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ REPORT = {
 }
 
 
-def test_race_takes_turns_and_compares_round_by_round(monkeypatch):
+def test_calls_take_turns_and_are_compared_round_by_round(monkeypatch):
     clock, calls = [0.0], []
 
     def call(name, seconds):
@@ -41,11 +41,11 @@ def test_race_takes_turns_and_compares_round_by_round(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(race.time, "perf_counter", lambda: clock[0])
-    times = race.race({"own": call("own", 1.0), "slow": call("slow", 3.0)}, budget=0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    times = timing.time_interleaved({"own": call("own", 1.0), "slow": call("slow", 3.0)}, budget=0)
     assert times == {"own": [1.0] * 5, "slow": [3.0] * 5}
     assert calls[4:10] == ["slow", "own", "own", "slow", "slow", "own"]  # after two of each to warm up and to size
-    assert race.ratio(times, "own", "slow") == 3
+    assert timing.ratio(times, "own", "slow") == 3
 
 
 def test_report_names_the_machine_and_says_what_is_missed():
@@ -66,23 +66,23 @@ def test_report_pivots_linear_by_tokens():
 
 
 def test_report_of_whole_steps():
-    row = {"step": "Wanda 2:4", "shape": "12 blocks", "goal": {"group loop": 50, "topk": 15}}
+    row = {"step": "Wanda 2:4", "shape": "12 stages", "goal": {"group loop": 50, "topk": 15}}
     row |= {"seconds": {"own": 0.04, "topk": 0.8, "group loop": 1.6}, "ratios": {"topk": 20.0, "group loop": 40.0}}
     text = render(REPORT | {"rows": [row]})
-    assert "| Wanda 2:4 | 12 blocks | 40 | 20x (topk, 0.8 s), 40x (group loop, 1.6 s) |" in text
-    assert text.endswith("Short of the goal:\n\n- Wanda 2:4, goal 50x of `group loop`: 12 blocks 40x\n")
+    assert "| Wanda 2:4 | 12 stages | 40 | 20x (topk, 0.8 s), 40x (group loop, 1.6 s) |" in text
+    assert text.endswith("Short of the goal:\n\n- Wanda 2:4, goal 50x of `group loop`: 12 stages 40x\n")
 
 
 def test_report_of_the_methods():
     rows = {
-        "dense": {"stories260K": {"perplexity": 4.0862, "tokens": 37072}, "block": {}},
+        "dense": {"stories260K": {"perplexity": 4.0862, "tokens": 37072}, "stage": {}},
         "Wanda": {
             "stories260K": {"perplexity": 70.42, "tokens": 37072, "error": 0.3074, "seconds": 0.5},
-            "block": {"seconds": 1.234, "memory": 3 * 2**20},
+            "stage": {"seconds": 1.234, "memory": 3 * 2**20},
         },
     }
     report = REPORT | {"kind": "methods", "calibration": 16384, "scored": 37072, "rows": rows}
-    text = render(report | {"block": {"dim": 768, "tokens": 2048}})
+    text = render(report | {"stage": {"dim": 768, "tokens": 2048}})
     assert "2:4, calibrated on 16384 tokens, perplexity of 37072 others" in text
     assert "| dense |  | 4.1 |  |  |  |\n| Wanda | 0.307 | 70.4 | 0.5 | 1.2 | 3 |\n" in text
     assert slug(report) == "methods-amd-epyc-9005-avx512-bf16"

@@ -22,7 +22,7 @@ CASES = [
     (shape, dtype, pattern)
     for pattern, kinds in (("2:4", shapes.LINEAR), ("tiers", (shapes.SQUARE, shapes.BERT, shapes.BERT_UP)))
     for shape in kinds
-    for dtype in (DTYPES[:1] if shape in shapes.LARGE else DTYPES[:2] if pattern == "tiers" else DTYPES)
+    for dtype in (DTYPES[:1] if shape in shapes.GOAL_SHAPES else DTYPES[:2] if pattern == "tiers" else DTYPES)
 ]
 
 

@@ -14,7 +14,6 @@ from .clock import Call, Clock
 from .rows import Rows
 from .tune import tune
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Shape = tuple[int, int]
 
 
@@ -42,7 +41,7 @@ class Lab:
     tuned: Path | None = None  # the folder of the choices, where configurations of Triton kernels are chosen
 
     def randn(self, *shape: int, dtype: str = "bf16") -> Tensor:
-        return torch.randn(shape, device=self.device).to(DTYPES[dtype])
+        return torch.randn(shape, device=self.device).to(shapes.DTYPES[dtype])
 
     def sets(self, make: Callable[[], Any], nbytes: int) -> Sequence[Any]:
         """Makes as many inputs as a round needs to find none of them in the cache."""

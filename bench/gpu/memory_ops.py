@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
-from bench.shapes import name
+from bench.shapes import DTYPES, name
 from bench.usual import block_sums, block_topk, rank_mask24, topk_prune, topk_scatter
 from sparsekit.ops import _vendor
 from sparsekit.ops.hardware24 import hardware_multiple
 
 from .checks import check_same, op, reference, total_bytes
 from .goals import op_goal
-from .lab import DTYPES, Lab, Shape
+from .lab import Lab, Shape
 from .rows import Row, Rows, one_line
 
 

@@ -5,10 +5,8 @@ import torch.nn.functional as F
 import sparsekit as sk
 
 from .baselines import dense_calls
-from .shapes import SQUARE, name
+from .shapes import DTYPES, SQUARE, TOLERANCE, name
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest output
 SHARES = (0.35, 0.45, 0.20)  # of dense, 2:4 and top-k blocks: the last step of the three-tier schedule
 KEPT = 0.35 + 0.45 / 2 + 0.20 * 10 / 256
 # At many tokens at most 1.1 times as long as the kept weights would take at the rate of linear24, which keeps half.

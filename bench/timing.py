@@ -1,4 +1,4 @@
-"""Times functions in turns, so that what disturbs one disturbs all."""
+"""Times calls in turns, so that what disturbs one disturbs all."""
 
 import math
 import statistics
@@ -12,8 +12,8 @@ Calls = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
 
 
-def race(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS) -> Times:
-    """Seconds per call of every function: ``least`` to 101 rounds, for ``budget`` seconds, in rotating order."""
+def time_interleaved(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS) -> Times:
+    """Returns seconds per call: ``least`` to 101 rounds, for ``budget`` seconds, in rotating order."""
     repeats = {}
     for key, call in calls.items():
         call()
@@ -30,7 +30,7 @@ def race(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS) -> Times:
 
 
 def ratio(times: Times, key: str, baseline: str) -> float:
-    """How many times faster ``key`` is than ``baseline``: the median over the rounds."""
+    """Returns how many times faster ``key`` is than ``baseline``: the median over the rounds."""
     return statistics.median(slow / fast for slow, fast in zip(times[baseline], times[key], strict=True))
 
 
