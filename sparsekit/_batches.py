@@ -1,4 +1,4 @@
-"""How a batch is fed to a model, and what a layer is shown: one convention for every function that takes batches."""
+"""Runs models on batches: how a batch is passed to a model, and the state that a model is run in."""
 
 import inspect
 import sys
@@ -31,21 +31,21 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
     try:
         return model(*args, **kwargs)
     except TypeError as error:
-        if (refused := _refused(model, args, kwargs)) is None:
+        if (mismatch := _signature_mismatch(model, args, kwargs)) is None:
             raise
         how = f"**batch) with the keys {', '.join(kwargs)}" if isinstance(batch, Mapping) else "batch)"
         how = f"*batch) with a batch of {len(batch)}" if isinstance(batch, tuple | list) else how
         raise TypeError(
-            f"{type(model).__name__} cannot be called as model({how}: {refused}; "
+            f"{type(model).__name__} cannot be called as model({how}: {mismatch}; "
             "pass forward=lambda model, batch: ... to call it otherwise"
         ) from error
 
 
-def _refused(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """Why a model's forward does not take these arguments; None where it does, or where nothing tells."""
+def _signature_mismatch(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Returns why a model's forward does not take these arguments; None if it does, or if its signature is unknown."""
     inner: Any = model
     while isinstance(wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None)), nn.Module):
-        inner = wrapped  # compiled, or in DistributedDataParallel
+        inner = wrapped  # torch.compile or DistributedDataParallel
     try:
         signature = inspect.signature(inner.forward)
     except (TypeError, ValueError):
@@ -69,14 +69,14 @@ def check_functions(**functions: object) -> None:
 
 
 def as_batches(batches: Any, *, reused: bool = False) -> Iterable[Any]:
-    """The batches in ``batches``: a tensor, a mapping or a tuple is one batch, any other iterable holds batches.
+    """Returns the batches in ``batches``: a tensor, mapping or tuple is one batch, any other iterable holds batches.
 
     Args:
         batches: one batch, or an iterable of them, such as a list or a DataLoader.
-        reused: whether the caller iterates more than once, which a generator or another iterator cannot serve.
+        reused: whether the caller iterates more than once, which a generator or another iterator does not allow.
 
     Raises:
-        TypeError: neither a batch nor an iterable, or an iterator where ``reused``.
+        TypeError: ``batches`` is neither a batch nor an iterable, or it is an iterator and ``reused`` is set.
     """
     if isinstance(batches, Tensor | Mapping | tuple):
         return [batches]
@@ -92,16 +92,16 @@ def as_batches(batches: Any, *, reused: bool = False) -> Iterable[Any]:
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The input of a layer, from what a forward hook is given."""
+    """Returns the input of a layer, given the arguments of its forward."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own training flag is restored, whatever fails.
+    """Switches to evaluation mode without gradients; every module gets its own training flag back, whatever fails.
 
-    A module with a ``train`` of its own, which may merge weights or keep a part frozen, is switched back by it. The
-    fast paths of ``nn.MultiheadAttention`` and its encoder are off meanwhile: they call none of their layers.
+    A module that overrides ``train``, for example to merge weights or keep a part frozen, is switched back by it. The
+    fast paths of ``nn.MultiheadAttention`` and its encoder are off meanwhile, because they call none of their layers.
     """
     flags = {module: module.training for module in model.modules()}
     grad, fast = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
@@ -121,7 +121,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Runs compiled models and functions as they were before ``torch.compile``: compiled code calls no hooks."""
+    """Runs compiled models and functions uncompiled, because compiled code calls no hooks."""
     stances: list[Any] = []
 
     def restore() -> None:
@@ -129,14 +129,14 @@ def eagerly() -> Iterator[None]:
             stance.__exit__(None, None, None)
 
     with restoring(restore):
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes seconds
             stances.append(torch.compiler.set_stance("force_eager"))
         yield
 
 
 @contextmanager
 def passes(model: nn.Module) -> Iterator[None]:
-    """Where a model is run for what can be seen of it: in eval mode, eagerly, and on a copy of the random state."""
+    """Prepares a model to be run and observed: in evaluation mode, uncompiled, and on a copy of the random state."""
     gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(gpus), eagerly(), evaluating(model):
         yield

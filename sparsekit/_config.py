@@ -1,4 +1,4 @@
-"""What runs where, and what is missing."""
+"""Prints the versions, the kernels of each op by device, and what is missing."""
 
 import platform
 import sys
@@ -16,9 +16,9 @@ PACKAGES = ("safetensors", "triton", "transformers", "accelerate", "peft", "diff
 
 
 def show_config() -> None:
-    """Prints versions, the kernels that answer each op by device, what is missing and what brings it.
+    """Prints versions, the kernels that run each op by device, and what is missing with the command that installs it.
 
-    The first thing to add to a bug report.
+    Add its output to a bug report.
     """
     sys.stdout.write("\n".join([*_versions(), *_devices(), *_missing(), *_ops()]) + "\n")
 

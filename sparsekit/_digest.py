@@ -1,4 +1,4 @@
-"""Digests of what a call depends on, the same in every process: batches, weights, functions."""
+"""Digests of batches, weights and functions that are the same in every process."""
 
 import dataclasses
 import enum
@@ -15,11 +15,11 @@ from ._safetensors import bytes_of
 
 
 def digest(value: Any) -> str:
-    """The first 128 bits of a SHA-256 over everything that a value holds.
+    """Returns the first 128 bits of a SHA-256 over everything that a value holds.
 
-    Tensors count by dtype, shape and bytes, wherever they are; mappings, whatever their order, sequences and objects by
-    what is in them; functions and classes by name. What holds nothing that can be read, such as a lock, counts by its
-    type.
+    Of a tensor its dtype, shape and bytes count, not its device; of a mapping (in any order), a sequence or an object
+    its contents; of a function or class its name. Of an object without readable contents, such as a lock, only the type
+    counts.
     """
     sha = hashlib.sha256()
     _add(sha.update, value, ())
@@ -27,7 +27,7 @@ def digest(value: Any) -> str:
 
 
 def digest_batches(batches: Iterable[Any]) -> list[Any]:
-    """The number of batches and their digest, in their order; one is in memory at a time."""
+    """Returns the number of batches and their digest in this order; one batch is in memory at a time."""
     count, sha = 0, hashlib.sha256()
     for count, batch in enumerate(batches, start=1):  # noqa: B007
         sha.update(digest(batch).encode())
@@ -35,7 +35,7 @@ def digest_batches(batches: Iterable[Any]) -> list[Any]:
 
 
 def digest_tensors(model: nn.Module) -> dict[str, str]:
-    """The digests of all parameters and buffers of a model by name, also of those that no state dict has."""
+    """Returns the digests of all parameters and buffers of a model by name, also of those outside its state dict."""
     known: dict[int, str] = {}
     found = {}
     for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
@@ -45,13 +45,13 @@ def digest_tensors(model: nn.Module) -> dict[str, str]:
 
 
 def digest_modules(model: nn.Module) -> str:
-    """The digest of what a model is made of: the classes of its modules, and how each describes itself."""
+    """Returns a digest of the structure of a model: the class and ``extra_repr`` of each module."""
     modules = model.named_modules(remove_duplicate=False)
     return digest([(name, name_of(type(module)), without_addresses(module.extra_repr())) for name, module in modules])
 
 
 def name_of(function: Callable[..., Any] | None) -> str | None:
-    """The full name of a function or class, which is all that can be compared of it between processes."""
+    """Returns the full name of a function or class, the only thing of it that can be compared between processes."""
     if function is None:
         return None
     owner = function if hasattr(function, "__qualname__") else type(function)
@@ -59,12 +59,12 @@ def name_of(function: Callable[..., Any] | None) -> str | None:
 
 
 def without_addresses(text: str) -> str:
-    """What ``repr`` gave, without the addresses that differ in every process."""
+    """Returns the result of ``repr`` without memory addresses, which differ in every process."""
     return re.sub(r"\b0x[0-9a-fA-F]+", "0x", text)
 
 
 def _add(update: Callable[[bytes | memoryview], object], value: Any, above: tuple[int, ...]) -> None:
-    """Adds a value to a hash: a tag and a length go before everything, so no two values read alike."""
+    """Adds a value to a hash, each part after a tag and its length, so that different values cannot look alike."""
 
     def tag(kind: str, *said: object) -> None:
         text = "\0".join((kind, *map(str, said))).encode(errors="surrogatepass")

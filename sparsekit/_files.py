@@ -19,16 +19,16 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".sk-*.tmp"
-ABANDONED = 3600.0  # seconds after which a file that cannot be asked for its writer is one of a dead process
+ABANDONED = 3600.0  # seconds after which a file without a lock counts as left by a dead process
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a hidden file beside ``path`` for writing, which takes the place of ``path`` once the block has ended.
+    """Opens a hidden file beside ``path`` for writing; it replaces ``path`` when the block has ended.
 
-    If the block fails, or is interrupted, ``path`` is what it was and nothing else is left. Where ``path`` is a link,
-    what it leads to is replaced. A new file has the permissions that the umask leaves, another those that it had. What
-    a killed process left in the folder is removed; the files of living ones are locked, and stay.
+    If the block fails or is interrupted, ``path`` is unchanged and no other file is left. If ``path`` is a link, its
+    target is replaced. A new file gets its permissions from the umask, an existing one keeps its own. Hidden files that
+    a killed process left in the folder are removed; those of running processes are locked, and stay.
 
     Raises:
         OSError: the file cannot be written; ``filename`` is ``path``. FileNotFoundError where it has no folder.
@@ -41,9 +41,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if mode is not None:
-                with suppress(OSError):  # a share that knows no permissions
+                with suppress(OSError):  # a network share may not support permissions
                     os.chmod(temporary, mode)
-            if fcntl is None:  # Windows renames no open file
+            if fcntl is None:  # Windows cannot rename an open file
                 file.close()
             os.replace(temporary, target)
         _flush_folder(target.parent)
@@ -54,10 +54,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def try_folder(folder: Path) -> None:
-    """Makes a folder, and sees that files can be written to it: before the work whose result is to go there.
+    """Makes a folder and checks that files can be written to it, before the work whose result will be saved there.
 
     Raises:
-        OSError: they cannot; the message names the folder.
+        OSError: files cannot be written there; the message names the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def try_folder(folder: Path) -> None:
 
 
 def _target(path: Path) -> tuple[Path, int | None]:
-    """The file that is written when ``path`` is, and its permissions if it is there."""
+    """Returns the file that ``path`` is or leads to, and its permissions if it exists."""
     try:
         target = Path(os.path.realpath(path, strict=True))
     except FileNotFoundError:  # a new file, or a link to one
@@ -86,15 +86,16 @@ def _target(path: Path) -> tuple[Path, int | None]:
 
 @contextmanager
 def _temporary(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file, locked while it is open, and removed unless it was renamed."""
+    """Opens a new file that is locked while it is open, and removed at the end unless it was renamed."""
     while True:
-        # Known before it is made, so that an interrupt at any point finds it; short, whatever the target is called.
+        # The name is known before the file is made, so that it is removed after an interrupt at any point; and it is
+        # short, however long the name of the target is.
         path = folder / TEMPORARY.replace("*", secrets.token_hex(8))
         opened: list[BinaryIO] = []
         with restoring(partial(_remove, path, opened)):
             opened.append(open(path, "xb"))
             if lock(opened[0].fileno()) is False or os.fstat(opened[0].fileno()).st_nlink == 0:
-                continue  # it was taken for an abandoned one before it was locked
+                continue  # another process removed it as abandoned before it was locked
             yield opened[0], path
             return
 
@@ -106,9 +107,9 @@ def _remove(path: Path, opened: list[BinaryIO]) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what processes that were killed have left in a folder."""
+    """Removes the temporary files that killed processes have left in a folder."""
     for path in folder.glob(TEMPORARY):
-        with suppress(OSError):  # somebody else's, or gone in the meantime
+        with suppress(OSError):  # of another user, or removed in the meantime
             with open(path, "r+b", opener=_open_itself) as file:
                 free = lock(file.fileno())
                 if free:
@@ -118,12 +119,12 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _open_itself(path: str, flags: int) -> int:
-    """Opens a file, and neither what a link leads to nor, waiting, a pipe."""
+    """Opens a file without following a link, and without waiting for a pipe."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def lock(descriptor: int) -> bool | None:
-    """Locks a file until it is closed; False where another has, None where the file system knows no locks."""
+    """Locks a file until it is closed; returns False if another process has it, None if locks are not supported."""
     if fcntl is None:
         return None
     try:
@@ -136,7 +137,7 @@ def lock(descriptor: int) -> bool | None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Brings the name of a file to the disk, where folders can be asked for that: Windows cannot, nor many a share."""
+    """Flushes the entries of a folder to the disk, if the system supports that: Windows and some shares do not."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:

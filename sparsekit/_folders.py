@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that are written whole or not at all."""
 
 import ctypes
 import errno
@@ -20,12 +20,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a hidden folder beside ``path`` to write to, which takes the place of ``path`` once the block has ended.
+    """Makes a hidden folder beside ``path`` to write to; it replaces ``path`` when the block has ended.
 
-    If the block fails, or is interrupted, ``path`` is what it was and nothing else is left. Where ``path`` is a link,
-    what it leads to is replaced. Its files have the permissions that the umask leaves, whoever wrote them. On Linux
-    both folders change names in one step. Elsewhere the old one leaves first, and what a kill between the two steps
-    took away comes back with the next call beside it, which also removes what killed processes have left.
+    If the block fails or is interrupted, ``path`` is unchanged and nothing else is left. If ``path`` is a link, its
+    target is replaced. All files get the permissions that the umask allows. On Linux the two folders swap their names
+    in one step. Elsewhere the old folder is moved aside first; if the process is killed between the two steps, the next
+    call in the same parent folder moves it back. Each call also removes hidden folders that killed processes have left.
 
     Raises:
         OSError: the folder cannot be made.
@@ -33,13 +33,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target.parent)
-    # Known before they are made, so that an interrupt at any point finds them.
+    # The names are known before the folders are made, so that an interrupt at any point leaves none behind.
     new = target.parent / f".sk-{secrets.token_hex(8)}.tmp"
     with restoring(partial(_clean, new)):
         new.mkdir()
         descriptor, _ = _open_locked(new)
         try:
-            if not new.is_dir():  # it was taken for an abandoned one before it was locked
+            if not new.is_dir():  # another process removed it as abandoned before it was locked
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(new))
             yield new
             _share(new)
@@ -54,10 +54,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def try_new_folder(path: str | os.PathLike[str]) -> None:
-    """Sees that ``new_folder`` can make ``path``, without making it: before the work whose result is to go there.
+    """Checks that ``new_folder`` can make ``path``, without making it, before the work whose result will go there.
 
     Raises:
-        OSError: it cannot; ``filename`` is what no folder can be made in, or what leads nowhere.
+        OSError: it cannot; ``filename`` is the folder in which none can be made, or the link that leads nowhere.
     """
     parent = next(each for each in _target(path).parents if each.exists())
     trial = parent / f".sk-{secrets.token_hex(8)}.tmp"
@@ -69,16 +69,16 @@ def try_new_folder(path: str | os.PathLike[str]) -> None:
 
 
 def _share(folder: Path) -> None:
-    """Gives files the permissions that the folder has by the umask: safetensors makes its own for their owner alone."""
+    """Gives all files the permissions of the folder, by the umask: safetensors makes files for their owner alone."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            with suppress(OSError):  # a share that knows no permissions
+            with suppress(OSError):  # a network share may not support permissions
                 path.chmod(mode)
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    """The folder that ``path`` is, or leads to."""
+    """Returns the folder that ``path`` is or leads to."""
     try:
         return Path(os.path.realpath(path, strict=True))
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Lets two folders change names in one step; False where the system cannot."""
+    """Swaps the names of two folders in one step; returns False if the system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -107,14 +107,14 @@ def _old(new: Path) -> Path:
 
 
 def _put_aside(target: Path, aside: Path) -> None:
-    """Moves ``target`` into a folder that says where it was."""
+    """Moves ``target`` into a folder that also stores its name."""
     aside.mkdir()
     (aside / "name").write_text(target.name, encoding="utf-8")
     target.rename(aside / "folder")
 
 
 def _bring_back(aside: Path) -> None:
-    """Undoes ``_put_aside`` where nothing has taken the place of what was there, and forgets it."""
+    """Undoes ``_put_aside`` unless there is a new folder in the old place, and removes the folder made for it."""
     with suppress(FileNotFoundError):
         target = aside.with_name((aside / "name").read_text(encoding="utf-8"))
         if not target.exists():
@@ -124,7 +124,7 @@ def _bring_back(aside: Path) -> None:
 
 
 def _clean(new: Path) -> None:
-    """Removes a hidden folder, and what was put aside for it, once it is decided which one stays."""
+    """Removes a hidden folder, after the folder that was put aside for it is back if it is needed."""
     try:
         _bring_back(_old(new))
     finally:
@@ -132,7 +132,7 @@ def _clean(new: Path) -> None:
 
 
 def _recover(parent: Path) -> None:
-    """Brings back, or removes, what killed processes have left."""
+    """Brings back or removes the folders that killed processes have left."""
     for left in {each.with_suffix(".tmp") for suffix in ("tmp", "old") for each in parent.glob(f".sk-*.{suffix}")}:
         with suppress(OSError):
             if not left.exists():
@@ -148,9 +148,9 @@ def _recover(parent: Path) -> None:
 
 
 def _open_locked(folder: Path) -> tuple[int | None, bool | None]:
-    """Opens a folder and locks it, see ``lock``."""
+    """Opens a folder and locks it; returns its descriptor and the result of ``lock``."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows cannot open folders
         return None, None
     return descriptor, lock(descriptor)

@@ -18,10 +18,10 @@ Around = Callable[..., Any]  # around(forward, *args, **kwargs) runs in place of
 
 @contextmanager
 def around_forwards(arounds: Mapping[nn.Module, Around]) -> Iterator[None]:
-    """Calls ``arounds[module](forward, *args, **kwargs)`` in place of the forward of each module, until the end.
+    """Calls ``arounds[module](forward, *args, **kwargs)`` instead of the forward of each module, until the end.
 
-    Unlike a hook, this sees ``module.forward(x)`` too, as ``checkpoint(module.forward, x)`` calls it, and may leave out
-    the forward. The module's own hooks are called as ever.
+    Unlike a hook, this also sees direct calls of ``module.forward``, as in ``checkpoint(module.forward, x)``, and the
+    function need not call ``forward``. The module's hooks are called as usual.
     """
     own = {module: get_attribute(module, FORWARD) for module in arounds}
 
@@ -50,9 +50,11 @@ def _bound(around: Around, forward: Callable[..., Any]) -> Callable[..., Any]:
 def watch_reads(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, str]]:
     """Notes, until the end, which of ``layers`` have a weight that is computed with while the layer does not run.
 
+    Such a layer cannot be replaced, and its inputs cannot be observed.
+
     Yields:
-        By layer the reason: the class of the innermost module that ran. What tells of the weight without its numbers
-        (``layer.weight.dtype``) does not count.
+        The reason by layer: it names the class of the innermost module that ran. A read of something else than the
+        numbers (``layer.weight.dtype``) does not count.
     """
     running: list[nn.Module] = []
     reasons: dict[nn.Module, str] = {}
@@ -74,7 +76,7 @@ def watch_reads(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[dict[
 
     weights: dict[int, nn.Module] = {}
     for address, own in _by_address(layers).items():
-        if len(own) == 1:  # of several weights in one piece of memory nothing tells which is read
+        if len(own) == 1:  # weights that share memory cannot be told apart
             weights[address] = own[0]
     mode, before = _Reads(weights, read), torch._C._len_torch_function_stack()
 
@@ -88,7 +90,7 @@ def watch_reads(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[dict[
 
 
 class _Reads(TorchFunctionMode):
-    """Calls ``read`` with the layer whenever a tensor is made from one in its weight's memory."""
+    """Calls ``read`` with a layer whenever a tensor is computed from one in the memory of its weight."""
 
     def __init__(self, weights: dict[int, nn.Module], read: Callable[[nn.Module], None]) -> None:
         super().__init__()

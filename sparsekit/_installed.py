@@ -1,4 +1,4 @@
-"""What pip knows of this package: the distributions of a name, and the command that installs this one anew."""
+"""The distributions that pip has installed under a name, and the check that none of another project hides this one."""
 
 import json
 import shlex
@@ -15,18 +15,18 @@ SUMMARY = "Kernels for sparse neural networks"  # how the summary of this projec
 def installed(name: str = DISTRIBUTION) -> list[Distribution]:
     """Returns every distribution of a name on the path, the first one first.
 
-    More than one is usual: a build leaves its metadata in the checkout, which comes first for who starts there.
+    There is often more than one: a build leaves its metadata in the checkout, which comes first if Python starts there.
     """
     return list(distributions(name=name))
 
 
 def reinstall_command() -> str:
-    """Returns the command that builds the package anew from where pip had it, and leaves torch as it is."""
+    """Returns the command that rebuilds the package from the source that pip installed, without touching torch."""
     return f"pip install --no-build-isolation --no-deps --force-reinstall {shlex.quote(_source())}"
 
 
 def _source() -> str:
-    """The folder that pip installed from, where it recorded one that is still there; else the distribution's name."""
+    """Returns the folder that pip installed from, if that is recorded and exists; else the distribution's name."""
     for found in installed():
         try:
             record = json.loads(found.read_text("direct_url.json") or "{}")
@@ -39,10 +39,13 @@ def _source() -> str:
 
 
 def refuse_foreign(name: str = "sparsekit") -> None:
-    """Raises ImportError where a distribution called ``sparsekit`` that is not this project is installed."""
+    """Raises an ImportError if a distribution of that name is installed that is another project.
+
+    Both have the same import name, so it would be a matter of chance which one ``import sparsekit`` finds.
+    """
     for found in installed(name):
         described = found.read_text("METADATA") or found.read_text("PKG-INFO")
-        if described and f"\nSummary: {SUMMARY}" not in described:  # what an uninstall left behind describes nothing
+        if described and f"\nSummary: {SUMMARY}" not in described:  # an uninstall may leave a folder without metadata
             raise ImportError(
                 f"The distribution {name} {found.version} in {found.locate_file('')} is another project, imported by "
                 f"the same name as {DISTRIBUTION}. Keep one: `pip uninstall {name}`, then `{reinstall_command()}`"

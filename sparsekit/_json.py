@@ -12,14 +12,14 @@ from ._files import replacing
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Writes ``data`` as indented JSON, see ``to_json``, whole or not at all."""
+    """Writes ``data`` as indented JSON (see ``to_json``), whole or not at all."""
     text = to_json(data) + "\n"
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def to_json(data: Any) -> str:
-    """Indented JSON that any reader takes: NaN and infinities, which it has not, are null."""
+    """Returns indented JSON that every reader accepts: NaN and infinities, which JSON does not have, become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -32,10 +32,10 @@ def to_json(data: Any) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON as its standard has it: without NaN and infinities, and every name of an object once.
+    """Parses strict JSON: no NaN or infinities, and no name twice in an object.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is anything else.
     """
 
     def no_constant(name: str) -> None:
@@ -59,21 +59,21 @@ def parse_json(text: str) -> Any:
 
 
 def write_record(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes JSON with a SHA-256 of it, whole or not at all. Numbers that JSON has not become words: ``"nan"``."""
+    """Writes JSON with its SHA-256, whole or not at all. NaN and infinities become strings such as ``"nan"``."""
     plain = json.loads(json.dumps(_words(data)))
     write_json(path, {**plain, "sha256": _digest(plain)})
 
 
 def read_record(path: Path, what: str) -> dict[str, Any]:
-    """Reads what ``write_record`` wrote.
+    """Reads a file that ``write_record`` wrote.
 
     Args:
         path: the file.
-        what: it should be, for the message.
+        what: a description of the expected content, for the message.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is something else, or was altered.
+        OSError: the file cannot be opened.
+        ValueError: the file is something else, or was altered.
     """
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
@@ -87,15 +87,15 @@ def read_record(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_call(path: Path, known: Any, call: Mapping[str, Any]) -> None:
-    """Refuses to go on with the run of another call.
+    """Checks that a run was started by the same call as this one, before it is resumed.
 
     Args:
-        path: of its record.
-        known: what the run was called with, as the record has it.
-        call: what this call is.
+        path: the record of the run.
+        known: the arguments that the run was started with, as the record has them.
+        call: the arguments of this call.
 
     Raises:
-        ValueError: they differ; the message says in what.
+        ValueError: they differ; the message names the arguments.
     """
     call, known = json.loads(json.dumps(call)), known if isinstance(known, dict) else {}
     different = [
@@ -108,7 +108,7 @@ def check_call(path: Path, known: Any, call: Mapping[str, Any]) -> None:
 
 
 def _which(known: Any, now: Any) -> str:
-    """The names that differ, where a part of a call has names."""
+    """Returns the names whose values differ, in parentheses, if both values have names."""
     if not (isinstance(known, dict) and isinstance(now, dict)):
         return ""
     names = sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))

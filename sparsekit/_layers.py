@@ -1,4 +1,4 @@
-"""What all model-level functions ask about a layer: where its inputs are, and whether its weight may be changed."""
+"""Properties of layers that all model-level functions need: the dimension of the inputs, and reasons to skip them."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,13 +15,13 @@ Reasons = dict[tuple[nn.Module, str], str]  # by module and name of the paramete
 
 
 def check_model(model: nn.Module) -> None:
-    """Rejects what is not a module."""
+    """Raises a TypeError unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_where(where: Where | None) -> None:
-    """Rejects what cannot select layers."""
+    """Raises a TypeError unless ``where`` is a function or None."""
     if where is not None and not callable(where):
         raise TypeError(
             f"where must be a function of (name, module) that says which layers are meant, such as "
@@ -30,9 +30,9 @@ def check_where(where: Where | None) -> None:
 
 
 def declared_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of a Linear's, Conv2d's or Conv1D's weight; where it is computed, without computing it."""
+    """Returns the shape of a Linear's, Conv2d's or Conv1D's weight, without computing a weight that is computed."""
     weight = layer._parameters.get("weight")
-    if weight is not None and not is_lazy(weight) and weight.dim() > 1:  # FSDP flattens some
+    if weight is not None and not is_lazy(weight) and weight.dim() > 1:  # FSDP flattens some weights
         return tuple(weight.shape)
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
@@ -40,14 +40,15 @@ def declared_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def count_weights(model: nn.Module) -> int:
-    """The number of entries in all parameters of a model, shared ones once, and without those not initialized."""
+    """Returns the number of entries of all initialized parameters of a model; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
 
 
 def selects(where: Where | None, name: str, module: nn.Module) -> bool:
-    """Whether ``where`` selects a module.
+    """Returns whether ``where`` selects a module.
 
-    What it raises counts as no, unless it is asked of a layer: ``module.in_features`` is no question to an embedding.
+    An exception of ``where`` counts as no, unless the module is a layer that could be selected: a predicate may use
+    ``module.in_features``, which an embedding does not have.
     """
     try:
         return where is None or bool(where(name, module))
@@ -58,18 +59,18 @@ def selects(where: Where | None, name: str, module: nn.Module) -> bool:
 
 
 def input_dim(module: nn.Module) -> int | None:
-    """The weight dimension of the inputs; None for a module that is no Linear, Conv2d or transformers' Conv1D."""
+    """Returns the weight dimension of the inputs; None if the module is no Linear, Conv2d or transformers' Conv1D."""
     kind = _kind(module)
     return None if kind is None else 1 if issubclass(kind, nn.Linear | nn.Conv2d) else 0
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether the layer is transformers' ``Conv1D`` itself: a linear layer with its weight as ``[inputs, outputs]``."""
+    """Returns whether the layer is transformers' ``Conv1D`` itself, whose weight is ``[inputs, outputs]``."""
     return input_dim(layer) == 0 and type(layer) is _kind(layer)
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:
-    """The class that says what the layer computes: Linear, Conv2d or transformers' Conv1D, which is not imported."""
+    """Returns the base class that defines the computation: Linear, Conv2d or transformers' Conv1D (not imported)."""
     for base in type(module).__mro__:
         if base in (nn.Linear, nn.Conv2d) or (base.__module__, base.__name__) == (
             "transformers.pytorch_utils",
@@ -80,12 +81,11 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
 
 
 def expert_axes(module: nn.Module) -> dict[str, int]:
-    """The parameters that are known to hold one matrix per expert, ``[experts, ...]``, and the dimension, 1 or 2, that
-    the inputs of the matrices run along.
+    """Returns the parameters that hold one matrix per expert, ``[experts, ...]``, with their input dimension, 1 or 2.
 
-    It is known of what transformers calls experts, since they say whether they are transposed; and where the two
-    parameters of three dimensions of a module fit together one way only, because one of them gives gates beside
-    values, so that it has twice as many outputs as the other has inputs. Of what was pruned before the mask knows.
+    This is known in three cases: transformers' modules of experts say whether they are transposed; the two
+    three-dimensional parameters of a module fit together in one way only, because one of them yields gates beside
+    values and so has twice as many outputs as the other has inputs; or the parameter has a mask, which stores it.
     """
     masks = {key: info for key in masked_parameters(module) if (info := get_mask_info(module, key)) is not None}
     pruned = {key: info.axis for key, info in masks.items() if is_stack(module._parameters.get(key))}
@@ -108,17 +108,17 @@ def _declared_axes(module: nn.Module) -> dict[str, int]:
 
 
 def is_stack(parameter: Tensor | None) -> bool:
-    """Whether a parameter could hold one matrix per expert, by its dimensions."""
+    """Returns whether a parameter has the dimensions of one matrix per expert."""
     return parameter is not None and not is_lazy(parameter) and parameter.dim() == 3
 
 
 def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare: bool = False) -> str | None:
-    """Why a parameter must stay as it is, whatever it is to become; None where it may be pruned or swapped.
+    """Returns why a parameter can neither be pruned nor swapped; None if it can.
 
-    Nothing that is computed is read: ``spectral_norm`` changes its buffers at every reading. With ``prepare`` the
-    weight itself is not needed yet: it may be on the meta device, or sharded.
+    A computed weight is never read, because ``spectral_norm`` changes its buffers at every read. With ``prepare`` the
+    numbers are not needed yet: the weight may be on the meta device, or sharded.
     """
-    if reason := getattr(type(module), "unsupported_reason", None):  # a class of this package that stands for a layer
+    if reason := getattr(type(module), "unsupported_reason", None):  # a class of this package that replaces a layer
         return str(reason)
     weight = module._parameters.get(parameter)
     if weight is None:
@@ -128,7 +128,7 @@ def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare:
         return f"its {parameter} is not initialized: run the model on a batch first"
     if get_mask_bits(module, parameter) is None and hasattr(module, f"{parameter}_mask"):
         return f"it has a {parameter}_mask of its own, and that is where masks are stored"
-    if reason := _own_forward(module) or _unsupported_tensor(weight, parameter, prepare):
+    if reason := _own_forward_reason(module) or _unsupported_tensor_reason(weight, parameter, prepare):
         return reason
     dims = 4 if isinstance(module, nn.Conv2d) else 2
     if _kind(module) is not None and weight.dim() != dims and not prepare:
@@ -137,28 +137,28 @@ def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare:
 
 
 def hooks_reason(module: nn.Module) -> str | None:
-    """Why no other module can take the place of this one: what its users have hung on it would be lost; else None."""
+    """Returns why a module cannot be replaced: its hooks or its replaced forward would be lost. None if it can."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
     return "its forward is replaced" if "forward" in vars(module) else None
 
 
-def _own_forward(module: nn.Module) -> str | None:
-    """Why the module may compute something else than the layer that it is a kind of; None where it does not."""
+def _own_forward_reason(module: nn.Module) -> str | None:
+    """Returns why a module may compute something else than its base class does; None if it does not."""
     kind, own = _kind(module), vars(module)
     if kind is None:
         return None
     for method in ("forward", "_conv_forward", "__call__"):
         if getattr(type(module), method, None) is not getattr(kind, method, None):
             return f"{type(module).__name__} has a {method} of its own and may compute something else"
-    # accelerate's hooks move tensors around the forward that they keep, and leave what it computes as it is.
+    # accelerate's hooks wrap the forward to move tensors, and do not change its result.
     hooked = "_hf_hook" in own and getattr(own.get("_old_forward"), "__func__", None) is kind.forward
     if "_conv_forward" in own or ("forward" in own and not hooked):
         return "its forward is replaced"
     return None
 
 
-def _unsupported_tensor(weight: Tensor, parameter: str, prepare: bool) -> str | None:
+def _unsupported_tensor_reason(weight: Tensor, parameter: str, prepare: bool) -> str | None:
     its, sharded = f"its {parameter}", type(weight).__name__ == "DTensor"
     if type(weight) is not nn.Parameter and not (sharded and prepare):
         part = ", of which this process may hold a part only" if sharded else ""
@@ -177,13 +177,12 @@ def _unsupported_tensor(weight: Tensor, parameter: str, prepare: bool) -> str | 
 
 
 def shared_weight_reasons(model: nn.Module, *, fast_paths: bool = True) -> Reasons:
-    """Why a parameter is not its module's alone: another parameter or buffer lies in the same memory, or a parent reads
-    it without calling the module.
+    """Returns why parameters are shared: another one lies in the same memory, or a parent reads it without a call.
 
     Args:
         model: any tree of modules.
-        fast_paths: whether to name those as well that are called in training and read in torch's fast paths alone: such
-            a layer can be pruned, but nothing else can stand in its place.
+        fast_paths: whether to include layers that are called in training and only read by torch's fast paths: such a
+            layer can be pruned, but not replaced.
     """
     reasons: Reasons = {}
     for (name, owner, key, tensor), (other_name, other, other_key, other_tensor) in _overlapping(model):
@@ -198,12 +197,12 @@ def shared_weight_reasons(model: nn.Module, *, fast_paths: bool = True) -> Reaso
     return reasons
 
 
-_Held = tuple[str, nn.Module, str, Tensor]  # the full name of a tensor, its module, its name there, itself
+_Owned = tuple[str, nn.Module, str, Tensor]  # the full name of a tensor, its module, its name there, the tensor
 
 
-def _overlapping(model: nn.Module) -> Iterator[tuple[_Held, _Held]]:
-    """All pairs of parameters and buffers that have memory in common."""
-    alive: list[tuple[int, _Held]] = []
+def _overlapping(model: nn.Module) -> Iterator[tuple[_Owned, _Owned]]:
+    """Yields all pairs of parameters and buffers that have memory in common."""
+    alive: list[tuple[int, _Owned]] = []
     for start, end, held in sorted(_spans(model), key=lambda span: span[0]):
         alive = [(last, other) for last, other in alive if last > start]
         for _, other in alive:
@@ -212,8 +211,8 @@ def _overlapping(model: nn.Module) -> Iterator[tuple[_Held, _Held]]:
         alive.append((end, held))
 
 
-def _spans(model: nn.Module) -> Iterator[tuple[int, int, _Held]]:
-    """Every tensor with the addresses of its first byte and of the byte after its last."""
+def _spans(model: nn.Module) -> Iterator[tuple[int, int, _Owned]]:
+    """Yields every tensor with the address of its first byte and of the byte after its last."""
     for name, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
@@ -223,7 +222,7 @@ def _spans(model: nn.Module) -> Iterator[tuple[int, int, _Held]]:
             if plain and (start := tensor.data_ptr()):
                 last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 yield start, start + (last + 1) * tensor.itemsize, held
-            else:  # without an address (meta, empty, not initialized, wrappers): shared where it is one object
+            else:  # without an address (meta, empty, not initialized, wrappers): shared only if it is the same object
                 yield -id(tensor), 1 - id(tensor), held
 
 
@@ -234,7 +233,7 @@ def _same_place(one: Tensor, other: Tensor) -> bool:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors whose spans of memory overlap have an entry in common: columns of one matrix may not."""
+    """Returns whether two tensors with overlapping spans of memory share an entry; columns of one matrix may not."""
     if one is other or one.itemsize != other.itemsize or _same_place(one, other):
         return True
     first, second = sorted((one, other), key=Tensor.data_ptr)

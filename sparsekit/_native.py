@@ -1,4 +1,4 @@
-"""Finds and loads the compiled extension, and says why it is missing and what brings it.
+"""Loads the compiled extension, or says why it is missing and which command builds it.
 
 ``SPARSEKIT_NATIVE=1`` makes a missing extension an error, ``0`` never loads it, unset loads it if it is there.
 """
@@ -17,11 +17,11 @@ SWITCHED_OFF = "switched off by SPARSEKIT_NATIVE=0"
 
 
 class SlowKernelsWarning(UserWarning):
-    """Plain PyTorch answers on the CPU, many times slower, since the compiled extension is missing."""
+    """The compiled extension is missing, so that plain PyTorch runs on the CPU, many times slower."""
 
 
 def load() -> str:
-    """Loads the extension once; returns ``"loaded"``, or the reason why plain PyTorch answers instead."""
+    """Loads the extension once; returns ``"loaded"``, or the reason why plain PyTorch is used instead."""
     wanted = os.environ.get("SPARSEKIT_NATIVE", "")
     if wanted not in ("", "0", "1"):
         raise ImportError(f"SPARSEKIT_NATIVE must be 0, 1 or unset, got {wanted!r}")
@@ -45,10 +45,10 @@ def load() -> str:
 
 
 def remedy(package: Path) -> tuple[str, str]:
-    """Why the extension that belongs to a package's folder is missing or does not load, and the command that mends it.
+    """Returns why a package's folder has no extension that loads, and the command that mends it.
 
-    Tells apart a source checkout that hides an installed package, one that was not built, and an installation whose
-    build went on without the extension, which left its reason in ``_build.json``.
+    The reason distinguishes a source checkout that hides an installed package, one that was not built, and an
+    installation whose build continued without the extension and left its reason in ``_build.json``.
     """
     checkout = package.parent
     is_checkout = (checkout / "setup.py").exists() and (checkout / "csrc").is_dir()
@@ -64,7 +64,7 @@ def remedy(package: Path) -> tuple[str, str]:
 
 
 def _record(package: Path = PACKAGE) -> dict[str, str]:
-    """What ``setup.py`` wrote down when it built the package."""
+    """Returns the record that ``setup.py`` wrote when it built the package."""
     try:
         record = json.loads((package / "_build.json").read_text(encoding="utf-8"))
         return record if isinstance(record, dict) else {}
@@ -73,6 +73,6 @@ def _record(package: Path = PACKAGE) -> dict[str, str]:
 
 
 def _installed_elsewhere(package: Path) -> Path | None:
-    """Another folder that the installed package lies in, where it has its extension."""
+    """Returns another folder that has the installed package with its extension, if there is one."""
     folders = [Path(str(found.locate_file("sparsekit"))) for found in installed()]
     return next((each for each in folders if each.resolve() != package.resolve() and any(each.glob("_C.*"))), None)

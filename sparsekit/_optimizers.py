@@ -1,4 +1,4 @@
-"""What functions that train ask of an optimizer: whose steps they follow, what it trains, what of a weight is here."""
+"""Helpers for training: the torch optimizers behind a wrapper, and the local parts of sharded parameters."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 
 def stepping_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
-    """Finds the torch optimizers that call step hooks: ``optimizer`` itself, and those that it wraps.
+    """Returns the torch optimizers that call step hooks: ``optimizer`` itself, and those that it wraps.
 
-    A wrapper is any object with an optimizer, or a list of them, among its attributes: those of accelerate, Lightning
-    and apex are, and optimizers that move the weights of another one.
+    A wrapper is any object with an optimizer, or a list of them, among its attributes, such as those of accelerate,
+    Lightning and apex, and optimizers that move the weights of another one.
 
     Raises:
         TypeError: there is none.
@@ -25,7 +25,7 @@ def stepping_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
         if id(one) in seen:
             continue
         seen.add(id(one))
-        # A wrapper that is an Optimizer by name alone has neither hooks nor a step that would call them.
+        # A wrapper may subclass Optimizer and still have neither hooks nor a step that would call them.
         if (
             isinstance(one, Optimizer)
             and "_optimizer_step_post_hooks" in vars(one)
@@ -51,38 +51,38 @@ def _wrapped(optimizer: Any) -> Iterator[Any]:
 
 
 def trained_parameters(optimizers: tuple[Optimizer, ...]) -> set[Tensor]:
-    """The parameters that the optimizers hold."""
+    """Returns all parameters that the optimizers hold."""
     return {parameter for each in optimizers for group in each.param_groups for parameter in group["params"]}
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether the tensor is a DTensor, of which every process holds a part (asked without importing torch's)."""
+    """Returns whether the tensor is a DTensor, of which every process holds a part, without importing that class."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "device_mesh")
 
 
 def local_part(tensor: Any) -> Tensor:
-    """The part of a tensor that this process holds, in the same memory: all of it where it is not sharded."""
+    """Returns the part of a tensor that this process holds, in the same memory; the whole if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_part_of(full: Tensor, parameter: Any) -> Tensor:
-    """The part of ``full``, which every process has, that lies where the local part of a sharded parameter does."""
+    """Returns the part of ``full``, which every process has, that matches the local part of a sharded parameter."""
     if not is_sharded(parameter):
         return full.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
-    # No source rank: every process cuts its own part out of what it has.
+    # Without a source rank every process cuts its part out of its own copy.
     shard: Any = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return shard.to_local().clone()
 
 
 def has_plain_data(parameter: nn.Parameter) -> bool:
-    """Whether the parameter is plain floating point, sharded or not: no quantized or otherwise wrapped tensor."""
+    """Returns whether the parameter is plain floating point, sharded or not, and not a quantized or wrapped tensor."""
     return is_sharded(parameter) or (parameter.is_floating_point() and type(parameter.data) is torch.Tensor)
 
 
 def sharding(model: nn.Module) -> str | None:
-    """How FSDP holds the weights of a model: ``"fully_shard"``, ``"FullyShardedDataParallel"``, or None."""
+    """Returns how FSDP shards a model: ``"fully_shard"``, ``"FullyShardedDataParallel"``, or None."""
     names = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     if "FullyShardedDataParallel" in names:
         return "FullyShardedDataParallel"

@@ -1,4 +1,4 @@
-"""A safetensors file that is written whole or not at all, and proves on reading that it is what was written."""
+"""Safetensors files that are written whole or not at all, with a digest that is checked when they are read."""
 
 import ctypes
 import hashlib
@@ -36,12 +36,12 @@ DTYPES = {
 }
 
 
-def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to write, on the CPU and contiguous, and which other names share them.
+def unique_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns each tensor once, on the CPU and contiguous, and the other names of shared ones with the first name.
 
     Raises:
-        TypeError: something is not a tensor.
-        ValueError: a tensor cannot be written: it has no data here, or no dtype that safetensors has a name for.
+        TypeError: a value is not a tensor.
+        ValueError: a tensor cannot be written, because it has no data here or a dtype that safetensors does not have.
     """
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
@@ -56,17 +56,17 @@ def unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         first[key] = name
         storage = tensor.untyped_storage().data_ptr()
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        # A view into a storage that another tensor is written from: who loads it must get memory of its own.
+        # A view into the storage of another tensor gets memory of its own, so that it has its own when loaded.
         tensors[name] = plain.clone() if storage in storages else plain
         storages.add(storage)
     return tensors, shared
 
 
 def check_holds_data(name: str, tensor: Tensor) -> None:
-    """Rejects a tensor that is only a part, or a promise, of what it stands for.
+    """Checks that this process has all numbers of a tensor.
 
     Raises:
-        ValueError: it is sharded over processes, or not initialized.
+        ValueError: the tensor is sharded over processes, or not initialized.
     """
     if hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id"):  # a DTensor, a parameter of DeepSpeed's ZeRO
         raise ValueError(
@@ -78,7 +78,7 @@ def check_holds_data(name: str, tensor: Tensor) -> None:
 
 
 def _check(name: str, tensor: Any) -> None:
-    """Rejects what has no bytes to write."""
+    """Raises unless the value is a tensor whose bytes can be written."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor to be saved, got {type(tensor).__name__}")
     check_holds_data(name, tensor)
@@ -93,21 +93,21 @@ def _check(name: str, tensor: Any) -> None:
 
 
 def seal(structure: str, tensors: Mapping[str, Tensor], key: str = KEY) -> dict[str, str]:
-    """The metadata of a file with these tensors: their structure, and the digest that ``read_tensors`` checks."""
+    """Returns the metadata of a file of these tensors: the structure, and the digest that ``read_tensors`` checks."""
     return {key: structure, "sha256": _digest(structure, tensors)}
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes tensors, on the CPU and contiguous, and metadata, whole or not at all.
 
-    The format is that of https://github.com/huggingface/safetensors. Its own writer makes a second temporary file,
-    which only its owner may read and which a kill leaves behind, and tells no errno.
+    The format is that of https://github.com/huggingface/safetensors. The writer of that library is not used: it makes a
+    second temporary file, which only its owner may read and which a kill leaves behind, and its errors have no errno.
 
     Raises:
         OSError: the file cannot be written; ``filename`` is ``path``.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    # The widest first, so that each tensor is aligned to its items: the header ends at a multiple of 8.
+    # The widest dtype comes first and the header ends at a multiple of 8, so that each tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     end = 0
     for name in order:
@@ -125,18 +125,18 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 
 
 def read_tensors(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tensor]]:
-    """The structure and the tensors of a file; the structure is None where ``seal`` made no metadata under ``key``.
+    """Returns the structure and the tensors of a file; the structure is None if it has no metadata under ``key``.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is truncated, altered, or something else; the message says which, and not the path.
+        ValueError: the file is truncated, altered or of another kind; the message says which, without the path.
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is a directory" if path.is_dir() else "it is a device")
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            # Copies: the file is mapped into memory, and who changes it later must not change the model.
+            # The file is mapped into memory: without copies, a later change of the file would change the model.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except OSError:
         raise
@@ -149,7 +149,7 @@ def read_tensors(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tens
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied; the tensor lives as long as they."""
+    """Returns the bytes of a contiguous tensor on the CPU without a copy; the view keeps the tensor alive."""
     if not tensor.numel():
         return memoryview(b"")
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""Walks through what models take and return: tensors in nested containers and plain objects."""
+"""Maps and copies the inputs and outputs of models: tensors in nested containers and plain objects."""
 
 import copy
 import dataclasses
@@ -13,17 +13,17 @@ ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 
 
 def map_tree(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], Any]) -> Any:
-    """Builds nested lists, tuples, mappings and dataclasses anew around what two functions make of what is in them.
+    """Rebuilds nested lists, tuples, mappings and dataclasses, with two functions that replace their contents.
 
     Args:
-        value: any object; one that comes twice in it comes twice in the result.
-        tensor: makes what takes a tensor's place.
-        other: makes what takes the place of everything that is neither a tensor, nor a container, nor a constant.
+        value: any object; an object that occurs twice is replaced by one object that occurs twice.
+        tensor: returns the replacement of a tensor.
+        other: returns the replacement of a value that is neither a tensor, nor a container, nor a constant.
     """
     return _walk(value, tensor, other, {})
 
 
-# Functions of the module: closures that call each other would be a cycle, and keep the tensors alive for a while.
+# Not closures: those that call each other form a cycle, which would keep the tensors alive until it is collected.
 def _walk(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], Any], done: dict[int, Any]) -> Any:
     if isinstance(value, ATOMS):
         return value
@@ -57,9 +57,9 @@ def _built(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], A
 
 
 def copied(value: Any) -> Any:
-    """Copies what a model may write to: tensors, cut off from their graph, in containers and plain objects.
+    """Copies everything that a model may write to: tensors, detached from their graph, in containers and plain objects.
 
-    What cannot be copied (a lock, an open file, a generator) is shared, and so is a module.
+    Modules, and objects that cannot be copied (a lock, an open file, a generator), are shared.
     """
     return map_tree(value, _fresh, _other)
 
@@ -68,7 +68,7 @@ def _fresh(tensor: Tensor) -> Tensor:
     try:
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
     except (RuntimeError, NotImplementedError, TypeError):
-        return tensor  # a layout that knows no copy
+        return tensor  # a layout without copies
 
 
 def _other(value: Any) -> Any:
@@ -85,13 +85,13 @@ def _other(value: Any) -> Any:
 
 
 def _is_plain(kind: type) -> bool:
-    """Whether all that an object of this class holds are its attributes."""
+    """Returns whether objects of this class hold nothing but their attributes."""
     special = {"__new__", "__slots__", "__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__"}
     return not any(special & vars(base).keys() for base in kind.__mro__[:-1])
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples, mappings and dataclasses."""
+    """Yields the tensors in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What brings things back to how they were, also where an interrupt comes into the middle of it."""
+"""Changes that are made completely or undone completely, even if an interrupt comes at any point."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,20 +6,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ref
 
-if TYPE_CHECKING:  # files are written without torch, too
+if TYPE_CHECKING:  # files can be written without torch
     from torch import nn
 
 T = TypeVar("T")
 
-INTERRUPTS = 10  # of one step: more of them than that are no accident
+INTERRUPTS = 10  # of one step; after more than that the step is given up
 
 
 @contextmanager
 def restoring(restore: Callable[[], None]) -> Iterator[None]:
-    """Calls ``restore`` at the end, twice: an interrupt may come into the first call, or just before it.
+    """Calls ``restore`` at the end, twice, because an interrupt may come during the first call or just before it.
 
     Args:
-        restore: sets things to how they were, however often it is called and however far the change had come.
+        restore: brings back the earlier state, however often it is called and however far the change has come.
     """
     try:
         try:
@@ -31,23 +31,23 @@ def restoring(restore: Callable[[], None]) -> Iterator[None]:
 
 
 class Undo:
-    """The steps that take back what has been done so far, the last one first."""
+    """The steps that undo what has been done so far, in reverse order."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
 
     def callback(self, step: Callable[..., object], *args: Any) -> None:
-        """Adds a step: to be called before the change that it takes back, and harmless without it or when repeated."""
+        """Adds a step before the change that it undoes; it must be harmless without that change, and if repeated."""
         self._steps.append(lambda: step(*args))
 
     def commit(self) -> None:
-        """Forgets all steps: what was done stays."""
+        """Drops all steps: what was done stays."""
         self._steps = []
 
     def run(self) -> None:
-        """Takes all steps, twice those that fail; raises what failed first when all are taken.
+        """Runs all steps, a failing one twice, and then raises the first error.
 
-        One that is interrupted is taken again, whatever interrupts it: that says nothing of the step.
+        A step that an interrupt ends is run again, because the interrupt says nothing about the step.
         """
         failed: BaseException | None = None
         tries = 0
@@ -67,18 +67,19 @@ class Undo:
 
 @contextmanager
 def undoing() -> Iterator[Undo]:
-    """Gives an ``Undo`` whose steps are taken at the end, unless ``commit`` was called before."""
+    """Yields an ``Undo`` whose steps are run at the end, unless ``commit`` was called before."""
     undo = Undo()
     with restoring(undo.run):
         yield undo
 
 
 def change(model: "nn.Module", doing: str, work: Callable[[Undo], T]) -> T:
-    """Returns ``work(undo)``. Whatever that raises, interrupts included, everything in ``undo`` is undone first.
+    """Returns ``work(undo)``. If that raises anything, interrupts included, all steps of ``undo`` are run first.
 
     Args:
-        model: what is changed. Nobody else may change it, or a model that shares modules or weights with it, meanwhile.
-        doing: for the sentence that the other one gets: ``"pruned"``.
+        model: the model that is changed. Meanwhile nothing else may change it, or a model that shares modules or
+            weights with it.
+        doing: a participle for the error of a second caller, such as ``"pruned"``.
         work: changes the model in place.
 
     Raises:
@@ -89,19 +90,19 @@ def change(model: "nn.Module", doing: str, work: Callable[[Undo], T]) -> T:
         claim.take(model)
         result = work(undo)
         claim.release()
-        return result  # the last line: nothing can fail once the change stays
+        return result  # the last line, so that nothing can fail after the change is final
     except BaseException:
         try:
             undo.run()
         finally:
-            undo.run()  # what is left where an interrupt came between two steps
+            undo.run()  # the rest, if an interrupt came between two steps
             claim.release()
         raise
 
 
 @contextmanager
 def claiming(model: "nn.Module", doing: str) -> Iterator[None]:
-    """Keeps others from changing a model meanwhile, as ``change`` does.
+    """Prevents other changes of a model meanwhile, as ``change`` does.
 
     Raises:
         RuntimeError: the model is being changed already.
@@ -113,7 +114,7 @@ def claiming(model: "nn.Module", doing: str) -> Iterator[None]:
 
 
 class _Claim:
-    """One caller's hold on the modules and parameters of a model."""
+    """The exclusive claim of one caller on the modules and parameters of a model."""
 
     def __init__(self, doing: str) -> None:
         self._doing = doing
@@ -129,7 +130,7 @@ class _Claim:
                 if other is not None:
                     who = "already" if other._thread == self._thread else "by another thread"
                     raise RuntimeError(f"the model is being {other._doing} {who}; it can be changed when that is done")
-                _claims.pop(part, None)  # left behind by an interrupt
+                _claims.pop(part, None)  # its owner is gone, after an interrupt
 
     def release(self) -> None:
         for part in self._parts:
@@ -137,5 +138,6 @@ class _Claim:
                 del _claims[part]
 
 
-# Who holds what, by id. Without a lock, which an interrupt could leave locked: to set a key of a dict is one step.
+# The claims by the id of the module or parameter. There is no lock, because an interrupt could leave it locked; setting
+# a key of a dict is atomic.
 _claims: dict[int, ref[_Claim]] = {}

@@ -1,4 +1,4 @@
-"""Patterns, and the masks that layers carry: stored with the layer, never guessed from its zeros."""
+"""Patterns, and the masks of layers, which are stored with the layer and never guessed from its zeros."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -21,17 +21,18 @@ from .ops import block_scores, block_topk_mask, nm_mask, nm_prune, pack_bits, un
 from .ops.nm import MAX_M
 
 Axis = int | Literal["flatten"]
-BLOCK, K = (16, 16), 10  # of tiers, as the three-tier pruner has them
+BLOCK, K = (16, 16), 10  # the defaults of tiers, those of the three-tier pruner
 LOST_ZEROS = "is not zero where its mask drops it"
 WAY_BACK = "it was trained or merged without keep_masks; prune_ it again, or zero it by keep_masks"
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a mask keeps: ``n`` of every ``m`` inputs, or with ``m`` None all but the share ``ratio``.
+    """A rule for masks: keep ``n`` of every ``m`` inputs, or, if ``m`` is None, drop the share ``ratio``.
 
-    The share is taken of every ``"row"``, of the whole ``"layer"``, or of its blocks of ``(rows, cols)``, whole ones.
-    With ``tiers``, every block of ``unit`` is dense, 2:4, or keeps ``n``: a tier map says which.
+    The share is taken from every ``"row"``, from the whole ``"layer"``, or from the layer's blocks of ``(rows, cols)``,
+    which are dropped whole. With ``tiers``, every block of size ``unit`` is dense, 2:4, or keeps ``n`` entries; a tier
+    map says which.
     """
 
     n: int = 0
@@ -45,8 +46,8 @@ class Pattern:
         """Reads a pattern.
 
         ``"2:4"`` keeps 2 of 4 (any ``0 < n <= m <= 32``), ``"50%"`` drops half of every output row, ``"50% layer"``
-        half of the layer, ``"50% 16x16"`` half of its blocks of 16 rows and 16 columns. ``"tiers 16x16 k=10"`` is what
-        ``progressive_tiers`` leaves: a name, no rule.
+        half of the layer, ``"50% 16x16"`` half of its blocks of 16 rows and 16 columns. ``"tiers 16x16 k=10"`` is the
+        pattern of ``progressive_tiers``: a name, which chooses no mask by itself.
 
         Raises:
             ValueError: anything else.
@@ -73,7 +74,7 @@ class Pattern:
         return f"{100 * self.ratio:.12g}% {unit}".rstrip()
 
     def mask(self, score: Tensor) -> Tensor:
-        """The bool mask of the best of a score ``[rows, ..., cols]``; n:m runs along the last dimension."""
+        """Returns the bool mask of the highest of ``[rows, ..., cols]`` scores; n:m runs along the last dimension."""
         if self.m:
             return nm_mask(score, self.n, self.m)
         rows = score.flatten(1)
@@ -82,11 +83,11 @@ class Pattern:
         if self.unit == "layer":
             return self._best(rows.reshape(1, -1)).view(score.shape)
         kept = self._best(blocks := block_scores(rows, self.unit).reshape(1, -1))
-        high, wide = self.unit
-        kept = kept.view(-(-rows.shape[0] // high), -1) if blocks.numel() else kept.view(0, 0)
+        block_rows, block_cols = self.unit
+        kept = kept.view(-(-rows.shape[0] // block_rows), -1) if blocks.numel() else kept.view(0, 0)
         return (
-            kept.repeat_interleave(high, 0)[: rows.shape[0]]
-            .repeat_interleave(wide, 1)[:, : rows.shape[1]]
+            kept.repeat_interleave(block_rows, 0)[: rows.shape[0]]
+            .repeat_interleave(block_cols, 1)[:, : rows.shape[1]]
             .reshape(score.shape)
         )
 
@@ -96,7 +97,7 @@ class Pattern:
         return block_topk_mask(rows, cols - dropped, (1, max(cols, 1)))
 
     def prune(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Zeroes what the pattern drops of ``weight`` ``[rows, ..., cols]`` ranked by ``abs(weight) * scale``.
+        """Zeroes the entries of ``weight`` ``[rows, ..., cols]`` that the pattern drops by ``abs(weight) * scale``.
 
         Args:
             weight: float32, float16 or bfloat16, any strides.
@@ -116,17 +117,17 @@ def _unit(text: str | None) -> Literal["row", "layer"] | tuple[int, int]:
         return "layer"
     if text is None:
         return "row"
-    high, wide = text.split("x")
-    return int(high), int(wide)
+    block_rows, block_cols = text.split("x")
+    return int(block_rows), int(block_cols)
 
 
 @dataclass(frozen=True)
 class MaskInfo:
-    """How a stored mask came to be: its pattern, and the weight dimension (or ``"flatten"``) its groups run along.
+    """The pattern of a stored mask, and the weight dimension (or ``"flatten"``) that its groups run along.
 
-    The dimension of the inputs: 1 for Linear and Conv2d, 0 for transformers' Conv1D, 1 or 2 for the matrices of
-    experts in one parameter; ``"flatten"`` is Conv2d's ``(in, height, width)`` read as one dimension. ``shape`` is that
-    of the mask, noted when it is stored.
+    That is the dimension of the inputs: 1 for Linear and Conv2d, 0 for transformers' Conv1D, 1 or 2 for the matrices of
+    experts in one parameter; ``"flatten"`` means Conv2d's ``(in, height, width)`` as one dimension. ``shape`` is the
+    shape of the mask, set when it is stored.
     """
 
     pattern: Pattern
@@ -135,27 +136,27 @@ class MaskInfo:
 
 
 def grouped(weight: Tensor, axis: Axis) -> Tensor:
-    """``weight`` with the group dimension last: dimension ``axis``, or all but the first for ``"flatten"``.
+    """Returns ``weight`` with the group dimension last: dimension ``axis``, or all but the first for ``"flatten"``.
 
-    A view, except for ``"flatten"`` of a weight that is not contiguous.
+    It is a view, except for ``"flatten"`` of a weight that is not contiguous.
     """
     return weight.flatten(1) if axis == "flatten" else weight.movedim(axis, -1)
 
 
 def ungrouped(groups: Tensor, axis: Axis, shape: torch.Size) -> Tensor:
-    """Undoes ``grouped``: a view of ``groups`` in the weight's own shape."""
+    """Undoes ``grouped``: returns a view of ``groups`` in the shape of the weight."""
     return groups.view(shape) if axis == "flatten" else groups.movedim(-1, axis)
 
 
 def set_mask(module: nn.Module, mask: Tensor, info: MaskInfo, parameter: str = "weight") -> None:
-    """Stores the mask of a parameter as a bit-packed buffer, ``weight_mask``, that no state dict contains.
+    """Stores the mask of a parameter in a bit-packed buffer, ``weight_mask``, that no state dict contains.
 
     The buffer is uint8 ``[rows, ceil(weight.numel() / rows / 8)]``: the bits of ``mask.flatten(1)``.
 
     Args:
         module: holds the parameter.
         mask: bool, of the parameter's shape.
-        info: how the mask came to be.
+        info: its pattern and axis.
         parameter: the parameter's name; its mask is the buffer ``f"{parameter}_mask"``.
 
     Raises:
@@ -168,45 +169,45 @@ def set_mask(module: nn.Module, mask: Tensor, info: MaskInfo, parameter: str = "
 
 
 def set_mask_bits(module: nn.Module, bits: Tensor, info: MaskInfo, parameter: str = "weight") -> None:
-    """Like ``set_mask``, given the bit-packed buffer itself: what ``module`` and others may share.
+    """Stores a mask that is bit-packed already, as ``set_mask`` does; several modules may share the buffer.
 
-    Without ``info.shape`` the mask takes the shape that the parameter has now.
+    If ``info.shape`` is None, it becomes the current shape of the parameter.
     """
     if info.shape is None:
         info = replace(info, shape=tuple(getattr(module, parameter).shape))
-    # A mask is there once both are: an interrupt between the two lines leaves none.
+    # A mask exists only if both are set, so that an interrupt between the two lines leaves none.
     set_attribute(module, mask_info_name(parameter), info)
     set_bits(module, mask_name(parameter), bits)
 
 
 def get_mask_bits(module: nn.Module, parameter: str = "weight") -> Tensor | None:
-    """The bit-packed mask as it is stored; None where there is none."""
+    """Returns the bit-packed mask as it is stored; None if there is none."""
     return get_bits(module, mask_name(parameter)) if mask_info_name(parameter) in module.__dict__ else None
 
 
 def get_mask(module: nn.Module, parameter: str = "weight") -> Tensor | None:
-    """The stored bool mask of a parameter of ``module``, in its shape; None where there is none.
+    """Returns the stored bool mask of a parameter of ``module``, in its shape; None if there is none.
 
     Raises:
-        ValueError: the parameter has another shape than it had when the mask was stored, or is computed since then.
+        ValueError: since the mask was stored, the parameter has got another shape or is computed from others.
     """
     bits, info = get_mask_bits(module, parameter), get_mask_info(module, parameter)
     if bits is None or info is None:
         return None
-    if reason := outdated_mask(module, parameter):
+    if reason := outdated_mask_reason(module, parameter):
         raise ValueError(reason)
     assert info.shape is not None
     return unpack_bits(bits, torch.Size(info.shape[1:]).numel()).view(info.shape)
 
 
-def outdated_mask(module: nn.Module, parameter: str = "weight") -> str | None:
-    """Why the stored mask does not belong to the parameter as it is now; None where it does, or where there is none."""
+def outdated_mask_reason(module: nn.Module, parameter: str = "weight") -> str | None:
+    """Returns why the stored mask does not fit the parameter any more; None if it does, or if there is none."""
     info = get_mask_info(module, parameter)
     if info is None:
         return None
     way = "call prune_ again, or forget the mask with sparsekit.masks.remove_mask"
     own = module._parameters.get(parameter)
-    # A computed weight is never read: spectral_norm changes its buffers then, and a compressed layer unpacks.
+    # A computed weight is never read: spectral_norm would change its buffers, and a compressed layer would unpack.
     if own is None and (parameter in module.__dict__ or is_parametrized(module, parameter)):
         return f"its {parameter} has a stored mask and is computed from other parameters since: {way}"
     if own is not None and tuple(own.shape) != info.shape:
@@ -214,10 +215,11 @@ def outdated_mask(module: nn.Module, parameter: str = "weight") -> str | None:
     return None
 
 
-def lost_zeros(module: nn.Module, parameter: str = "weight") -> str | None:
-    """Why a parameter does not obey its stored mask; None where it does, where there is none, or where nobody can look.
+def lost_zeros_reason(module: nn.Module, parameter: str = "weight") -> str | None:
+    """Returns why a parameter does not obey its stored mask: entries that the mask drops are not zero.
 
-    Training it without ``keep_masks``, or merging LoRA into it, fills what the mask drops.
+    That happens in training without ``keep_masks``, or by merging LoRA. The result is None if the parameter obeys, if
+    it has no mask, or if its numbers are not here.
     """
     mask, weight = get_mask(module, parameter), module._parameters.get(parameter)
     if mask is None or weight is None or weight.is_meta or hasattr(weight, "to_local"):
@@ -228,36 +230,36 @@ def lost_zeros(module: nn.Module, parameter: str = "weight") -> str | None:
 
 
 def check_masks(model: nn.Module) -> None:
-    """Rejects stored masks that do not belong to their weights any more.
+    """Checks that all stored masks still fit their weights.
 
     Raises:
-        ValueError: names the first layer whose parameter has changed its shape, or is computed, since it was masked.
+        ValueError: a parameter has changed its shape, or is computed, since it was masked; names the first layer.
     """
     for name, module in model.named_modules():
         for parameter in masked_parameters(module):
-            if reason := outdated_mask(module, parameter):
+            if reason := outdated_mask_reason(module, parameter):
                 raise ValueError(f"layer {name!r}: {reason}")
 
 
 def get_mask_info(module: nn.Module, parameter: str = "weight") -> MaskInfo | None:
-    """How the stored mask came to be; None where there is none."""
+    """Returns the pattern and axis of the stored mask; None if there is none."""
     return None if get_mask_bits(module, parameter) is None else module.__dict__[mask_info_name(parameter)]
 
 
 def masked_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of the module's own parameters that have a stored mask, such as ``("weight",)``."""
+    """Returns the names of the module's own parameters that have a stored mask, such as ``("weight",)``."""
     names = (name.removesuffix("_mask") for name, _ in module._buffers.items() if name.endswith("_mask"))
     return tuple(name for name in names if get_mask_bits(module, name) is not None)
 
 
 def remove_mask(module: nn.Module, parameter: str = "weight") -> None:
-    """Forgets the stored mask; the weight stays as it is."""
+    """Removes the stored mask; the weight stays as it is."""
     remove_attribute(module, mask_info_name(parameter))
     remove_bits(module, mask_name(parameter))
 
 
 def tier_sizes(module: nn.Module) -> tuple[tuple[int, int], int]:
-    """The block and the ``k`` of the tiers that the stored mask has; 16x16 and 10 where it has none."""
+    """Returns the block size and ``k`` of the tiers in the stored mask; 16x16 and 10 if it has none."""
     info = get_mask_info(module)
     if info is None or not info.pattern.tiers or isinstance(info.pattern.unit, str):
         return BLOCK, K

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._layers import check_model
 from .._replace import release_weight
-from .._safetensors import check_holds_data, read_tensors, seal, unique, write_tensors
+from .._safetensors import check_holds_data, read_tensors, seal, unique_tensors, write_tensors
 from .._state import get_original
 from .._undo import Undo, change, restoring
 from ..nn import Compressed, weight_shape
@@ -56,12 +56,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
     if format == "masks":
         layers, masks = collect_masks(model)
-        tensors, shared = unique(masks)
+        tensors, shared = unique_tensors(masks)
         write_tensors(Path(path), tensors, seal(dump(layers, shared), tensors))
         return
     state = dict(model.state_dict())
     if format == "sparse-24-bitmask":
-        tensors, _ = unique(to_bitmask24(model, state))
+        tensors, _ = unique_tensors(to_bitmask24(model, state))
         write_tensors(Path(path), tensors, {"format": "pt"})
         return
     layers = {}
@@ -69,7 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
         layers[name] = layer
         if bits is not None:
             state[layer.mask_name(name)] = bits
-    tensors, shared = unique(state)
+    tensors, shared = unique_tensors(state)
     write_tensors(Path(path), tensors, seal(dump(layers, shared), tensors))
 
 

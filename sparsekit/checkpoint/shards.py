@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .._json import parse_json, write_json
-from .._safetensors import unique, write_tensors
+from .._safetensors import unique_tensors, write_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -88,7 +88,7 @@ def write_shards(
     total = 0
 
     def end() -> None:
-        plain, shared = unique(shard)
+        plain, shared = unique_tensors(shard)
         # Every name is written: what reads these files knows no sharing.
         whole = {name: plain[shared[name]] if name in shared else plain[name] for name in shard}
         files.append(folder / f"model-{len(files) + 1:05d}.safetensors")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layers import hooks_reason, is_transposed, unsupported_reason
-from ..masks import get_mask, lost_zeros, outdated_mask, tier_sizes
+from ..masks import get_mask, lost_zeros_reason, outdated_mask_reason, tier_sizes
 from ..nn import (
     Compressed,
     DenseRoute,
@@ -56,7 +56,7 @@ def unfit(layer: nn.Module) -> str | None:
         return reason
     if type(layer) is not nn.Linear and not is_transposed(layer):
         return f"{type(layer).__name__} may compute something else than nn.Linear"
-    if reason := hooks_reason(layer) or outdated_mask(layer):
+    if reason := hooks_reason(layer) or outdated_mask_reason(layer):
         return reason
     weight = layer.get_parameter("weight")
     if layer.training and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
@@ -87,7 +87,7 @@ def unsupported_with_dense(layer: nn.Linear) -> str | None:
 
 
 def _unsupported_weight(layer: nn.Linear) -> str | None:
-    if reason := lost_zeros(layer):
+    if reason := lost_zeros_reason(layer):
         return reason
     kept = kept_matrix(layer)
     if kept.shape[1] < 4:
@@ -104,7 +104,7 @@ def _is_24(kept: Tensor) -> bool:
 
 def unsupported_tiered(layer: nn.Linear) -> str | None:
     """Why a layer cannot become a ``TieredLinear``, or is not worth measuring as one; None where it is."""
-    if reason := lost_zeros(layer):
+    if reason := lost_zeros_reason(layer):
         return reason
     kept = kept_matrix(layer)
     if int(kept.count_nonzero()) > MOST_BYTES * kept.numel():
