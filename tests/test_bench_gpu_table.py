@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.gpu import goals
 from bench.gpu.lab import Sizes
-from bench.gpu.table import details, errors, fastest, products, render, short, unmeasured
+from bench.gpu.table import details, errors, products, render, short, unmeasured
 from bench.report import RESULTS, render_gpus, slug
 
 README = Path(__file__).parents[1] / "README.md"
@@ -35,7 +35,7 @@ CHOSEN = {
 
 
 def report(**rows):
-    sections = {name: {"status": "done", "seconds": 1.0, "rows": each} for name, each in rows.items()}
+    sections = {name: {"ended": "done", "seconds": 1.0, "rows": each} for name, each in rows.items()}
     return {"kind": "gpu", "device": "NVIDIA H200", "date": "2026-11-21", "commit": "abc1234", "sections": sections}
 
 
@@ -76,7 +76,7 @@ def test_report_names_the_machine_its_limits_and_what_is_missed():
 
 def test_details_list_every_product_and_error():
     (cell,) = products(FULL).values()
-    assert fastest(cell) == ("linear24", 1.25)
+    assert cell["best"] == (1.25, "linear24")
     text = details(FULL)
     assert "| 4096x4096 | 1 | linear24 | 6.4 |  | 5.2 | 1% | 2949 | 74% | 1.25 |" in text
     assert "| 4096x4096 | 1 | cuSPARSELt (algorithm 3) | 10.0 |  | 3.4 | 0% | 1887 | 47% | 0.80 |" in text

@@ -54,34 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_all(device: str, names: Iterable[str], out: Path, tune: bool) -> Row:
     """Runs sections one after the other; after each, the folder gets the report and the tables of what is known."""
     report: Row = {"kind": "gpu", "device": device, "commit": commit(), "date": today(), "sections": {}}
-    (out / "tuned.json").unlink(missing_ok=True)
     for name in names:
         path = out / "sections" / f"{name}.jsonl"
         seconds = SECTIONS[name][1] * (TUNING if tune else 1)
-        report["sections"][name] = ended = run(name, path, seconds, tune) | {"rows": read(path)}
-        print(f"{name}: {ended['status']}, {ended['seconds']:.0f} s {ended.get('reason', '')}".rstrip(), flush=True)
+        begin = time.monotonic()
+        ended = run(name, path, seconds, tune)
+        report["sections"][name] = {"ended": ended, "seconds": time.monotonic() - begin, "rows": read(path)}
+        print(f"{name}: {ended}", flush=True)
         (out / "table.md").write_text(render(report) + "\n" + details(report), encoding="utf-8")
         write(out / f"{slug(report)}.json", report)
     print(details(report))
     return report
 
 
-def run(name: str, path: Path, seconds: float, tune: bool) -> Row:
+def run(name: str, path: Path, seconds: float, tune: bool) -> str:
     """Runs a section in a process of its own; returns how it ended."""
-    begin = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     process = get_context("spawn").Process(target=_in_process, args=(name, path, seconds, tune))
     process.start()
     process.join(seconds + GRACE)
-    ended = how_it_ended(read(path))
     if process.exitcode is None:
-        ended = {"status": "stopped", "reason": f"it did not end within {seconds + GRACE:.0f} s"}
-    elif process.exitcode:
-        ended = {"status": "failed", "reason": f"exit code {process.exitcode}"}
-    process.kill()
-    process.join()
-    return ended | {"seconds": round(time.monotonic() - begin, 1)}
+        process.kill()
+        return f"stopped, as it did not end within {seconds + GRACE:.0f} s"
+    return f"failed with exit code {process.exitcode}" if process.exitcode else how_it_ended(read(path))
 
 
 def _in_process(name: str, path: Path, seconds: float, tune: bool) -> None:
@@ -96,16 +92,16 @@ def measure(name: str, path: Path, seconds: float, tune: bool) -> None:
     """Runs a section in this process."""
     rows = Rows(path, seconds)
     try:
-        SECTIONS[name][0](gpu_lab(path.parent.parent if tune else None), rows)
+        SECTIONS[name][0](gpu_lab(tune), rows)
     except Exception as error:
         rows.write(what="the end", error=one_line(error))
         raise
 
 
-def how_it_ended(rows: Sequence[Row]) -> Row:
-    """Returns the status of a section that ran to its end: all done, or cut short."""
+def how_it_ended(rows: Sequence[Row]) -> str:
+    """Returns whether a section that ran to its end was cut short."""
     cuts = [row["cut"] for row in rows if "cut" in row]
-    return {"status": "cut short", "reason": "; ".join(cuts)} if cuts else {"status": "done"}
+    return f"cut short ({'; '.join(cuts)})" if cuts else "done"
 
 
 if __name__ == "__main__":

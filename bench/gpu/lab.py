@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from bench import shapes
 
 from .clock import Call, Clock
 from .rows import Rows
-from .tune import tune
+from .tune import Asked, tune
 
 Shape = tuple[int, int]
 
@@ -38,7 +37,7 @@ class Lab:
     layout: str | None  # of cuSPARSELt's packed weights on this GPU
     clock: Clock
     backend: str = "inductor"  # of torch.compile
-    tuned: Path | None = None  # the folder of the choices, where configurations of Triton kernels are chosen
+    tuned: set[Asked] | None = None  # the tables with a choice, where configurations of Triton kernels are chosen
 
     def randn(self, *shape: int, dtype: str = "bf16") -> Tensor:
         return torch.randn(shape, device=self.device).to(shapes.DTYPES[dtype])
@@ -53,11 +52,11 @@ class Lab:
             tune(self.clock, rows, self.tuned, calls, check)
 
 
-def gpu_lab(tuned: Path | None) -> Lab:
+def gpu_lab(tune: bool = False) -> Lab:
     """Returns the first GPU of this machine."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     torch.manual_seed(0)
     major, _ = torch.cuda.get_device_capability(device)
     layout = None if torch.version.hip else {8: "cusparselt_sm80", 9: "cusparselt_sm90"}.get(major)
-    return Lab(device, Sizes(), layout, Clock(device), tuned=tuned)
+    return Lab(device, Sizes(), layout, Clock(device), tuned=set() if tune else None)

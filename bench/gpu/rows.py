@@ -16,10 +16,6 @@ class Rows:
 
     Some keys mean the same in every row: ``said`` is a line for people, ``error`` and ``wrong`` (a dict) are what
     failed, ``cut`` is what the time did not suffice for.
-
-    Args:
-        path: the file; what it held is dropped.
-        seconds: the section's time.
     """
 
     def __init__(self, path: Path, seconds: float):

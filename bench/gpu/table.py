@@ -1,6 +1,6 @@
 """Renders a GPU's results as markdown: what README shows, and the details."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from . import goals
 from .rows import Row
@@ -42,8 +42,8 @@ def render(report: Row) -> str:
         header = ["op", "shape", "dtype", "us", "GB/s", "of the copy", "goal", "over the usual way"]
         parts.append(table([*header, "over the reference"], (_op(row, copy) for row in ops)))
     if cells := products(report):
-        shown = {"2:4 product, fastest": _fastest} | {f"`{key}`": _ratio(key) for key in ("linear24", *goals.MODES)}
-        parts += [_by_tokens(title, cells, show) for title, show in shown.items()]
+        parts += [_by_tokens("2:4 product, fastest", cells, None)]
+        parts += [_by_tokens(f"`{form}`", cells, form) for form in ("linear24", *goals.MODES)]
         parts.append("Times faster than `F.linear` (cuBLAS) at that many tokens; bold where dense is faster.")
     if missed := list(short(report)):
         parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in missed))
@@ -79,7 +79,10 @@ def _share(value: float, limit: float | None) -> str:
 
 
 def products(report: Row) -> dict[tuple[str, int], Row]:
-    """Merges all that was measured of each product, by weight and tokens: ratios, seconds and host seconds by form."""
+    """Merges all that was measured of each product, by weight and tokens: ratios, seconds and host seconds by form.
+
+    The best ratio of the sparse forms, and the name of that form, are its ``best``.
+    """
     cells: dict[tuple[str, int], Row] = {}
     for section in ("linear", "search", "compress"):
         for row in rows(report, section, "ratios"):
@@ -87,34 +90,25 @@ def products(report: Row) -> dict[tuple[str, int], Row]:
             for key in MERGED:
                 cell[key] = row.get(key, {}) | cell[key]
             cell["choice"] |= dict.fromkeys(row["ratios"], row.get("choice"))
+    for cell in cells.values():
+        found = ((ratio, key) for key, ratio in cell["ratios"].items() if key in SPARSE)
+        cell["best"] = max(found, default=(None, ""))
     return cells
 
 
-def _by_tokens(title: str, cells: dict[tuple[str, int], Row], show: Callable[[Row], str]) -> str:
+def _by_tokens(title: str, cells: dict[tuple[str, int], Row], form: str | None) -> str:
+    """Renders the ratios of a form, or of the best, one column a token count."""
+
+    def show(shape: str, tokens: int) -> str:
+        cell = cells.get((shape, tokens), {"best": (None, ""), "ratios": {}})
+        ratio, name = cell["best"] if form is None else (cell["ratios"].get(form), "")
+        if ratio is None:
+            return ""
+        return f"{ratio:.2f} {name}".strip() if ratio >= 1 else f"**{ratio:.2f}** {name}".strip()
+
     tokens = sorted({key[1] for key in cells})
     shapes = dict.fromkeys(key[0] for key in cells)
-    lines = [[shape, *(show(cells.get((shape, count), {"ratios": {}})) for count in tokens)] for shape in shapes]
-    return table([title, *map(str, tokens)], lines)
-
-
-def fastest(cell: Row) -> tuple[str, float] | None:
-    """Returns the fastest way to multiply by the 2:4 weight, and its ratio over dense."""
-    found = {key: ratio for key, ratio in cell["ratios"].items() if key in SPARSE}
-    best = max(found, key=found.__getitem__, default=None)
-    return None if best is None else (best, found[best])
-
-
-def _fastest(cell: Row) -> str:
-    best = fastest(cell)
-    return "" if best is None else f"{_number(best[1])} {best[0]}"
-
-
-def _ratio(key: str) -> Callable[[Row], str]:
-    return lambda cell: _number(cell["ratios"][key]) if key in cell["ratios"] else ""
-
-
-def _number(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
+    return table([title, *map(str, tokens)], [[shape, *(show(shape, each) for each in tokens)] for shape in shapes])
 
 
 def short(report: Row) -> Iterator[str]:
@@ -125,8 +119,7 @@ def short(report: Row) -> Iterator[str]:
             yield f"`{row['op']}` {row['shape']} {row['dtype']}: {took:.1f} us, goal {row['goal']:g} us"
     for (shape, tokens), cell in products(report).items():
         for key, wanted in cell["goal"].items():
-            best = fastest(cell)
-            got = (best and best[1]) if key == "best" else cell["ratios"].get(key)
+            got = cell["best"][0] if key == "best" else cell["ratios"].get(key)
             what = "the fastest 2:4 product" if key == "best" else f"`{key}`"
             if got is None or got < wanted - (goals.NOISE if key in goals.MODES else 0):
                 found = NOT_MEASURED if got is None else f"{got:.2f}x of cuBLAS"
@@ -141,7 +134,7 @@ def details(report: Row) -> str:
     parts = [table(header, lines)]
     for name, section in report["sections"].items():
         said = [row["said"] for row in section["rows"] if "said" in row] + list(errors(section["rows"]))
-        ended = f"{name}: {section['status']} in {section['seconds']:.0f} s {section.get('reason', '')}".rstrip()
+        ended = f"{name}: {section['ended']} in {section['seconds']:.0f} s"
         parts.append("\n".join([ended, "", *(f"- {line}" for line in said)]).rstrip())
     return "\n\n".join(parts) + "\n"
 

@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from sparsekit.triton_kernels import _launch
@@ -12,18 +11,17 @@ from sparsekit.triton_kernels import _launch
 from .clock import Call, Clock
 from .rows import Rows, one_line
 
+Asked = tuple[_launch.Table, str, str]  # a table, for an architecture and a shape class
 
-def tune(clock: Clock, rows: Rows, folder: Path, calls: Sequence[Call], check: Callable[[Any], None]) -> None:
-    """Chooses for each table that the calls of an op ask, unless `tuned.json` in the folder has a choice.
 
-    The user's table gets the choices, too, so that what is timed after this uses them. ``check`` raises where what a
-    call returns is wrong.
+def tune(clock: Clock, rows: Rows, known: set[Asked], calls: Sequence[Call], check: Callable[[Any], None]) -> None:
+    """Chooses for each table that the calls of an op ask, unless it is known; writes the choices to the user's table.
+
+    What is timed after this uses them. ``check`` raises where what a call returns is wrong.
     """
     with watch() as asked:
         check(calls[0]())
-    for table, arch, shape_class in sorted(asked, key=lambda each: (each[0].kernel, each[2])):
-        if shape_class in read(folder / "tuned.json").get(arch, {}).get(table.kernel, {}):
-            continue
+    for table, arch, shape_class in sorted(asked - known, key=lambda each: (each[0].kernel, each[2])):
         right, wrong = {}, {}
         for config in table.configs:
             try:
@@ -37,9 +35,8 @@ def tune(clock: Clock, rows: Rows, folder: Path, calls: Sequence[Call], check: C
         seconds = {key: each / len(calls) for key, each in clock.time_interleaved(right).seconds().items()}
         row = {"kernel": table.kernel, "class": shape_class, "before": table.name(arch, shape_class)}
         row["best"] = min(seconds, key=seconds.__getitem__)
-        for path in (folder / "tuned.json", _launch.user_table()):
-            keep(path, arch, table.kernel, shape_class, row["best"])
-        _launch._measured.cache_clear()
+        keep(arch, table.kernel, shape_class, row["best"])
+        known.add((table, arch, shape_class))
         rows.write(**row, seconds=seconds, wrong=wrong)
 
 
@@ -49,9 +46,9 @@ def _forced(table: _launch.Table, config: str, calls: Sequence[Call]) -> object:
 
 
 @contextmanager
-def watch() -> Iterator[set[tuple[_launch.Table, str, str]]]:
+def watch() -> Iterator[set[Asked]]:
     """Collects which table is asked, for which architecture and shape class."""
-    asked: set[tuple[_launch.Table, str, str]] = set()
+    asked: set[Asked] = set()
     answer = _launch.Table.name
 
     def name_and_note(self: _launch.Table, arch: str, shape_class: str) -> str:
@@ -65,17 +62,12 @@ def watch() -> Iterator[set[tuple[_launch.Table, str, str]]]:
         _launch.Table.name = answer
 
 
-def read(path: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """Reads choices: ``{architecture: {kernel: {shape class: configuration}}}``; none where there are none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def keep(path: Path, arch: str, kernel: str, shape_class: str, config: str) -> None:
-    """Adds a choice to a file."""
-    choices = read(path)
+def keep(arch: str, kernel: str, shape_class: str, config: str) -> None:
+    """Adds a choice to the user's table: ``{architecture: {kernel: {shape class: configuration}}}``."""
+    path, choices = _launch.user_table(), {}
+    with suppress(OSError, ValueError):
+        choices = json.loads(path.read_text(encoding="utf-8"))
     choices.setdefault(arch, {}).setdefault(kernel, {})[shape_class] = config
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _launch._measured.cache_clear()
