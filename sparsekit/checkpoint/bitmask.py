@@ -1,9 +1,10 @@
-"""Weights packed by bitmask, as llm-compressor wrote them: from tensors by name to tensors by name.
+"""Weights packed by bitmask in the formats of llm-compressor: tensors by name, and models from and to them.
 
-``sparse-24-bitmask`` holds of every 2:4 weight ``NAME.compressed`` ``[rows, cols / 2]``, ``NAME.bitmask`` uint8
-``[rows, ceil(cols / 8)]`` and ``NAME.shape``, an int64 column. ``sparse-bitmask`` holds any zeros: ``compressed`` has
-one dimension, and ``row_offsets`` say where rows begin. NAME is that of the layer, or in older files that of the
-weight, with ``.weight`` at its end (https://github.com/vllm-project/compressed-tensors).
+``sparse-24-bitmask`` stores for every 2:4 weight ``NAME.compressed`` ``[rows, cols / 2]``, ``NAME.bitmask`` uint8
+``[rows, ceil(cols / 8)]`` and ``NAME.shape``, an int64 column; this packed form is that of ``pack24``.
+``sparse-bitmask`` stores weights with any zeros: ``compressed`` has one dimension, and ``row_offsets`` say where rows
+begin. NAME is the name of the layer, or in older files that of the weight, which ends in ``.weight``
+(https://github.com/vllm-project/compressed-tensors).
 """
 
 import math
@@ -27,10 +28,10 @@ def find_packed(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Finds the packed weights among tensors.
 
     Args:
-        names: of all tensors.
+        names: the names of all tensors.
 
     Returns:
-        By the name of the dense weight, as ``"layers.0.up.weight"``, the tensors of its parts, as ``"compressed"``.
+        For each dense weight, such as ``"layers.0.up.weight"``, the tensor names of parts such as ``"compressed"``.
 
     Raises:
         ValueError: a part is missing, or two weights have one name.
@@ -55,24 +56,24 @@ def unpack_bitmask(name: str, parts: Mapping[str, Tensor]) -> Tensor:
     """Unpacks one weight, of any dtype.
 
     Args:
-        name: of the weight, for the messages.
+        name: the name of the weight, for the messages.
         parts: its tensors ``"compressed"``, ``"bitmask"`` and ``"shape"``.
 
     Raises:
-        ValueError: they do not belong together, or a group of four has not exactly two where each row has half of its
-            weights.
+        ValueError: the parts do not belong together, or each row has half of its weights and a group of four does not
+            have exactly two.
     """
     values, shape = parts["compressed"], check_bitmask(name, parts)
     mask = unpack_bits(parts["bitmask"].reshape(*shape[:-1], -(-shape[-1] // 8)), shape[-1])
     if values.dtype in DTYPES:
         return values.new_zeros(shape).masked_scatter(mask, values)
-    bits = BITS[values.element_size()]  # float8 can be moved, and no more
+    bits = BITS[values.element_size()]  # float8 tensors support copies, but no masked_scatter
     dense = torch.zeros(shape, dtype=bits, device=values.device).masked_scatter(mask, values.contiguous().view(bits))
     return dense.view(values.dtype)
 
 
 def shape_of(name: str, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The shape that the parts of a weight say. The arguments and errors are those of ``unpack_bitmask``."""
+    """Returns the shape that is stored with a weight. The arguments and errors are those of ``unpack_bitmask``."""
     sizes = parts["shape"].flatten()
     shape = tuple(sizes[:8].tolist())
     if not 0 < len(sizes) <= 8 or not all(type(size) is int and size >= 0 for size in shape):
@@ -81,7 +82,7 @@ def shape_of(name: str, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 def check_bitmask(name: str, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Checks that the parts of a weight belong together; returns its shape. The arguments are ``unpack_bitmask``'s."""
+    """Checks that the parts of a weight belong together, and returns its shape; arguments as in ``unpack_bitmask``."""
     values, bits, shape = parts["compressed"], parts["bitmask"], shape_of(name, parts)
     if bits.dtype != torch.uint8 or bits.numel() != math.prod(shape[:-1]) * -(-shape[-1] // 8):
         raise ValueError(
@@ -177,28 +178,28 @@ def pack_all(
 
 
 def is_24(weight: Tensor) -> bool:
-    """Whether a weight is one that ``sparse-24-bitmask`` packs."""
+    """Returns whether ``sparse-24-bitmask`` can pack a weight."""
     if weight.dim() != 2 or weight.dtype not in DTYPES or weight.shape[1] % 4 or not weight.numel():
         return False
     return bool(((weight != 0).unflatten(1, (weight.shape[1] // 4, 4)).sum(-1) <= 2).all())
 
 
 def pack_bitmask24(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``PARTS`` of a 2:4 weight: values, bitmask, and the shape as an int64 column."""
+    """Returns the ``PARTS`` of a 2:4 weight: values, bitmask, and the shape as an int64 column."""
     values, bitmask = pack24(weight)
     return values, bitmask, shape_column(*weight.shape)
 
 
 def shape_column(rows: int, cols: int) -> Tensor:
-    """A shape as these files hold it."""
+    """Returns a shape as these files store it."""
     return torch.tensor([[rows], [cols]], device="cpu")
 
 
 def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the packed tensors of a state dict, and unpacks those that the format does not know.
+    """Renames the packed tensors of a state dict, and unpacks those that the format does not have.
 
     Raises:
-        ValueError: a packed layer that the format has no place for, or none that it packs.
+        ValueError: the format cannot hold one of the packed layers, or the model has no ``Linear24``.
     """
     if not any(isinstance(layer, Linear24) for layer in model.modules()):
         raise ValueError("the model has no Linear24, which is what sparse-24-bitmask packs; compress it first")
@@ -220,13 +221,13 @@ def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def from_bitmask24(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, LayerRecord], dict[str, str]]:
-    """Renames the tensors back, in place; returns the layers with their masks, and which tensor every shared one is.
+    """Renames the tensors back in place; returns the layers, and the name of the stored tensor for every shared one.
 
-    Weights packed for any zeros (``sparse-bitmask``) are unpacked. Such files leave out all but one name of a shared
-    tensor, so the model says what is shared.
+    Weights of ``sparse-bitmask`` are unpacked. These files have a shared tensor under one name only, so the model
+    defines what is shared.
 
     Raises:
-        ValueError: no tensor is packed like that, or the parts of one do not belong together.
+        ValueError: no tensor is packed in this format, or the parts of one do not belong together.
     """
     packed = find_packed(tensors)
     if not packed:

@@ -30,25 +30,26 @@ Format = Literal["sparsekit", "sparse-24-bitmask", "masks"]
 def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sparsekit") -> None:
     """Writes a model, with its masks and its compressed layers, to one safetensors file.
 
-    The file holds the state dict, each shared tensor once; of a compressed layer what it is packed in; of a pruned
-    layer the bit-packed ``weight_mask``. Its metadata holds the structure as JSON and a SHA-256 digest of both. It is
-    written beside ``path``, flushed to the disk and renamed, so an interrupted save leaves the old file.
+    The file holds the state dict, each shared tensor once, with the packed tensors of compressed layers, and the
+    bit-packed ``weight_mask`` of each pruned layer. Its metadata holds the structure as JSON and a SHA-256 digest of
+    both. The file is written beside ``path``, flushed to the disk and renamed, so an interrupted save leaves the old
+    file.
 
     Args:
-        model: any module; its tensors may be on any device, of any dtype that safetensors has. ``torch.compile`` and
-            ``DistributedDataParallel`` around it are left out.
+        model: any module; its tensors may be on any device and of any dtype that safetensors has. Of a model wrapped by
+            ``torch.compile`` or ``DistributedDataParallel`` the inner model is saved.
         path: the file; an existing one is replaced.
         format: ``"sparse-24-bitmask"`` writes the weights as llm-compressor did, for tools that read those: every
-            ``Linear24`` packed, all else dense, neither other masks nor a digest. ``"masks"`` writes the masks alone,
-            beside a folder of ``save_pretrained`` for one, which keeps the weights with their zeros: ``load`` gives
-            them to no others.
+            ``Linear24`` packed and all other weights dense, without other masks and a digest. ``"masks"`` writes only
+            the masks, for example beside a folder of ``save_pretrained``, which keeps the weights with their
+            zeros; ``load`` rejects them for weights that do not have these zeros.
 
     Raises:
         TypeError: ``model`` is not a module, or its state dict holds something that is not a tensor.
         OSError: the file cannot be written.
         ValueError: a tensor has no data here (the meta device, a DTensor, a lazy module) or is of a kind or dtype that
-            safetensors has not, ``format`` is another, or has no place for a layer, a mask does not belong to its
-            weight any more, or there are no masks to be written alone.
+            safetensors does not have, ``format`` is unknown or cannot hold a layer, a mask does not fit its weight any
+            more, or ``format`` is ``"masks"`` and there are none.
     """
     check_model(model)
     model = _unwrapped(model)
@@ -74,20 +75,20 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False) -> None:
-    """Makes ``model`` what ``save`` wrote: weights, dtypes, shared tensors, masks and compressed layers.
+    """Loads a file of ``save`` into ``model``: weights, dtypes, shared tensors, masks and compressed layers.
 
-    Everything is verified before the model is touched, and nothing is ever unpickled. Parameters are replaced, so make
-    the optimizer afterwards. Each tensor goes to the device of the one that it replaces, to the CPU from ``meta``.
+    Everything is verified before the model is changed, and nothing is ever unpickled. Parameters are replaced, so make
+    the optimizer afterwards. Each tensor goes to the device of the one that it replaces, or to the CPU from ``meta``.
     ``decompress_`` makes the compressed layers dense again, as after ``compress_``.
 
     A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces; a tiered
-    one becomes a ``TieredLinear``; one that takes the place of a layer with a dense copy has one too. A file does not
-    say what is fastest on another machine: on a GPU load with ``dense=True``, and let ``compress_`` measure. A file of
-    masks alone leaves the weights as they are: the model has them already, with zeros wherever a mask drops one.
+    layer becomes a ``TieredLinear``; a layer that replaces one with a dense copy gets a dense copy too. A file does not
+    know what is fastest on another machine: on a GPU load with ``dense=True``, and let ``compress_`` measure. A file of
+    masks alone does not change the weights, which must be zero wherever a mask drops them.
 
     Args:
-        model: the same architecture, freshly made, pruned or compressed; also on the meta device, where it holds
-            nothing but what a state dict has. Flags stay: what is frozen in it is frozen afterwards.
+        model: the same architecture, freshly made, pruned or compressed. It may be on the meta device if all its
+            tensors are in its state dict. Parameters that are frozen stay frozen.
         path: a file that ``save`` wrote, in any of its formats; or another file, or folder of files, of a whole model
             in ``sparse-24-bitmask`` or ``sparse-bitmask``.
         dense: whether compressed layers come back as dense ones, to be fine-tuned or exported.
@@ -96,25 +97,24 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
         TypeError: ``model`` is not a module.
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, altered or foreign, or does not fit the model; or the model is sharded, not
-            initialized, offloaded by accelerate, has a buffer on the meta device that no file holds, or hooks on a
-            layer that another one would replace. The message names the file and what is wrong, and the model is as it
-            was.
+            initialized, offloaded by accelerate, has a buffer on the meta device that no file holds, or has hooks on a
+            layer that would be replaced. The message names the file and what is wrong; the model is unchanged.
         RuntimeError: the model is being changed already, here or in another thread.
     """
     check_model(model)
     wrapper, model = model, _unwrapped(model)
     try:
-        work = _trainable(partial(_prepared, wrapper, model, Path(path), dense))
+        work = _trainable(partial(_prepare, wrapper, model, Path(path), dense))
         change(model, "loaded", partial(_undoable, model, work))
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
 
 
-# By decorators and `restoring`: an interrupt may come just before a `with` block is left.
+# Decorators and `restoring` instead of `with`, because an interrupt may come just before such a block is left.
 @torch.no_grad()
 @torch.inference_mode(False)
 def _trainable(work: Callable[[], T]) -> T:
-    """Returns ``work()``: what that makes can be trained, whatever modes and defaults the caller has."""
+    """Returns ``work()``, whose tensors can be trained whatever modes and defaults the caller has set."""
     on_cpu, before = torch.device("cpu"), torch._C._len_torch_function_stack()
 
     def restore() -> None:
@@ -126,27 +126,27 @@ def _trainable(work: Callable[[], T]) -> T:
         return work()
 
 
-def _prepared(wrapper: nn.Module, model: nn.Module, path: Path, dense: bool) -> Callable[[], None]:
-    """What makes ``model`` what the file holds, after everything in it was verified."""
+def _prepare(wrapper: nn.Module, model: nn.Module, path: Path, dense: bool) -> Callable[[], None]:
+    """Verifies the whole file, and returns the function that loads it into ``model``."""
     structure, tensors = _read(path)
     layers, shared = from_bitmask24(model, tensors) if structure is None else parse(structure)
     for name, source in shared.items():
         if name in tensors or source not in tensors:
             raise ValueError(f"{name!r} cannot share the tensor {source!r}")
         tensors[name] = tensors[source]
-    alone = holds_only_masks(layers, tensors)
-    if not alone:
-        _check_replaceable(wrapper)
+    masks_only = holds_only_masks(layers, tensors)
+    if not masks_only:
+        _check_parameters_replaceable(wrapper)
         _check_fits(model, layers)
         for name, layer in layers.items():
             verify(name, layer, tensors)
         if dense:
             layers = {name: layer.densify(name, tensors) for name, layer in layers.items()}
-    return partial(assign_masks if alone else rebuild, model, layers, tensors)
+    return partial(assign_masks if masks_only else rebuild, model, layers, tensors)
 
 
 def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
-    """Changes the modules of a model, with the way back in ``undo``: references, no tensor is copied."""
+    """Changes the modules of a model by ``work``; ``undo`` gets references to the old tensors, not copies."""
 
     def registries(module: nn.Module) -> list[Any]:
         return [vars(module)[key] for key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")]
@@ -160,7 +160,7 @@ def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
         for module, attributes, contents in record:
             vars(module).clear()
             vars(module).update(attributes)
-            for registry, content in contents:  # the same objects, for whoever holds them
+            for registry, content in contents:  # the same dictionaries, because others may hold them
                 registry.clear()
                 registry.update(content)
             if (original := get_original(module)) is not None:
@@ -171,15 +171,15 @@ def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model in the wrappers of ``torch.compile`` and of data parallelism."""
+    """Returns the model inside of the wrappers of ``torch.compile`` and of data parallelism."""
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return _unwrapped(model.module)
     inner = model._modules.get("_orig_mod")
     return model if inner is None else _unwrapped(inner)
 
 
-def _check_replaceable(model: nn.Module) -> None:
-    """Rejects a model whose parameters something else holds, and would go on with."""
+def _check_parameters_replaceable(model: nn.Module) -> None:
+    """Rejects a model whose old parameters something else would continue to use after they are replaced."""
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             where = f"{name} is" if name else "the model is"
@@ -196,13 +196,14 @@ def _check_replaceable(model: nn.Module) -> None:
 
 
 def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """The structure, None in a foreign file, and the tensors of a file or of a folder of foreign ones."""
+    """Returns the structure (None in foreign files) and the tensors of a file, or of a folder of foreign files."""
     return (None, dict(Shards(path))) if path.is_dir() else read_tensors(path)
 
 
 def _check_fits(model: nn.Module, layers: Mapping[str, LayerRecord]) -> None:
-    """Rejects a model that is not whole here, and layers that it has not in their shape: first, or a small file could
-    ask for any memory.
+    """Rejects a model that is not complete in this process, and layers that it does not have in their shape.
+
+    This comes before anything is unpacked, because a small file could claim a shape of any size.
     """
     for name, parameter in model.named_parameters():
         check_holds_data(name, parameter)

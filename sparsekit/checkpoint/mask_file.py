@@ -1,4 +1,4 @@
-"""Files of masks alone, to lie beside weights that another library keeps: a thirty-second of those in fp32."""
+"""Files of masks alone, for weights that another library stores: a thirty-second of the size of these in fp32."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ from .verify import verify_mask
 
 
 def collect_masks(model: nn.Module) -> tuple[dict[str, LayerRecord], dict[str, Tensor]]:
-    """The pruned layers of a model, and their masks.
+    """Returns the pruned layers of a model, and their masks.
 
     Raises:
-        ValueError: it has none, or one that does not belong to its weight any more.
+        ValueError: it has no masks, or one that does not fit its weight any more.
     """
     layers, tensors = dict[str, LayerRecord](), dict[str, Tensor]()
     for name, layer, bits in collect_records(model):
@@ -29,7 +29,7 @@ def collect_masks(model: nn.Module) -> tuple[dict[str, LayerRecord], dict[str, T
 
 
 def save_masks(path: Path, masks: Mapping[str, tuple[Tensor, tuple[int, ...], MaskInfo]]) -> None:
-    """Writes the masks of layers that no model holds, by layer: the bit-packed mask, the weight's shape, and its rule.
+    """Writes masks without a model, given by layer: the bit-packed mask, the shape of the weight, and its pattern.
 
     Raises:
         OSError: the file cannot be written.
@@ -40,22 +40,22 @@ def save_masks(path: Path, masks: Mapping[str, tuple[Tensor, tuple[int, ...], Ma
 
 
 def holds_only_masks(layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds nothing but the masks of its layers."""
+    """Returns whether a file holds nothing but the masks of its layers."""
     masked = {layer.mask_name(name) for name, layer in layers.items() if layer.mask}
     return len(masked) == len(layers) > 0 and tensors.keys() == masked
 
 
 def assign_masks(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Gives the layers of a dense model these masks, and takes away all others.
+    """Stores these masks in the layers of a dense model, and removes all others.
 
     Raises:
-        ValueError: a layer is not there, is compressed or of another shape, or keeps a weight that its mask drops.
+        ValueError: a layer is missing, compressed or of another shape, or has a non-zero weight that its mask drops.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
         kept = verify_mask(name, layer, tensors)
         module = modules.get(layer.module_name(name))
-        # A weight that is computed from others is not read: reading may change them.
+        # A weight that is computed from others is not read, because reading may change them.
         weight = None if module is None or isinstance(module, Compressed) else module._parameters.get(layer.parameter)
         if weight is None:
             raise ValueError(f"the model has no dense layer {name!r} for its mask")

@@ -1,4 +1,4 @@
-"""Makes the modules of a model what a file says: their kinds, and the tensors that they hold."""
+"""Rebuilds a model from a file: replaces layers by those of the right kind, and assigns all tensors."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,7 +25,7 @@ from .structure import LayerRecord, join
 
 
 def rebuild(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Puts a module of the kind that the file says in every place, and gives all of them their tensors.
+    """Replaces every layer that is of another kind in the file, and assigns all tensors.
 
     Args:
         model: its layers have the shapes of ``layers``.
@@ -33,16 +33,16 @@ def rebuild(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
         tensors: the state dict and the masks, each name with its tensor.
 
     Raises:
-        ValueError: the file does not fit the model, which is half changed then.
+        ValueError: the file does not fit the model, which may be half changed then.
     """
-    _swap(model, layers, tensors)
+    _replace_layers(model, layers, tensors)
     _assign(model, layers, tensors)
     _check_all_is_here(model)
     guard_saving(model)
 
 
-def _swap(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Puts a module of the kind that the file says in every place."""
+def _replace_layers(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
+    """Replaces every layer that is of another kind in the file."""
     made: dict[nn.Module, nn.Module] = {}
     make: Callable[[], nn.Module]
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -67,7 +67,7 @@ def _dense(name: str, module: Compressed) -> nn.Module:
 
 
 def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mapping[str, Tensor]) -> Compressed:
-    """The compressed layer to put in place of ``module``, which is emptied if it is dense."""
+    """Returns the compressed layer that replaces ``module``; if that is dense, the memory of its weight is freed."""
     if not isinstance(module, Compressed) and not (
         isinstance(module, nn.Linear) is not layer.transposed
         and isinstance(module._parameters.get("weight"), Tensor)
@@ -108,8 +108,9 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
 
 
 def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Gives every parameter, buffer and mask its tensor: one object per stored tensor, so that what was shared is
-    shared again, and nothing else is.
+    """Assigns every parameter, buffer and mask its tensor.
+
+    There is one object per stored tensor, so exactly those tensors are shared that were when the model was saved.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     state = dict(tensors)
@@ -123,7 +124,7 @@ def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
             raise ValueError(f"{key} is {state[key].dtype}, the model's {tensor.dtype}")
     for name, layer in layers.items():
         if layer.kind == "prepacked":
-            del state[join(name, "weight")]  # it is there already, reordered
+            del state[join(name, "weight")]  # the layer holds it already, reordered
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     objects: dict[tuple[int, bool, torch.device], Tensor] = {}
 
@@ -145,7 +146,7 @@ def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
 
 
 def _check_all_is_here(model: nn.Module) -> None:
-    """Rejects what is still on the meta device: it would compute garbage, or fail far from here."""
+    """Rejects tensors that are still on the meta device: the model would fail later, far from the cause."""
     left = [name for name, tensor in model.named_buffers(remove_duplicate=False) if tensor.is_meta]
     for name, module in model.named_modules(remove_duplicate=False):
         left += [join(name, key) for key, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
@@ -168,7 +169,7 @@ def _check_names(model: set[str], file: set[str]) -> None:
 
 
 def _stored(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """The tensor that the layer holds its weight in."""
+    """Returns the tensor in which the layer stores its weight."""
     if isinstance(module, PrepackedLinear):
         return module.packed
     if isinstance(module, TieredLinear):
@@ -181,5 +182,5 @@ def _trainable(module: nn.Module) -> bool:
 
 
 def _device(tensor: Tensor) -> torch.device:
-    """Where a tensor that replaces this one goes."""
+    """Returns the device of a tensor that replaces this one."""
     return torch.device("cpu") if tensor.is_meta else tensor.device

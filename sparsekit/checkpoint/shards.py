@@ -1,4 +1,4 @@
-"""The tensors of a model in one safetensors file, or in a folder of them, read and written one after the other."""
+"""The tensors of a model in one safetensors file or a folder of them, read one by one and written file by file."""
 
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ INDEX = "model.safetensors.index.json"
 
 
 class Shards(Mapping[str, Tensor]):
-    """Tensors by name, each read from its file when it is asked for.
+    """A mapping of names to tensors, each of which is read from its file on access.
 
     Args:
-        path: a safetensors file; or a folder with one, or with several and the index of transformers; or several files.
-        skip: names of files in the folder that hold something else.
+        path: a safetensors file, or a folder with one, or with several and the index of transformers, or several files.
+        skip: names of files in the folder to ignore.
 
     Raises:
         OSError: a file cannot be opened.
@@ -41,14 +41,14 @@ class Shards(Mapping[str, Tensor]):
         path = self._files[name]
         try:
             with safe_open(path, "pt", device="cpu") as file:
-                return file.get_tensor(name).clone()  # who changes the file later must not change the tensor
+                return file.get_tensor(name).clone()  # a later change of the file must not change the tensor
         except OSError:
             raise
         except Exception as error:
             raise ValueError(f"{path} is truncated, or no safetensors file ({error})") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read."""
+        """Returns the shape of a tensor without reading it."""
         with safe_open(self._files[name], "pt", device="cpu") as file:
             return tuple(file.get_slice(name).get_shape())
 
@@ -67,11 +67,11 @@ def write_shards(
 ) -> list[Path]:
     """Writes tensors to a folder as transformers does: one file, or several of ``max_bytes`` at most and an index.
 
-    In memory at a time are the tensors of one file.
+    Only the tensors of one file are in memory at a time.
 
     Args:
         tensors: names and tensors, once each.
-        folder: it is there.
+        folder: an existing folder.
         max_bytes: a larger tensor has a file of its own.
 
     Returns:
@@ -83,31 +83,34 @@ def write_shards(
     """
     folder = Path(folder)
     files: list[Path] = []
-    places: dict[str, int] = {}
+    file_numbers: dict[str, int] = {}
     shard: dict[str, Tensor] = {}
     total = 0
 
     def end() -> None:
         plain, shared = unique_tensors(shard)
-        # Every name is written: what reads these files knows no sharing.
+        # Every name is written, because the readers of these files know no shared tensors.
         whole = {name: plain[shared[name]] if name in shared else plain[name] for name in shard}
         files.append(folder / f"model-{len(files) + 1:05d}.safetensors")
         write_tensors(files[-1], whole, {"format": "pt"})
         shard.clear()
 
     for name, tensor in tensors:
-        if name in places:
+        if name in file_numbers:
             raise ValueError(f"the tensor {name!r} comes twice")
         if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > max_bytes:
             end()
-        places[name] = len(files)
+        file_numbers[name] = len(files)
         shard[name] = tensor
         total += tensor.nbytes
     end()
     if len(files) == 1:
         return [files[0].rename(folder / "model.safetensors")]
     files = [file.rename(folder / f"{file.stem}-of-{len(files):05d}.safetensors") for file in files]
-    index = {"metadata": {"total_size": total}, "weight_map": {name: files[at].name for name, at in places.items()}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: files[at].name for name, at in file_numbers.items()},
+    }
     write_json(folder / INDEX, index)
     return files
 
@@ -124,7 +127,7 @@ def _files_in(folder: Path, skip: Container[str]) -> list[Path]:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """Which file has which tensor."""
+    """Returns the name of the file of each tensor."""
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
         found = data["weight_map"]

@@ -1,4 +1,4 @@
-"""The structure that a checkpoint describes: which layers are compressed or pruned, and whether the tensors fit it."""
+"""The structure of a checkpoint: the layers that are compressed or pruned, to and from JSON."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,9 +20,9 @@ _MAX_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What the structure says of a layer that is compressed or pruned.
+    """The description of a layer that is compressed or pruned.
 
-    Its name is that of its module; where its weight has another name, as those of experts have, the weight's.
+    Its name is that of the module, or, if the parameter is not called ``weight`` as in experts, that of the parameter.
     """
 
     kind: str
@@ -30,13 +30,13 @@ class LayerRecord:
     transposed: bool = False
     tokens: int = 1
     mask: MaskInfo | None = None
-    block: tuple[int, int] = (0, 0)  # and k: of a tiered layer
+    block: tuple[int, int] = (0, 0)  # block and k of a tiered layer
     k: int = 0
     parameter: str = "weight"
 
     @staticmethod
     def of(module: nn.Module) -> "LayerRecord | None":
-        """The layer that a compressed module is; None for another module."""
+        """Returns the record of a compressed module; None for any other module."""
         mask = get_mask_info(module)
         if isinstance(module, Linear24):
             return LayerRecord("linear24", weight_shape(module), module.transposed, mask=mask)
@@ -48,26 +48,26 @@ class LayerRecord:
         return None
 
     def module_name(self, name: str) -> str:
-        """The name of its module."""
+        """Returns the name of its module, given the name of the layer."""
         return name if self.parameter == "weight" else name.removesuffix(self.parameter).removesuffix(".")
 
     def weight_name(self, name: str) -> str:
-        """The name of its weight in a state dict."""
+        """Returns the name of its weight in a state dict."""
         return join(self.module_name(name), self.parameter)
 
     def mask_name(self, name: str) -> str:
-        """The name of its mask in a file."""
+        """Returns the name of its mask in a file."""
         return f"{self.weight_name(name)}_mask"
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of a compressed layer's weight, as ``[outputs, inputs]``."""
+        """The rows and columns of a compressed layer's weight as ``[outputs, inputs]``."""
         rows, cols = self.shape
         return (cols, rows) if self.transposed else (rows, cols)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of blocks of a tiered layer."""
+        """The rows and columns of blocks of a tiered layer."""
         (rows, cols), (block_rows, block_cols) = self.matrix, self.block
         return -(-rows // block_rows), -(-cols // block_cols)
 
@@ -109,11 +109,11 @@ class LayerRecord:
         return LayerRecord(kind, shape, _field(where, data, "transposed", bool), tokens, info, block, k, parameter)
 
     def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
-        """The packed weight of a tiered layer."""
+        """Returns the packed weight of a tiered layer."""
         return TieredWeight.from_parts(*(tensors[join(name, part)] for part in TIERED_PARTS))
 
     def densify(self, name: str, tensors: dict[str, Tensor]) -> "LayerRecord":
-        """The same layer as a dense one; its packed tensors are replaced by the weight."""
+        """Replaces the packed tensors of the layer by its dense weight, and returns the record of the dense layer."""
         if self.kind == "linear24":
             values, bitmask = tensors.pop(join(name, "values")), tensors.pop(join(name, "bitmask"))
             weight = unpack24(values, bitmask, self.matrix[1])
@@ -128,10 +128,10 @@ class LayerRecord:
 
 
 def collect_records(model: nn.Module) -> Iterator[tuple[str, LayerRecord, Tensor | None]]:
-    """Yields every compressed or pruned layer of a model: its name, itself, and its bit-packed mask.
+    """Yields every compressed or pruned layer of a model: its name, its record, and its bit-packed mask.
 
     Raises:
-        ValueError: a mask does not belong to its weight any more.
+        ValueError: a mask does not fit its weight any more.
     """
     check_masks(model)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -145,16 +145,16 @@ def collect_records(model: nn.Module) -> Iterator[tuple[str, LayerRecord, Tensor
 
 
 def dump(layers: Mapping[str, LayerRecord], shared: Mapping[str, str]) -> str:
-    """The structure as JSON."""
+    """Returns the structure as JSON."""
     entries = {name: layer.to_json() for name, layer in layers.items()}
     return json.dumps({"version": VERSION, "layers": entries, "shared": shared})
 
 
 def parse(structure: str) -> tuple[dict[str, LayerRecord], dict[str, str]]:
-    """The layers of a structure by name, and which tensor every shared one is.
+    """Returns the layers of a structure by name, and the name of the stored tensor for every shared one.
 
     Raises:
-        ValueError: it is not what ``dump`` wrote.
+        ValueError: the text is not one that ``dump`` wrote.
     """
     try:
         root = parse_json(structure)
@@ -192,5 +192,5 @@ def _field(where: str, data: Any, key: str, kind: type) -> Any:
 
 
 def join(layer: str, part: str) -> str:
-    """The name of a layer's tensor in the state dict."""
+    """Returns the name of a layer's tensor in the state dict."""
     return f"{layer}.{part}" if layer else part

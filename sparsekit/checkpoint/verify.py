@@ -40,15 +40,17 @@ def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Non
 
 
 def verify_mask(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The bool mask ``[rows, columns]`` of the layer, verified to be there and well-formed."""
+    """Returns the bool mask ``[rows, columns]`` of the layer, verified to be there and well-formed."""
     return _bits(tensors, record.mask_name(name), (record.shape[0], math.prod(record.shape[1:])))
 
 
 def _check_tiered(packed: TieredWeight, rows: int, cols: int, block: tuple[int, int], k: int) -> None:
-    """Verifies that no kernel can be led outside of a weight ``[rows, cols]``, in addition to what its parts say.
+    """Verifies that a kernel cannot read or write outside of a weight ``[rows, cols]``.
+
+    The shapes and dtypes of the parts are checked already.
 
     Raises:
-        ValueError: it is not what ``pack_tiered`` returns.
+        ValueError: the packed weight is not one that ``pack_tiered`` returns.
     """
     found = packed.topk.shape[1]
     if packed.block != block or found != k or k > block[0] * block[1]:
@@ -63,7 +65,7 @@ def _check_tiered(packed: TieredWeight, rows: int, cols: int, block: tuple[int, 
 
 
 def _ascending(positions: Tensor, topk: Tensor) -> bool:
-    """Whether every row of positions rises, and ends in zeros that stand for nothing."""
+    """Returns whether every row of positions ascends, up to a padding of zeros without values."""
     first, later = positions[:, :-1], positions[:, 1:]
     padding = later == 0
     rises = padding | (later > first)
@@ -72,7 +74,7 @@ def _ascending(positions: Tensor, topk: Tensor) -> bool:
 
 
 def _within(packed: TieredWeight, rows: int, cols: int) -> bool:
-    """Whether the padding of the last blocks is empty."""
+    """Returns whether the padding of the last blocks is empty."""
     sizes = [side * count for side, count in zip(packed.block, packed.tiers.shape, strict=True)]
     if sizes == [rows, cols]:
         return True
@@ -94,7 +96,7 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) ->
 
 
 def _bits(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
-    """The bool mask ``shape`` of a bit-packed tensor, verified."""
+    """Returns the bool mask of that shape from a bit-packed tensor, verified."""
     bits = _tensor(tensors, name, (shape[0], -(-shape[1] // 8)))
     if bits.dtype != torch.uint8:
         raise ValueError(f"{name} is {bits.dtype}, not uint8")

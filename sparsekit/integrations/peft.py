@@ -1,4 +1,4 @@
-"""LoRA beside pruned and compressed layers, which keeps their zeros: https://arxiv.org/abs/2106.09685."""
+"""LoRA adapters for pruned and compressed layers that keep their zeros: https://arxiv.org/abs/2106.09685."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from ..nn.repack import dense_weight, drops, kept_entries, store_weight
 from ..nn.shared import oriented
 
 Model = TypeVar("Model", bound=nn.Module)
-INITIAL = (True, False, "gaussian", "orthogonal")  # the ways to begin that leave the weight of the layer alone
+INITIAL = (True, False, "gaussian", "orthogonal")  # the initializations that do not change the weight of the layer
 
 
 class _Pruned(type):
@@ -35,30 +35,30 @@ class PrunedLayer(metaclass=_Pruned):
 
 
 def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraConfig:
-    """Returns a ``LoraConfig`` by which PEFT takes pruned and compressed layers, and keeps their zeros.
+    """Returns a ``LoraConfig`` with which PEFT accepts pruned and compressed layers, and keeps their zeros.
 
-    Beside such a layer the adapter is ``mask * (B @ A)``: it learns where the mask keeps and nowhere else, so merging
-    changes nothing that the model computes, and the zeros stay::
+    The adapter of such a layer is ``mask * (B @ A)``: it learns only entries that the mask keeps, so merging leaves the
+    zeros and does not change the output of the model::
 
         model = get_peft_model(model, lora_config(r=8, target_modules=["q_proj", "v_proj"]))
         ...
         model = model.merge_and_unload()
 
-    The masked product is dense: a call costs about as much as with a dense layer more, so merge before you serve. It is
-    made anew in the backward pass, and no dense copy of a weight is kept. Other layers get PEFT's own adapters. A saved
-    adapter does not remember this; load it with
+    The masked product is dense: a call costs about as much as one more dense layer, so merge before you serve. It is
+    computed again in the backward pass, so that no dense copy of a weight is kept. Other layers get PEFT's own
+    adapters. A saved adapter does not store this setting; load it with
     ``PeftModel.from_pretrained(model, folder, config=lora_config(LoraConfig.from_pretrained(folder)))``.
 
     Args:
         config: is changed and returned; None makes one.
-        **arguments: those of ``LoraConfig`` where there is no ``config``. ``init_lora_weights`` must leave the layer's
-            own weight alone (True, False, ``"gaussian"`` or ``"orthogonal"``); DoRA and the other variants of LoRA are
-            refused beside such a layer.
+        **arguments: those of ``LoraConfig`` if there is no ``config``. ``init_lora_weights`` must not change the weight
+            of the layer (True, False, ``"gaussian"`` or ``"orthogonal"``); DoRA and the other variants of LoRA
+            are rejected for such a layer.
 
     Raises:
-        TypeError: ``config`` is no ``LoraConfig``, or there are ``arguments`` beside it.
-        ValueError: later, by PEFT: a target is another module with a stored mask (experts), beside which an adapter
-            would fill the zeros.
+        TypeError: ``config`` is no ``LoraConfig``, or there are ``arguments`` as well.
+        ValueError: raised later, by PEFT: a target is another module with a stored mask (experts), whose zeros an
+            adapter would fill.
     """
     if config is None:
         config = LoraConfig(**arguments)
@@ -71,12 +71,12 @@ def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraCo
 def keep_zeros_(model: Model) -> Model:
     """Makes the LoRA adapters that a model has keep the zeros of pruned and compressed layers; returns the model.
 
-    For a model that was given its adapters without ``lora_config``, or that was pruned or compressed since then. From
-    now on adapters act through the mask, as ``lora_config`` describes: what they learned elsewhere has no effect, so
-    call it before the training rather than after it. ``merge_and_unload()`` then keeps the zeros.
+    It is meant for a model that got its adapters without ``lora_config``, or that was pruned or compressed after that.
+    The adapters are masked from then on, as ``lora_config`` describes: entries that they have learned elsewhere have no
+    effect, so call this before the training. ``merge_and_unload()`` then keeps the zeros.
 
     Raises:
-        ValueError: an adapter beside such a layer is merged already, or no plain LoRA (DoRA, another method); nothing
+        ValueError: the adapter of such a layer is merged already, or is not plain LoRA (DoRA, another method); nothing
             is changed then.
     """
     found: list[Any] = []
@@ -99,8 +99,8 @@ def keep_zeros_(model: Model) -> Model:
 def merge_lora(model: Any) -> nn.Module:
     """Merges the LoRA adapters of a PEFT model into its layers, pruned and compressed ones too, and returns the model.
 
-    It is ``keep_zeros_(model).merge_and_unload()``: zeros stay, and compressed layers stay compressed. An adapter that
-    was trained without its mask (a plain ``LoraConfig``) loses what it learned where the weight is zero.
+    This is ``keep_zeros_(model).merge_and_unload()``: zeros stay, and compressed layers stay compressed. An adapter
+    that was trained without a mask (by a plain ``LoraConfig``) loses its entries where the weight is zero.
 
     Raises:
         TypeError: ``model`` is no PEFT model.
@@ -118,7 +118,7 @@ def merge_lora(model: Any) -> nn.Module:
 
 
 class _MaskedAdapter(nn.Module):
-    """Mixed into PEFT's adapters: the product is masked as the layer beside it, and whole where that has no mask."""
+    """A mixin for PEFT's adapters that masks the product as its layer is masked, if it is."""
 
     base_layer: Any
     lora_A: Any
@@ -135,7 +135,7 @@ class _MaskedAdapter(nn.Module):
 
     @property
     def lora_variants(self) -> dict[Any, Any]:
-        return {(): None}  # PEFT refuses all others
+        return {(): None}  # PEFT rejects all others
 
     def _get_in_out_features(self, module: nn.Module) -> Any:
         if isinstance(module, Compressed):
@@ -151,10 +151,10 @@ class _MaskedAdapter(nn.Module):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **arguments)  # type: ignore[misc]
         base = self.get_base_layer()
         if isinstance(base, Compressed):
-            base.frozen = False  # as PEFT freezes the parameters of all layers: this one trains beside its weight
+            base.frozen = False  # the adapter trains while PEFT keeps the weight fixed
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to the weight of the layer, in its shape."""
+        """Returns the matrix that merging adds to the weight of the layer, in its shape."""
         delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
         mask = kept_entries(self.get_base_layer())
         return delta if mask is None else delta.masked_fill(~mask, 0)
@@ -172,7 +172,7 @@ class _MaskedAdapter(nn.Module):
             if adapter in self.lora_A:
                 given = self._cast_input_dtype(input, self.lora_A[adapter].weight.dtype)
                 if torch.is_grad_enabled():
-                    # Made again in the backward pass: kept, the masked products would be a dense copy of the model.
+                    # Recomputed in the backward pass: keeping the masked products would keep a dense copy of the model.
                     result = result + checkpoint(self._product, given, adapter, use_reentrant=False)
                 else:
                     result = result + self._product(given, adapter)
@@ -203,7 +203,7 @@ class _MaskedAdapter(nn.Module):
 
     @torch.no_grad()
     def check_merge(self, name: str) -> None:
-        """Raises what ``merge`` would, naming the layer."""
+        """Raises the errors of ``merge``, with the name of the layer, without merging."""
         weight = None
         try:
             for adapter in check_adapters_to_merge(self):  # type: ignore[arg-type]
@@ -213,7 +213,7 @@ class _MaskedAdapter(nn.Module):
             raise ValueError(f"{name}: {error}") from error
 
     def _sum(self, adapter: str, sign: int, weight: Tensor | None = None) -> Tensor:
-        """The layer's weight, or the one given, with the adapter added or taken away."""
+        """Returns the layer's weight, or the given one, with the adapter added or subtracted."""
         base = self.get_base_layer()
         if self.lora_bias[adapter] and base.bias is None:
             raise ValueError(f"the adapter {adapter!r} has a bias (lora_bias), and the layer has none to add it to")
@@ -227,7 +227,7 @@ class _MaskedAdapter(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _add(self, adapter: str, sign: int) -> None:
-        """Adds the adapter to the layer, or takes it away."""
+        """Adds the adapter to the layer, or subtracts it."""
         base, second, merged = self.get_base_layer(), self.lora_B[adapter], self._sum(adapter, sign)
         if isinstance(base, Compressed):
             store_weight(base, merged)
@@ -238,14 +238,14 @@ class _MaskedAdapter(nn.Module):
 
 
 class MaskedLoraLinear(_MaskedAdapter, lora.Linear):  # type: ignore[misc, unused-ignore]
-    """LoRA of a linear layer."""
+    """LoRA adapter of a linear layer."""
 
     def _multiply(self, x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, oriented(delta, self.fan_in_fan_out), bias)
 
 
 class MaskedLoraConv2d(_MaskedAdapter, lora.Conv2d):  # type: ignore[misc, unused-ignore]
-    """LoRA of a convolution."""
+    """LoRA adapter of a convolution."""
 
     def _multiply(self, x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
         return self.get_base_layer()._conv_forward(x, delta, bias)
@@ -258,7 +258,7 @@ MASKED: dict[type[BaseTunerLayer], type[_MaskedAdapter]] = {
 
 
 def _adapter(target: nn.Module, adapter_name: str, *, config: LoraConfig, **arguments: Any) -> _MaskedAdapter:
-    """The adapter for a pruned layer, as PEFT makes one."""
+    """Makes the adapter of a pruned layer; PEFT calls it."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     is_layer = isinstance(base, Compressed) or input_dim(base) is not None
     if not is_layer or arguments.get("parameter_name") is not None:

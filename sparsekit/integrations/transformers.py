@@ -1,4 +1,4 @@
-"""Callbacks by which the Trainer of transformers keeps masks, or trains with 2:4 weights."""
+"""Callbacks for the Trainer of transformers that keep masks, or train with 2:4 weights."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +24,9 @@ class MaskCallback(TrainerCallback):
         sk.prune_(model, sk.Wanda("2:4"), batches)
         Trainer(model, arguments, callbacks=[MaskCallback()], train_dataset=texts).train()
 
-    A plain Trainer fills the zeros without a word. With gradient accumulation, DDP, accelerate and ``fully_shard`` as
-    ``keep_masks``. Every checkpoint has its zeros, and the masks beside them in ``masks.safetensors``: a training that
-    is resumed on a model without masks reads them there.
+    A plain Trainer fills the zeros without a warning. Gradient accumulation, DDP, accelerate and ``fully_shard`` work
+    as with ``keep_masks``. Every checkpoint has its zeros, and the masks in ``masks.safetensors``: a training that is
+    resumed with a model without masks reads them from there.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class MaskCallback(TrainerCallback):
         Raises:
             ValueError: as ``keep_masks``.
         """
-        self.keeper = None  # that of a training which failed goes with its optimizer
+        self.keeper = None  # a keeper left by a training that failed belongs to the old optimizer
         masks = _checkpoint(args, state) / MASKS
         if not any(masked_parameters(module) for module in model.modules()) and masks.is_file():
             load(model, masks)
@@ -76,14 +76,14 @@ class MaskCallback(TrainerCallback):
 class SparseTrainingCallback(TrainerCallback, ExportableState):
     """Makes a Trainer train with 2:4 weights, as ``sparse_training_`` does, and finishes the model at the end.
 
-    Checkpoints hold the dense weights behind, so a resumed training goes on as if it had not stopped; evaluation sees
-    the 2:4 ones. After the training the model is 2:4 and has its masks: save it then. A training that fails leaves the
-    model training sparse: ``training.undo()`` makes its layers plain, another ``train()`` goes on.
+    Checkpoints hold the dense weights, so a resumed training continues as if it had not stopped; evaluation uses the
+    2:4 weights. After the training the model is 2:4 and has its masks: save it then. If a training fails, the layers
+    stay sparse: ``training.undo()`` makes them plain, and another ``train()`` continues.
 
     Args:
-        backward, where: as in ``sparse_training_``. A resumed callback that the Trainer makes anew
-            (``restore_callback_states_from_checkpoint``) selects the layers by their names.
-        decay: as in ``sparse_training_``, for one update: it is divided by the passes that are accumulated. Under a
+        backward, where: as in ``sparse_training_``. If the Trainer restores the callback from a checkpoint
+            (``restore_callback_states_from_checkpoint``), the layers are selected by their names.
+        decay: as in ``sparse_training_``, per update: it is divided by the number of accumulated passes. With a
             gradient scaler (``fp16``) it is scaled down with the gradients.
     """
 
@@ -95,11 +95,11 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.backward: Literal["straight_through", "transposable"] = backward
         self.decay, self.where = decay, where
-        self.layers: list[str] | None = None  # by name, once they are known
+        self.layers: list[str] | None = None  # their names, once the training has begun
         self.training: SparseTraining | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint's JSON keeps of the callback."""
+        """Returns the state of the callback that a checkpoint stores as JSON."""
         return {
             "args": {"backward": self.backward, "decay": self.decay},
             "attributes": {"layers": self.layers},
@@ -140,5 +140,5 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder of the checkpoint of this step."""
+    """Returns the folder of the checkpoint of this step."""
     return Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
