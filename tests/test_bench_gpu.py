@@ -150,6 +150,19 @@ def test_the_tables_are_written(rehearsed):
     assert json.loads((out / "acted.json").read_text()) == json.loads(json.dumps(report))
 
 
+def test_the_best_product_is_profiled_alone(rehearsed, monkeypatch):
+    out, report = rehearsed
+    acted, events = vendor.install(monkeypatch, vendor.Vendor()), []
+    monkeypatch.setattr(products, "gpu_lab", lambda: LAB)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for event in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, event, lambda event=event: events.append((event, len(acted.calls))))
+    products.profile(out / "sections", 128, 96)
+    assert events == [("start", 1), ("stop", 2)]
+    (best,) = [row["algorithm"] for row in rows(report, "search", "algorithm") if row["tokens"] == 96]
+    assert acted.calls == [(96, *best)] * 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_sentence_says_so(capsys):
     assert program.main([]) == 2

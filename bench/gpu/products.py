@@ -215,9 +215,9 @@ def best_algorithm(lab: Lab, made: Sequence[Layer], packed: Sequence[Tensor], x:
     return row | {"tried": len(seconds), "next": {key: seconds[best[key]] for key in best}, "wrong": wrong}
 
 
-def profile(folder: str) -> None:
+def profile(folder: str, size: int = 4096, tokens: int = 4096) -> None:
     """Check 4: multiplies by the best large algorithm that the search found, the second time for ncu to look at."""
-    lab, size, tokens = gpu_lab(), 4096, 4096
+    lab = gpu_lab()
     found = [row["algorithm"] for row in read(Path(folder, "search.jsonl")) if row.get("tokens") == tokens]
     layer, x = layers24(lab, (size, size))[0], lab.randn(tokens, size)
     packed, algorithm = _vendor.compress(layer.weight), (*found, (0, 1, -1))[0]
