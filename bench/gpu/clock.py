@@ -8,6 +8,8 @@ from functools import partial
 
 import torch
 
+from bench.timing import take_turns
+
 MIN_ROUNDS, MAX_ROUNDS = 7, 51
 SPINS_PER_SECOND = 2.1e9  # a little above the clock of any GPU, so that the wait is never too short
 MAX_SPIN = 0.05  # seconds
@@ -25,23 +27,18 @@ class Times:
     host: dict[str, list[float]]  # until the call returned; not of calls that were replayed as a graph
 
     def seconds(self, host: bool = False) -> dict[str, float]:
-        """Returns the median of each contender."""
+        """Returns the median of each contender's calls."""
         return {key: statistics.median(each) for key, each in (self.host if host else self.device).items()}
 
-    def eager(self) -> "Times":
+    def eager(self) -> dict[str, list[float]]:
         """Returns what a caller waits for who sends call after call: the device or the host, whichever is slower."""
         pairs = {key: zip(each, self.host[key], strict=True) for key, each in self.device.items()}
-        return Times({key: [max(pair) for pair in each] for key, each in pairs.items()}, self.host)
+        return {key: [max(pair) for pair in each] for key, each in pairs.items()}
 
     def spread(self, key: str) -> float:
         """Returns the interquartile range of a contender's times over their median."""
         low, median, high = statistics.quantiles(self.device[key], n=4)
         return (high - low) / median
-
-    def ratio(self, key: str, baseline: str) -> float:
-        """Returns how many times faster ``key`` is than the baseline: the median over the rounds."""
-        pairs = zip(self.device[baseline], self.device[key], strict=True)
-        return statistics.median(slow / fast for slow, fast in pairs)
 
 
 class Clock:
@@ -64,19 +61,10 @@ class Clock:
         """
         graphs = {key: self.graph(calls) if capture else None for key, calls in contenders.items()}
         runs = {key: graphs[key] or partial(_call_all, calls) for key, calls in contenders.items()}
-        times = Times({key: [] for key in runs}, {key: [] for key in runs if not graphs[key]})
-        host = {key: self.warm_up(run) for key, run in runs.items()}
-        order, begin = list(runs), time.perf_counter()
-        for done in range(MAX_ROUNDS):
-            if done >= least and time.perf_counter() - begin > budget:
-                break
-            order = order[1:] + order[:1]
-            for key in order:
-                on_device, on_host = self.once(runs[key], host[key])
-                times.device[key].append(on_device / len(contenders[key]))
-                if key in times.host:
-                    times.host[key].append(on_host / len(contenders[key]))
-        return times
+        once = {key: partial(self.once, run, self.warm_up(run), len(contenders[key])) for key, run in runs.items()}
+        rounds = take_turns(once, budget, least, MAX_ROUNDS)
+        device = {key: [seconds for seconds, _ in each] for key, each in rounds.items()}
+        return Times(device, {key: [host for _, host in each] for key, each in rounds.items() if not graphs[key]})
 
     def seconds(self, calls: Sequence[Call]) -> float:
         """Returns the median seconds of one call, from three rounds."""
@@ -105,8 +93,8 @@ class Clock:
         torch.cuda.synchronize()
         return took
 
-    def once(self, run: Call, host_seconds: float) -> tuple[float, float]:
-        """Returns the seconds on the device and those on the host, of which about ``host_seconds`` are expected."""
+    def once(self, run: Call, host_seconds: float, calls: int) -> tuple[float, float]:
+        """Returns the seconds of one of ``calls`` on the device and on the host, which takes about ``host_seconds``."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(min(1.5 * host_seconds + 50e-6, MAX_SPIN) * SPINS_PER_SECOND))
         start.record()
@@ -115,7 +103,7 @@ class Clock:
         took = time.perf_counter() - begin
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3, took
+        return start.elapsed_time(end) * 1e-3 / calls, took / calls
 
 
 def _call_all(calls: Sequence[Call]) -> list[object]:

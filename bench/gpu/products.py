@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
 from bench.shapes import by_name, name
+from bench.timing import ratio
 from sparsekit.compress.gpu import ALGORITHMS, SPLITS
 from sparsekit.ops import _vendor
 from sparsekit.ops.hardware_linear24 import UNKNOWN
@@ -92,10 +93,10 @@ def compare(lab: Lab, forms: Mapping[str, Sequence[Product]], x: Tensor, right: 
         except Exception as error:
             wrong[key] = one_line(error)
     times = lab.clock.time_interleaved(timed)
-    compared = times.eager() if eager else times
+    compared = times.eager() if eager else times.device
     row: Row = {"shape": f"{right.shape[1]}x{x.shape[1]}", "tokens": len(x), "goal": {}, "wrong": wrong}
     row |= {"seconds": times.seconds(), "host": times.seconds(host=True)}
-    return row | {"ratios": {key: compared.ratio(key, DENSE) for key in timed if key != DENSE}}
+    return row | {"ratios": {key: ratio(compared, key, DENSE) for key in timed if key != DENSE}}
 
 
 def compare_layers(lab: Lab, made: Sequence[Layer], forms: Mapping[str, Sequence[Product]], x: Tensor) -> Row:
@@ -161,8 +162,8 @@ def tiered(lab: Lab, rows: Rows) -> None:
         def one(x: Tensor) -> Row:
             tune(lab, rows, made, x)
             row = compare_layers(lab, made, {"linear_tiered": [layer.sparse for layer in made]}, x)
-            took, ratio, nbytes = *(row[key]["linear_tiered"] for key in ("seconds", "ratios")), made[0].packed_bytes
-            said = f"{row['shape']}, {len(x)} tokens: {took * 1e6:.1f} us, {ratio:.2f}x of cuBLAS, "
+            took, faster, nbytes = *(row[key]["linear_tiered"] for key in ("seconds", "ratios")), made[0].packed_bytes
+            said = f"{row['shape']}, {len(x)} tokens: {took * 1e6:.1f} us, {faster:.2f}x of cuBLAS, "
             return row | {"said": said + f"{nbytes / took / 1e9:.0f} GB/s of its {nbytes / 1e6:.1f} MB"}
 
         at_tokens(lab, rows, shape, TIERED_TOKENS, one)
