@@ -8,8 +8,8 @@ from sparsekit.nn import RoutedLinear24, TieredLinear
 
 
 class TableClock:
-    """Tells times from a table: by ``"plain"``, ``"linear24"``, ``"tiered"`` or a route, a number or a function of the
-    tokens."""
+    """Reads times from a table, which has a number or a function of the token count for ``"plain"``, ``"linear24"``,
+    ``"tiered"`` and routes."""
 
     def __init__(self, table):
         self.table, self.evict_cache = table, False
@@ -29,7 +29,7 @@ class TableClock:
 
 
 def install_clock(monkeypatch):
-    """A table that ``compress_`` measures by; a library's algorithm is ``(alg_id, split_k, split_k_mode)``."""
+    """Makes ``compress_`` measure by a table, and returns it; ``(alg_id, split_k, split_k_mode)`` is an algorithm."""
     table = {"plain": 1.0, "dense": 1.0, "linear24": 9.0, "clocks": []}
 
     def make(device, *, evict_cache, graphs):
@@ -48,9 +48,10 @@ def model_of(dtype=torch.float16, **kwargs):
     return blocks(1, **kwargs).to(dtype)
 
 
-def few(seconds, otherwise=9.0):
+def up_to_16(seconds, otherwise=9.0):
+    """Returns the times of what takes ``seconds`` with up to 16 tokens."""
     return lambda tokens: seconds if tokens <= 16 else otherwise
 
 
-def samples(*tokens, dtype=torch.float16):
+def batches_of(*tokens, dtype=torch.float16):
     return [torch.randn(count, 16).to(dtype) for count in tokens]

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from compressing import assert_same, blocks, decisions, snapshot
-from table_clock import few, install_clock, model_of, samples
+from table_clock import batches_of, install_clock, model_of, up_to_16
 from torch import nn
 from vendor import Vendor, install
 
@@ -28,9 +28,9 @@ def vendor(monkeypatch):
 
 
 def test_different_token_counts_get_different_kernels(table, vendor):
-    table |= {"linear24": few(0.5), (2, 1, -1): lambda tokens: 0.4 if tokens > 16 else 0.9}
+    table |= {"linear24": up_to_16(0.5), (2, 1, -1): lambda tokens: 0.4 if tokens > 16 else 0.9}
     model = model_of()
-    before, batches = snapshot(model), samples(1, 16, 64, 300)
+    before, batches = snapshot(model), batches_of(1, 16, 64, 300)
     expected = [model(batch) for batch in batches]
     report = sk.compress_(model, batches)
     assert decisions(report) == {"0.up": "2:4", "0.down": "2:4"}
@@ -61,21 +61,21 @@ def test_bytes_are_values_metadata_and_bits(table):
     assert report.bytes_before == 64 * 128 * 2 + masks
     assert report.bytes_after == 64 * 128 * 2 * 9 // 16 + masks
     sk.decompress_(model)
-    table |= {"linear24": few(0.5, 9.0), "other": 9.0}
-    report = sk.compress_(model, samples_of(128, 1, 64), keep_dense=True)
+    table |= {"linear24": up_to_16(0.5, 9.0), "other": 9.0}
+    report = sk.compress_(model, batches_with(128, 1, 64), keep_dense=True)
     assert report.layers[0].decision == "2:4" and model[0].packed is None
     assert report.bytes_after == 64 * 128 * 2 * 3 // 2 + masks  # values, and the dense copy
 
 
-def samples_of(cols, *tokens):
+def batches_with(cols, *tokens):
     return [torch.randn(count, cols).half() for count in tokens]
 
 
 @pytest.mark.parametrize("keep_dense", [False, True], ids=["", "keep dense"])
 def test_a_count_at_which_nothing_is_faster(table, keep_dense):
-    table |= {"linear24": few(0.5), (1, 1, -1): 0.97}
+    table |= {"linear24": up_to_16(0.5), (1, 1, -1): 0.97}
     model = model_of()
-    dense, batches = copy.deepcopy(model), samples(1, 64, 512)
+    dense, batches = copy.deepcopy(model), batches_of(1, 64, 512)
     report = sk.compress_(model, batches, keep_dense=keep_dense)
     if not keep_dense:
         assert set(decisions(report).values()) == {"plain"}
@@ -98,30 +98,30 @@ def test_a_count_at_which_nothing_is_faster(table, keep_dense):
 
 def test_a_dense_copy_that_costs_the_host_too_much_is_not_kept(table, vendor):
     vendor.algorithms = 1
-    table |= {"linear24": few(0.5), "dense": 1.04}
-    report = sk.compress_(model_of(), samples(1, 64), keep_dense=True)
+    table |= {"linear24": up_to_16(0.5), "dense": 1.04}
+    report = sk.compress_(model_of(), batches_of(1, 64), keep_dense=True)
     assert set(decisions(report).values()) == {"plain"}
     table["dense"] = 1.03
-    assert set(decisions(sk.compress_(model_of(), samples(1, 64), keep_dense=True)).values()) == {"2:4"}
+    assert set(decisions(sk.compress_(model_of(), batches_of(1, 64), keep_dense=True)).values()) == {"2:4"}
 
 
 def test_where_nothing_is_ever_faster_no_dense_copy_is_kept(table):
-    report = sk.compress_(model_of(), samples(1, 64), keep_dense=True)
+    report = sk.compress_(model_of(), batches_of(1, 64), keep_dense=True)
     assert set(decisions(report).values()) == {"plain"}
 
 
 def test_a_dense_copy_needs_eval_mode(table):
     table["other"] = 0.5
     model = model_of().train()
-    report = sk.compress_(model, samples(4), keep_dense=True)
+    report = sk.compress_(model, batches_of(4), keep_dense=True)
     assert "training mode: call model.eval() first" in report.layers[0].reason
-    assert set(decisions(sk.compress_(model, samples(4))).values()) == {"2:4"}
+    assert set(decisions(sk.compress_(model, batches_of(4))).values()) == {"2:4"}
 
 
 def test_token_counts_of_a_gpu(table, vendor):
     vendor.algorithms = 1
     table["other"] = 0.5
-    report = sk.compress_(model_of(), [*samples(700), torch.randn(9000, 16).half()])
+    report = sk.compress_(model_of(), [*batches_of(700), torch.randn(9000, 16).half()])
     assert report.layers[0].calls == {1024: 1, 8192: 1}
     report = sk.compress_(model_of())
     assert set(report.layers[0].timings) == {1, 16, 128, 2048}
@@ -131,16 +131,16 @@ def test_a_layout_that_only_another_gpu_of_the_model_has(table, monkeypatch, tmp
     monkeypatch.setenv("SPARSEKIT_TUNE_CACHE", str(tmp_path))
     monkeypatch.setattr("sparsekit.compress.cache._gpu", lambda device: {})
     table |= {"linear24": 0.7, "other": 0.5}
-    sk.compress_(model_of(), samples(8))
+    sk.compress_(model_of(), batches_of(8))
     monkeypatch.setattr(gpu, "hardware_layouts", lambda device: ((), "none on this one"))
-    report = sk.compress_(model := model_of(), samples(8))
+    report = sk.compress_(model := model_of(), batches_of(8))
     assert model[0].up.plan.routes == (Route(8, "linear24"),) and model[0].up.plan.layout is None
     assert f"{SM90}:0:1:-1" in report.layers[0].timings[8]  # remembered
     assert report.layers[0].reason == "fastest: linear24 at 8 tokens; none on this one"
 
 
 def test_layers_of_one_kind_are_measured_once(table):
-    sk.compress_(blocks(3).half(), samples(4))
+    sk.compress_(blocks(3).half(), batches_of(4))
     assert len(table["clocks"]) == 2
 
 
@@ -169,8 +169,8 @@ def test_conv1d_is_a_transposed_linear(table):
 
 @pytest.mark.parametrize("keep_dense", [False, True], ids=["", "keep dense"])
 def test_save_and_load(table, tmp_path, vendor, keep_dense):
-    table |= {"linear24": few(0.5), "other": few(0.9, 0.5) if not keep_dense else 9.0}
-    model, batches = model_of(), samples(4, 64)
+    table |= {"linear24": up_to_16(0.5), "other": up_to_16(0.9, 0.5) if not keep_dense else 9.0}
+    model, batches = model_of(), batches_of(4, 64)
     sk.compress_(model, batches, keep_dense=keep_dense)
     sk.save(model, tmp_path / "model.safetensors")
     with torch.no_grad():
@@ -207,14 +207,14 @@ def test_failure_while_building_leaves_the_model_as_it_was(table, monkeypatch):
 
     monkeypatch.setattr(RoutedLinear24, "follow", fail)
     with pytest.raises(KeyboardInterrupt, match="injected"):
-        sk.compress_(model, samples(4))
+        sk.compress_(model, batches_of(4))
     assert_same(snapshot(model), before)
 
 
 def test_a_busy_gpu_is_no_verdict(table):
     table["linear24"] = lambda tokens: 0.5 if next(turns) else 2.5
     turns = itertools.cycle([True, False, False])
-    report = sk.compress_(model_of(torch.float32), samples(4, dtype=torch.float32))
+    report = sk.compress_(model_of(torch.float32), batches_of(4, dtype=torch.float32))
     assert report.swapped == () and report.undecided == ("0.up", "0.down")
     assert "2:4: undecided, the machine is busy" in report.layers[0].reason and "2 undecided" in str(report)
 
@@ -222,5 +222,5 @@ def test_a_busy_gpu_is_no_verdict(table):
 @pytest.mark.parametrize(("objective", "decision"), [("speed", "plain"), ("size", "2:4")])
 def test_for_size_what_is_no_slower_is_taken(table, objective, decision):
     table |= {"linear24": 1.02, "other": 9.0}
-    report = sk.compress_(model_of(), samples(1, 64), objective=objective)
+    report = sk.compress_(model_of(), batches_of(1, 64), objective=objective)
     assert set(decisions(report).values()) == {decision}

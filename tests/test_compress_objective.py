@@ -3,16 +3,13 @@
 import pytest
 import torch
 from compressing import assert_same, blocks, decisions, reasons, snapshot
+from table_clock import up_to_16
 from tiering import tiered_linear
 from torch import nn
 
 import sparsekit as sk
 from sparsekit.compress import Timing, tune
 from sparsekit.nn import Linear24WithDense, TieredLinearWithDense
-
-
-def few(seconds, otherwise):
-    return lambda tokens: seconds if tokens <= 16 else otherwise
 
 
 @pytest.mark.parametrize(
@@ -25,8 +22,8 @@ def few(seconds, otherwise):
         (1.30, 1.33, "2:4", "2:4"),  # as fast, and smaller
         (1.30, 1.36, "prepacked", "2:4"),
         (None, 0.98, "plain", "plain"),
-        (few(3.0, 0.96), 0.9, "plain", "plain"),
-        (few(3.0, 0.98), 0.9, "plain", "2:4"),
+        (up_to_16(3.0, 0.96), 0.9, "plain", "plain"),
+        (up_to_16(3.0, 0.98), 0.9, "plain", "2:4"),
     ],
 )
 def test_speed_or_size(ratios, two_four, prepacked, speed, size):
@@ -84,7 +81,7 @@ def test_rejects(arguments, error, match):
 
 
 def test_one_losing_count_is_a_veto_that_names_it(ratios):
-    ratios |= {"2:4": few(3.0, 0.5), "prepacked": 0.9}
+    ratios |= {"2:4": up_to_16(3.0, 0.5), "prepacked": 0.9}
     report = sk.compress_(blocks(1), tokens=(1, 16, 128))
     assert set(decisions(report).values()) == {"plain"}
     lost = "2:4: 0.50x, 0% won at 128 tokens, faster at 1, 16: try keep_dense=True"
@@ -93,7 +90,7 @@ def test_one_losing_count_is_a_veto_that_names_it(ratios):
 
 @pytest.mark.parametrize("kind", ["2:4", "tiered"])
 def test_a_dense_copy_answers_where_it_is_faster(ratios, kind):
-    ratios |= {kind: few(3.0, 0.5), "prepacked": 0.9, "dense": few(1.0, 1.2)}
+    ratios |= {kind: up_to_16(3.0, 0.5), "prepacked": 0.9, "dense": up_to_16(1.0, 1.2)}
     model = blocks(1) if kind == "2:4" else nn.Sequential(tiered_linear(80, 96)).eval()
     before, width = snapshot(model), 16 if kind == "2:4" else 80
     batches = [torch.randn(tokens, width) for tokens in (1, 16, 128)]
@@ -115,13 +112,13 @@ def test_a_dense_copy_answers_where_it_is_faster(ratios, kind):
 @pytest.mark.parametrize(
     ("two_four", "dense", "prepacked", "decision", "copy"),
     [
-        (few(3.0, 0.5), 0.96, 0.9, "plain", False),  # the copy costs too much in this module
+        (up_to_16(3.0, 0.5), 0.96, 0.9, "plain", False),  # the copy costs too much in this module
         (0.5, 1.2, 0.9, "plain", False),  # never sparse
         (2.0, 1.2, 0.9, "2:4", False),  # always sparse
-        (few(3.0, 1.1), 1.105, 0.9, "2:4", False),  # as fast without it, and smaller
-        (few(3.0, 1.1), 1.5, 1.3, "2:4", True),
-        (few(3.0, 1.1), 1.5, 1.5, "prepacked", False),  # as fast, since the larger count takes most of the time
-        (few(1.6, 0.5), 1.5, 2.0, "prepacked", False),
+        (up_to_16(3.0, 1.1), 1.105, 0.9, "2:4", False),  # as fast without it, and smaller
+        (up_to_16(3.0, 1.1), 1.5, 1.3, "2:4", True),
+        (up_to_16(3.0, 1.1), 1.5, 1.5, "prepacked", False),  # as fast, since the larger count takes most of the time
+        (up_to_16(1.6, 0.5), 1.5, 2.0, "prepacked", False),
     ],
 )
 def test_a_dense_copy_has_to_pay(ratios, two_four, dense, prepacked, decision, copy):
@@ -133,7 +130,7 @@ def test_a_dense_copy_has_to_pay(ratios, two_four, dense, prepacked, decision, c
 
 
 def test_a_dense_copy_needs_eval_mode(ratios):
-    ratios |= {"2:4": few(3.0, 0.5), "dense": 1.5}
+    ratios |= {"2:4": up_to_16(3.0, 0.5), "dense": 1.5}
     report = sk.compress_(blocks(1).train(), tokens=(1, 128), keep_dense=True)
     assert set(decisions(report).values()) == {"plain"} and "dense" not in report.layers[0].timings[1]
 

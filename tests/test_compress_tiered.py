@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compressing import assert_same, blocks, decisions, reasons, snapshot
-from table_clock import few, install_clock
+from table_clock import install_clock, up_to_16
 from tiering import prune_tiers, tiered_linear
 from torch import nn
 from vendor import Vendor, install
@@ -205,7 +205,9 @@ def test_tier_map_of_a_layer_without_tiers():
         TierMap.of(blocks(1)[0].up)
 
 
-@pytest.mark.parametrize(("seconds", "decision"), [(0.5, "tiered"), (few(0.5, 0.99), "plain")], ids=["always", "few"])
+@pytest.mark.parametrize(
+    ("seconds", "decision"), [(0.5, "tiered"), (up_to_16(0.5, 0.99), "plain")], ids=["always", "up_to_16"]
+)
 def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, decision):
     monkeypatch.undo()  # of the measurement
     install(monkeypatch, Vendor())

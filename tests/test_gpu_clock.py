@@ -1,4 +1,4 @@
-"""The clock of a GPU and the key of its measurements, on a GPU that is acted."""
+"""The clock of a GPU, and the key of its measurements, on an acted GPU."""
 
 import json
 from contextlib import nullcontext
@@ -43,7 +43,7 @@ class Gpu:
         )
 
 
-@pytest.mark.parametrize("evict_cache", [False, True], ids=["warm", "cold"])
+@pytest.mark.parametrize("evict_cache", [False, True], ids=["", "evicted"])
 @pytest.mark.parametrize(
     ("host", "device", "graphs", "expected"),
     [(0.001, 0.003, False, 0.003), (0.004, 0.003, False, 0.004), (0.004, 0.003, True, 0.003)],
