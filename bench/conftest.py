@@ -1,10 +1,9 @@
-import statistics
 from collections.abc import Collection, Mapping
 
 import pytest
 import torch
 
-from .timing import MIN_ROUNDS, Calls, ratio, time_interleaved
+from .timing import MIN_ROUNDS, Calls, medians, ratio, time_interleaved
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +34,7 @@ def record(benchmark):
         times = time_interleaved({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS)
         for key, share in (shares or {}).items():
             times[key] = [each / share for each in times[key]]
-        seconds = {key: statistics.median(each) for key, each in times.items()}
+        seconds = medians(times)
         ratios = {key: ratio(times, "own", key) for key in baselines}
         if copied:  # bytes per second against the copy's
             ratios["copy_"] *= bytes_moved / copied

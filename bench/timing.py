@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -35,6 +35,16 @@ def time_interleaved(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS)
         call()
         timed[key] = partial(_seconds, call, max(1, math.ceil(SHORTEST / _seconds(call, 1))))
     return take_turns(timed, budget, least, MAX_ROUNDS)
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    return {key: statistics.median(each) for key, each in times.items()}
+
+
+def spread(times: Sequence[float]) -> float:
+    """Returns the interquartile range of times over their median."""
+    low, median, high = statistics.quantiles(times, n=4)
+    return (high - low) / median
 
 
 def ratio(times: Mapping[str, list[float]], key: str, baseline: str) -> float:

@@ -46,6 +46,7 @@ def test_calls_take_turns_and_are_compared_round_by_round(monkeypatch):
     assert times == {"own": [1.0] * 5, "slow": [3.0] * 5}
     assert calls[4:10] == ["slow", "own", "own", "slow", "slow", "own"]  # after two of each to warm up and to size
     assert timing.ratio(times, "own", "slow") == 3
+    assert timing.medians({"own": [1.0, 5.0, 2.0]}) == {"own": 2.0} and timing.spread([1.0, 2.0, 3.0]) == 1
 
 
 def test_report_names_the_machine_and_says_what_is_missed():

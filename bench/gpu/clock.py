@@ -3,8 +3,8 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -13,32 +13,20 @@ from bench.timing import take_turns
 MIN_ROUNDS, MAX_ROUNDS = 7, 51
 SPINS_PER_SECOND = 2.1e9  # a little above the clock of any GPU, so that the wait is never too short
 MAX_SPIN = 0.05  # seconds
-MAX_SETS = 64
 
 Call = Callable[[], object]
 Contenders = Mapping[str, Sequence[Call]]  # several calls that differ in their buffers only
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Seconds per call of every contender, round by round."""
 
     device: dict[str, list[float]]
     host: dict[str, list[float]]  # until the call returned; not of calls that were replayed as a graph
 
-    def seconds(self, host: bool = False) -> dict[str, float]:
-        """Returns the median of each contender's calls."""
-        return {key: statistics.median(each) for key, each in (self.host if host else self.device).items()}
-
     def eager(self) -> dict[str, list[float]]:
         """Returns what a caller waits for who sends call after call: the device or the host, whichever is slower."""
-        pairs = {key: zip(each, self.host[key], strict=True) for key, each in self.device.items()}
-        return {key: [max(pair) for pair in each] for key, each in pairs.items()}
-
-    def spread(self, key: str) -> float:
-        """Returns the interquartile range of a contender's times over their median."""
-        low, median, high = statistics.quantiles(self.device[key], n=4)
-        return (high - low) / median
+        return {key: list(map(max, each, self.host[key])) for key, each in self.device.items()}
 
 
 class Clock:
@@ -47,10 +35,6 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.cache = torch.cuda.get_device_properties(device).L2_cache_size  # bytes
-
-    def sets(self, nbytes: int) -> int:
-        """Returns how many buffers of ``nbytes`` are three times the cache: a round over them finds none there."""
-        return max(1, min(MAX_SETS, -(-3 * self.cache // max(nbytes, 1))))
 
     def time_interleaved(
         self, contenders: Contenders, budget: float = 0.25, *, capture: bool = False, least: int = MIN_ROUNDS
@@ -68,7 +52,7 @@ class Clock:
 
     def seconds(self, calls: Sequence[Call]) -> float:
         """Returns the median seconds of one call, from three rounds."""
-        return self.time_interleaved({"": calls}, 0, least=3).seconds()[""]
+        return statistics.median(self.time_interleaved({"": calls}, 0, least=3).device[""])
 
     def graph(self, calls: Sequence[Call]) -> Call | None:
         """Captures the calls as one graph; returns what replays it, or None where they cannot be captured."""

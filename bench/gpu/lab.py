@@ -14,6 +14,7 @@ from .rows import Rows
 from .tune import Asked, tune
 
 Shape = tuple[int, int]
+MAX_SETS = 64
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Lab:
         return torch.randn(shape, device=self.device).to(shapes.DTYPES[dtype])
 
     def sets(self, make: Callable[[], Any], nbytes: int) -> Sequence[Any]:
-        """Makes as many inputs as a round needs to find none of them in the cache."""
-        return [make() for _ in range(self.clock.sets(nbytes))]
+        """Makes inputs of ``nbytes``, three times as much as the cache holds: a round over them finds none there."""
+        return [make() for _ in range(max(1, min(MAX_SETS, -(-3 * self.clock.cache // nbytes))))]
 
     def tune(self, rows: Rows, calls: Sequence[Call], check: Callable[[Any], None]) -> None:
         """Chooses the configurations of the kernels that calls launch, where that is asked for."""

@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import statistics
 import subprocess
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sparsekit
+from bench.timing import medians
 from sparsekit.ops import simd_level
 
 from .checks import check_same
@@ -61,7 +63,7 @@ def copy_weights(lab: Lab) -> Row:
 
 def copies(lab: Lab, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Row:
     calls = {"copy_": [partial(to.copy_, of) for to, of in pairs], "clone": [of.clone for _, of in pairs]}
-    seconds, (to, of) = lab.clock.time_interleaved(calls, capture=True).seconds(), pairs[0]
+    seconds, (to, of) = medians(lab.clock.time_interleaved(calls, capture=True).device), pairs[0]
     check_same(to, of)
     rates = {key: 2 * of.nbytes / each / 1e9 for key, each in seconds.items()}
     return {"name": name, "bytes": of.nbytes, "seconds": seconds, "GB/s": rates}
@@ -70,5 +72,6 @@ def copies(lab: Lab, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Row:
 def product(lab: Lab, size: int) -> Row:
     """Times a large dense bf16 product, on random data."""
     left, right = lab.randn(size, size), lab.randn(size, size)
-    seconds = lab.clock.time_interleaved({"matmul": [lambda: left @ right] * 2}, 0.5).seconds()["matmul"]
+    times = lab.clock.time_interleaved({"matmul": [lambda: left @ right] * 2}, 0.5)
+    seconds = statistics.median(times.device["matmul"])
     return {"name": "product", "size": size, "seconds": seconds, "TFLOP/s": 2 * size**3 / seconds / 1e12}

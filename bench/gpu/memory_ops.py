@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 from bench.shapes import DTYPES, name
+from bench.timing import medians, spread
 from bench.usual import block_sums, block_topk, rank_mask24, topk_prune, topk_scatter
 from sparsekit.ops import _vendor
 from sparsekit.ops.hardware24 import hardware_multiple
@@ -118,13 +119,15 @@ def one(lab: Lab, rows: Rows, key: str, shape: Shape, dtype: str) -> Row:
         check_same(compiled(made[0][0]), expected)
         calls["compiled rank"] = [partial(compiled, weight) for weight, _ in made]
     times = lab.clock.time_interleaved(calls, capture=True)
+    seconds = medians(times.device)
     slow = {USUAL[key][0]: partial(USUAL[key][1], *made[0])} if key in USUAL else {}
-    baselines, wrong = {each: times.seconds()[each] for each in calls if each == "compiled rank"}, {}
+    baselines, wrong = {each: seconds[each] for each in calls if each == "compiled rank"}, {}
     for baseline, call in (slow | {"reference": partial(defined, *arguments[0])}).items():
         try:
             baselines[baseline] = lab.clock.seconds([call])
         except Exception as error:  # a baseline that this machine lacks takes no figure from the op
             wrong[baseline] = one_line(error)
-    row = {"op": key, "shape": name(shape), "dtype": dtype, "goal": op_goal(key, name(shape), dtype), "bytes": moved}
-    row |= {"seconds": times.seconds(), "spread": times.spread("own"), "captured": "own" not in times.host}
+    row = {"op": key, "shape": name(shape), "dtype": dtype, "bytes": moved, "seconds": seconds}
+    row["goal"] = op_goal(key, name(shape), dtype)
+    row |= {"spread": spread(times.device["own"]), "captured": "own" not in times.host}
     return row | {"baselines": baselines, "wrong": wrong}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
 from bench.shapes import by_name, name
-from bench.timing import ratio
+from bench.timing import medians, ratio
 from sparsekit.compress.gpu import ALGORITHMS, SPLITS
 from sparsekit.ops import _vendor
 from sparsekit.ops.hardware_linear24 import UNKNOWN
@@ -95,7 +95,7 @@ def compare(lab: Lab, forms: Mapping[str, Sequence[Product]], x: Tensor, right: 
     times = lab.clock.time_interleaved(timed)
     compared = times.eager() if eager else times.device
     row: Row = {"shape": f"{right.shape[1]}x{x.shape[1]}", "tokens": len(x), "goal": {}, "wrong": wrong}
-    row |= {"seconds": times.seconds(), "host": times.seconds(host=True)}
+    row |= {"seconds": medians(times.device), "host": medians(times.host)}
     return row | {"ratios": {key: ratio(compared, key, DENSE) for key in timed if key != DENSE}}
 
 

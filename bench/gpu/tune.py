@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+from bench.timing import medians
 from sparsekit.triton_kernels import _launch
 
 from .clock import Call, Clock
@@ -32,7 +33,7 @@ def tune(clock: Clock, rows: Rows, known: set[Asked], calls: Sequence[Call], che
                 wrong[config] = one_line(error)
         if not right:
             raise ValueError(f"no configuration of {table.kernel} is right: {wrong}")
-        seconds = {key: each / len(calls) for key, each in clock.time_interleaved(right).seconds().items()}
+        seconds = {key: each / len(calls) for key, each in medians(clock.time_interleaved(right).device).items()}
         row = {"kernel": table.kernel, "class": shape_class, "before": table.name(arch, shape_class)}
         row["best"] = min(seconds, key=seconds.__getitem__)
         keep(arch, table.kernel, shape_class, row["best"])
