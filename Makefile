@@ -1,5 +1,5 @@
-# Every goal but gpu first makes its own environment, $(VENV), from $(PYTHON), pip and constraints.txt; gpu runs in
-# $(PYTHON) as it is, with the torch and the Triton that are there.
+# Every goal except gpu first makes its own environment, $(VENV), with $(PYTHON), pip and constraints.txt. The goal gpu
+# runs in $(PYTHON) itself, with the torch and the Triton that are installed there.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,18 +12,18 @@ ARGS ?=
 
 help:
 	@echo 'make demo       train a small language model, make it 2:4 sparse, run it faster than dense'
-	@echo 'make tiers      prune a small language model by progressive tiers, beside one-shot pruning'
-	@echo 'make test       run the test suite, without what is slow (under 6 minutes on 2 cores)'
-	@echo 'make test-all   run all of it (under 20 minutes)'
+	@echo 'make tiers      prune a small language model by progressive tiers, and compare with one-shot pruning'
+	@echo 'make test       run the test suite without slow tests (under 6 minutes on 2 cores)'
+	@echo 'make test-all   run the whole test suite (under 20 minutes)'
 	@echo 'make bench      time every op against its baselines, write bench/results/ (under 10 minutes)'
 	@echo 'make gpu        on a machine with a GPU: build into $$(PYTHON) itself, measure (under 6 minutes), test'
 	@echo 'make lint       ruff format, ruff check, mypy'
 	@echo 'make wheel      build the wheel and the source distribution into dist/'
 	@echo 'make sanitize   run the C++ tests under ASan and UBSan'
-	@echo 'make clean      remove what was built, keep $(VENV)'
+	@echo 'make clean      remove all build products, keep $(VENV)'
 	@echo
-	@echo 'ARGS="..." is passed on to demo, tiers, test and gpu, PYTHON=python3.12 chooses the Python, SPARSEKIT_NATIVE=1'
-	@echo 'insists on the compiled kernels (0: never builds them). For a torch without CUDA, a tenth of the download:'
+	@echo 'ARGS="..." is passed on to demo, tiers, test and gpu. PYTHON=python3.12 chooses the Python. SPARSEKIT_NATIVE=1'
+	@echo 'requires the compiled kernels, 0 never builds them. For a torch without CUDA, a tenth of the download:'
 	@echo '  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
 
 $(INSTALLED): $(SOURCES)
@@ -46,7 +46,7 @@ tiers: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
 
-# One test at a time: some measure speed, and some start processes of their own.
+# One test at a time, because some measure speed and some start several processes.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 

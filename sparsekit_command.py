@@ -1,4 +1,4 @@
-"""The command ``sparsekit``, beside the package: tells its version and its commands before torch is imported."""
+"""The command ``sparsekit``, outside of the package, to print its version and help without importing torch."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Runs what the command line names, and returns the exit code."""
+    """Runs the command that the command line names, and returns the exit code."""
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
         version = _constant(_package() / "_version.py", "VERSION")
@@ -23,14 +23,14 @@ def main() -> int:
 
 
 def _package() -> Path:
-    spec = find_spec("sparsekit")  # which imports nothing
+    spec = find_spec("sparsekit")  # imports nothing
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("sparsekit: the package is not there: pip install --force-reinstall sparsekit-kernels")
+        raise SystemExit("sparsekit: the package is missing: pip install --force-reinstall sparsekit-kernels")
     return Path(spec.submodule_search_locations[0])
 
 
 def _help(folder: Path) -> str:
-    """What the commands say of themselves, read from their sources."""
+    """Returns the help text, with the docstrings of the commands read from their sources."""
     app = folder / "app.py"
     commands = _constant(app, "COMMANDS")
     assert isinstance(commands, ast.Dict)
@@ -47,7 +47,7 @@ def _help(folder: Path) -> str:
 
 
 def _constant(path: Path, name: str) -> ast.expr:
-    """What a module assigns to a name."""
+    """Returns the expression that a module assigns to a name."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
             return node.value
@@ -55,7 +55,7 @@ def _constant(path: Path, name: str) -> ast.expr:
 
 
 def _docstring(path: Path, name: str) -> str | None:
-    """The docstring of a class of a module."""
+    """Returns the docstring of a class in a module."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return ast.get_docstring(node)

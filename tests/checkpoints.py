@@ -1,4 +1,4 @@
-"""Models to save, and what a checkpoint must bring back."""
+"""Models for the tests of checkpoints, and the state that a checkpoint must restore."""
 
 import json
 
@@ -14,11 +14,11 @@ from sparsekit import _safetensors
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
 from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
 
-ROWS, COLS = 12, 10  # a tail of two columns, and a mask row that ends within a byte
+ROWS, COLS = 12, 10  # the columns end in a tail of two, the mask rows within a byte
 
 
 class Net(nn.Module):
-    """A tied embedding and head, a normalization with buffers, a convolution and three linear layers."""
+    """A model with a tied embedding and head, a normalization with buffers, a convolution and three linear layers."""
 
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def mixed(model: Net) -> Net:
 
 
 def tiered(model: Net) -> Net:
-    """Blocks of 8x8, padded at both edges; 2 dense, 2 of 2:4 and 2 of top-3 in all."""
+    """Returns a tiered layer in blocks of 8x8, padded at both edges: 2 dense, 2 of 2:4 and 2 of top-3."""
     for layer in (model.second, model.third):
         prune_tiers(layer, block=(8, 8), k=3, shares=(0.25, 0.5))
     model.third = TieredLinear.from_linear(model.third)
@@ -88,7 +88,7 @@ TARGETS = {
 
 
 def contents(model):
-    """Everything that a checkpoint must bring back, as plain comparable values."""
+    """Returns everything that a checkpoint must restore, as plain comparable values."""
     state = {name: (tensor.dtype, tensor.clone().flatten().tolist()) for name, tensor in model.state_dict().items()}
     masks = {
         name: (get_mask(module).tolist(), get_mask_info(module))
@@ -100,7 +100,7 @@ def contents(model):
 
 
 def refuse(path, match, model=None):
-    """The file is refused by name and for this reason, and the model is left alone."""
+    """Asserts that the file is refused by name and for this reason, and that the model is unchanged."""
     model = mixed(make(1)) if model is None else model
     before, modules = contents(model), list(model.modules())
     with pytest.raises(ValueError, match=match) as caught:
@@ -111,7 +111,7 @@ def refuse(path, match, model=None):
 
 
 def forge(path, change):
-    """Rewrites a good checkpoint with a changed structure or tensors, and a digest that fits: a hostile writer's."""
+    """Rewrites a checkpoint with a changed structure or tensors and a digest that fits, as a hostile writer would."""
     with safe_open(path, "pt") as file:
         structure = json.loads(file.metadata()["sparsekit"])
     tensors = load_file(path)

@@ -1,4 +1,4 @@
-"""Interrupts a call at its n-th line, for every n, and looks whether all is as it was."""
+"""Interrupts a call at its n-th line, for every n, and checks that nothing has changed."""
 
 import sys
 import threading
@@ -10,7 +10,7 @@ PACKAGE = str(Path(__file__).parents[1] / "sparsekit")
 
 
 class Interrupt(BaseException):
-    """What nobody else raises."""
+    """An interrupt that no other code raises."""
 
 
 def interrupted(act, line, error=Interrupt):
@@ -49,7 +49,7 @@ def interrupted(act, line, error=Interrupt):
 
 
 def count_lines(act):
-    """How many lines of sparsekit ``act()`` executes."""
+    """Returns the number of lines of sparsekit that ``act()`` executes."""
     lines = 0
 
     def local(frame, event, _):
@@ -67,7 +67,7 @@ def count_lines(act):
 
 
 def assert_all_or_nothing(make, act, look=None, *, runs=None, error=Interrupt, last=30):
-    """Interrupts ``act(*make())`` line by line; what comes out must be all that it does, or nothing.
+    """Interrupts ``act(*make())`` at every line; the result must be the whole change, or none.
 
     Args:
         make: returns the arguments anew, the same ones every time; the first is the model.
@@ -78,7 +78,7 @@ def assert_all_or_nothing(make, act, look=None, *, runs=None, error=Interrupt, l
         last: an interrupt in this many lines at the end may come too late to take anything back.
     """
     look = look or (lambda model, *_: model_state(model))
-    act(*make())  # what is done once in a process
+    act(*make())  # a first call, for the work that is done once per process
     arguments = make()
     around = surroundings()
     lines = count_lines(lambda: act(*arguments))
@@ -97,7 +97,7 @@ def assert_all_or_nothing(make, act, look=None, *, runs=None, error=Interrupt, l
 
 
 def surroundings():
-    """The state of torch and of this process that a call must leave alone."""
+    """Returns the state of torch and of this process that a call must not change."""
     return {
         "threads": threading.active_count(),
         "grad": torch.is_grad_enabled(),
@@ -114,7 +114,7 @@ def surroundings():
 
 
 def model_state(model):
-    """All that a model holds: tensors as bits, and of every module its attributes, hooks and flags."""
+    """Returns all that a model holds: tensors as bits, and the attributes, hooks and flags of every module."""
     state = {}
     for name, module in model.named_modules():
         tensors = {**module._parameters, **module._buffers}
@@ -143,7 +143,7 @@ def _bits(tensor):
 
 
 def difference(one, other, identity=True):
-    """The first entry in which two states differ, None where they are equal; ``identity``: the same objects, too."""
+    """Returns the first entry in which two states differ, or None; with ``identity`` objects must be the same."""
     for key in sorted({*one, *other}):
         if key.endswith(":identity") and not identity:
             continue

@@ -1,4 +1,4 @@
-"""Models to fine-tune under keep_masks, and what writes their weights."""
+"""Models to fine-tune under keep_masks, and optimizers that write their weights."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def _whole(weight):
 
 
 class Slow:
-    """Moves the weights itself after the steps of the optimizer that it wraps, as Lookahead does."""
+    """A wrapper that moves the weights after the steps of its optimizer, as Lookahead does."""
 
     def __init__(self, inner, every=2):
         self.inner, self.every, self.count = inner, every, 0
@@ -55,7 +55,7 @@ class Slow:
 
 
 class SlowOptimizer(Slow, torch.optim.SGD):
-    """The same, and an optimizer whose step calls hooks."""
+    """The same wrapper as an ``Optimizer`` whose step calls hooks."""
 
     def __init__(self, inner):
         torch.optim.SGD.__init__(self, inner.param_groups, lr=0.1)

@@ -21,18 +21,18 @@ DENSE = (Linear24WithDense, TieredLinearWithDense)
 EACH = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 EVERY = pytest.mark.parametrize("kind", ALL.values(), ids=ALL)
 SPARSE = pytest.mark.parametrize("kind", [Linear24, TieredLinear])
-compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about its own use of torch.jit
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by torch itself, which uses torch.jit
 
 
 def make(kind):
-    """A compressed layer of 80 inputs and 96 outputs, and the dense one it stands for."""
+    """Returns a compressed layer of 80 inputs and 96 outputs, and the dense layer that it replaces."""
     linear = tiered_linear().eval() if issubclass(kind, TieredLinear) else sparse_linear(80, 96)
     layer = kind.from_linear(linear)
     return (layer.follow(((8, False), (1, True)), 16) if kind in DENSE else layer), linear
 
 
 class Reads(nn.Module):
-    """Multiplies by the weight of a layer that it does not call."""
+    """A module that multiplies by the weight of a layer without calling it."""
 
     def __init__(self, layer):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The verbs that change a model, the surroundings in which people call them, and what must hold after each."""
+"""The verbs that change a model, the surroundings in which people call them, and the checks after each call."""
 
 import contextvars
 import threading
@@ -21,7 +21,7 @@ WIDTH, TOKENS = 32, 48
 
 
 class Block(nn.Module):
-    """A residual block that notes what it can see of its caller's surroundings."""
+    """A residual block that records what it sees of its caller's surroundings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 def ambient() -> tuple[str, ...]:
-    """What code in a forward pass sees of the state that its caller set."""
+    """Returns the state of the caller that code in a forward pass can see."""
     return (
         SETTING.get(),
         str(torch.get_default_dtype()),
@@ -46,7 +46,7 @@ def ambient() -> tuple[str, ...]:
 
 
 def make(seed: int = 0) -> nn.Sequential:
-    """Two blocks and a head in fp32 on the CPU, whatever the defaults are."""
+    """Returns a model of two blocks and a head in fp32 on the CPU, whatever the defaults are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(WIDTH, 4, dtype=torch.float32, device="cpu")
@@ -61,7 +61,7 @@ def make(seed: int = 0) -> nn.Sequential:
 
 
 def inputs(seed: int = 1) -> Tensor:
-    """Inputs with columns of very different size."""
+    """Returns inputs whose columns differ widely in size."""
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
     return x * torch.logspace(-1, 1, WIDTH, dtype=torch.float32, device="cpu")
 
@@ -81,7 +81,7 @@ def packed() -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Verb:
-    """A call that changes a model: what it starts from, the call, and whether its outcome is the same bits anywhere."""
+    """A call that changes a model: its initial model, the call, and whether its result is the same bits everywhere."""
 
     start: Callable[[], nn.Sequential]
     act: Callable[[nn.Sequential, Path], object]
@@ -136,7 +136,7 @@ VERBS = {
 
 
 class Seen(TorchDispatchMode):
-    """A mode of the caller's that changes nothing, as a profiler's or a counter of operations is."""
+    """A dispatch mode of the caller that changes nothing, as that of a profiler or a counter of operations."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return op(*args, **(kwargs or {}))
@@ -150,6 +150,14 @@ def setting(set_: Callable[[Any], object], get: Callable[[], Any], value: Any):
         yield
     finally:
         set_(before)
+
+
+def default_dtype(dtype: torch.dtype):
+    return setting(torch.set_default_dtype, torch.get_default_dtype, dtype)
+
+
+def deterministic():
+    return setting(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled, True)
 
 
 @contextmanager
@@ -166,12 +174,10 @@ SURROUNDINGS = {
     "autocast-fp16": lambda: torch.autocast("cpu", torch.float16),
     "inference_mode": torch.inference_mode,
     "no_grad": torch.no_grad,
-    "default-float64": lambda: setting(torch.set_default_dtype, torch.get_default_dtype, torch.float64),
-    "default-bfloat16": lambda: setting(torch.set_default_dtype, torch.get_default_dtype, torch.bfloat16),
+    "default-float64": lambda: default_dtype(torch.float64),
+    "default-bfloat16": lambda: default_dtype(torch.bfloat16),
     "device-meta": lambda: torch.device("meta"),
-    "deterministic": lambda: setting(
-        torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled, True
-    ),
+    "deterministic": deterministic,
     "contextvar": variable,
     "one-thread": lambda: setting(torch.set_num_threads, torch.get_num_threads, 1),
     "four-threads": lambda: setting(torch.set_num_threads, torch.get_num_threads, 4),
@@ -182,7 +188,7 @@ SURROUNDINGS = {
 
 
 def run(verb: Verb, surrounding: str, folder: Path) -> tuple[nn.Sequential, object]:
-    """The model after a verb in a surrounding, and what the verb returned."""
+    """Returns the model after a verb in a surrounding, and the result of the verb."""
     model, returned = verb.start(), []
 
     def act() -> None:
@@ -200,7 +206,7 @@ def run(verb: Verb, surrounding: str, folder: Path) -> tuple[nn.Sequential, obje
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The dense weights and biases, compressed ones unpacked."""
+    """Returns the dense weights and biases, with compressed ones unpacked."""
     found = {}
     for name, module in model.named_modules():
         for key in ("weight", "bias"):
@@ -218,7 +224,7 @@ def masks(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that a refused or failed call must leave as it was, tensors as bytes; nothing computed is read."""
+    """Returns everything that a failed call must not change, tensors as bytes; no computed weight is read."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         own = {**module._parameters, **module._buffers}

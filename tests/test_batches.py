@@ -1,4 +1,4 @@
-"""What is said of batches that a model cannot be called with."""
+"""Errors for batches that a model cannot be called with."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packed weights by name, of every form that llm-compressor wrote, and folders of several files."""
+"""Packed weights by name in every form that llm-compressor wrote, and folders of several files."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_packing_is_undone_and_leaves_what_is_not_24():
 def test_quantized_weights_are_multiplied_by_their_scales(dtype):
     values = PACKED24["compressed"].to(dtype)
     assert unpack_bitmask("a.weight", {**PACKED24, "compressed": values}).float().tolist() == DENSE
-    with torch.device("meta"):  # whatever device is the default
+    with torch.device("meta"):  # the default device must not matter
         assert not unpack_bitmask("a.weight", {**PACKED24, "compressed": values}).is_meta
     plain = {"b.weight": torch.ones(2, 2).to(dtype), "b.weight_scale": torch.tensor([[1.0], [3.0]]).bfloat16()}
     tensors = named("a", {**PACKED24, "compressed": values, "weight_scale": torch.tensor([0.5])}) | plain

@@ -55,7 +55,7 @@ def test_the_packed_form_is_stored_and_no_dense_copy(path):
     tensors = load_file(path)
     assert tensors["first.values"].shape == (ROWS, 2 * (COLS // 4) + COLS % 4)
     assert tensors["first.bitmask"].shape == (ROWS, 2)
-    assert tensors["conv.weight_mask"].shape == (3, 5)  # 36 weights a row, one bit each
+    assert tensors["conv.weight_mask"].shape == (3, 5)  # 36 weights per row, one bit each
     assert not {"first.weight", "first.weight_mask"} & set(tensors)  # the mask is the bitmask, stored once
 
 
@@ -131,7 +131,7 @@ def test_views_of_one_storage_and_empty_tensors(path):
 
 
 class Conv1D(nn.Module):
-    """The layout of transformers' layer of this name: the weight is [inputs, outputs]."""
+    """A layer like the Conv1D of transformers: the weight is [inputs, outputs]."""
 
     def __init__(self) -> None:
         super().__init__()

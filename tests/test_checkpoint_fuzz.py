@@ -1,4 +1,4 @@
-"""Hostile files with digests that fit: whatever they say, they are refused by name, or mean what a model can be."""
+"""Hostile files with digests that fit are refused by name, or load as something that a model can be."""
 
 import random
 
@@ -33,7 +33,7 @@ VALUES += [[1], [12, 10], [[]], {"kind": "dense"}, "\ud800", "x" * 1000, "٢:٤"
 
 
 def places(data, above=()):
-    """Every place in nested JSON, as the keys that lead there."""
+    """Yields every place in nested JSON as the keys that lead there."""
     if above:
         yield above
     for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
@@ -48,7 +48,7 @@ def put(data, path, value):
 
 
 def damage(draw, structure, tensors):
-    """Changes one thing of a file's structure or tensors."""
+    """Changes one thing in the structure or the tensors of a file."""
     kind = draw.randrange(6)
     name = draw.choice(sorted(tensors))
     tensor = tensors[name]
@@ -88,7 +88,7 @@ def test_forged_files_never_raise_anything_but_a_named_value_error(name, form, t
         try:
             forge(path, lambda structure, tensors: damage(draw, structure, tensors))
         except (UnicodeEncodeError, ValueError):
-            continue  # what not even a hostile writer can write
+            continue  # cannot be written at all
         before = contents(model)
         try:
             sk.load(model, path)

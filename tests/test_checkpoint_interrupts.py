@@ -1,4 +1,4 @@
-"""save and load of masks of any parameter, and both interrupted anywhere: what comes out is all or nothing."""
+"""save and load of masks of any parameter; if they are interrupted anywhere, the result is all or nothing."""
 
 import pytest
 import torch

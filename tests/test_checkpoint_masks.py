@@ -1,4 +1,4 @@
-"""Files of masks alone: given back to a dense model that has the weights, and refused by every other."""
+"""Files of masks alone: they load into a dense model that has the weights, and into no other."""
 
 import copy
 
@@ -17,7 +17,7 @@ def path(tmp_path):
 
 
 def unmasked(model):
-    """A copy without its masks, as another library loads it."""
+    """Returns a copy without masks, as another library loads it."""
     fresh = make(1, tied=False)
     fresh.load_state_dict(model.state_dict())
     return fresh
@@ -36,7 +36,7 @@ def test_masks_alone_come_back(path):
     weight = loaded.first.weight
     sk.load(loaded, path)
     assert contents(loaded) == contents(model)
-    assert loaded.first.weight is weight  # an optimizer goes on with it
+    assert loaded.first.weight is weight  # an optimizer can continue with it
 
 
 def test_masks_of_compressed_layers_are_those_of_dense_ones(path):

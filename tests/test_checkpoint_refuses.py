@@ -1,4 +1,4 @@
-"""Files that are not what was written: each is refused by name, and leaves the model alone."""
+"""Damaged and foreign files are refused by name, and leave the model unchanged."""
 
 import os
 import struct
@@ -205,7 +205,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(path, monkeypatch, step):
     calls = iter(range(30))
 
     def fail(*args, **kwargs):
-        if step == "bytes_of" and next(calls) < 25:  # the digest, and half of what is written
+        if step == "bytes_of" and next(calls) < 25:  # the digest, and half of the tensors
             return b""
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""save and load under every mode and default of torch, in wrappers, and on models that are not all here."""
+"""save and load under every mode and default of torch, in wrappers, and on models that are not all in this process."""
 
 import contextlib
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import MAKERS, TARGETS, TOKENS, Net, contents, make, mixed, prune
 from safetensors.torch import load_file
+from surroundings import default_dtype
 from torch import nn
 
 import sparsekit as sk
@@ -15,16 +16,6 @@ from sparsekit.nn import Linear24
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "model.safetensors"
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager
@@ -170,7 +161,7 @@ def test_sharded_models_are_refused_by_name(path):
         dist.destroy_process_group()
 
 
-@pytest.mark.slow  # to import torch._dynamo
+@pytest.mark.slow  # importing torch._dynamo takes seconds
 def test_a_compiled_model_is_the_model_in_it(path):
     model, plain, inner = mixed(make()), make(1), make(1)
     sk.save(torch.compile(model, backend="eager"), path)
@@ -194,7 +185,7 @@ def test_a_distributed_model_is_saved_without_its_wrapper_and_loaded_before(path
             sk.load(wrapped, path)
         assert contents(wrapped) == before
         sk.save(wrapped, path, format="masks")
-        sk.load(wrapped, path)  # which replaces no parameters
+        sk.load(wrapped, path)  # loading masks replaces no parameters
         assert contents(wrapped) == before
     finally:
         dist.destroy_process_group()
@@ -215,12 +206,12 @@ def test_an_offloaded_model_is_loaded_before(path):
     for offload in (accelerate.cpu_offload, accelerate.cpu_offload_with_hook):
         other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
         offload(other, execution_device="cpu")
-        if offload is accelerate.cpu_offload:  # which would go on with the old weights, without a word
+        if offload is accelerate.cpu_offload:  # which would silently continue with the old weights
             with pytest.raises(
                 ValueError, match=r"cannot load .*: 0 is offloaded by accelerate, .* load the model before"
             ):
                 sk.load(other, path)
-        else:  # which moves the weights that are there
+        else:  # which moves the current weights
             sk.load(other, path)
             assert contents(other) == contents(model)
 
@@ -235,7 +226,7 @@ def test_a_layer_with_hooks_is_not_replaced(path):
             sk.load(model, path)
         assert contents(model) == before and len(model[0]._forward_hooks) == 1
         if type(model[0]) is nn.Linear:
-            sk.load(model, path, dense=True)  # which replaces no layer
+            sk.load(model, path, dense=True)  # a dense load replaces no layer
             assert len(model[0]._forward_hooks) == 1
         handle.remove()
         sk.load(model, path)

@@ -1,4 +1,4 @@
-"""Checkpoints of layers in tiers: what is stored, what is refused, and a real model from pruning to loading."""
+"""Checkpoints of tiered layers: the stored tensors, the refused files, and a real model from pruning to loading."""
 
 import copy
 
@@ -23,7 +23,7 @@ def path(tmp_path):
 
 
 def literal():
-    """Ten rows and twelve columns in blocks of 8x8: dense, 2:4; top-k, top-k."""
+    """Returns a layer of ten rows and twelve columns in blocks of 8x8: dense, 2:4; top-k, top-k."""
     linear = nn.Linear(12, 10)
     linear.weight.data.zero_()[:8, :8] = 1
     linear.weight.data[:8, 8:10] = 2
@@ -63,7 +63,7 @@ def test_layers_and_masks_come_back_dense(path):
 
 
 def test_in_a_foreign_file_the_weight_is_dense(path):
-    """One of a module that is used twice."""
+    """A module that is used twice is one module after loading."""
     layer = literal()[0]
     layer.bias = None
     model = nn.ModuleList([layer, layer, sk.nn.Linear24(8, 8)])
@@ -199,7 +199,7 @@ def test_refuses_a_forged_file(path, name, target):
 
 
 def test_a_real_model_from_pruning_to_loading(ratios, data, path):
-    """The masked dense model's logits, from packed blocks, before and after a file; and the model back again."""
+    """Packed layers give the logits of the masked dense model, before and after a file, and become dense again."""
     transformers = pytest.importorskip("transformers")
     folder = data / "ckpt_stories260K" / "hf"
     model, fresh = (transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
@@ -208,7 +208,7 @@ def test_a_real_model_from_pruning_to_loading(ratios, data, path):
     maps, _ = progressive_tiers(model.eval(), steps, batches, lambda model, step: None)
     for name, tier_map in maps.items():
         found = TierMap.of(model.get_submodule(name))
-        whole = tuple(side // 16 for side in found.shape)  # blocks at the edge may fit in a smaller form
+        whole = tuple(side // 16 for side in found.shape)  # blocks at the edge may fit a smaller form
         assert torch.equal(found.tiers[: whole[0], : whole[1]], tier_map.tiers[: whole[0], : whole[1]])
     dense = copy.deepcopy(model)
     report = sk.compress_(model, batches)

@@ -1,4 +1,4 @@
-"""Digests tell values apart that differ in anything, and are the same in every process."""
+"""Digests differ for values that differ in anything, and are the same in every process."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ class Plain:
 
 
 T = torch.arange(6.0)
-with warnings.catch_warnings(action="ignore"):  # both are called prototypes
+with warnings.catch_warnings(action="ignore"):  # torch warns that both are prototypes
     CSR = torch.eye(2).to_sparse_csr()
     NESTED = torch.nested.nested_tensor([T[:2], T[2:]], layout=torch.jagged)
 VALUES = {

@@ -1,4 +1,4 @@
-"""Evaluation mode comes and goes without a trace, also for modules that do more than set a flag."""
+"""Evaluation mode leaves no trace, even in modules that do more than set a flag."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from sparsekit._undo import Undo, restoring, undoing
 
 
 class Lora(nn.Linear):
-    """Merges its update in evaluation mode and takes it back in training mode, as loralib does."""
+    """A layer that merges its update in evaluation mode and removes it in training mode, as loralib does."""
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -30,7 +30,7 @@ class Lora(nn.Linear):
 
 
 class Frozen(nn.Module):
-    """Keeps a part in evaluation mode whatever the mode."""
+    """A module that keeps a part in evaluation mode whatever its own mode."""
 
     def __init__(self, part):
         super().__init__()
@@ -82,7 +82,7 @@ def test_a_frozen_part_inside_a_training_part_with_its_own_train():
     model.eval()
     model.modes = ()
     with evaluating(model):
-        assert model.modes == ()  # nothing to switch, so nothing with effects is called
+        assert model.modes == ()  # nothing is switched, so no method with side effects is called
 
 
 def test_train_as_an_attribute_and_a_train_that_fails():

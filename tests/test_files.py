@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: through links, on full disks, beside killed and living writers."""
+"""Files are written whole or not at all: through links, on full disks, beside killed and running writers."""
 
 import errno
 import fcntl
@@ -114,7 +114,7 @@ def test_a_full_disk_is_an_os_error_with_the_name(write, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EIO])
 def test_only_the_folder_may_refuse_to_be_flushed(write, number, tmp_path, monkeypatch):
-    """Network shares flush no folders, Windows no file that is open for reading; the file is complete all the same."""
+    """Network shares cannot flush folders, Windows no file that is open for reading; the file is complete anyway."""
     real = os.fsync
 
     def fsync(descriptor):
@@ -145,7 +145,7 @@ def test_a_killed_writer_leaves_what_the_next_one_removes(write, tmp_path):
         living.stdout.readline()
         (left,) = names(tmp_path)
         write(path)
-        assert names(tmp_path) == [left, "file"]  # its writer lives
+        assert names(tmp_path) == [left, "file"]  # its writer is still running
         living.kill()
     write(tmp_path / "other")
     assert names(tmp_path) == ["file", "other"]

@@ -1,4 +1,4 @@
-"""Folders appear whole or not at all, whether the system lets two change names in one step or not."""
+"""Folders are written whole or not at all, whether or not the system can swap two names in one step."""
 
 import os
 import stat

@@ -2,12 +2,12 @@
 
 import copy
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
 from interrupts import surroundings
 from pruning import stack
+from surroundings import default_dtype, deterministic, setting
 from torch import nn
 
 import sparsekit as sk
@@ -34,33 +34,8 @@ def inputs():
     return [x[:100], x[100:]]
 
 
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
 def precision(value):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(value)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    return setting(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision, value)
 
 
 SURROUNDINGS = {

@@ -1,4 +1,4 @@
-"""What an installation says of itself: why kernels are missing, what is there, and which project it is."""
+"""What an installation reports: why kernels are missing, what is installed, and which project it is."""
 
 import json
 import runpy
@@ -30,7 +30,7 @@ def add_distribution(folder, name, version, summary):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder of installed distributions, before all others on the path."""
+    """A folder of installed distributions that comes first on the path."""
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     return tmp_path / "site"
 
@@ -55,14 +55,14 @@ def test_a_checkout_that_hides_the_installed_package(checkout, site):
     add_distribution(site, "sparsekit-kernels", "0.1.0", "Kernels for sparse neural networks")
     (site / "sparsekit").mkdir()
     why, _ = _native.remedy(checkout)
-    assert "hides the package" not in why  # what it hides has no extension either
+    assert "hides the package" not in why  # the hidden package has no extension either
     (site / "sparsekit" / "_C.abi3.so").touch()
     why, _ = _native.remedy(checkout)
     assert why == f"the source checkout {checkout.parent} hides the package installed in {site / 'sparsekit'}"
 
 
 def test_what_a_build_left_in_the_checkout_hides_no_installed_package(checkout, site, monkeypatch):
-    """``pip install .`` leaves metadata beside the package, and they come first on the path of who starts there."""
+    """``pip install .`` leaves metadata in the checkout, which come first on the path if Python starts there."""
     add_distribution(site, "sparsekit-kernels", "0.1.0", "Kernels for sparse neural networks")
     (site / "sparsekit").mkdir()
     (site / "sparsekit" / "_C.abi3.so").touch()
@@ -84,14 +84,14 @@ def test_an_installation_whose_build_fell_back(tmp_path):
 
 
 def test_what_was_installed_from_a_folder_is_installed_from_there_again(checkout, site):
-    """No index has to know the package."""
+    """The command works for a package that no index has."""
     add_distribution(site, "sparsekit-kernels", "0.1.0", "Kernels for sparse neural networks")
     record = site / "sparsekit_kernels-0.1.0.dist-info" / "direct_url.json"
     command = "pip install --no-build-isolation --no-deps --force-reinstall "
     record.write_text(json.dumps({"dir_info": {}, "url": checkout.parent.as_uri()}))
     assert _installed.reinstall_command() == f"{command}{checkout.parent}"
     (checkout.parent / "setup.py").unlink()
-    assert str(checkout) not in _installed.reinstall_command()  # it is gone
+    assert str(checkout) not in _installed.reinstall_command()  # the folder is gone
     for damaged in ("[]", "{", '{"dir_info": {}}', '{"dir_info": {}, "url": 1}'):
         record.write_text(damaged)
         assert _installed.reinstall_command().startswith(command)
@@ -111,7 +111,7 @@ def test_an_extension_for_another_torch(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slow_mask(monkeypatch):
-    """``nm_mask`` as it answers where the extension is missing."""
+    """Calls ``nm_mask`` as it is when the extension is missing."""
     monkeypatch.setattr(_kernels, "NATIVE", "not built")
     _kernels.warn_slow.cache_clear()
     yield _kernels._slow(nm_mask_reference)
@@ -199,7 +199,7 @@ def test_another_project_behind_this_one_is_refused(site, tmp_path, monkeypatch)
 
 
 def test_import_is_light():
-    """Beyond torch: no compiler, nothing optional, and half a second, of which a busy machine may make a few."""
+    """Beyond torch the import loads no compiler and nothing optional, and takes half a second (more if busy)."""
     code = (
         "import sys, time, torch; start = time.process_time(); import sparsekit;"
         "print(time.process_time() - start, *sys.modules.keys() & {'torch._dynamo', 'triton', 'transformers', 'tyro'})"
@@ -251,7 +251,7 @@ def test_an_old_setuptools_gets_a_sentence(monkeypatch, version):
 @sources
 @pytest.mark.parametrize("command", ["dist_info", "build_py"])
 def test_a_build_without_torch_fails_in_a_sentence(monkeypatch, command):
-    """Isolated builds have none; who asks for plain PyTorch gets it."""
+    """An isolated build has no torch; it fails unless plain PyTorch is asked for."""
     monkeypatch.delenv("SPARSEKIT_NATIVE", raising=False)
     for name in ("torch", "torch.utils", "torch.utils.cpp_extension"):
         monkeypatch.setitem(sys.modules, name, None)

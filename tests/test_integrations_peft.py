@@ -1,4 +1,4 @@
-"""LoRA beside pruned and compressed layers: what is trained is what is merged, and the zeros stay."""
+"""LoRA adapters of pruned and compressed layers: merging does not change the output, and the zeros stay."""
 
 import copy
 import warnings
@@ -29,7 +29,7 @@ def pruned(pattern="2:4"):
 
 
 def without_masks(layer):
-    """2:4 by its zeros alone."""
+    """Returns a layer that is 2:4 by its zeros, without a mask."""
     plain = nn.Linear(layer.in_features, layer.out_features)
     plain.load_state_dict(layer.state_dict())
     return plain
@@ -99,7 +99,7 @@ def test_unmerges(pack):
 
 
 def test_the_adapter_is_the_masked_product():
-    """By hand: W + scaling * mask * (B @ A), and its gradients."""
+    """The expected values are W + scaling * mask * (B @ A), and its gradients."""
     model = pruned()
     mask, weight = get_mask(model[0]), model[0].weight.detach().clone()
     wrapped = peft.get_peft_model(model, config(target_modules=["0"], lora_alpha=8))
@@ -183,7 +183,7 @@ def test_saved_and_loaded(tmp_path):
     wrapped = peft.get_peft_model(pruned(), config()).eval()
     y = wrapped(X)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a model without a configuration has no name
+        warnings.simplefilter("ignore")  # PEFT warns about a model without a configuration
         wrapped.save_pretrained(tmp_path)
     loaded = lora_config(peft.LoraConfig.from_pretrained(tmp_path))
     again = peft.PeftModel.from_pretrained(pruned(), tmp_path, config=loaded).eval()
@@ -197,12 +197,12 @@ def plain(**arguments):
 
 
 def test_plain_adapters_fill_the_zeros_and_are_made_to_keep_them():
-    """What the first half shows is what the second half is for."""
+    """A plain adapter fills the zeros, and keep_zeros_ prevents that."""
     filled = plain().merge_and_unload()
     assert not (filled[0].weight == 0).any()
     wrapped = keep_zeros_(plain())
     layer = wrapped.base_model.model[0]
-    layer.base_layer = Linear24.from_linear(layer.base_layer)  # as compress_ swaps it
+    layer.base_layer = Linear24.from_linear(layer.base_layer)  # as compress_ does
     y = wrapped(X)
     merged = merge_lora(wrapped)
     torch.testing.assert_close(merged(X), y)

@@ -49,7 +49,7 @@ def masked(model):
 
 
 def filled(model):
-    """How many dropped weights are not zero."""
+    """Returns the number of dropped weights that are not zero."""
     assert len(masked(model)) > 6
     return sum(int((layer.weight[~get_mask(layer)] != 0).sum()) for layer in masked(model))
 
@@ -62,7 +62,7 @@ def test_masks_are_kept_with_accumulated_gradients(tmp_path):
     assert callback.keeper is None
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     trainer(model, tmp_path).train()
-    assert filled(model) > 100  # what a plain one does
+    assert filled(model) > 100  # a plain Trainer fills them
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_masks_are_kept_from_a_checkpoint_on(tmp_path):
     stored = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     sk.load(stored, tmp_path / "checkpoint-2" / "masks.safetensors")
     assert filled(stored) == 0
-    resumed = llama()  # nobody pruned it: its masks are with the checkpoint
+    resumed = llama()  # not pruned: the masks come from the checkpoint
     trainer(resumed, tmp_path, MaskCallback(), steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert filled(resumed) == 0
     torch.testing.assert_close(dict(resumed.named_parameters()), dict(whole.named_parameters()))
@@ -94,7 +94,7 @@ def test_a_training_that_fails_leaves_no_hooks(tmp_path):
     with pytest.raises(KeyError, match="mine"):
         failing.train()
     assert filled(model) == 0
-    trainer(model, tmp_path, callback).train()  # the same callback again
+    trainer(model, tmp_path, callback).train()  # a second training with the same callback
     assert filled(model) == 0
 
 

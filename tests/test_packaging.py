@@ -1,4 +1,4 @@
-"""What pip installs, from outside the checkout: the wheel, the source distribution, and both without a compiler."""
+"""Installs by pip, outside of the checkout: the wheel, the source distribution, and both without a compiler."""
 
 import json
 import os
@@ -27,7 +27,7 @@ print(json.dumps([str(pathlib.Path(sparsekit.__file__).parent), [backends()["nm_
 
 @pytest.fixture
 def copying(tmp_path):
-    """A compiler that compiles nothing, and links the extension of this environment, which ``make`` has built."""
+    """A fake compiler that only links to the extension of this environment, which ``make`` has built."""
     built = next(iter(Path(sparsekit.__file__).parent.glob("_C.*")), None)
     if built is None:
         pytest.skip("no extension is built here")
@@ -50,7 +50,7 @@ if [ -n "$shared" ]; then cp {built} "$out"; else : > "$out"; fi
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the sources alone, so that nothing built earlier can help."""
+    """A copy of the sources alone, without anything that was built before."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree")
     folder = tmp_path_factory.mktemp("source")
@@ -70,7 +70,7 @@ def source(tmp_path_factory):
 
 
 def build(source, out, kind="--wheel", **environment):
-    """Builds without isolation; returns what was built and what was said."""
+    """Builds without isolation; returns the built file and the output."""
     clean = {key: value for key, value in os.environ.items() if key != "SPARSEKIT_NATIVE"}
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", kind, "--outdir", str(out), str(source)],
@@ -135,7 +135,7 @@ def test_pure_wheel_from_the_source_distribution(source, tmp_path):
         "LICENSE",
     } <= names
     wheel, said = build(next(tmp_path.glob("sparsekit_kernels-*")), tmp_path / "dist", SPARSEKIT_NATIVE="0")
-    assert wheel and wheel.name == "sparsekit_kernels-0.1.0+pure-py3-none-any.whl", said  # what pip shows
+    assert wheel and wheel.name == "sparsekit_kernels-0.1.0+pure-py3-none-any.whl", said  # the version that pip shows
     assert run_installed(wheel, tmp_path, SPARSEKIT_NATIVE="0") == ["reference"]
     reason = json.loads(zipfile.ZipFile(wheel).read("sparsekit/_build.json"))["reason"]
     assert reason == "SPARSEKIT_NATIVE=0 asked for plain PyTorch"

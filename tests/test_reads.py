@@ -1,4 +1,4 @@
-"""Layers whose weight a parent reads without calling them are found by running, and left with the true reason."""
+"""Layers whose weight a parent reads without a call are found by running the model, and skipped with that reason."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ def mask_of(weight, backward):
 
 
 def gradients(function, *tensors):
-    """The output, and the gradients for a loss that weighs every output by its place."""
+    """Returns the output, and the gradients of a loss that weights every output by its position."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     y = function(*leaves)
     y.backward(torch.arange(y.numel(), dtype=y.dtype).view(y.shape) % 7 - 3)
@@ -41,8 +41,8 @@ def test_literal():
     y = sparse_linear(x, weight, torch.tensor([0.5]), Recipe("straight_through", 0.1))
     assert y.item() == 3 - 40 + 0.5
     y.backward(torch.tensor([[2.0]]))
-    assert x.grad.tolist() == [[6.0, -8.0, 0.0, 0.0]]  # by the pruned weight
-    dense = torch.tensor([[2.0, 20.0, 200.0, 2000.0]])  # to the whole weight
+    assert x.grad.tolist() == [[6.0, -8.0, 0.0, 0.0]]  # the gradient by the pruned weight
+    dense = torch.tensor([[2.0, 20.0, 200.0, 2000.0]])  # the gradient for the dense weight
     assert torch.equal(weight.grad, dense + 0.1 * torch.tensor([[0.0, 0.0, 1.0, 2.0]]))
 
 
@@ -59,7 +59,7 @@ def test_is_the_dense_product_with_the_masked_weight(shape, dtype, bias, backwar
     def sparse(x, weight, bias=None):
         return sparse_linear(x, weight, bias, Recipe(backward, 0.0))
 
-    def dense(x, weight, bias=None):  # its value is that of masked, its gradient goes to weight
+    def dense(x, weight, bias=None):  # has the value of masked, and the gradient of weight
         return F.linear(x, masked + (weight - weight.detach()), bias)
 
     for actual, expected in zip(gradients(sparse, *inputs), gradients(dense, *inputs), strict=True):
@@ -110,7 +110,7 @@ def test_autocast_follows_a_linear_layer(dtype, backward):
 
 
 def test_masks_are_those_of_the_stored_weight_under_autocast():
-    """Two weights that bfloat16 cannot tell apart: the larger one is kept."""
+    """The larger of two weights is kept, even if they are equal in bfloat16."""
     weight = torch.tensor([[1.0, 1.0001, 3.0, 0.0]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = sparse_linear(torch.tensor([[1.0, 10.0, 0.0, 0.0]]), weight, None, Recipe("straight_through", 0.0))

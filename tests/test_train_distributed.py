@@ -1,4 +1,4 @@
-"""Training in two processes: sparse, by the same masks and gradients as in one; and with masks that are kept."""
+"""Training in two processes: sparse, with the masks and gradients of one process; and with kept masks."""
 
 import os
 import traceback
@@ -49,7 +49,7 @@ def data_parallel(rank, x, expected):
 
 
 def fully_sharded(rank, x, expected):
-    """Sharded before or after; the weights are gathered anew, in place and without a new version, in every step."""
+    """Sharding comes before or after; each step gathers the weights again, in place and without a new version."""
     for first in (True, False):
         model = network()
         if first:
@@ -72,7 +72,7 @@ def _cut(dim, parameter):
 
 
 def masks_kept(rank, x):
-    """Cut as the weights are, by rows, also where these do not divide, or by columns."""
+    """Masks are sharded as the weights are: by rows, even if these do not divide evenly, or by columns."""
     for cut in (0, 1):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 33 + cut), nn.Tanh(), nn.Linear(33 + cut, 8))

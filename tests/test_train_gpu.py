@@ -27,7 +27,7 @@ def _measure_anew(monkeypatch):
 
 
 def step(model, run, x):
-    """The output and all gradients."""
+    """Returns the output and all gradients."""
     model.zero_grad()
     x = x.detach().requires_grad_()
     y = run(x)
@@ -69,7 +69,7 @@ def test_output_and_gradients(device, shape, dtype, backward):
             )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by torch itself, while it compiles
 @backwards
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["autocast", "bf16"])
 def test_checkpointed_and_compiled(device, backward, stored):
@@ -89,7 +89,7 @@ def test_checkpointed_and_compiled(device, backward, stored):
 
 @backwards
 def test_captured_by_a_cuda_graph(device, backward):
-    """Also where nothing is known of the layout: it is not measured then."""
+    """A captured graph does not measure a layout whose time is unknown."""
     model = nn.Linear(1024, 1024).to(device, torch.bfloat16)
     sk.sparse_training_(model, backward=backward)
     x = torch.randn(64, 1024, device=device).bfloat16()

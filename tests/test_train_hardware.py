@@ -1,4 +1,4 @@
-"""Sparse training in the hardware layouts: on a CPU the same code, over the reference of each op."""
+"""Sparse training in the hardware layouts, on a CPU with the reference of each op."""
 
 import pytest
 import torch
@@ -20,14 +20,14 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes that sparse products got as their input."""
+    """The shapes of the inputs of all sparse products."""
     seen, product = [], train24._product
     monkeypatch.setattr(train24, "_product", lambda x, *rest: seen.append(tuple(x.shape)) or product(x, *rest))
     return seen
 
 
 def expected(x, weight, bias, backward, grad):
-    """The dense computation, in the order of dtypes that tensor cores have: 16-bit operands, float32 sums."""
+    """Returns the dense results in the precision of tensor cores: 16-bit operands, float32 sums."""
     mask = transposable_mask(weight) if backward == "transposable" else sk.nm_mask(weight, 2, 4)
     pruned = (weight * mask).to(x.dtype)
     y = F.linear(x.float(), pruned.float(), None if bias is None else bias.float()).to(x.dtype)
@@ -43,7 +43,7 @@ def test_output_and_gradients(layout, products, backward, dtype):
     y = multiply(x, weight, bias, Recipe(backward, 0.0), layout)
     grad = torch.randn(2, 5, 256).to(dtype)
     y.backward(grad)
-    both = [(2, 5, 128), (2, 5, 256)]  # forward, and where the transpose is 2:4 also the gradient of x
+    both = [(2, 5, 128), (2, 5, 256)]  # forward, and if the transpose is 2:4 also the gradient of x
     assert products == (both if backward == "transposable" else both[:1])
     with torch.no_grad():
         for actual, wanted in zip(
@@ -68,7 +68,7 @@ def test_frozen_tensors_get_no_gradient(layout, backward, frozen):
 @backwards
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_autocast(layout, products, backward, stored):
-    """16-bit products of masks that were ranked as stored; gradients in the dtypes of the parameters."""
+    """Masks are ranked in the stored dtype, products are 16-bit, gradients have the dtypes of the parameters."""
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((5, 128), (128, 128), (128,)))
     weight = weight.detach().to(stored).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -109,7 +109,7 @@ def test_empty_input(layout, backward):
 
 @each_layout
 def test_second_gradients(layout):
-    """By the dense product of a straight-through backward; the packed transpose has none, and says so."""
+    """The dense product of a straight-through backward has second gradients; the packed transpose raises."""
     x, weight = torch.randn(4, 128).bfloat16().requires_grad_(), torch.randn(128, 128).bfloat16()
     y = multiply(x, weight, None, Recipe("straight_through", 0.0), layout)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -125,7 +125,7 @@ def test_second_gradients(layout):
 @each_layout
 @backwards
 def test_a_model_trains_as_with_masked_dense_products(layout, backward, products, monkeypatch):
-    """Plain, compiled and checkpointed, in bfloat16; sums are rounded in another order, no more."""
+    """This holds plain, compiled and checkpointed, in bfloat16, up to the order in which sums are rounded."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 3)).bfloat16()
     x = torch.randn(16, 128).bfloat16()
@@ -153,7 +153,7 @@ def test_a_model_trains_as_with_masked_dense_products(layout, backward, products
 
 
 def test_rejects():
-    """What padding would hide, and what the libraries would read as another dtype."""
+    """Wrong shapes, which padding would hide, and dtypes that the libraries would misread are rejected."""
     x, weight = torch.randn(4, 128).bfloat16(), torch.randn(128, 128).bfloat16()
     for wrong, error, message in (
         (x[:, :120], ValueError, r"weight must have shape \(128, 120\), got \(128, 128\)"),

@@ -1,4 +1,4 @@
-"""Which layers train sparse, why the others do not, and what the table says."""
+"""The layers that train sparse, the reasons of the others, and the table."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Sparse training of whole models: what changes, what stays, and how it ends."""
+"""Sparse training of whole models: changes, unchanged state, and the end of the training."""
 
 import copy
 import io
@@ -39,7 +39,7 @@ def train(model, optimizer, x, steps=3):
 
 
 def masked_copy(model, mask=lambda weight: sk.nm_mask(weight, 2, 4)):
-    """A plain model with the weights that sparse training multiplies by."""
+    """Returns a plain model with the weights that sparse training multiplies by."""
     plain = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8, bias=False))
     plain.load_state_dict(model.state_dict())
     for layer in (plain[0], plain[2]):
@@ -64,7 +64,7 @@ def test_multiplies_by_the_pruned_weight_and_changes_nothing_else(model, x):
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("older", [True, False], ids=["older", "newer"])
 def test_every_step_is_seen(model, x, make, older):
-    """Masks and products follow the weights, also where an optimizer changes them without a new version."""
+    """Masks and products follow the weights, even if an optimizer changes them without a new version."""
     optimizer = make(model.parameters()) if older else None
     sk.sparse_training_(model)
     optimizer = optimizer or make(model.parameters())
@@ -73,7 +73,7 @@ def test_every_step_is_seen(model, x, make, older):
         train(model, optimizer, x, steps=1)
         assert torch.equal(model(x), masked_copy(model)(x))
         masks.append(sk.nm_mask(model[0].weight, 2, 4))
-    assert not torch.equal(masks[0], masks[-1])  # what was dropped came back
+    assert not torch.equal(masks[0], masks[-1])  # dropped weights came back
     model[0].weight.data.mul_(torch.rand(32, 16))
     assert torch.equal(model(x), masked_copy(model)(x))
 
@@ -106,7 +106,7 @@ def test_finish_makes_the_weights_what_was_multiplied(model, x, backward):
 
 
 def test_a_finished_model_goes_on(model, x, ratios, tmp_path):
-    """keep_masks, save, load and compress_ take it as prune_'s work."""
+    """keep_masks, save, load and compress_ treat the model as one that prune_ made."""
     training = sk.sparse_training_(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     train(model, optimizer, x)
@@ -177,7 +177,7 @@ def test_copies_train_on_their_own(model, x, duplicate):
     assert not torch.equal(twin(x), model(x))
     training.finish()
     assert type(twin[0]) is not nn.Linear
-    sk.sparse_training_(twin).finish()  # a handle of its own, and another kind of mask
+    sk.sparse_training_(twin).finish()  # with its own handle and another kind of mask
     assert torch.equal(get_mask(twin[0]), sk.nm_mask(twin[0].weight, 2, 4))
 
 

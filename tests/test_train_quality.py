@@ -1,4 +1,4 @@
-"""What sparse training is for: a better 2:4 model than one-shot pruning makes."""
+"""Sparse training gives a better 2:4 model than one-shot pruning."""
 
 import copy
 import os
@@ -30,7 +30,7 @@ def fit(model, steps, batch, loss, lr):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Products this small take far longer where two threads wait for one core."""
+    """Uses one thread: products this small take far longer if two threads share a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +39,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def regression():
-    """A dense model of 48 inputs that has learned a random function, its loss, and new data to learn from."""
+    """Returns a dense model of 48 inputs that has learned a random function, its loss, and new training data."""
     generator = torch.Generator().manual_seed(1)
     first, second = (torch.randn(*shape, generator=generator) for shape in ((48, 32), (32, 8)))
 
@@ -77,7 +77,7 @@ def test_better_than_pruning_once(regression, recipe):
 
 
 def test_decay_settles_the_masks(regression):
-    """SR-STE's point: fewer masks flip late in training."""
+    """With decay fewer masks flip late in training, which is the claim of SR-STE."""
     dense, batch, loss = regression
     flips = {}
     for decay in (0.0, 0.05):
@@ -118,7 +118,7 @@ def test_on_a_real_language_model(ratios):
     dense = perplexity()
     training = sk.sparse_training_(model, decay=0.05)
     assert sum(layer.product == "masked dense" for layer in training.layers) == 35
-    once = perplexity()  # before any step the masks are those of pruning by magnitude
+    once = perplexity()  # before the first step the masks are those of magnitude pruning
     fit(model, 40, batch, loss, 1e-3)
     trained = perplexity()
     training.finish()

@@ -1,4 +1,4 @@
-"""Sparse training in whatever surroundings: weights read and not called, interrupts, sharding, torch's modes."""
+"""Sparse training in many surroundings: weights that are read without a call, interrupts, sharding, torch's modes."""
 
 import copy
 
@@ -29,7 +29,7 @@ X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
 
 
 class Reads(nn.Module):
-    """Calls one layer and reads the weight of the other."""
+    """A module that calls one layer and reads the weight of the other."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ def test_also_where_no_other_layer_trains_sparse():
 
 
 def test_a_model_that_has_not_run_is_finished_whole():
-    """A plain copy of a sharded model, say: its weights were trained elsewhere."""
+    """An example is a plain copy of a sharded model, whose weights were trained elsewhere."""
     model = Reads()
     sk.sparse_training_(model).finish()
     assert get_mask(model.a) is not None and get_mask(model.b) is not None
@@ -177,7 +177,7 @@ def test_sharded_models_are_finished_elsewhere(model):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         flattened = copy.deepcopy(model)
-        flattened[0].weight = nn.Parameter(torch.randn(128))  # as a shard of it is, once it is wrapped
+        flattened[0].weight = nn.Parameter(torch.randn(128))  # like the shard of a wrapped layer
         assert sk.sparse_training_(flattened).layers[1].reason.startswith("its weight has 1 dimensions: FSDP flattens")
         old = FullyShardedDataParallel(copy.deepcopy(model), use_orig_params=True, device_id=torch.device("cpu"))
         fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
@@ -208,7 +208,7 @@ def test_default_dtype_and_device(model):
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_modes(model, mode, tmp_path):
-    """What was finished in a mode is trained, copied and saved outside."""
+    """A model that was finished in a mode can be trained, copied and saved outside of it."""
     with mode():
         training = sk.sparse_training_(model)
         y = model(X)

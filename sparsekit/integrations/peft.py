@@ -151,7 +151,7 @@ class _MaskedAdapter(nn.Module):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **arguments)  # type: ignore[misc]
         base = self.get_base_layer()
         if isinstance(base, Compressed):
-            base.frozen = False  # the adapter trains while PEFT keeps the weight fixed
+            base.frozen = False  # PEFT freezes the parameters of all layers; only the adapter is trained
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Returns the matrix that merging adds to the weight of the layer, in its shape."""

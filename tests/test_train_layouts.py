@@ -1,4 +1,4 @@
-"""A hardware layout trains only where it was measured to be faster, and right."""
+"""A hardware layout is used for training only where it was measured to be faster, and right."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU, SHAPE, LAYOUT = torch.device("cpu"), torch.Size((128, 128)), "cusparselt_sm
 
 
 class Clock:
-    """Says how long a dense and a sparse step take, by the number of tokens."""
+    """A clock that reports given times of dense and sparse steps, by the token count."""
 
     def __init__(self, seconds):
         self.seconds_of, self.asked = seconds, 0
@@ -30,7 +30,7 @@ class Clock:
 
 @pytest.fixture
 def timed(monkeypatch):
-    """``timed(seconds)`` makes a sparse step take ``seconds(tokens)`` and a dense one a second; returns the clock."""
+    """Makes a sparse step take ``seconds(tokens)`` and a dense one a second: ``timed(seconds)`` returns the clock."""
     monkeypatch.setattr(layouts, "RATIOS", {})
     monkeypatch.setattr(layouts, "ROUNDS", 3)
     monkeypatch.setattr("sparsekit.train.report.RATIOS", layouts.RATIOS)
@@ -58,7 +58,7 @@ def test_measures_each_power_of_two_once(timed, transposable, dtype):
     one = kind(transposable, dtype)
     assert [layouts.is_faster(one, tokens) for tokens in (1, 2, 31, 32, 17)] == [False, False, True, True, True]
     assert layouts.RATIOS == {one: {1: 1 / 0.99, 2: 1 / 0.99, 32: 2.0}}
-    assert clock.asked == 3 * 2 * 3  # counts, products, rounds
+    assert clock.asked == 3 * 2 * 3  # token counts, products, rounds
 
 
 def test_many_tokens_are_measured_as_the_most(timed, monkeypatch):
@@ -118,7 +118,7 @@ def test_a_layer_is_measured_in_any_mode_and_leaves_the_random_state(timed, mode
 
 @pytest.mark.parametrize("backward", ["straight_through", "transposable"])
 def test_a_layer_is_measured_under_activation_checkpointing(timed, backward):
-    """Which counts the tensors that are saved: the forward pass that measures saves as many as the one after it."""
+    """Checkpointing counts the saved tensors: a forward pass that measures saves as many as the one after it."""
     timed(lambda tokens: 0.5)
     model = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 128)).bfloat16()
     sk.sparse_training_(model, backward=backward)
@@ -131,10 +131,10 @@ def test_a_layer_is_measured_under_activation_checkpointing(timed, backward):
     assert torch.equal(x.grad, first)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by torch itself, while it compiles
 @pytest.mark.parametrize("backward", ["straight_through", "transposable"])
 def test_a_layer_is_measured_while_it_is_compiled(timed, monkeypatch, backward):
-    """As for the most tokens, since the graph may serve any number of them."""
+    """It is measured at the largest token count, because the graph may be called with any."""
     monkeypatch.setattr(layouts, "MAX_TOKENS", 64)
     clock = timed(lambda tokens: 0.5)
     torch._dynamo.reset()
