@@ -2,7 +2,8 @@ import pytest
 import torch
 
 import sparsekit as sk
-from sparsekit.ops.tiers import DENSE, SPARSE24, tier_prune_reference, tier_scores_reference
+from sparsekit.ops.tier_scores import tier_scores_reference
+from sparsekit.ops.tiers import DENSE, SPARSE24, tier_prune_reference
 
 from .baselines import copy_call
 from .shapes import DTYPES, SQUARE, name

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import sparsekit as sk
-from sparsekit.ops.transposable import tile_masks, transposable_mask_reference
+from sparsekit.ops.transposable import tile_masks, transposable_mask24_reference
 
 from .baselines import copy_call
 from .shapes import DTYPES, SQUARE, name
@@ -21,10 +21,10 @@ def usual_search(score, patterns):
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_transposable(record, dtype):
     score = torch.randn(SQUARE).to(DTYPES[dtype])
-    assert torch.equal(sk.transposable_mask(score)[SAMPLE], transposable_mask_reference(score[SAMPLE]))
+    assert torch.equal(sk.transposable_mask24(score)[SAMPLE], transposable_mask24_reference(score[SAMPLE]))
     baselines, copied = copy_call(score)
     patterns = tile_masks(score.device).float()
     baselines["matmul"] = lambda: usual_search(score, patterns)
-    row = {"op": "transposable_mask", "shape": name(SQUARE), "dtype": dtype, "goal": {}}
+    row = {"op": "transposable_mask24", "shape": name(SQUARE), "dtype": dtype, "goal": {}}
     moved = score.nbytes + score.numel()
-    record(row, lambda: sk.transposable_mask(score), baselines, bytes_moved=moved, copied=copied)
+    record(row, lambda: sk.transposable_mask24(score), baselines, bytes_moved=moved, copied=copied)

@@ -25,7 +25,7 @@ from .ops import pack_tiered as pack_tiered
 from .ops import prune_pack24 as prune_pack24
 from .ops import tier_prune as tier_prune
 from .ops import tier_scores as tier_scores
-from .ops import transposable_mask as transposable_mask
+from .ops import transposable_mask24 as transposable_mask24
 from .ops import unpack24 as unpack24
 from .ops import unpack_tiered as unpack_tiered
 from .prune import ADMM as ADMM

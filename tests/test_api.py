@@ -12,7 +12,7 @@ SIGNATURES = {
     "nm_mask_bits": "score, n, m",
     "nm_prune": "weight, n, m, *, scale=None",
     "nm_prune_": "weight, n, m, *, scale=None",
-    "transposable_mask": "score",
+    "transposable_mask24": "score",
     "block_scores": "weight, block=(16, 16), *, scale=None, mask=None",
     "block_topk_mask": "score, k, block=(16, 16)",
     "tier_prune": "weight, tiers, k, block=(16, 16), *, scale=None, score_scale=None, nested=False",

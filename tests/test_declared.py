@@ -28,6 +28,11 @@ def test_every_launcher_answers_its_op_on_gpus():
     }
 
 
+def test_an_op_and_its_launcher_have_one_stem():
+    stems = {name: stem for stem, name in launchers() if name in DECLARED}
+    assert stems == {name: DECLARED[name].stem for name in stems} | {"linear24": "linear24"}
+
+
 def test_finding_the_launchers_imports_no_triton():
     code = "import sys; from sparsekit.ops import backends; print(backends()['nm_mask'], 'triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

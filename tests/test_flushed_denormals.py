@@ -34,14 +34,14 @@ def denormal_calls():
         "nm_mask_bits": lambda: sk.nm_mask_bits(tiny.bfloat16(), 3, 7),
         "nm_prune": lambda: sk.nm_prune(weight, 2, 4, scale=scale),
         "nm_prune_one": lambda: sk.nm_prune(tiny, 1, 4),
-        "transposable_mask": lambda: sk.transposable_mask(tiny),
+        "transposable_mask24": lambda: sk.transposable_mask24(tiny),
         "block_scores": lambda: sk.block_scores(weight, scale=scale),
         "block_topk_mask": lambda: sk.block_topk_mask(tiny, 10),
         "tier_prune": lambda: sk.tier_prune(weight, tiers, 10, scale=scale, nested=True),
         "tier_scores": lambda: sk.tier_scores(weight, 10, scale=scale),
         "pack24": lambda: sk.pack24(pruned),
         "prune_pack24": lambda: sk.prune_pack24(weight, scale=scale),
-        "sparsegpt_block": lambda: sk.ops.sparsegpt_block(tiny[:, :32], factor),
+        "sparsegpt_columns": lambda: sk.ops.sparsegpt_columns(tiny[:, :32], factor),
         "pack_tiered": lambda: sk.pack_tiered(torch.where(torch.rand(256, 256) < 0.1, tiny, 0)),
     }
 

@@ -135,7 +135,7 @@ def test_prune_is_prune_then_pack(layout, dtype, scaled):
 def test_prune_both_serves_the_weight_and_its_transpose(layout, dtype):
     weight = hostile(128, 256, dtype=dtype)
     packed, packed_t, bitmask = prune_both_to_hardware24(weight, layout)
-    mask = sk.transposable_mask(weight)
+    mask = sk.transposable_mask24(weight)
     values, bits = from_hardware24(packed, 128, 256, layout)
     values_t, bits_t = from_hardware24(packed_t, 256, 128, layout)
     assert_same(bits, bitmask)

@@ -134,7 +134,7 @@ def test_the_vendor_multiplies_from_what_was_packed(device, layout, shape):
     assert_multiplies(_vendor.compress(dense), dense)  # where this alone is right, the layout is wrong, not the call
     assert_multiplies(torch.ops.sparsekit.prune_to_hardware24(weight, None, layout), dense)
     packed, packed_t, _ = torch.ops.sparsekit.prune_both_to_hardware24(weight, layout)
-    dense = torch.where(sk.transposable_mask(weight), weight, 0)
+    dense = torch.where(sk.transposable_mask24(weight), weight, 0)
     assert_multiplies(packed, dense)
     assert_multiplies(packed_t, dense.t())
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import Pattern, get_mask
-from sparsekit.ops import sparsegpt_block
+from sparsekit.ops import sparsegpt_columns
 from sparsekit.prune import Gram, second_order
 from sparsekit.prune.layers import find_layers
 from sparsekit.prune.second_order import upper_factor
@@ -86,11 +86,11 @@ def test_sparsegpt_by_hand():
     gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     factor = upper_factor(gram, 0.0).inverse()
     torch.testing.assert_close(factor.t() @ factor, gram.inverse())
-    pruned, error, mask = sparsegpt_block(layer.weight, factor, n=1, m=2)
+    pruned, error, mask = sparsegpt_columns(layer.weight, factor, n=1, m=2)
     torch.testing.assert_close(pruned, torch.tensor([[0.0, 6.5]]))
     assert mask.tolist() == [[False, True]]  # 3 / 0.816 against 5 / 0.707
     torch.testing.assert_close(error, torch.tensor([[3 / factor[0, 0].item(), 0.0]]))
-    pruned, _, _ = sparsegpt_block(layer.weight, factor, mask=torch.tensor([[True, False]]))
+    pruned, _, _ = sparsegpt_columns(layer.weight, factor, mask=torch.tensor([[True, False]]))
     assert pruned.tolist() == [[3.0, 0.0]]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsekit as sk
-from sparsekit.ops.tiers import tier_scores_reference
+from sparsekit.ops.tier_scores import tier_scores_reference
 
 OPS = torch.ops.sparsekit
 

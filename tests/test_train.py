@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
-from sparsekit.ops import transposable_mask
+from sparsekit.ops import transposable_mask24
 from sparsekit.ops.train24 import train_prune24
 from sparsekit.train.product import Recipe, multiply
 from tests.helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, ties
@@ -24,7 +24,7 @@ def sparse_linear(x, weight, bias, recipe):
 
 
 def mask_of(weight, backward):
-    return transposable_mask(weight) if backward == "transposable" else sk.nm_mask(weight, 2, 4)
+    return transposable_mask24(weight) if backward == "transposable" else sk.nm_mask(weight, 2, 4)
 
 
 def gradients(function, *tensors):

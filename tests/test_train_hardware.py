@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
-from sparsekit.ops import train24, transposable_mask
+from sparsekit.ops import train24, transposable_mask24
 from sparsekit.train import layouts
 from sparsekit.train.product import Recipe, multiply
 
@@ -28,7 +28,7 @@ def products(monkeypatch):
 
 def expected(x, weight, bias, backward, grad):
     """Returns the dense results in the precision of tensor cores: 16-bit operands, float32 sums."""
-    mask = transposable_mask(weight) if backward == "transposable" else sk.nm_mask(weight, 2, 4)
+    mask = transposable_mask24(weight) if backward == "transposable" else sk.nm_mask(weight, 2, 4)
     pruned = (weight * mask).to(x.dtype)
     y = F.linear(x.float(), pruned.float(), None if bias is None else bias.float()).to(x.dtype)
     tokens, inputs = grad.flatten(0, -2), x.flatten(0, -2)

@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import get_mask, get_mask_info
-from sparsekit.ops import transposable_mask
+from sparsekit.ops import transposable_mask24
 from tests.compressing import assert_same, snapshot
 
 OPTIMIZERS = {
@@ -173,7 +173,7 @@ def test_copies_train_on_their_own(model, x, duplicate):
     twin = duplicate(model)
     assert torch.equal(twin(x), model(x))
     train(twin, torch.optim.SGD(twin.parameters(), lr=0.1), x)
-    assert torch.equal(twin(x), masked_copy(twin, transposable_mask)(x))
+    assert torch.equal(twin(x), masked_copy(twin, transposable_mask24)(x))
     assert not torch.equal(twin(x), model(x))
     training.finish()
     assert type(twin[0]) is not nn.Linear

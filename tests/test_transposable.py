@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsekit as sk
-from sparsekit.ops.transposable import PATTERNS, tile_masks, transposable_mask_reference
+from sparsekit.ops.transposable import PATTERNS, tile_masks, transposable_mask24_reference
 
 NAN, INF = float("nan"), float("inf")
 OPS = torch.ops.sparsekit
@@ -51,7 +51,7 @@ def rows(mask):
     ids=["ties", "two-by-two", "exact", "nan", "nan-is-inf", "columns", "rows", "corner"],
 )
 def test_literal(simd, dtype, score, kept):
-    assert rows(sk.transposable_mask(torch.tensor(score, dtype=dtype))) == kept
+    assert rows(sk.transposable_mask24(torch.tensor(score, dtype=dtype))) == kept
 
 
 def test_every_pattern_is_found(simd):
@@ -59,55 +59,55 @@ def test_every_pattern_is_found(simd):
     tiles = tile_masks(torch.device("cpu"))
     assert torch.equal(tiles.sum(1), torch.full((90, 4), 2)) and torch.equal(tiles.sum(2), torch.full((90, 4), 2))
     mask = tiles.transpose(0, 1).flatten(1)  # the tiles beside one another
-    assert torch.equal(sk.transposable_mask(torch.where(mask, -2.0, 1.0)), mask)
+    assert torch.equal(sk.transposable_mask24(torch.where(mask, -2.0, 1.0)), mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=size_id)
 def test_every_level_equals_reference(simd, dtype, shape):
     for score in (torch.randn(shape).to(dtype), ties(*shape, dtype=dtype), hostile(*shape, dtype=dtype)):
-        expected = transposable_mask_reference(score)
+        expected = transposable_mask24_reference(score)
         poison(expected, expected)
-        assert_same(sk.transposable_mask(score), expected)
+        assert_same(sk.transposable_mask24(score), expected)
 
 
 def test_sums_that_round_keep_the_earlier_pattern(simd):
     score = torch.randint(1, 8, (64, 256)).float() * 4096.0 ** torch.randint(3, (64, 256))
-    assert_same(sk.transposable_mask(score), transposable_mask_reference(score))
+    assert_same(sk.transposable_mask24(score), transposable_mask24_reference(score))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(simd, layout, dtype):
     score = hostile(14, 75, dtype=dtype)
-    assert_same(sk.transposable_mask(LAYOUTS[layout](score)), transposable_mask_reference(score))
+    assert_same(sk.transposable_mask24(LAYOUTS[layout](score)), transposable_mask24_reference(score))
 
 
 def test_large_and_threads(simd, threads):
     score = torch.randn(514, 1030)
-    expected = transposable_mask_reference(score)
+    expected = transposable_mask24_reference(score)
     for count in (1, 2):
         threads(count)
-        assert_same(sk.transposable_mask(score), expected)
+        assert_same(sk.transposable_mask24(score), expected)
 
 
 @given(height=st.integers(1, 4), width=st.integers(1, 12))
 def test_two_of_every_row_and_column(simd, height, width):
-    tiles = sk.transposable_mask(hostile(4 * height, 4 * width)).unflatten(0, (height, 4)).unflatten(2, (width, 4))
+    tiles = sk.transposable_mask24(hostile(4 * height, 4 * width)).unflatten(0, (height, 4)).unflatten(2, (width, 4))
     assert (tiles.sum(1) == 2).all() and (tiles.sum(3) == 2).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", [(0, 4), (8, 12), (7, 9)], ids=size_id)
 def test_opcheck(dtype, shape):
-    opcheck(OPS.transposable_mask.default, (torch.randn(shape).to(dtype),))
-    opcheck(OPS.transposable_mask.default, (torch.randn(shape).to(dtype).t(),))
+    opcheck(OPS.transposable_mask24.default, (torch.randn(shape).to(dtype),))
+    opcheck(OPS.transposable_mask24.default, (torch.randn(shape).to(dtype).t(),))
 
 
 def test_compile_fullgraph():
     score = torch.randn(9, 14)
-    compiled = torch.compile(lambda score: sk.transposable_mask(score * 2), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(score), sk.transposable_mask(score))
+    compiled = torch.compile(lambda score: sk.transposable_mask24(score * 2), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(score), sk.transposable_mask24(score))
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_compile_fullgraph():
 )
 def test_rejects(make, error, match):
     with pytest.raises(error, match=match):
-        sk.transposable_mask(make())
+        sk.transposable_mask24(make())

@@ -6,10 +6,10 @@ from helpers import SPECIAL, assert_same, dtype_id, hostile, poison
 from sparsekit.ops.hardware24 import (
     MULTIPLES,
     from_hardware24_reference,
-    prune_both_to_hardware24_reference,
     prune_to_hardware24_reference,
     to_hardware24_reference,
 )
+from sparsekit.ops.hardware24_both import prune_both_to_hardware24_reference
 from sparsekit.ops.sparse24 import prune_pack24_reference
 
 pytest.importorskip("triton")

@@ -1,19 +1,19 @@
 import pytest
 import torch
 from helpers import LAYOUTS, poison
-from test_sparsegpt_block import SHAPES, assert_block, problem
+from test_sparsegpt import SHAPES, assert_block, problem
 
-from sparsekit.ops.sparsegpt import sparsegpt_block_reference
+from sparsekit.ops.sparsegpt import sparsegpt_columns_reference
 
 pytestmark = pytest.mark.triton
 kernels = pytest.importorskip("sparsekit.triton_kernels.sparsegpt")
 
 
 def check(gpu, weight, factor, mask, n, m, layout=torch.Tensor.contiguous):
-    expected = sparsegpt_block_reference(weight, factor, mask, n, m)
+    expected = sparsegpt_columns_reference(weight, factor, mask, n, m)
     poison(weight)
     mask = None if mask is None else layout(mask.to(gpu))
-    actual = kernels.sparsegpt_block(layout(weight.to(gpu)), layout(factor.to(gpu)), mask, n, m)
+    actual = kernels.sparsegpt_columns(layout(weight.to(gpu)), layout(factor.to(gpu)), mask, n, m)
     assert_block([each.cpu() for each in actual], expected)
 
 

@@ -8,9 +8,10 @@ from sparsekit.ops.tiers import DENSE, SPARSE24, TOPK, tier_prune_reference
 
 pytestmark = pytest.mark.triton
 pytest.importorskip("triton")
-from sparsekit.triton_kernels import _tiered_unpack, tiered  # noqa: E402
+from sparsekit.triton_kernels import _tiered_unpack  # noqa: E402
+from sparsekit.triton_kernels import linear_tiered as tiered  # noqa: E402
 from sparsekit.triton_kernels._tiered_unpack import unpack_tiered  # noqa: E402
-from sparsekit.triton_kernels.tiered import TABLE, linear_tiered  # noqa: E402
+from sparsekit.triton_kernels.linear_tiered import TABLE, linear_tiered  # noqa: E402
 
 NAN = float("nan")
 KERNELS = (torch.float32, torch.bfloat16)  # a dtype of each kernel

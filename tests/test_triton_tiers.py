@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, ties
 
-from sparsekit.ops.tiers import tier_prune_reference, tier_scores_reference
+from sparsekit.ops.tier_scores import tier_scores_reference
+from sparsekit.ops.tiers import tier_prune_reference
 
 tiers = pytest.importorskip("sparsekit.triton_kernels.tiers")
 scores_of = pytest.importorskip("sparsekit.triton_kernels.tier_scores")

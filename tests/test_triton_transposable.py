@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, ties
 
-from sparsekit.ops.transposable import transposable_mask_reference
+from sparsekit.ops.transposable import transposable_mask24_reference
 
 pytestmark = [
     pytest.mark.triton,
@@ -12,10 +12,10 @@ kernels = pytest.importorskip("sparsekit.triton_kernels.transposable")
 
 
 def check(base, gpu, layout=torch.Tensor.contiguous):
-    expected = transposable_mask_reference(base)
+    expected = transposable_mask24_reference(base)
     score = layout(base.to(gpu))
     poison(expected)
-    assert_same(kernels.transposable_mask(score).cpu(), expected)
+    assert_same(kernels.transposable_mask24(score).cpu(), expected)
 
 
 def bools(*rows):
@@ -26,15 +26,15 @@ def bools(*rows):
 def test_literal(gpu, dtype):
     # Row by row, (0, 1) would win three times: the columns allow it twice.
     score = torch.tensor([[9, 8, 1, 1], [9, 8, 1, 1], [7, 6, 1, 1], [-5, 1, 1, 1]], dtype=dtype, device=gpu)
-    assert_same(kernels.transposable_mask(score).cpu(), bools("xx..", "xx..", "..xx", "..xx"))
+    assert_same(kernels.transposable_mask24(score).cpu(), bools("xx..", "xx..", "..xx", "..xx"))
     score[2, 3] = -20
     score[3, 0] = float("nan")  # as Inf, so column 0 is kept here and the best of the rest follows
-    assert_same(kernels.transposable_mask(score).cpu(), bools("xx..", ".xx.", "..xx", "x..x"))
+    assert_same(kernels.transposable_mask24(score).cpu(), bools("xx..", ".xx.", "..xx", "x..x"))
 
 
 def test_ties_keep_the_earlier_pattern(gpu):
     score = torch.ones(4, 4, device=gpu)
-    assert_same(kernels.transposable_mask(score).cpu(), bools("xx..", "xx..", "..xx", "..xx"))
+    assert_same(kernels.transposable_mask24(score).cpu(), bools("xx..", "xx..", "..xx", "..xx"))
 
 
 SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (3, 9), (9, 3), (4, 4), (8, 24), (13, 42), (6, 1036)]

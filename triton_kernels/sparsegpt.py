@@ -1,4 +1,4 @@
-"""SparseGPT's inner loop over a block of columns, rows in registers."""
+"""SparseGPT's inner loop over consecutive columns, rows in registers."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from . import _select
 from ._launch import Table, on
 
 TABLE = Table(
-    "sparsegpt_block",
+    "sparsegpt_columns",
     {
         "8": {"ROWS": 8, "num_warps": 4},
         "16": {"ROWS": 16, "num_warps": 4},
@@ -70,7 +70,7 @@ def _sparsegpt_kernel(
     tl.store(mask_ptr + offset, kept != 0, mask=inside)
 
 
-def sparsegpt_block(
+def sparsegpt_columns(
     weight: Tensor, factor: Tensor, mask: Tensor | None, n: int, m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight, factor = weight.contiguous(), factor.contiguous()

@@ -59,7 +59,7 @@ def _transposable_kernel(x_ptr, mask_ptr, units, UNIT: tl.constexpr, COLS: tl.co
             tl.store(mask_ptr + start + row * cols + col, mask != 0, mask=inside)
 
 
-def transposable_mask(score: Tensor) -> Tensor:
+def transposable_mask24(score: Tensor) -> Tensor:
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     score = score.contiguous()
     rows, cols = (size // 4 * 4 for size in score.shape)

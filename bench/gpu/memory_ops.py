@@ -46,7 +46,7 @@ OPS: dict[str, Callable[[Lab, Tensor, Tensor], tuple[Any, ...]]] = {
     "prune_both_to_hardware24": lambda lab, weight, scale: (weight, lab.layout),
     "block_scores 16x16": lambda lab, weight, scale: (weight, 16, 16, scale, None),
     "block_topk_mask 10 of 256": lambda lab, weight, scale: (weight, 10, 16, 16),
-    "transposable_mask": lambda lab, weight, scale: (weight,),
+    "transposable_mask24": lambda lab, weight, scale: (weight,),
     "tier_prune": lambda lab, weight, scale: (weight, _tiers(weight), 10, 16, 16, scale, None),
     "tier_scores": lambda lab, weight, scale: (weight, 10, 16, 16, scale, scale, True),
     "pack24": lambda lab, weight, scale: (weight, _mask24(weight), False),

@@ -1,10 +1,10 @@
-// SparseGPT's block of columns: sparsegpt_block.
+// sparsegpt_columns: SparseGPT on consecutive columns.
 #include "glue.h"
 
 namespace sparsekit {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> sparsegpt_block(Tensor weight, Tensor factor, std::optional<Tensor> given, int64_t n,
+std::tuple<Tensor, Tensor, Tensor> sparsegpt_columns(Tensor weight, Tensor factor, std::optional<Tensor> given, int64_t n,
                                                    int64_t m) {
   const FloatMode exact(FloatMode::kExact);
   weight = torch::stable::contiguous(weight);
@@ -31,5 +31,5 @@ std::tuple<Tensor, Tensor, Tensor> sparsegpt_block(Tensor weight, Tensor factor,
 }  // namespace sparsekit
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
-  m.impl("sparsegpt_block", TORCH_BOX(&sparsekit::sparsegpt_block));
+  m.impl("sparsegpt_columns", TORCH_BOX(&sparsekit::sparsegpt_columns));
 }

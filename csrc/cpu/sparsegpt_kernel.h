@@ -1,4 +1,4 @@
-// SparseGPT's inner loop over a block of columns: a row at a time, which stays in the L1 cache.
+// SparseGPT's inner loop over consecutive columns: a row at a time, which stays in the L1 cache.
 #pragma once
 
 #include "scalar.h"

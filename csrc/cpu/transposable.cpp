@@ -1,10 +1,10 @@
-// 2:4 masks in both directions: transposable_mask.
+// 2:4 masks in both directions: transposable_mask24.
 #include "glue.h"
 
 namespace sparsekit {
 namespace {
 
-Tensor transposable_mask(Tensor score) {
+Tensor transposable_mask24(Tensor score) {
   const FloatMode exact(FloatMode::kExact);
   Tensor mask = empty(score, shape_of(score), ScalarType::Bool);
   if (score.numel() == 0) return mask;
@@ -26,5 +26,5 @@ Tensor transposable_mask(Tensor score) {
 }  // namespace sparsekit
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
-  m.impl("transposable_mask", TORCH_BOX(&sparsekit::transposable_mask));
+  m.impl("transposable_mask24", TORCH_BOX(&sparsekit::transposable_mask24));
 }

@@ -12,9 +12,9 @@ from .blocks import block_scores as block_scores
 from .blocks import block_topk_mask as block_topk_mask
 from .hardware24 import from_hardware24 as from_hardware24
 from .hardware24 import hardware_multiple as hardware_multiple
-from .hardware24 import prune_both_to_hardware24 as prune_both_to_hardware24
 from .hardware24 import prune_to_hardware24 as prune_to_hardware24
 from .hardware24 import to_hardware24 as to_hardware24
+from .hardware24_both import prune_both_to_hardware24 as prune_both_to_hardware24
 from .hardware_linear24 import hardware_linear24 as hardware_linear24
 from .layouts import hardware_layouts as hardware_layouts
 from .layouts import pack_hardware24 as pack_hardware24
@@ -27,12 +27,12 @@ from .sparse24 import linear24 as linear24
 from .sparse24 import pack24 as pack24
 from .sparse24 import prune_pack24 as prune_pack24
 from .sparse24 import unpack24 as unpack24
-from .sparsegpt import sparsegpt_block as sparsegpt_block
+from .sparsegpt import sparsegpt_columns as sparsegpt_columns
+from .tier_scores import tier_scores as tier_scores
 from .tiered import TieredWeight as TieredWeight
 from .tiered import pack_tiered as pack_tiered
 from .tiered import unpack_tiered as unpack_tiered
 from .tiers import tier_prune as tier_prune
-from .tiers import tier_scores as tier_scores
-from .transposable import transposable_mask as transposable_mask
+from .transposable import transposable_mask24 as transposable_mask24
 
 _register_kernels()

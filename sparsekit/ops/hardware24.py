@@ -5,8 +5,7 @@ from torch import Tensor
 
 from ._define import check_ints, check_like, check_weight, define
 from .bits import pack_bits, unpack_bits
-from .sparse24 import pack24_reference, prune_pack24_reference
-from .transposable import transposable_mask_reference
+from .sparse24 import prune_pack24_reference
 
 # What rows and columns must be multiples of, by layout.
 MULTIPLES = {"cusparselt_sm80": (128, 128), "cusparselt_sm90": (64, 32), "cutlass_sm80": (32, 64)}
@@ -61,20 +60,12 @@ def prune_to_hardware24_reference(weight: Tensor, scale: Tensor | None, layout: 
     return to_hardware24_reference(*prune_pack24_reference(weight, scale), weight.shape[1], layout)
 
 
-def prune_both_to_hardware24_reference(weight: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    mask = transposable_mask_reference(weight)
-    values, bitmask = pack24_reference(weight, mask, False)
-    values_t, bitmask_t = pack24_reference(weight.t(), mask.t(), False)
-    packed = to_hardware24_reference(values, bitmask, weight.shape[1], layout)
-    return packed, to_hardware24_reference(values_t, bitmask_t, weight.shape[0], layout), bitmask
-
-
-def _packed(like: Tensor, rows: int, cols: int) -> Tensor:
+def empty_packed(like: Tensor, rows: int, cols: int) -> Tensor:
     return like.new_empty(rows * cols // 16 * 9)
 
 
 def _to_fake(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> Tensor:
-    return _packed(values, values.shape[0], cols)
+    return empty_packed(values, values.shape[0], cols)
 
 
 def _from_fake(packed: Tensor, rows: int, cols: int, layout: str) -> tuple[Tensor, Tensor]:
@@ -82,19 +73,12 @@ def _from_fake(packed: Tensor, rows: int, cols: int, layout: str) -> tuple[Tenso
 
 
 def _prune_fake(weight: Tensor, scale: Tensor | None, layout: str) -> Tensor:
-    return _packed(weight, *weight.shape)
-
-
-def _prune_both_fake(weight: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    rows, cols = weight.shape
-    bitmask = weight.new_empty(rows, cols // 8, dtype=torch.uint8)
-    return _packed(weight, rows, cols), _packed(weight, rows, cols), bitmask
+    return empty_packed(weight, *weight.shape)
 
 
 _to_hardware24 = define(to_hardware24_reference, _to_fake, compiled=False)
 _from_hardware24 = define(from_hardware24_reference, _from_fake, compiled=False)
 _prune_to_hardware24 = define(prune_to_hardware24_reference, _prune_fake, compiled=False)
-_prune_both_to_hardware24 = define(prune_both_to_hardware24_reference, _prune_both_fake, compiled=False)
 
 
 def hardware_multiple(layout: str) -> tuple[int, int]:
@@ -137,9 +121,9 @@ def to_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> Te
         TypeError: a wrong dtype.
         ValueError: an unknown layout, shapes that do not belong to it or to ``cols``, or two devices.
     """
-    _check_16bit("values", values, 2)
+    check_16bit("values", values, 2)
     check_ints(cols=cols)
-    _check_shape((values.shape[0], cols), hardware_multiple(layout), layout)
+    check_shape((values.shape[0], cols), hardware_multiple(layout), layout)
     if values.shape[1] != cols // 2:
         raise ValueError(
             f"values must have {cols // 2} columns for a weight of {cols}, got shape {tuple(values.shape)}"
@@ -164,9 +148,9 @@ def from_hardware24(packed: Tensor, rows: int, cols: int, layout: str) -> tuple[
         TypeError: a wrong dtype.
         ValueError: an unknown layout, or a shape that does not belong to it.
     """
-    _check_16bit("packed", packed, 1)
+    check_16bit("packed", packed, 1)
     check_ints(rows=rows, cols=cols)
-    _check_shape((rows, cols), hardware_multiple(layout), layout)
+    check_shape((rows, cols), hardware_multiple(layout), layout)
     if packed.shape[0] != rows * cols // 16 * 9:
         raise ValueError(
             f"packed must have {rows * cols // 16 * 9} entries for a weight of {rows} x {cols}, got {packed.shape[0]}"
@@ -192,45 +176,20 @@ def prune_to_hardware24(weight: Tensor, layout: str, *, scale: Tensor | None = N
         TypeError: a wrong dtype.
         ValueError: an unknown layout, a shape that does not belong to it, or a ``scale`` that is not ``[cols]``.
     """
-    _check_16bit("weight", weight, 2)
-    _check_shape(weight.shape, hardware_multiple(layout), layout)
+    check_16bit("weight", weight, 2)
+    check_shape(weight.shape, hardware_multiple(layout), layout)
     if scale is not None:
         check_like("scale", scale, torch.float32, weight.shape[1:], weight)
     return _prune_to_hardware24(weight, scale, layout)
 
 
-@torch.no_grad()
-def prune_both_to_hardware24(weight: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Prunes a weight to 2:4 along rows and columns at once and packs it and its transpose, reading it once.
-
-    A training step multiplies by ``W`` forward and by ``W.T`` backward; with the mask of ``transposable_mask`` both
-    products are sparse.
-
-    Args:
-        weight: ``[rows, cols]``, float16 or bfloat16, any strides. Outside autograd.
-        layout: a layout of ``to_hardware24``; rows and columns must both be multiples of both of its sizes.
-
-    Returns:
-        ``(packed, packed_t, bitmask)``: ``weight`` and ``weight.T`` in the layout, and the bits of the mask, uint8
-        ``[rows, cols / 8]``.
-
-    Raises:
-        TypeError: a wrong dtype.
-        ValueError: an unknown layout, or a shape that does not belong to it.
-    """
-    _check_16bit("weight", weight, 2)
-    both = max(hardware_multiple(layout))
-    _check_shape(weight.shape, (both, both), layout)
-    return _prune_both_to_hardware24(weight, layout)
-
-
-def _check_16bit(name: str, tensor: Tensor, dim: int) -> None:
+def check_16bit(name: str, tensor: Tensor, dim: int) -> None:
     if isinstance(tensor, Tensor) and tensor.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"{name} must be float16 or bfloat16, got {tensor.dtype}")
     check_weight(name, tensor, dim)
 
 
-def _check_shape(shape: tuple[int, ...], multiple: tuple[int, int], layout: str) -> None:
+def check_shape(shape: tuple[int, ...], multiple: tuple[int, int], layout: str) -> None:
     rows, cols = shape
     if rows < 0 or cols < 0 or rows % multiple[0] or cols % multiple[1]:
         needs = f"{layout} needs rows that are a multiple of {multiple[0]} and columns of {multiple[1]}"

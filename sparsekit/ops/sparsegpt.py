@@ -7,7 +7,7 @@ from ._define import check_ints, check_like, define
 from .nm import check_pattern, nm_mask_reference
 
 
-def sparsegpt_block_reference(
+def sparsegpt_columns_reference(
     weight: Tensor, factor: Tensor, mask: Tensor | None, n: int, m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     updated, error = weight.clone(), torch.zeros_like(weight)
@@ -26,14 +26,14 @@ def _fake(weight: Tensor, factor: Tensor, mask: Tensor | None, n: int, m: int) -
     return weight.new_empty(weight.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape).bool()
 
 
-_sparsegpt_block = define(sparsegpt_block_reference, _fake)
+_sparsegpt_columns = define(sparsegpt_columns_reference, _fake)
 
 
 @torch.no_grad()
-def sparsegpt_block(
+def sparsegpt_columns(
     weight: Tensor, factor: Tensor, *, mask: Tensor | None = None, n: int = 2, m: int = 4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prunes a block of columns and updates, in each row, what is kept to the right of every dropped weight.
+    """Prunes consecutive columns and updates, in each row, what is kept to the right of every dropped weight.
 
     Going from left to right, the weight ``w`` of a dropped column ``j`` leaves the error ``e = w / factor[j, j]``, and
     ``e * factor[j, j:]`` is taken from the rest of its row. Without a mask, each group of ``m`` columns keeps the ``n``
@@ -42,15 +42,15 @@ def sparsegpt_block(
 
     Args:
         weight: float32 ``[rows, cols]``.
-        factor: float32 ``[cols, cols]``, the block of the upper factor ``U`` of the inverse second moments, whose
+        factor: float32 ``[cols, cols]``, the part of the upper factor ``U`` of the inverse second moments, whose
             ``U^T U`` is the inverse.
         mask: bool ``[rows, cols]``, what to keep; None chooses ``n`` of every ``m``.
         n: entries kept of each group.
         m: group size; ``0 < n <= m <= 32``.
 
     Returns:
-        ``(pruned, error, mask)``: the updated weights with zeros where dropped; the errors, which the columns beyond
-        the block still have to make up for (``rest -= error @ U[block, rest]``); and what was kept.
+        ``(pruned, error, mask)``: the updated weights with zeros where dropped; the errors, which the columns after
+        these still have to make up for (``rest -= error @ U[columns, rest]``); and what was kept.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or pattern.
@@ -63,4 +63,4 @@ def sparsegpt_block(
         check_like("mask", mask, torch.bool, weight.shape, weight)
     check_ints(n=n, m=m)
     check_pattern(n, m)
-    return _sparsegpt_block(weight, factor, mask, n, m)
+    return _sparsegpt_columns(weight, factor, mask, n, m)

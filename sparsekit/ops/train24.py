@@ -4,15 +4,16 @@ import torch
 from torch import Tensor
 
 from ._define import check_like, check_weight, define, define_gradient
-from .hardware24 import _prune_both_to_hardware24, _prune_to_hardware24
+from .hardware24 import _prune_to_hardware24
+from .hardware24_both import _prune_both_to_hardware24
 from .hardware_linear24 import _hardware_linear24
 from .nm import _nm_prune
-from .transposable import _transposable_mask
+from .transposable import _transposable_mask24
 
 
 def train_prune24_reference(weight: Tensor, transposable: bool, decay: float) -> Tensor:
     if transposable:
-        return torch.where(_transposable_mask(weight), weight, 0).contiguous()
+        return torch.where(_transposable_mask24(weight), weight, 0).contiguous()
     return _nm_prune(weight, 2, 4, None)[0]
 
 
@@ -94,7 +95,7 @@ def train_prune24(weight: Tensor, *, transposable: bool = False, decay: float = 
 
     Args:
         weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides.
-        transposable: whether the mask is that of ``transposable_mask``; else that of ``nm_mask(weight, 2, 4)``.
+        transposable: whether the mask is that of ``transposable_mask24``; else that of ``nm_mask(weight, 2, 4)``.
         decay: what the gradient is increased by: ``decay * weight`` where dropped (SR-STE,
             https://arxiv.org/abs/2102.04010).
 

@@ -23,7 +23,7 @@ def tile_masks(device: torch.device) -> Tensor:
     return torch.tensor(kept, device=device)
 
 
-def transposable_mask_reference(score: Tensor) -> Tensor:
+def transposable_mask24_reference(score: Tensor) -> Tensor:
     rows, cols = (size // 4 * 4 for size in score.shape)
     mask = torch.ones(score.shape, dtype=torch.bool, device=score.device)
     mask[rows:, :cols] = nm_mask_reference(score[rows:, :cols], 2, 4)
@@ -44,10 +44,10 @@ def _mask_fake(score: Tensor) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.bool)
 
 
-_transposable_mask = define(transposable_mask_reference, _mask_fake)
+_transposable_mask24 = define(transposable_mask24_reference, _mask_fake)
 
 
-def transposable_mask(score: Tensor) -> Tensor:
+def transposable_mask24(score: Tensor) -> Tensor:
     """Marks, in every 4x4 tile, the best two of each row that are two of each column as well: exactly, not greedily.
 
     A weight pruned with this mask is 2:4 and so is its transpose: the forward and the backward pass of a linear layer
@@ -73,4 +73,4 @@ def transposable_mask(score: Tensor) -> Tensor:
     Source: the problem is that of Hubara et al., https://arxiv.org/abs/2102.08124, who approximate it.
     """
     check_weight("score", score, dim=2)
-    return _transposable_mask(score)
+    return _transposable_mask24(score)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Pattern
-from ..ops import sparsegpt_block
+from ..ops import sparsegpt_columns
 from .calibration.statistics import Gram
 from .methods import Method
 from .second_order import upper_factor
@@ -53,7 +53,7 @@ class SparseGPT(Method):
             # inverse of H is needed, which would be most of the time from 2048 columns on.
             updated = torch.addmm(dense[:, span], lost[:, :start] @ factor[:start, span], inner)
             kept = None if pattern.m else pattern.mask(updated / inner.diagonal())
-            pruned[:, span], _, mask[:, span] = sparsegpt_block(
+            pruned[:, span], _, mask[:, span] = sparsegpt_columns(
                 updated, inner, mask=kept, n=pattern.n or 1, m=pattern.m or 1
             )
             lost[:, span] = dense[:, span] - pruned[:, span]

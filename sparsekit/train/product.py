@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import autocast_dtype
-from ..ops import nm_mask, transposable_mask
+from ..ops import nm_mask, transposable_mask24
 from ..ops.train24 import train_linear24, train_prune24
 
 
@@ -24,7 +24,7 @@ class Recipe:
 
     def mask(self, weight: Tensor) -> Tensor:
         """Returns the bool mask of a weight, in its shape."""
-        return transposable_mask(weight) if self.transposable else nm_mask(weight, 2, 4)
+        return transposable_mask24(weight) if self.transposable else nm_mask(weight, 2, 4)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, layout: str | None) -> Tensor:

@@ -1,12 +1,12 @@
 import torch
 
-from sparsekit.triton_kernels.sparsegpt import sparsegpt_block
+from sparsekit.triton_kernels.sparsegpt import sparsegpt_columns
 
 from .case import Case, meta
 
 
 def block(mask=None):
-    return sparsegpt_block(meta(4096, 128, dtype=torch.float32), meta(128, 128, dtype=torch.float32), mask, 2, 4)
+    return sparsegpt_columns(meta(4096, 128, dtype=torch.float32), meta(128, 128, dtype=torch.float32), mask, 2, 4)
 
 
 CASES = [

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.triton_kernels._tiered_unpack import unpack_tiered
-from sparsekit.triton_kernels.tiered import linear_tiered
+from sparsekit.triton_kernels.linear_tiered import linear_tiered
 
 from .case import Case, meta
 

@@ -1,4 +1,4 @@
-// SparseGPT's block of columns against its definition, column by column.
+// SparseGPT on consecutive columns against its definition, column by column.
 #include <algorithm>
 
 #include "check.h"

@@ -1,11 +1,11 @@
-"""SparseGPT's block of columns, at every SIMD level."""
+"""SparseGPT on consecutive columns, at every SIMD level."""
 
 import pytest
 import torch
 from helpers import poison
 
-from sparsekit.ops import sparsegpt_block
-from sparsekit.ops.sparsegpt import sparsegpt_block_reference
+from sparsekit.ops import sparsegpt_columns
+from sparsekit.ops.sparsegpt import sparsegpt_columns_reference
 from sparsekit.prune.second_order import upper_factor
 
 SHAPES = [(1, 1), (3, 4), (5, 7), (16, 64), (9, 130), (0, 8), (4, 0)]
@@ -29,32 +29,32 @@ def assert_block(actual, expected):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_block_equals_the_reference(simd, shape, pattern):
     weight, factor = problem(*shape)
-    expected = sparsegpt_block_reference(weight, factor, None, *pattern)
+    expected = sparsegpt_columns_reference(weight, factor, None, *pattern)
     poison(weight)
-    assert_block(sparsegpt_block(weight, factor, n=pattern[0], m=pattern[1]), expected)
+    assert_block(sparsegpt_columns(weight, factor, n=pattern[0], m=pattern[1]), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_block_with_a_mask_strided(simd, shape):
     weight, factor = problem(*shape)
     mask = torch.rand(shape) > 0.5
-    expected = sparsegpt_block_reference(weight, factor, mask, 1, 1)
+    expected = sparsegpt_columns_reference(weight, factor, mask, 1, 1)
     wide = torch.full((shape[0], 2 * shape[1]), float("nan"))
     wide[:, ::2] = weight
-    assert_block(sparsegpt_block(wide[:, ::2], factor.t().contiguous().t(), mask=mask), expected)
+    assert_block(sparsegpt_columns(wide[:, ::2], factor.t().contiguous().t(), mask=mask), expected)
 
 
 def test_ties_keep_the_lower_index(simd):
-    pruned, error, mask = sparsegpt_block(torch.tensor([[1.0, -1, 1, -1, 0, 0, 0, 0]]), torch.eye(8))
+    pruned, error, mask = sparsegpt_columns(torch.tensor([[1.0, -1, 1, -1, 0, 0, 0, 0]]), torch.eye(8))
     assert mask.tolist() == [[True, True, False, False] * 2]
     assert pruned.tolist() == [[1, -1, 0, 0, 0, 0, 0, 0]] and error.tolist() == [[0, 0, 1, -1, 0, 0, 0, 0]]
 
 
 def test_compiles_and_follows_its_schema():
     weight, factor = problem(6, 12)
-    torch.library.opcheck(torch.ops.sparsekit.sparsegpt_block.default, (weight, factor, None, 2, 4))
-    compiled = torch.compile(lambda w: sparsegpt_block(w, factor)[0], fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(weight), sparsegpt_block(weight, factor)[0])
+    torch.library.opcheck(torch.ops.sparsekit.sparsegpt_columns.default, (weight, factor, None, 2, 4))
+    compiled = torch.compile(lambda w: sparsegpt_columns(w, factor)[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(weight), sparsegpt_columns(weight, factor)[0])
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_compiles_and_follows_its_schema():
 )
 def test_block_rejects(change, error, message):
     with pytest.raises(error, match=message):
-        sparsegpt_block(**{"weight": torch.zeros(2, 4), "factor": torch.eye(4), **change})
+        sparsegpt_columns(**{"weight": torch.zeros(2, 4), "factor": torch.eye(4), **change})
