@@ -16,6 +16,10 @@ def dtype_id(value: object) -> str:
     return str(value).removeprefix("torch.").replace(" ", "")
 
 
+def pattern_id(pattern: tuple[int, int]) -> str:
+    return f"{pattern[0]}of{pattern[1]}"
+
+
 def ties(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Small integers, so that most groups have equal magnitudes."""
     return torch.randint(-3, 4, shape).to(dtype)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from compressing import assert_same, blocks, decisions, snapshot
+from compressing import Conv1D, assert_same, blocks, decisions, snapshot
 from table_clock import batches_of, install_clock, model_of, up_to_16
 from torch import nn
 from vendor import Vendor, install
@@ -145,15 +145,6 @@ def test_layers_of_one_kind_are_measured_once(table):
 
 
 def test_conv1d_is_a_transposed_linear(table):
-    class Conv1D(nn.Module):
-        def __init__(self, outputs, inputs):
-            super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
-
-        def forward(self, x):
-            return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
-
-    Conv1D.__module__ = "transformers.pytorch_utils"
     table["other"] = 0.5
     model = nn.Sequential(Conv1D(24, 16)).half().eval()
     model[0].weight.data = sk.nm_prune(model[0].weight.data.t(), 2, 4)[0].t().contiguous()

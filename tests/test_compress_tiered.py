@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compressing import assert_same, blocks, decisions, reasons, snapshot
+from compressing import Conv1D, assert_same, blocks, decisions, reasons, snapshot
 from table_clock import install_clock, up_to_16
 from tiering import prune_tiers, tiered_linear
 from torch import nn
@@ -164,16 +164,9 @@ def test_what_is_measured_is_like_the_layer(kinds, transposed):
 
 
 def make_conv1d(linear):
-    class Conv1D(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.bias = nn.Parameter(linear.weight.detach().t().contiguous()), linear.bias
-
-        def forward(self, x):
-            return x @ self.weight
-
-    Conv1D.__module__ = "transformers.pytorch_utils"
-    return Conv1D()
+    layer = Conv1D(*linear.weight.shape)
+    layer.weight.data = linear.weight.detach().t().contiguous()
+    return layer
 
 
 def test_shares_round_to_a_whole():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from compressing import assert_same, blocks, decisions, snapshot
+from compressing import Conv1D, assert_same, blocks, decisions, snapshot
 from torch import nn
 
 import sparsekit as sk
@@ -66,15 +66,6 @@ def test_a_shared_module_is_swapped_everywhere(ratios):
 
 
 def test_conv1d_is_a_transposed_linear(ratios, monkeypatch):
-    class Conv1D(nn.Module):
-        def __init__(self, outputs, inputs):
-            super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
-
-        def forward(self, x):
-            return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
-
-    Conv1D.__module__ = "transformers.pytorch_utils"
     model = nn.Sequential(Conv1D(24, 16), Conv1D(8, 24)).eval()
     model[0].weight.data = sk.nm_prune(model[0].weight.data.t(), 2, 4)[0].t().contiguous()
     set_mask(model[0], model[0].weight != 0, MaskInfo(Pattern.parse("2:4"), 0))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, magnitude_order, opcheck, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, magnitude_order, opcheck, pattern_id, poison, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,10 +25,6 @@ SHAPES = [
     (5, 1031),
     (64, 256),
 ]
-
-
-def pattern_id(pattern):
-    return f"{pattern[0]}of{pattern[1]}"
 
 
 def shape_id(shape):

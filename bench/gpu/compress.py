@@ -1,4 +1,4 @@
-"""What `compress_` makes of a layer on this GPU, and how fast that is."""
+"""The layers that `compress_` makes on this GPU, timed against the dense ones."""
 
 import torch
 import torch.nn.functional as F

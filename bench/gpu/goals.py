@@ -1,4 +1,4 @@
-"""What the kernels aim at on an H200, on fresh buffers larger than its L2 cache."""
+"""The goals of the kernels on an H200, on fresh buffers larger than its L2 cache."""
 
 SHAPE, DTYPE = "4096x4096", "bf16"
 DECODE, MANY = 16, 1024  # tokens: the decode goals hold up to the first, the goals of a product from the second on

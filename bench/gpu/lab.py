@@ -1,4 +1,4 @@
-"""What the sections measure with: the device, its clock, and the shapes."""
+"""The equipment of every section: the device, its clock, and the shapes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The machine: what it is, and what it can do at most."""
+"""Facts and limits of the machine: versions, clocks, the rate of a copy and of the largest dense product."""
 
 import platform
 import shutil
