@@ -23,12 +23,12 @@ def bench_linear_tiered(record, dtype, tokens):
     packed, x = sk.pack_tiered(linear.weight), torch.randn(tokens, SQUARE[1]).to(DTYPES[dtype])
 
     def call():
-        return sk.linear_tiered(x, packed, linear.bias, out_features=SQUARE[0])
+        return sk.linear_tiered(x, packed, linear.bias)
 
     expected = F.linear(x.float(), linear.weight.float(), linear.bias.float())
     assert (call() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
     dense = dense_calls(linear, x)
-    baselines = dense | {"linear24": lambda: sk.linear24(x, *sparse24, linear.bias)}
+    baselines = dense | {"linear24": lambda: sk.linear24(x, sparse24, linear.bias)}
     row = {
         "op": "linear_tiered",
         "shape": name(SQUARE),

@@ -17,9 +17,9 @@ def bench_format(record, op, dtype):
     packed = sk.pack24(weight)
     for got, expected in zip(packed, pack24_reference(weight, None, False), strict=True):
         assert torch.equal(got, expected)
-    assert torch.equal(sk.unpack24(*packed, SQUARE[1]), weight)
+    assert torch.equal(packed.to_dense(), weight)
     baselines, copied = copy_call(weight)
-    call = (lambda: sk.pack24(weight)) if op == "pack24" else (lambda: sk.unpack24(*packed, SQUARE[1]))
+    call = (lambda: sk.pack24(weight)) if op == "pack24" else (lambda: packed.to_dense())
     row = {"op": op, "shape": name(SQUARE), "dtype": dtype, "goal": {"copy_": 0.6} if op == "pack24" else {}}
     moved = weight.nbytes + sum(part.nbytes for part in packed)
     record(row, call, baselines, bytes_moved=moved, copied=copied)

@@ -11,6 +11,7 @@ from .checkpoint import save as save
 from .compress import CompressReport as CompressReport
 from .compress import compress_ as compress_
 from .compress import decompress_ as decompress_
+from .ops import Packed24 as Packed24
 from .ops import TieredWeight as TieredWeight
 from .ops import block_scores as block_scores
 from .ops import block_topk_mask as block_topk_mask
@@ -26,8 +27,6 @@ from .ops import prune_pack24 as prune_pack24
 from .ops import tier_prune as tier_prune
 from .ops import tier_scores as tier_scores
 from .ops import transposable_mask24 as transposable_mask24
-from .ops import unpack24 as unpack24
-from .ops import unpack_tiered as unpack_tiered
 from .prune import ADMM as ADMM
 from .prune import RIA as RIA
 from .prune import Calibration as Calibration

@@ -1,30 +1,26 @@
 """To the 2:4 tensors of ``torch.sparse`` and back, without its compressor."""
 
 import torch
-from torch import Tensor
 from torch.sparse import (
     SparseSemiStructuredTensor,
     SparseSemiStructuredTensorCUSPARSELT,
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from .ops import from_hardware24, hardware_layouts, pack_hardware24
+from .ops import Packed24, from_hardware24, hardware_layouts, pack_hardware24
 from .ops.hardware_linear24 import UNKNOWN, padded_shape
 
 
 def to_sparse_semi_structured(
-    values: Tensor, bitmask: Tensor, cols: int, *, layout: str | None = None, alg_id: int = 0
+    packed: Packed24, *, layout: str | None = None, alg_id: int = 0
 ) -> SparseSemiStructuredTensor:
-    """Makes the tensor that ``torch.sparse.to_sparse_semi_structured`` makes, from what ``pack24`` packed.
+    """Makes the tensor that ``torch.sparse.to_sparse_semi_structured`` makes, from a packed weight.
 
-    It is packed by one kernel; torch converts by some thirty for CUTLASS, and reads the dense weight for cuSPARSELt.
-    Of a ``Linear24``, pass ``layer.values``, ``layer.bitmask`` and ``layer.in_features``.
+    One kernel packs it; torch itself runs about thirty for CUTLASS, and reads the dense weight for cuSPARSELt.
 
     Args:
-        values: ``[rows, cols / 2]``, float16 or bfloat16.
-        bitmask: uint8 ``[rows, cols / 8]``.
-        cols: columns of the dense weight.
-        layout: a layout of ``ops.to_hardware24``; None is the first that the device of ``values`` computes with.
+        packed: a 2:4 weight as ``pack24`` returns it, or the ``packed`` of a ``Linear24``; float16 or bfloat16.
+        layout: a layout of ``ops.to_hardware24``; None is the first that the weight's device computes with.
         alg_id: the algorithm by which cuSPARSELt multiplies.
 
     Returns:
@@ -32,49 +28,50 @@ def to_sparse_semi_structured(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: the device has no layout, or rows and columns are no multiples of ``ops.hardware_multiple(layout)``.
+        ValueError: the device has no layout, or rows and columns are not multiples of
+            ``ops.hardware_multiple(layout)``.
     """
     if layout is None:
-        names, remark = hardware_layouts(values.device)
+        names, remark = hardware_layouts(packed.values.device)
         if not names:
             raise ValueError(f"layout must be given: {remark}")
         layout = names[0]
-    rows = len(values)
+    rows, cols = packed.shape
     if (needed := padded_shape(rows, cols, layout)) != (rows, cols):
         raise ValueError(f"a weight of {rows} x {cols} must be padded to {needed[0]} x {needed[1]} for {layout}")
-    packed = pack_hardware24(values.detach(), bitmask, cols, layout)
+    data = pack_hardware24(packed._replace(values=packed.values.detach()), layout)
     shape = torch.Size((rows, cols))
     if layout.startswith("cutlass"):
-        kept, meta = packed.split([rows * cols // 2, rows * cols // 16])
+        kept, meta = data.split([rows * cols // 2, rows * cols // 16])
         kept, meta = kept.view(rows, cols // 2), meta.view(torch.int16).view(rows, cols // 16)
         return SparseSemiStructuredTensorCUTLASS(shape, kept, meta, None, None, None)
     return SparseSemiStructuredTensorCUSPARSELT(
-        shape, packed.view(rows, -1), None, None, None, None, alg_id_cusparselt=alg_id
+        shape, data.view(rows, -1), None, None, None, None, alg_id_cusparselt=alg_id
     )
 
 
-def from_sparse_semi_structured(
-    tensor: SparseSemiStructuredTensor, *, layout: str | None = None
-) -> tuple[Tensor, Tensor]:
+def from_sparse_semi_structured(tensor: SparseSemiStructuredTensor, *, layout: str | None = None) -> Packed24:
     """Unpacks a 2:4 tensor of ``torch.sparse``, which itself can only multiply by the identity.
 
     Args:
         tensor: float16 or bfloat16, not transposed.
-        layout: the layout it has; None is ``"cutlass_sm80"`` for CUTLASS, and for cuSPARSELt that of its device.
+        layout: the layout that it has; None is ``"cutlass_sm80"`` for CUTLASS, and for cuSPARSELt that of its device.
 
     Returns:
-        ``(values, bitmask)`` as ``pack24`` returns them.
+        The weight as ``pack24`` packs it.
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: the tensor is transposed, or nobody knows its layout.
+        ValueError: the tensor is transposed, or its layout is unknown.
     """
     if tensor.packed is None:
         raise ValueError("tensor must not be transposed")
     rows, cols = tensor.shape
     packed = tensor.packed.flatten()
     if isinstance(tensor, SparseSemiStructuredTensorCUTLASS) and tensor.meta is not None:
-        meta = tensor.meta.as_strided((tensor.meta.numel(),), (1,))  # torch shows it permuted where it pruned itself
+        meta = tensor.meta.as_strided(
+            (tensor.meta.numel(),), (1,)
+        )  # torch shows it permuted if torch pruned the weight
         packed = torch.cat([packed, meta.view(packed.dtype)])
         layout = layout or "cutlass_sm80"
     if layout is None:
@@ -82,4 +79,4 @@ def from_sparse_semi_structured(
         layout = next((name for name in names if name.startswith("cusparselt_")), None)
         if layout is None:
             raise ValueError(f"layout must be given: {remark or 'this device has only ' + UNKNOWN}")
-    return from_hardware24(packed, rows, cols, layout)
+    return from_hardware24(packed, (rows, cols), layout)

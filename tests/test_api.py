@@ -19,11 +19,9 @@ SIGNATURES = {
     "tier_scores": "weight, k, block=(16, 16), *, scale=None, score_scale=None, squared=False",
     "pack24": "weight, mask=None, *, check=None",
     "prune_pack24": "weight, *, scale=None",
-    "unpack24": "values, bitmask, cols",
-    "linear24": "x, values, bitmask, bias=None",
+    "linear24": "x, packed, bias=None",
     "pack_tiered": "weight, mask=None, *, k=10, block=(16, 16)",
-    "unpack_tiered": "packed, rows, cols",
-    "linear_tiered": "x, packed, bias=None, *, out_features",
+    "linear_tiered": "x, packed, bias=None",
     "show_config": "",
     "prune_": "model, method, batches=None, *, where=None, axis='input', calibration=None, progress=None, resume=None",
     "Calibration": "sequential=True, forward=None, token_mask=None, batchnorm=True, group='world'",
@@ -40,12 +38,12 @@ SIGNATURES = {
     "graphs=False, keep_dense=False, progress=None",
     "decompress_": "model",
     "sparse_training_": "model, *, backward='straight_through', decay=0.0, where=None",
-    "to_sparse_semi_structured": "values, bitmask, cols, *, layout=None, alg_id=0",
+    "to_sparse_semi_structured": "packed, *, layout=None, alg_id=0",
     "from_sparse_semi_structured": "tensor, *, layout=None",
     "save": "model, path, *, format='sparsekit'",
     "load": "model, path, *, dense=False",
 }
-REPORTS = {"SparseTraining", "PruneReport", "CompressReport", "TieredWeight"}
+REPORTS = {"SparseTraining", "PruneReport", "CompressReport", "Packed24", "TieredWeight"}
 
 
 def test_every_public_name():

@@ -37,7 +37,7 @@ def packed_folder(sparse, folder, change=lambda state: state, names=("{}", "{}")
     for name, weight in dense.items():
         layer, part = name.rsplit(".", 1)
         if part == "weight" and layer.endswith("proj"):
-            values, bits = sk.pack24(weight)
+            values, bits, _ = sk.pack24(weight)
             base = f"{layer}.weight" if names == "weight" else layer
             parts = {"compressed": values, "bitmask": bits, "shape": torch.tensor(weight.shape).view(2, 1)}
             state |= {f"{base}.{key}": tensor for key, tensor in parts.items()}

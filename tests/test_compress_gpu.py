@@ -63,7 +63,7 @@ def test_bytes_are_values_metadata_and_bits(table):
     sk.decompress_(model)
     table |= {"linear24": up_to_16(0.5, 9.0), "other": 9.0}
     report = sk.compress_(model, batches_with(128, 1, 64), keep_dense=True)
-    assert report.layers[0].decision == "2:4" and model[0].packed is None
+    assert report.layers[0].decision == "2:4" and model[0].hardware is None
     assert report.bytes_after == 64 * 128 * 2 * 3 // 2 + masks  # values, and the dense copy
 
 

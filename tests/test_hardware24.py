@@ -58,7 +58,9 @@ def alone(rows, cols, row, group, kept):
     ],
 )
 def test_where_a_group_is_stored(layout, rows, cols, row, col, nibble):
-    found = metadata(to_hardware24(*alone(rows, cols, row, col // 4, 0b1100), cols, layout), rows, cols)
+    found = metadata(
+        to_hardware24(sk.Packed24(*alone(rows, cols, row, col // 4, 0b1100), (rows, cols)), layout), rows, cols
+    )
     assert found[nibble] == 0xE
     found[nibble] = 0x4
     assert found.eq(0x4).all()
@@ -69,9 +71,9 @@ def test_where_a_group_is_stored(layout, rows, cols, row, col, nibble):
 def test_nibble_of_every_pair(layout, bits):
     rows, cols = hardware_multiple(layout)
     values, bitmask = torch.ones(rows, cols // 2).half(), torch.full((rows, cols // 8), bits * 17, dtype=torch.uint8)
-    packed = to_hardware24(values, bitmask, cols, layout)
+    packed = to_hardware24(sk.Packed24(values, bitmask, (rows, cols)), layout)
     assert metadata(packed, rows, cols).eq(NIBBLES[bits]).all()
-    assert torch.equal(from_hardware24(packed, rows, cols, layout)[1], bitmask)
+    assert torch.equal(from_hardware24(packed, (rows, cols), layout)[1], bitmask)
 
 
 def shapes(layout):
@@ -91,11 +93,11 @@ def test_every_nibble_is_used_once(layout, rows, cols):
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
 @pytest.mark.parametrize("layout, rows, cols", SHAPES)
 def test_round_trip(layout, rows, cols, dtype):
-    values, bitmask = sk.prune_pack24(hostile(rows, cols, dtype=dtype))
-    packed = to_hardware24(values, bitmask, cols, layout)
+    values, bitmask, _ = sk.prune_pack24(hostile(rows, cols, dtype=dtype))
+    packed = to_hardware24(sk.Packed24(values, bitmask, (rows, cols)), layout)
     assert packed.shape == (rows * cols // 16 * 9,) and packed.dtype == dtype
     assert_same(packed[: rows * cols // 2].view(rows, cols // 2), values)
-    for got, expected in zip(from_hardware24(packed, rows, cols, layout), (values, bitmask), strict=True):
+    for got, expected in zip(from_hardware24(packed, (rows, cols), layout)[:2], (values, bitmask), strict=True):
         assert_same(got, expected)
 
 
@@ -105,7 +107,7 @@ def test_cutlass_is_what_torch_makes(rows, cols, dtype):
     weight, _ = sparse24(rows, cols, dtype)
     weight[torch.rand(weight.shape) < 0.4] = 0  # groups with fewer than two non-zeros
     values, meta = conversions.sparse_semi_structured_from_dense_cutlass(weight)
-    packed = to_hardware24(*sk.pack24(weight), cols, "cutlass_sm80")
+    packed = to_hardware24(sk.pack24(weight), "cutlass_sm80")
     assert_same(packed[: rows * cols // 2].view(rows, cols // 2), values)
     assert_same(packed[rows * cols // 2 :].view(torch.int16), meta.flatten())
     scatter = conversions._calculate_meta_reordering_scatter_offsets(rows, cols // 16, torch.int16, CPU)
@@ -126,7 +128,7 @@ def test_the_layouts_differ():
 def test_prune_is_prune_then_pack(layout, dtype, scaled):
     weight = hostile(128, 256, dtype=dtype)
     scale = torch.rand(256) if scaled else None
-    expected = to_hardware24(*sk.prune_pack24(weight, scale=scale), 256, layout)
+    expected = to_hardware24(sk.prune_pack24(weight, scale=scale), layout)
     assert_same(sk.ops.prune_to_hardware24(weight, layout, scale=scale), expected)
 
 
@@ -136,23 +138,24 @@ def test_prune_both_serves_the_weight_and_its_transpose(layout, dtype):
     weight = hostile(128, 256, dtype=dtype)
     packed, packed_t, bitmask = prune_both_to_hardware24(weight, layout)
     mask = sk.transposable_mask24(weight)
-    values, bits = from_hardware24(packed, 128, 256, layout)
-    values_t, bits_t = from_hardware24(packed_t, 256, 128, layout)
-    assert_same(bits, bitmask)
+    forward, backward = from_hardware24(packed, (128, 256), layout), from_hardware24(packed_t, (256, 128), layout)
+    assert_same(forward.bitmask, bitmask)
     pruned = torch.where(mask, weight, 0)
-    assert_same(sk.unpack24(values, bits, 256), pruned)
-    assert_same(sk.unpack24(values_t, bits_t, 128), pruned.t().contiguous())
+    assert_same(forward.to_dense(), pruned)
+    assert_same(backward.to_dense(), pruned.t().contiguous())
 
 
 @pytest.mark.parametrize("layout", MULTIPLES)
 @pytest.mark.parametrize("stride", STRIDES)
 def test_any_strides(layout, stride):
     weight = hostile(128, 256, dtype=torch.bfloat16)
-    values, bitmask = sk.prune_pack24(weight)
-    packed = to_hardware24(values, bitmask, 256, layout)
-    assert_same(to_hardware24(STRIDES[stride](values), STRIDES[stride](bitmask), 256, layout), packed)
+    values, bitmask, _ = sk.prune_pack24(weight)
+    packed = to_hardware24(sk.Packed24(values, bitmask, (128, 256)), layout)
+    assert_same(
+        to_hardware24(sk.Packed24(STRIDES[stride](values), STRIDES[stride](bitmask), (128, 256)), layout), packed
+    )
     assert_same(sk.ops.prune_to_hardware24(STRIDES[stride](weight), layout), packed)
-    assert_same(from_hardware24(STRIDES[stride](packed), 128, 256, layout)[1], bitmask)
+    assert_same(from_hardware24(STRIDES[stride](packed), (128, 256), layout)[1], bitmask)
     for got, expected in zip(
         prune_both_to_hardware24(STRIDES[stride](weight), layout), prune_both_to_hardware24(weight, layout), strict=True
     ):
@@ -165,17 +168,17 @@ def test_empty(layout, rows, cols):
     weight = torch.empty(rows, cols).half()
     packed = sk.ops.prune_to_hardware24(weight, layout)
     assert packed.shape == (0,)
-    values, bitmask = from_hardware24(packed, rows, cols, layout)
+    values, bitmask, _ = from_hardware24(packed, (rows, cols), layout)
     assert values.shape == (rows, cols // 2) and bitmask.shape == (rows, cols // 8)
-    assert to_hardware24(values, bitmask, cols, layout).shape == (0,)
+    assert to_hardware24(sk.Packed24(values, bitmask, (rows, cols)), layout).shape == (0,)
     assert [each.shape for each in prune_both_to_hardware24(weight, layout)] == [(0,), (0,), (rows, cols // 8)]
 
 
 @pytest.mark.parametrize("layout", MULTIPLES)
 def test_opcheck(layout):
     weight = torch.randn(128, 128).half()
-    values, bitmask = sk.prune_pack24(weight)
-    packed = to_hardware24(values, bitmask, 128, layout)
+    values, bitmask, _ = sk.prune_pack24(weight)
+    packed = to_hardware24(sk.Packed24(values, bitmask, (len(values), 128)), layout)
     torch.library.opcheck(OPS.to_hardware24.default, (values, bitmask, 128, layout))
     torch.library.opcheck(OPS.from_hardware24.default, (packed, 128, 128, layout))
     torch.library.opcheck(OPS.prune_to_hardware24.default, (weight, None, layout))
@@ -186,7 +189,7 @@ def test_opcheck(layout):
 def test_compile_fullgraph():
     def run(weight):
         packed = sk.ops.prune_to_hardware24(weight + 0, "cutlass_sm80")
-        return packed, *from_hardware24(packed, 64, 128, "cutlass_sm80")
+        return packed, *from_hardware24(packed, (64, 128), "cutlass_sm80")[:2]
 
     weight = torch.randn(64, 128).bfloat16()
     for got, expected in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(weight), run(weight), strict=True):
@@ -200,6 +203,7 @@ def test_stays_outside_autograd():
 
 
 W, V, B = torch.ones(64, 64).half(), torch.ones(64, 32).half(), torch.full((64, 8), 0x33, dtype=torch.uint8)
+K = sk.Packed24(V, B, (64, 64))
 P, S9 = torch.ones(64 * 64 // 16 * 9).half(), "cusparselt_sm90"
 
 
@@ -207,28 +211,47 @@ P, S9 = torch.ones(64 * 64 // 16 * 9).half(), "cusparselt_sm90"
     "call, error, match",
     [
         (lambda: hardware_multiple("sm90"), ValueError, r"layout must be one of \('cusparselt_sm80', .*got 'sm90'"),
-        (lambda: to_hardware24(V, B, 64, "x"), ValueError, r"layout must be one of .* got 'x'"),
-        (lambda: to_hardware24(V.float(), B, 64, S9), TypeError, r"values must be float16 or bfloat16, got torch\.flo"),
-        (lambda: to_hardware24(None, B, 64, S9), TypeError, r"values must be a tensor, got NoneType"),
-        (lambda: to_hardware24(V[0], B, 64, S9), ValueError, r"values must have 2 dimensions, got shape \(32,\)"),
-        (lambda: to_hardware24(V, B, 64.0, S9), TypeError, r"cols must be an int, got 64\.0"),
-        (lambda: to_hardware24(V, B, 64, "cusparselt_sm80"), ValueError, r"rows that are a multiple of 128 .*64 x 64"),
-        (lambda: to_hardware24(V, B, 80, S9), ValueError, r"cusparselt_sm90 needs .* columns of 32, got 64 x 80"),
-        (lambda: to_hardware24(V, B, -64, S9), ValueError, r"columns of 32, got 64 x -64"),
-        (lambda: to_hardware24(V, B, 96, S9), ValueError, r"values must have 48 columns for a weight of 96, got shape"),
-        (lambda: to_hardware24(V, B.int(), 64, S9), TypeError, r"bitmask must be torch\.uint8, got torch\.int32"),
-        (lambda: to_hardware24(V, B[:, :4], 64, S9), ValueError, r"bitmask must have shape \(64, 8\), got \(64, 4\)"),
-        (lambda: to_hardware24(V, B.to("meta"), 64, S9), ValueError, r"bitmask must be on cpu, got meta"),
-        (lambda: from_hardware24(P, 64, 64, "x"), ValueError, r"layout must be one of .* got 'x'"),
+        (lambda: to_hardware24(K, "x"), ValueError, r"layout must be one of .* got 'x'"),
         (
-            lambda: from_hardware24(P.int(), 64, 64, S9),
+            lambda: to_hardware24(K._replace(values=V.float()), S9),
             TypeError,
-            r"packed must be float16 or bfloat16, got torch\.int",
+            r"values must be float16 or bfloat16, got",
         ),
-        (lambda: from_hardware24(V, 64, 64, S9), ValueError, r"packed must have 1 dimensions, got shape \(64, 32\)"),
-        (lambda: from_hardware24(P, 64, 96, S9), ValueError, r"packed must have 3456 entries .* 64 x 96, got 2304"),
-        (lambda: from_hardware24(P, "64", 64, S9), TypeError, r"rows must be an int, got '64'"),
-        (lambda: from_hardware24(P, -64, -64, S9), ValueError, r"got -64 x -64"),
+        (lambda: to_hardware24(K._replace(values=None), S9), TypeError, r"values must be a tensor, got NoneType"),
+        (
+            lambda: to_hardware24(K._replace(values=V[0]), S9),
+            ValueError,
+            r"values must have 2 dimensions, got shape \(32,",
+        ),
+        (lambda: to_hardware24(V, S9), TypeError, r"packed must be a Packed24, .* got Tensor"),
+        (lambda: to_hardware24(K, "cusparselt_sm80"), ValueError, r"rows that are a multiple of 128 .*64 x 64"),
+        (lambda: to_hardware24(K._replace(shape=(64, 96)), S9), ValueError, r"values must have shape \(64, 48\), got"),
+        (
+            lambda: to_hardware24(K._replace(bitmask=B.int()), S9),
+            TypeError,
+            r"bitmask must be torch\.uint8, got torch\.int",
+        ),
+        (
+            lambda: to_hardware24(K._replace(bitmask=B[:, :4]), S9),
+            ValueError,
+            r"bitmask must have shape \(64, 8\), got",
+        ),
+        (lambda: to_hardware24(K._replace(bitmask=B.to("meta")), S9), ValueError, r"bitmask must be on cpu, got meta"),
+        (
+            lambda: to_hardware24(sk.pack24(torch.zeros(64, 80).half()), S9),
+            ValueError,
+            r"cusparselt_sm90 needs .* columns of 32, got 64 x 80",
+        ),
+        (lambda: from_hardware24(P, (64, 64), "x"), ValueError, r"layout must be one of .* got 'x'"),
+        (
+            lambda: from_hardware24(P.int(), (64, 64), S9),
+            TypeError,
+            r"data must be float16 or bfloat16, got torch\.int",
+        ),
+        (lambda: from_hardware24(V, (64, 64), S9), ValueError, r"data must have 1 dimensions, got shape \(64, 32\)"),
+        (lambda: from_hardware24(P, (64, 96), S9), ValueError, r"data must have 3456 entries .* 64 x 96, got 2304"),
+        (lambda: from_hardware24(P, ("64", 64), S9), TypeError, r"rows must be an int, got '64'"),
+        (lambda: from_hardware24(P, (-64, -64), S9), ValueError, r"got -64 x -64"),
         (lambda: sk.ops.prune_to_hardware24(W.float(), S9), TypeError, r"weight must be float16 or bfloat16"),
         (
             lambda: sk.ops.prune_to_hardware24(W[:48], S9),

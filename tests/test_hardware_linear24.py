@@ -28,13 +28,13 @@ def _forget():
 
 def packed_weight(rows, cols, layout, dtype=torch.float16):
     weight, mask = sparse24(rows, cols, dtype)
-    return weight, pack_hardware24(*sk.pack24(weight, mask), cols, layout)
+    return weight, pack_hardware24(sk.pack24(weight, mask), layout)
 
 
 @LAYOUTS
 def test_literal(layout):
     weight = torch.tensor([[0, 1, 2, 0], [3, 0, 0, -1]], dtype=torch.float16)
-    packed = pack_hardware24(*sk.pack24(weight), 4, layout)
+    packed = pack_hardware24(sk.pack24(weight), layout)
     x = torch.tensor([[1, 2, 3, 4], [0, 0, 1, 1]], dtype=torch.float16)
     bias = torch.tensor([10, 20], dtype=torch.float16)
     assert hardware_linear24(x, packed, None, 2, layout).tolist() == [[8, -1], [2, -1]]
@@ -162,23 +162,23 @@ def test_rejects():
         hardware_linear24(x, packed, torch.zeros(63).half(), 64, "cusparselt_sm90")
     with pytest.raises(TypeError, match=r"rows must be an int, got 64\.0"):
         hardware_linear24(x, packed, None, 64.0, "cusparselt_sm90")
-    values, bitmask = sk.pack24(torch.zeros(4, 7).half())
-    with pytest.raises(ValueError, match="cols must not end in a group of three, got 7"):
-        pack_hardware24(values, bitmask, 7, "cusparselt_sm90")
-    with pytest.raises(TypeError, match=r"values must be float16 or bfloat16, got torch\.float32"):
-        pack_hardware24(values.float(), bitmask, 7, "cusparselt_sm90")
+    packed = sk.pack24(torch.zeros(4, 7).half())
+    with pytest.raises(ValueError, match="columns must not end in a group of three, got 7"):
+        pack_hardware24(packed, "cusparselt_sm90")
+    with pytest.raises(TypeError, match=r"packed must be float16 or bfloat16, got torch\.float32"):
+        pack_hardware24(packed._replace(values=packed.values.float()), "cusparselt_sm90")
 
 
 @LAYOUTS
 @pytest.mark.parametrize("shape", [(128, 128), (1, 4), (5, 9), (130, 134)], ids=str)
 def test_packed_begins_with_the_values(layout, shape):
     weight, mask = sparse24(*shape, torch.float16)
-    values, bitmask = sk.pack24(weight, mask)
+    weight24 = sk.pack24(weight, mask)
     rows, cols = padded_shape(*shape, layout)
-    packed = pack_hardware24(values, bitmask, shape[1], layout)
+    packed = pack_hardware24(weight24, layout)
     head = packed[: rows * cols // 2].view(rows, cols // 2)
-    assert torch.equal(head[: shape[0], : values.shape[1]], values)
-    assert head.count_nonzero() == values.count_nonzero()
+    assert torch.equal(head[: shape[0], : weight24.values.shape[1]], weight24.values)
+    assert head.count_nonzero() == weight24.values.count_nonzero()
 
 
 @pytest.mark.parametrize(
@@ -248,9 +248,9 @@ def test_the_vendors_own_order_keeps_the_place_of_kept_zeros(monkeypatch):
     install(monkeypatch, Vendor(OWN_ORDER))
     weight, mask = sparse24(100, 132, torch.float16)
     weight[:, mask[0].nonzero()[::3]] = 0.0
-    values, bitmask = sk.pack24(weight, mask)
-    packed = pack_hardware24(values, bitmask, 132, "cusparselt")
-    assert torch.equal(packed[: 128 * 128].view(128, 128)[:100, :66], values)
+    weight24 = sk.pack24(weight, mask)
+    packed = pack_hardware24(weight24, "cusparselt")
+    assert torch.equal(packed[: 128 * 128].view(128, 128)[:100, :66], weight24.values)
     x = torch.randn(5, 132).half()
     y = _vendor.hardware_linear24(x, packed, None, 100, "cusparselt", 0, 1, -1)
     torch.testing.assert_close(y, F.linear(x.float(), weight.float()).half())

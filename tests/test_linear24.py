@@ -3,7 +3,8 @@ import torch
 from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, opcheck, poison, sparse24
 
 import sparsekit as sk
-from sparsekit.ops.sparse24 import linear24_reference, pack24_reference
+from sparsekit.ops.linear24 import linear24_reference
+from sparsekit.ops.sparse24 import pack24_reference
 
 OPS = torch.ops.sparsekit
 NAN = float("nan")
@@ -11,15 +12,15 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_linear_literal(simd, dtype):
-    values, bitmask = sk.pack24(torch.tensor([[0, 1, 2, 0, 1], [3, 0, 0, -1, 0]], dtype=dtype))
+    packed = sk.pack24(torch.tensor([[0, 1, 2, 0, 1], [3, 0, 0, -1, 0]], dtype=dtype))
     x = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 1, 1, 0]], dtype=dtype)
-    assert sk.linear24(x, values, bitmask).tolist() == [[13, -1], [2, -1]]
-    assert sk.linear24(x, values, bitmask, torch.tensor([1, 2], dtype=dtype)).tolist() == [[14, 1], [3, 1]]
-    assert sk.linear24(x[0], values, bitmask).tolist() == [13, -1]
+    assert sk.linear24(x, packed).tolist() == [[13, -1], [2, -1]]
+    assert sk.linear24(x, packed, torch.tensor([1, 2], dtype=dtype)).tolist() == [[14, 1], [3, 1]]
+    assert sk.linear24(x[0], packed).tolist() == [13, -1]
 
 
 def assert_linear(x, weight, bias, packed):
-    assert_product(sk.linear24(x, *packed, bias), x, weight, bias)
+    assert_product(sk.linear24(x, packed, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -45,8 +46,8 @@ def test_linear_leading_dimensions(simd, dtype, leading):
 @pytest.mark.parametrize("tokens", [3, 17])
 def test_linear_without_rows_or_columns(simd, rows, cols, tokens):
     packed, bias = sk.pack24(torch.zeros(rows, cols)), torch.randn(rows)
-    assert_same(sk.linear24(torch.randn(tokens, cols), *packed, bias), bias.expand(tokens, rows).contiguous())
-    assert_same(sk.linear24(torch.randn(tokens, cols), *packed), torch.zeros(tokens, rows))
+    assert_same(sk.linear24(torch.randn(tokens, cols), packed, bias), bias.expand(tokens, rows).contiguous())
+    assert_same(sk.linear24(torch.randn(tokens, cols), packed), torch.zeros(tokens, rows))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 40, 130])
@@ -54,7 +55,7 @@ def test_linear_does_not_swallow_nan(simd, tokens):
     weight, mask = sparse24(40, 72)
     x = torch.randn(tokens, 72)
     x[tokens // 2, 71] = NAN
-    hit = torch.isnan(sk.linear24(x, *sk.pack24(weight, mask)))
+    hit = torch.isnan(sk.linear24(x, sk.pack24(weight, mask)))
     assert hit[tokens // 2][mask[:, 71]].all()
     hit[tokens // 2] = False
     assert not hit.any()
@@ -65,12 +66,15 @@ def test_linear_does_not_swallow_nan(simd, tokens):
 )
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
 def test_gradients_of_linear(dtype, tolerance, leading):
-    values, bitmask = sk.pack24(*sparse24(6, 18, dtype))
+    values, bitmask, shape = sk.pack24(*sparse24(6, 18, dtype))
     x, bias, grad = (torch.randn(shape).to(dtype) for shape in ((*leading, 18), (6,), (*leading, 6)))
     gradients = []
-    for linear in (sk.linear24, linear24_reference):
+    for linear in (
+        lambda x, values, bias: sk.linear24(x, sk.Packed24(values, bitmask, shape), bias),
+        lambda x, values, bias: linear24_reference(x, values, bitmask, bias),
+    ):
         inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, values, bias)]
-        linear(inputs[0], inputs[1], bitmask, inputs[2]).backward(grad)
+        linear(*inputs).backward(grad)
         gradients.append([tensor.grad for tensor in inputs])
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
@@ -81,9 +85,9 @@ def test_gradients_of_linear(dtype, tolerance, leading):
 def test_any_strides(simd, layout, dtype):
     values, bitmask = pack24_reference(*sparse24(7, 70, dtype), True)
     x, bias = torch.randn(3, 70).to(dtype), torch.randn(7).to(dtype)
-    strided = [LAYOUTS[layout](tensor) for tensor in (x, values, bitmask)]
-    strided_bias = torch.stack([bias, bias], 1)[:, 0]
-    assert_same(sk.linear24(*strided, strided_bias), sk.linear24(x, values, bitmask, bias))
+    x_strided, *strided = (LAYOUTS[layout](tensor) for tensor in (x, values, bitmask))
+    y = sk.linear24(x_strided, sk.Packed24(*strided, (7, 70)), torch.stack([bias, bias], 1)[:, 0])
+    assert_same(y, sk.linear24(x, sk.Packed24(values, bitmask, (7, 70)), bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -93,7 +97,7 @@ def test_threads(simd, threads, dtype, tokens):
     x, results = torch.randn(tokens, 516).to(dtype), []
     for count in (1, 2):
         threads(count)
-        results.append(sk.linear24(x, *packed))
+        results.append(sk.linear24(x, packed))
     assert_same(*results)
 
 
@@ -102,10 +106,10 @@ def test_threads(simd, threads, dtype, tokens):
 def test_a_token_comes_out_the_same_in_any_batch(simd, dtype, few, many):
     packed, bias = sk.pack24(*sparse24(70, 1030, dtype)), torch.randn(70).to(dtype)
     x = torch.randn(many, 1030).to(dtype)
-    whole = sk.linear24(x, *packed, bias)
+    whole = sk.linear24(x, packed, bias)
     for start in (0, 1, many // 2, many - few):
         part = slice(start, start + few)
-        assert_same(sk.linear24(x[part], *packed, bias), whole[part])
+        assert_same(sk.linear24(x[part], packed, bias), whole[part])
 
 
 def test_reference_gradcheck():
@@ -123,42 +127,47 @@ def test_reference_gradcheck():
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("rows, cols", [(0, 8), (5, 18)])
 def test_opcheck(dtype, rows, cols):
-    values, bitmask = sk.pack24(*sparse24(rows, cols, dtype))
+    values, bitmask, _ = sk.pack24(*sparse24(rows, cols, dtype))
     x, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 3, cols), (rows,)))
     opcheck(OPS.linear24.default, (x, values.clone().requires_grad_(), bitmask, bias))
     opcheck(OPS.linear24.default, (x.detach(), values, bitmask, None))
 
 
 def test_compile_fullgraph():
-    def run(x, values, bitmask, bias):
-        return sk.linear24(x * 2, values, bitmask, bias) + 1, sk.linear24(x, values, bitmask)
+    def run(x, packed, bias):
+        return sk.linear24(x * 2, packed, bias) + 1, sk.linear24(x, packed), packed.to_dense()
 
-    arguments = torch.randn(3, 20), *sk.pack24(*sparse24(6, 20)), torch.randn(6)
+    arguments = torch.randn(3, 20), sk.pack24(*sparse24(6, 20)), torch.randn(6)
     outputs = torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments)
     for got, expected in zip(outputs, run(*arguments), strict=True):
         assert torch.equal(got, expected)
 
 
-V, B = torch.ones(3, 4), torch.full((3, 1), 0x33, dtype=torch.uint8)
+W = sk.Packed24(torch.ones(3, 4), torch.full((3, 1), 0x33, dtype=torch.uint8), (3, 8))
 
 
 @pytest.mark.parametrize(
     "call, error, match",
     [
-        (lambda: sk.linear24(torch.ones(2, 8).long(), V, B), TypeError, r"x must be float32, .* got torch\.int64"),
-        (lambda: sk.linear24(torch.tensor(1.0), V, B), ValueError, r"x must have at least one dimension"),
-        (lambda: sk.linear24(torch.ones(2, 8), V, None), TypeError, r"bitmask must be a tensor, got NoneType"),
-        (lambda: sk.linear24(torch.ones(2, 8), V, B, 1), TypeError, r"bias must be a tensor, got int"),
-        (lambda: sk.linear24(torch.ones(2, 7), V, B), ValueError, r"values must have 5 columns for a weight of 7"),
+        (lambda: sk.linear24(torch.ones(2, 8).long(), W), TypeError, r"x must be float32, .* got torch\.int64"),
+        (lambda: sk.linear24(torch.tensor(1.0), W), ValueError, r"x must have at least one dimension"),
+        (lambda: sk.linear24(torch.ones(2, 8), tuple(W)), TypeError, r"packed must be a Packed24, .* got tuple"),
+        (lambda: sk.linear24(torch.ones(2, 8), W._replace(bitmask=None)), TypeError, r"bitmask must be a tensor, got"),
+        (lambda: sk.linear24(torch.ones(2, 8), W, 1), TypeError, r"bias must be a tensor, got int"),
         (
-            lambda: sk.linear24(torch.ones(2, 8), V, B.int()),
+            lambda: sk.linear24(torch.ones(2, 7), W),
+            ValueError,
+            r"x must have 8 columns for a weight of 3 x 8, got shape",
+        ),
+        (
+            lambda: sk.linear24(torch.ones(2, 8), W._replace(bitmask=W.bitmask.int())),
             TypeError,
             r"bitmask must be torch\.uint8, got torch\.int32",
         ),
-        (lambda: sk.linear24(torch.ones(2, 8).half(), V, B), TypeError, r"values must be torch\.float16, got"),
-        (lambda: sk.linear24(torch.ones(2, 8).to("meta"), V, B), ValueError, r"values must be on meta, got cpu"),
-        (lambda: sk.linear24(torch.ones(2, 8), V, B, torch.ones(4)), ValueError, r"bias must have shape \(3,\), got"),
-        (lambda: sk.linear24(torch.ones(2, 8), V, B, torch.ones(3).half()), TypeError, r"bias must be torch\.float32"),
+        (lambda: sk.linear24(torch.ones(2, 8).half(), W), TypeError, r"values must be torch\.float16, got"),
+        (lambda: sk.linear24(torch.ones(2, 8).to("meta"), W), ValueError, r"values must be on meta, got cpu"),
+        (lambda: sk.linear24(torch.ones(2, 8), W, torch.ones(4)), ValueError, r"bias must have shape \(3,\), got"),
+        (lambda: sk.linear24(torch.ones(2, 8), W, torch.ones(3).half()), TypeError, r"bias must be torch\.float32"),
     ],
 )
 def test_rejects(call, error, match):

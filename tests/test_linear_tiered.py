@@ -18,14 +18,14 @@ def test_literal(simd, dtype, tokens):
     weight[:16, 17:32:2] = torch.arange(1, 9).to(dtype)  # two of every four: 36
     weight[3, 38], weight[1, 33] = 5, 7  # top-k
     packed = sk.pack_tiered(weight, k=3)
-    y = sk.linear_tiered(torch.ones(tokens, 40, dtype=dtype), packed, out_features=17)
+    y = sk.linear_tiered(torch.ones(tokens, 40, dtype=dtype), packed)
     assert y.tolist() == [[52, 59, 52, 57] + [52] * 12 + [0]] * tokens
-    y = sk.linear_tiered(torch.ones(40, dtype=dtype), packed, torch.arange(17).to(dtype), out_features=17)
+    y = sk.linear_tiered(torch.ones(40, dtype=dtype), packed, torch.arange(17).to(dtype))
     assert y.tolist() == [52, 60, 54, 60, *range(56, 68), 16]
 
 
 def assert_linear(x, weight, bias, packed):
-    assert_product(sk.linear_tiered(x, packed, bias, out_features=len(weight)), x, weight, bias)
+    assert_product(sk.linear_tiered(x, packed, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -71,8 +71,8 @@ def test_leading_dimensions(simd, leading):
 def test_without_rows_or_columns(simd, rows, cols, tokens):
     packed, bias = sk.pack_tiered(torch.zeros(rows, cols)), torch.randn(rows)
     x = torch.randn(tokens, cols)
-    assert_same(sk.linear_tiered(x, packed, bias, out_features=rows), bias.expand(tokens, rows).contiguous())
-    assert_same(sk.linear_tiered(x, packed, out_features=rows), torch.zeros(tokens, rows))
+    assert_same(sk.linear_tiered(x, packed, bias), bias.expand(tokens, rows).contiguous())
+    assert_same(sk.linear_tiered(x, packed), torch.zeros(tokens, rows))
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])
@@ -81,7 +81,7 @@ def test_does_not_swallow_nan_nor_spread_it(simd, tokens, value):
     weight, mask = tiered(40, 71)
     x = torch.randn(tokens, 71)
     x[tokens // 2, 70] = value  # beside the padding
-    hit = ~torch.isfinite(sk.linear_tiered(x, sk.pack_tiered(weight), out_features=40))
+    hit = ~torch.isfinite(sk.linear_tiered(x, sk.pack_tiered(weight)))
     assert hit[tokens // 2][mask[:, 70]].all()
     hit[tokens // 2] = False
     assert not hit.any()
@@ -93,11 +93,11 @@ def test_does_not_swallow_nan_nor_spread_it(simd, tokens, value):
 def test_any_strides(simd, layout, dtype, tokens):
     packed = sk.pack_tiered(tiered(33, 70, dtype=dtype)[0])
     x, bias = torch.randn(tokens, 70).to(dtype), torch.randn(33).to(dtype)
-    strided = sk.TieredWeight(*map(LAYOUTS[layout], packed))
+    strided = sk.TieredWeight(*map(LAYOUTS[layout], packed.tensors), packed.shape)
     strided_bias = torch.stack([bias, bias], 1)[:, 0]
     assert_same(
-        sk.linear_tiered(LAYOUTS[layout](x), strided, strided_bias, out_features=33),
-        sk.linear_tiered(x, packed, bias, out_features=33),
+        sk.linear_tiered(LAYOUTS[layout](x), strided, strided_bias),
+        sk.linear_tiered(x, packed, bias),
     )
 
 
@@ -108,7 +108,7 @@ def test_threads(simd, threads, dtype, tokens):
     x, results = torch.randn(tokens, 516).to(dtype), []
     for count in (1, 2):
         threads(count)
-        results.append(sk.linear_tiered(x, packed, out_features=1030))
+        results.append(sk.linear_tiered(x, packed))
     assert_same(*results)
 
 
@@ -117,10 +117,10 @@ def test_threads(simd, threads, dtype, tokens):
 def test_a_token_comes_out_the_same_in_any_batch(simd, dtype, few, many):
     packed, bias = sk.pack_tiered(tiered(70, 1030, dtype=dtype)[0]), torch.randn(70).to(dtype)
     x = torch.randn(many, 1030).to(dtype)
-    whole = sk.linear_tiered(x, packed, bias, out_features=70)
+    whole = sk.linear_tiered(x, packed, bias)
     for start in (0, 1, many // 2, many - few):
         part = slice(start, start + few)
-        assert_same(sk.linear_tiered(x[part], packed, bias, out_features=70), whole[part])
+        assert_same(sk.linear_tiered(x[part], packed, bias), whole[part])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=dtype_id)
@@ -130,7 +130,7 @@ def test_gradients(dtype, tolerance, leading):
     x, bias, grad = (torch.randn(shape).to(dtype) for shape in ((*leading, 40), (33,), (*leading, 33)))
     gradients = []
     for linear in (
-        lambda x, weight, bias: sk.linear_tiered(x, sk.pack_tiered(weight, mask), bias, out_features=33),
+        lambda x, weight, bias: sk.linear_tiered(x, sk.pack_tiered(weight, mask), bias),
         lambda x, weight, bias: F.linear(x, torch.where(mask, weight, 0), bias),
     ):
         inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
@@ -145,7 +145,7 @@ def test_padding_of_topk_has_no_gradient():
     weight[0, 0], weight[2, 3] = 1, 2
     packed = sk.pack_tiered(weight, k=4)
     packed = packed._replace(topk=packed.topk.requires_grad_())
-    sk.linear_tiered(torch.ones(3, 16), packed, out_features=16).sum().backward()
+    sk.linear_tiered(torch.ones(3, 16), packed).sum().backward()
     assert packed.topk.grad.tolist() == [[3, 3, 0, 0]]
 
 
@@ -153,15 +153,15 @@ def test_padding_of_topk_has_no_gradient():
 @pytest.mark.parametrize("rows, cols", [(0, 16), (33, 40)])
 def test_opcheck(dtype, rows, cols):
     packed = sk.pack_tiered(tiered(rows, cols, dtype=dtype)[0])
-    trained = [part.requires_grad_() if part.dtype == dtype else part for part in packed]
+    trained = [part.requires_grad_() if part.dtype == dtype else part for part in packed.tensors]
     x, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 3, cols), (rows,)))
     opcheck(OPS.linear_tiered.default, (x, *trained, bias, rows))
-    opcheck(OPS.linear_tiered.default, (x.detach(), *(part.detach() for part in packed), None, rows))
+    opcheck(OPS.linear_tiered.default, (x.detach(), *(part.detach() for part in packed.tensors), None, rows))
 
 
 def test_compile_fullgraph():
     def run(x, packed, bias):
-        return sk.linear_tiered(x * 2, packed, bias, out_features=33) + 1, sk.unpack_tiered(packed, 33, 40)
+        return sk.linear_tiered(x * 2, packed, bias) + 1, packed.to_dense()
 
     arguments = torch.randn(3, 40), sk.pack_tiered(tiered(33, 40)[0]), torch.randn(33)
     outputs = torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments)
@@ -176,31 +176,30 @@ P = sk.pack_tiered(torch.randn(24, 32))
     "call, error, match",
     [
         (
-            lambda: sk.linear_tiered(torch.ones(2, 32).long(), P, out_features=24),
+            lambda: sk.linear_tiered(torch.ones(2, 32).long(), P),
             TypeError,
             r"x must be float32, .* got",
         ),
-        (lambda: sk.linear_tiered(torch.tensor(1.0), P, out_features=24), ValueError, r"x must have at least one dim"),
-        (lambda: sk.linear_tiered(torch.ones(2, 32), P[:6], out_features=24), TypeError, r"TieredWeight, got tuple"),
-        (lambda: sk.linear_tiered(torch.ones(2, 32), P, out_features=24.0), TypeError, r"out_features must be an int"),
+        (lambda: sk.linear_tiered(torch.tensor(1.0), P), ValueError, r"x must have at least one dim"),
+        (lambda: sk.linear_tiered(torch.ones(2, 32), P[:6]), TypeError, r"TieredWeight, got tuple"),
         (
-            lambda: sk.linear_tiered(torch.ones(2, 33), P, out_features=24),
+            lambda: sk.linear_tiered(torch.ones(2, 33), P),
             ValueError,
-            r"tiers must have shape \(2, 3\) for a weight of 24 x 33 in blocks of \(16, 16\), got \(2, 2\)",
+            r"x must have 32 columns for a weight of 24 x 32, got shape \(2, 33\)",
         ),
         (
-            lambda: sk.linear_tiered(torch.ones(2, 32), P, out_features=16),
+            lambda: sk.linear_tiered(torch.ones(2, 32), P._replace(shape=(16, 32))),
             ValueError,
             r"tiers must have shape \(1, 2\)",
         ),
-        (lambda: sk.linear_tiered(torch.ones(2, 32).half(), P, out_features=24), TypeError, r"dense must be torch\.fl"),
+        (lambda: sk.linear_tiered(torch.ones(2, 32).half(), P), TypeError, r"dense must be torch\.fl"),
         (
-            lambda: sk.linear_tiered(torch.ones(2, 32).to("meta"), P, out_features=24),
+            lambda: sk.linear_tiered(torch.ones(2, 32).to("meta"), P),
             ValueError,
             r"packed\.dense must be on meta, got cpu",
         ),
         (
-            lambda: sk.linear_tiered(torch.ones(2, 32), P, torch.ones(32), out_features=24),
+            lambda: sk.linear_tiered(torch.ones(2, 32), P, torch.ones(32)),
             ValueError,
             r"bias must have shape \(24,\), got \(32,\)",
         ),

@@ -80,7 +80,11 @@ def test_stored_mask_decides_what_is_packed(pattern):
     assert torch.equal(layer.weight, linear.weight)
     assert torch.equal(get_mask(layer), mask)
     assert get_mask_info(layer) == get_mask_info(linear)
-    kept = sk.unpack24(torch.ones_like(layer.values), layer.bitmask, 16).bool()
+    kept = (
+        sk.Packed24(torch.ones_like(layer.values), layer.bitmask, (len(torch.ones_like(layer.values)), 16))
+        .to_dense()
+        .bool()
+    )
     assert (kept & mask).sum() == mask.sum()
     assert (layer.weight_mask is layer.bitmask) == (pattern != "1:4")
     back = layer.to_linear()
@@ -186,7 +190,10 @@ def test_linear24_gradients():
     torch.testing.assert_close(grad_x, expected_grad_x)
     torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
     kept = linear.weight.detach() != 0
-    torch.testing.assert_close(sk.unpack24(layer.values.grad, layer.bitmask, 40), linear.weight.grad * kept)
+    torch.testing.assert_close(
+        sk.Packed24(layer.values.grad, layer.bitmask, (len(layer.values.grad), 40)).to_dense(),
+        linear.weight.grad * kept,
+    )
 
 
 @BOTH

@@ -94,7 +94,7 @@ def test_padding_stays_zero_and_zeros_keep_their_sign():
     mask = torch.zeros(16, 32, dtype=torch.bool)
     mask[3, 5] = mask[0, 16] = True
     packed = sk.pack_tiered(linear.weight.detach(), mask, k=3)
-    layer = TieredLinear(packed, in_features=32, out_features=16)
+    layer = TieredLinear(packed)
     assert torch.equal(layer.weight.view(torch.int32), linear.weight.detach().view(torch.int32))
     F.linear(torch.randn(4, 32), layer.weight).square().sum().backward()
     assert layer.topk.grad[0].count_nonzero() == 1 and layer.topk.grad[1].count_nonzero() == 0

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import assert_same, sparse24
+from torch.utils._pytree import tree_leaves
 
 import sparsekit as sk
 from sparsekit.ops import _kernels
+from sparsekit.ops.linear24 import _linear24
 from sparsekit.ops.linear_tiered import _linear_tiered
 from sparsekit.ops.prepacked import prepack, prepacked_linear
-from sparsekit.ops.sparse24 import _linear24
 from sparsekit.ops.train24 import train_linear24, train_prune24
 
 OPS = torch.ops.sparsekit
@@ -77,7 +78,7 @@ def op_calls(dtype):
     weight, (pruned, mask) = torch.randn(9, 20).to(dtype), sparse24(9, 20, dtype)
     x, many, bias = torch.randn(3, 20).to(dtype), torch.randn(40, 20).to(dtype), torch.randn(9).to(dtype)
     scale, tiers = torch.rand(20), torch.tensor([[0, 1, 2]], dtype=torch.uint8)
-    values, bits = sk.pack24(pruned, mask)
+    values, bits, _ = sk.pack24(pruned, mask)
     tiered = sk.pack_tiered(torch.randn(20, 20).to(dtype) * (torch.rand(20, 20) < 0.3), block=(8, 8))
     single, factor = torch.randn(6, 8), torch.linalg.cholesky(torch.eye(8) + 0.1).t().contiguous()
     calls = {
@@ -92,15 +93,15 @@ def op_calls(dtype):
         "tier_scores": lambda: sk.tier_scores(weight, 5, (16, 8), score_scale=scale),
         "pack24": lambda: sk.pack24(pruned),
         "prune_pack24": lambda: sk.prune_pack24(weight, scale=scale),
-        "unpack24": lambda: sk.unpack24(values, bits, 20),
-        "linear24": lambda: sk.linear24(x, values, bits, bias),
-        "linear24_many": lambda: sk.linear24(many, values, bits, bias),
+        "unpack24": lambda: sk.Packed24(values, bits, (9, 20)).to_dense(),
+        "linear24": lambda: sk.linear24(x, sk.Packed24(values, bits, (9, 20)), bias),
+        "linear24_many": lambda: sk.linear24(many, sk.Packed24(values, bits, (9, 20)), bias),
         "linear24_reference": lambda: _linear24._op_dk(REFERENCE, x, values, bits, bias),
         "pack_tiered": lambda: sk.pack_tiered(weight, block=(8, 8)),
-        "unpack_tiered": lambda: sk.unpack_tiered(tiered, 20, 20),
-        "linear_tiered": lambda: sk.linear_tiered(x, tiered, out_features=20),
-        "linear_tiered_many": lambda: sk.linear_tiered(many, tiered, out_features=20),
-        "linear_tiered_reference": lambda: _linear_tiered._op_dk(REFERENCE, x, *tiered, None, 20),
+        "unpack_tiered": lambda: tiered.to_dense(),
+        "linear_tiered": lambda: sk.linear_tiered(x, tiered),
+        "linear_tiered_many": lambda: sk.linear_tiered(many, tiered),
+        "linear_tiered_reference": lambda: _linear_tiered._op_dk(REFERENCE, x, *tiered.tensors, None, 20),
         "sparsegpt_columns": lambda: sk.ops.sparsegpt_columns(single, factor),
         "train_prune24": lambda: train_prune24(weight, transposable=True),
         "pack_bits": lambda: sk.ops.pack_bits(mask),
@@ -113,8 +114,8 @@ def op_calls(dtype):
     hardware, square = sk.ops.prune_to_hardware24(high, "cutlass_sm80"), torch.randn(64, 64).to(dtype)
     return {
         **calls,
-        "to_hardware24": lambda: sk.ops.to_hardware24(*sk.pack24(high), 64, "cutlass_sm80"),
-        "from_hardware24": lambda: sk.ops.from_hardware24(hardware, 32, 64, "cutlass_sm80"),
+        "to_hardware24": lambda: sk.ops.to_hardware24(sk.pack24(high), "cutlass_sm80"),
+        "from_hardware24": lambda: sk.ops.from_hardware24(hardware, (32, 64), "cutlass_sm80"),
         "prune_to_hardware24": lambda: sk.ops.prune_to_hardware24(high, "cutlass_sm80"),
         "prune_both_to_hardware24": lambda: sk.ops.prune_both_to_hardware24(square, "cutlass_sm80"),
         "hardware_linear24": lambda: sk.ops.hardware_linear24(wide, hardware, None, 32, "cutlass_sm80"),
@@ -123,8 +124,7 @@ def op_calls(dtype):
 
 
 def results(call):
-    found = call()
-    return found if isinstance(found, tuple) else (found,)
+    return [leaf for leaf in tree_leaves(call()) if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
@@ -161,16 +161,19 @@ def with_gradients(call, *inputs):
 
 
 def product_calls(dtype):
-    values, bits = sk.pack24(*sparse24(9, 20, dtype))
+    values, bits, _ = sk.pack24(*sparse24(9, 20, dtype))
     tiered = sk.pack_tiered(torch.randn(20, 20).to(dtype) * (torch.rand(20, 20) < 0.3), block=(8, 8))
     x, bias = torch.randn(3, 20).to(dtype), torch.randn(9).to(dtype)
 
     def linear_tiered(x, dense, values, topk):
-        return sk.linear_tiered(x, tiered._replace(dense=dense, values=values, topk=topk), out_features=20)
+        return sk.linear_tiered(x, tiered._replace(dense=dense, values=values, topk=topk))
 
-    yield lambda x, values, bias: sk.linear24(x, values, bits, bias), (x, values, bias)
+    yield (
+        lambda x, values, bias: sk.linear24(x, sk.Packed24(values, bits, (9, 20)), bias),
+        (x, values, bias),
+    )
     yield linear_tiered, (x, tiered.dense, tiered.values, tiered.topk)
-    yield lambda values: sk.unpack24(values, bits, 20), (values,)
+    yield lambda values: sk.Packed24(values, bits, (9, 20)).to_dense(), (values,)
     if dtype == torch.float32:
         packed = prepack(torch.randn(9, 20), 3)
         yield lambda x, bias: prepacked_linear(x, packed, bias), (x, bias)
@@ -206,7 +209,7 @@ def test_references_multiply_all_digits_of_float32(precision):
                 dtypes.append(args[0].dtype)
             return function(*args, **(kwargs or {}))
 
-    values, bits = sk.pack24(*sparse24(9, 20))
+    values, bits, _ = sk.pack24(*sparse24(9, 20))
     x = torch.randn(3, 20)
     with matmul_precision(precision), Watch():
         got = _linear24._op_dk(REFERENCE, x, values, bits, None)
@@ -228,7 +231,7 @@ def saved(output):
 
 
 def test_products_save_x_only_for_the_gradient_of_the_weight():
-    values, bits = sk.pack24(*sparse24(9, 20))
+    values, bits, _ = sk.pack24(*sparse24(9, 20))
     tiered = sk.pack_tiered(torch.randn(20, 20) * (torch.rand(20, 20) < 0.3), block=(8, 8))
     x = torch.randn(3, 20)
 
@@ -236,14 +239,14 @@ def test_products_save_x_only_for_the_gradient_of_the_weight():
         return any(each is tensor or each.data_ptr() == tensor.data_ptr() for each in saved(output))
 
     frozen = x.clone().requires_grad_()
-    assert not keeps(sk.linear24(frozen, values, bits), frozen)
-    assert not keeps(sk.linear_tiered(frozen, tiered, out_features=20), frozen)
+    assert not keeps(sk.linear24(frozen, sk.Packed24(values, bits, (9, 20))), frozen)
+    assert not keeps(sk.linear_tiered(frozen, tiered), frozen)
     trained = values.clone().requires_grad_()
-    output = sk.linear24(x, trained, bits)
+    output = sk.linear24(x, sk.Packed24(trained, bits, (9, 20)))
     assert keeps(output, x) and not keeps(output, trained)
     bias = torch.zeros(9, requires_grad=True)
-    assert not saved(sk.linear24(x, values, bits, bias))
-    assert keeps(sk.linear_tiered(x, tiered._replace(dense=tiered.dense.clone().requires_grad_()), out_features=20), x)
+    assert not saved(sk.linear24(x, sk.Packed24(values, bits, (9, 20)), bias))
+    assert keeps(sk.linear_tiered(x, tiered._replace(dense=tiered.dense.clone().requires_grad_())), x)
 
     weight, wide = sparse24(64, 64, torch.bfloat16)[0], torch.randn(3, 64).bfloat16()
     for both in (False, True):
@@ -274,10 +277,10 @@ def test_what_is_written_in_place_is_known_to_autograd():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["autocast_bfloat16", "no_grad", "default_float64", "deterministic"])
 def test_compiled_ops_give_the_same_bits(name):
-    def run(weight, x, values, bits):
-        return sk.nm_mask(weight, 2, 4), sk.linear24(x, values, bits), sk.block_scores(weight, (4, 4))
+    def run(weight, x, packed):
+        return sk.nm_mask(weight, 2, 4), sk.linear24(x, packed), sk.block_scores(weight, (4, 4))
 
-    inputs = torch.randn(9, 20), torch.randn(3, 20), *sk.pack24(*sparse24(9, 20))
+    inputs = torch.randn(9, 20), torch.randn(3, 20), sk.pack24(*sparse24(9, 20))
     expected = run(*inputs)
     torch._dynamo.reset()
     with SURROUNDINGS[name]():

@@ -18,11 +18,11 @@ def size_id(size):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_literal(simd, dtype):
     weight = torch.tensor([[1, -2, 3, 4, 5, -5, 5, 5, 9, -0.0], [0, 0, 0, 0, 0, 0, 7, 0, 0, 1]], dtype=dtype)
-    values, bitmask = sk.prune_pack24(weight)
+    values, bitmask, _ = sk.prune_pack24(weight)
     assert values.tolist() == [[3, 4, 5, -5, 9, 0], [0, 0, 0, 7, 0, 1]]
     assert bitmask.tolist() == [[0b0011_1100, 0b11], [0b0101_0011, 0b11]]
     scale = torch.tensor([10, 1, 1, 0.25, 1, 1, 1, 2, 1, 1])
-    values, bitmask = sk.prune_pack24(weight, scale=scale)
+    values, bitmask, _ = sk.prune_pack24(weight, scale=scale)
     assert values.tolist() == [[1, 3, 5, 5, 9, 0], [0, 0, 0, 7, 0, 1]]
     assert bitmask.tolist() == [[0b1001_0101, 0b11], [0b0101_0011, 0b11]]
 
@@ -35,7 +35,7 @@ def test_every_level_equals_reference(simd, dtype, shape):
         for scale in (None, torch.rand(cols), hostile(cols), torch.zeros(cols)):
             expected = prune_pack24_reference(weight, scale)
             poison(*expected, *expected)
-            for got, want in zip(sk.prune_pack24(weight, scale=scale), expected, strict=True):
+            for got, want in zip(sk.prune_pack24(weight, scale=scale)[:2], expected, strict=True):
                 assert_same(got, want)
 
 
@@ -45,7 +45,7 @@ def test_any_strides(simd, layout, dtype):
     weight, scale = hostile(6, 133, dtype=dtype), torch.rand(133)
     expected = prune_pack24_reference(weight, scale)
     strided_scale = torch.stack([scale, scale.neg()], 1)[:, 0]
-    for got, want in zip(sk.prune_pack24(LAYOUTS[layout](weight), scale=strided_scale), expected, strict=True):
+    for got, want in zip(sk.prune_pack24(LAYOUTS[layout](weight), scale=strided_scale)[:2], expected, strict=True):
         assert_same(got, want)
 
 
@@ -55,7 +55,7 @@ def test_large_and_threads(simd, threads, scaled):
     expected = prune_pack24_reference(weight, scale)
     for count in (1, 2):
         threads(count)
-        for got, want in zip(sk.prune_pack24(weight, scale=scale), expected, strict=True):
+        for got, want in zip(sk.prune_pack24(weight, scale=scale)[:2], expected, strict=True):
             assert_same(got, want)
 
 
@@ -63,19 +63,19 @@ def test_large_and_threads(simd, threads, scaled):
 def test_unpacks_to_the_pruned_weight(simd, rows, cols, scaled):
     weight, scale = hostile(rows, cols), torch.rand(cols) if scaled else None
     pruned, mask = sk.nm_prune(weight, 2, 4, scale=scale)
-    values, bitmask = sk.prune_pack24(weight, scale=scale)
-    assert_same(sk.unpack24(values, bitmask, cols), pruned)
+    values, bitmask, _ = sk.prune_pack24(weight, scale=scale)
+    assert_same(sk.Packed24(values, bitmask, (len(values), cols)).to_dense(), pruned)
     assert_same(sk.ops.unpack_bits(bitmask, cols), mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_gradient(dtype):
     weight, scale = torch.randn(4, 22).to(dtype).requires_grad_(), torch.rand(22)
-    values, bitmask = sk.prune_pack24(weight, scale=scale)
+    values, bitmask, _ = sk.prune_pack24(weight, scale=scale)
     assert not bitmask.requires_grad
     grad = torch.randn_like(values)
     values.backward(grad)
-    assert torch.equal(weight.grad, sk.unpack24(grad, bitmask, 22))
+    assert torch.equal(weight.grad, sk.Packed24(grad, bitmask, (len(grad), 22)).to_dense())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -88,7 +88,7 @@ def test_opcheck(dtype, shape):
 
 def test_compile_fullgraph():
     def run(weight, scale):
-        values, bitmask = sk.prune_pack24(weight * 2, scale=scale)
+        values, bitmask, _ = sk.prune_pack24(weight * 2, scale=scale)
         return values + 1, bitmask
 
     arguments = torch.randn(5, 26), torch.rand(26)

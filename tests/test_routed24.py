@@ -87,12 +87,12 @@ def test_odd_shapes_are_padded(monkeypatch, dtype, bias, layout, shape):
 def test_values_are_stored_once(shape):
     linear, layer = make(shape[1], shape[0])
     plain = Linear24.from_linear(linear)
-    assert layer.values.untyped_storage().data_ptr() == layer.packed.untyped_storage().data_ptr()
+    assert layer.values.untyped_storage().data_ptr() == layer.hardware.untyped_storage().data_ptr()
     assert torch.equal(layer.values, plain.values) and torch.equal(layer.bitmask, plain.bitmask)
     assert layer.bias is linear.bias
     assert layer.state_dict().keys() == plain.state_dict().keys()
     tensors = [tensor for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
-    assert len(tensors) == 1 and tensors[0] is layer.packed
+    assert len(tensors) == 1 and tensors[0] is layer.hardware
 
 
 def test_gradients_reach_values_and_the_packed_weight_follows(vendor):
@@ -170,8 +170,8 @@ def test_copies_are_equal_and_apart(vendor, clone, routes):
     linear, layer = make(routes=routes)
     x = torch.randn(20, 40).half()
     twin = clone(layer)
-    assert torch.equal(twin.packed, layer.packed) and twin.packed.data_ptr() != layer.packed.data_ptr()
-    assert twin.values.untyped_storage().data_ptr() == twin.packed.untyped_storage().data_ptr()
+    assert torch.equal(twin.hardware, layer.hardware) and twin.hardware.data_ptr() != layer.hardware.data_ptr()
+    assert twin.values.untyped_storage().data_ptr() == twin.hardware.untyped_storage().data_ptr()
     assert (twin.dense is None) == (layer.dense is None) and twin.trainable
     with torch.no_grad():
         assert torch.equal(twin(x), layer(x))
@@ -183,7 +183,7 @@ def test_copies_are_equal_and_apart(vendor, clone, routes):
 @pytest.mark.parametrize("routes", [ROUTES, DENSE], ids=["", "dense"])
 def test_loading_a_state_dict_rebuilds(vendor, assign, routes):
     (_, layer), (other, _) = make(66, 65, routes=routes), make(66, 65)
-    read = [tensor for tensor in (layer.packed, layer.dense) if tensor is not None]
+    read = [tensor for tensor in (layer.hardware, layer.dense) if tensor is not None]
     layer.load_state_dict(Linear24.from_linear(other).state_dict(), assign=assign)
     for tokens in (2, 9, 40):
         x = torch.randn(tokens, 66).half()
@@ -191,9 +191,9 @@ def test_loading_a_state_dict_rebuilds(vendor, assign, routes):
             assert_close(layer(x), exact(other, x))
     assert vendor.calls
     assert torch.equal(layer.weight, other.weight)
-    for kept, tensor in zip((layer.packed, layer.dense), read, strict=False):
+    for kept, tensor in zip((layer.hardware, layer.dense), read, strict=False):
         assert kept is tensor  # a captured CUDA graph goes on reading here
-    assert layer.values.untyped_storage().data_ptr() == layer.packed.untyped_storage().data_ptr()
+    assert layer.values.untyped_storage().data_ptr() == layer.hardware.untyped_storage().data_ptr()
     plain = Linear24(66, 65, dtype=torch.float16)
     plain.load_state_dict(layer.state_dict())
     assert torch.equal(plain.weight, other.weight)
@@ -204,21 +204,21 @@ def test_elsewhere_it_is_a_plain_linear24(vendor, monkeypatch):
     x = torch.randn(16, 40)
     with torch.no_grad():
         layer.to(torch.float32)
-        assert layer.packed is None and not layer.ready
+        assert layer.hardware is None and not layer.ready
         torch.testing.assert_close(layer(x), linear.float()(x))
         layer.to(torch.bfloat16)
         assert layer(x.bfloat16()).dtype == torch.bfloat16
         assert not vendor.calls
         layer.half()
-        assert layer.ready and layer.packed is not None
+        assert layer.ready and layer.hardware is not None
         assert_close(layer(x.half()), linear.half()(x.half()))
         assert len(vendor.calls) == 1
-        packed = layer.packed
-        assert layer.to("cpu").packed is packed  # nothing moved
-        assert layer.to("meta")(x.half().to("meta")).shape == (16, 48) and layer.packed is None
+        packed = layer.hardware
+        assert layer.to("cpu").hardware is packed  # nothing moved
+        assert layer.to("meta")(x.half().to("meta")).shape == (16, 48) and layer.hardware is None
     monkeypatch.setattr(routed, "device_name", lambda device: "another GPU")
     _, layer = make()
-    assert layer.packed is None and not layer.ready
+    assert layer.hardware is None and not layer.ready
     assert str(layer).endswith("bias=True, kernels=linear24)")
 
 
@@ -240,7 +240,7 @@ def test_rejects_inputs_that_do_not_fit():
     _, layer = make()
     with torch.no_grad():
         for tokens in (1, 16):
-            with pytest.raises(ValueError, match="values must have 21 columns for a weight of 41"):
+            with pytest.raises(ValueError, match="x must have 40 columns for a weight of 48 x 40"):
                 layer(torch.randn(tokens, 41).half())
         with pytest.raises(TypeError, match=r"values must be torch\.float32, got torch\.float16"):
             layer(torch.randn(16, 40))

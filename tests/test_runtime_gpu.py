@@ -139,12 +139,12 @@ def test_to_the_cpu_and_back(device):
     linear = sparse(shapes.BERT, torch.bfloat16, device)
     for layout in kernels(device):
         layer = routed(linear, layout)
-        packed = layer.packed
+        packed = layer.hardware
         layer.cpu()
-        assert layer.packed is None and torch.equal(layer.weight, linear.weight.cpu())
+        assert layer.hardware is None and torch.equal(layer.weight, linear.weight.cpu())
         layer.to(device)
         assert torch.equal(layer.weight, linear.weight)
-        assert packed is None or torch.equal(layer.packed.view(torch.int16), packed.view(torch.int16))
+        assert packed is None or torch.equal(layer.hardware.view(torch.int16), packed.view(torch.int16))
 
 
 @pytest.mark.parametrize("keep_dense", [False, True], ids=["", "keep dense"])
@@ -186,5 +186,5 @@ def test_torch_multiplies_by_our_tensors(device):
     linear = sparse(shapes.BERT, torch.float16, device)
     x = torch.randn(64, 768, device=device).half()
     for layout in hardware_layouts(device).names:
-        weight = sk.to_sparse_semi_structured(*sk.pack24(linear.weight), 768, layout=layout)
+        weight = sk.to_sparse_semi_structured(sk.pack24(linear.weight), layout=layout)
         assert_right(F.linear(x, weight, linear.bias), linear, x)

@@ -32,16 +32,18 @@ def test_pack_literal(simd, dtype, weight, values, bitmask):
     packed = sk.pack24(weight)
     assert packed[0].tolist() == [values] and packed[1].tolist() == [bitmask]
     assert packed[0].dtype == dtype and packed[1].dtype == torch.uint8
-    assert torch.equal(sk.unpack24(*packed, weight.shape[1]), weight)
+    assert torch.equal(packed.to_dense(), weight) and packed.shape == weight.shape
+    assert packed.nbytes == packed.values.nbytes + packed.bitmask.nbytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_pack_literal_with_mask(simd, dtype):
     weight = torch.tensor([[1, 2, 3, 4, 5, 6]], dtype=dtype)
     mask = torch.tensor([[1, 0, 0, 1, 0, 0]], dtype=torch.bool)
-    values, bitmask = sk.pack24(weight, mask)
+    packed = sk.pack24(weight, mask)
+    values, bitmask, _ = packed
     assert values.tolist() == [[1, 4, 5, 6]] and bitmask.tolist() == [[0b11_1001]]  # a tail is kept whole
-    assert sk.unpack24(values, bitmask, 6).tolist() == [[1, 0, 0, 4, 5, 6]]
+    assert packed.to_dense().tolist() == [[1, 0, 0, 4, 5, 6]]
 
 
 @pytest.mark.parametrize("group", LEGAL, ids=lambda group: "".join(map(str, group)))
@@ -50,7 +52,7 @@ def test_completes_as_torch_does(simd, group):
     _, reordered = conversions.sparse_semi_structured_from_dense_cutlass(weight)
     offsets = conversions._calculate_meta_reordering_scatter_offsets(*reordered.shape, reordered.dtype, "cpu")
     nibble = int(reordered.flatten()[offsets][0]) & 15  # two 2-bit indices
-    _, bitmask = sk.pack24(weight)
+    bitmask = sk.pack24(weight).bitmask
     assert bitmask[0, 0].item() & 15 == 1 << (nibble & 3) | 1 << (nibble >> 2)
 
 
@@ -62,12 +64,12 @@ def test_every_level_equals_reference(simd, dtype, rows, cols):
     pruned[torch.rand(pruned.shape) < 0.2] = 0  # groups to complete
     expected = pack24_reference(pruned, None, True)
     poison(*expected, *expected)
-    for got, want in zip(sk.pack24(pruned), expected, strict=True):
+    for got, want in zip(sk.pack24(pruned)[:2], expected, strict=True):
         assert_same(got, want)
     poison(pruned, pruned)
-    assert_same(sk.unpack24(*expected, cols), unpack24_reference(*expected, cols))
+    assert_same(sk.Packed24(*expected, (rows, cols)).to_dense(), unpack24_reference(*expected, cols))
     dirty = hostile(rows, cols, dtype=dtype)
-    for got, want in zip(sk.pack24(dirty, mask), pack24_reference(dirty, mask, True), strict=True):
+    for got, want in zip(sk.pack24(dirty, mask)[:2], pack24_reference(dirty, mask, True), strict=True):
         assert_same(got, want)
 
 
@@ -80,7 +82,7 @@ def test_any_strides(simd, layout, dtype):
         assert_same(packed[0], values)
         assert_same(packed[1], bitmask)
     strided = LAYOUTS[layout](values), LAYOUTS[layout](bitmask)
-    assert_same(sk.unpack24(*strided, 70), pruned)
+    assert_same(sk.Packed24(*strided, (7, 70)).to_dense(), pruned)
 
 
 @pytest.mark.parametrize("row", [0, 2])
@@ -117,10 +119,10 @@ def test_nan_is_kept_and_counted(simd):
 def test_round_trip(simd, rows, cols, data):
     entries = st.lists(st.floats(width=32, allow_nan=False), min_size=rows * cols, max_size=rows * cols)
     pruned, mask = sk.nm_prune(torch.tensor(data.draw(entries)).view(rows, cols), 2, 4)
-    values, bitmask = sk.pack24(pruned)
-    assert torch.equal(sk.unpack24(values, bitmask, cols), pruned)
-    assert_same(sk.unpack24(*sk.pack24(pruned, mask), cols), pruned)
-    full = sk.unpack24(torch.ones_like(values), bitmask, cols)[:, : cols // 4 * 4]
+    packed = sk.pack24(pruned)
+    assert torch.equal(packed.to_dense(), pruned)
+    assert_same(sk.pack24(pruned, mask).to_dense(), pruned)
+    full = packed._replace(values=torch.ones_like(packed.values)).to_dense()[:, : cols // 4 * 4]
     assert full.unflatten(1, (cols // 4, 4)).sum(-1).eq(2).all()
 
 
@@ -129,16 +131,16 @@ def test_large_and_threads(simd, threads):
     expected = pack24_reference(weight, mask, True)
     for count in (1, 2):
         threads(count)
-        for got, want in zip(sk.pack24(weight), expected, strict=True):
+        for got, want in zip(sk.pack24(weight)[:2], expected, strict=True):
             assert_same(got, want)
-        assert_same(sk.unpack24(*expected, 516), weight)
+        assert_same(sk.Packed24(*expected, (1030, 516)).to_dense(), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_gradients_of_pack_and_unpack(dtype):
     weight, mask = sparse24(5, 22, dtype)
     mine, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
-    values, bitmask = sk.pack24(mine, mask)
+    values, bitmask, shape = sk.pack24(mine, mask)
     assert not bitmask.requires_grad
     grad = torch.randn_like(values)
     values.backward(grad)
@@ -146,7 +148,7 @@ def test_gradients_of_pack_and_unpack(dtype):
     assert torch.equal(mine.grad, theirs.grad)
     mine, theirs = values.detach().requires_grad_(), values.detach().requires_grad_()
     grad = torch.randn_like(weight)
-    sk.unpack24(mine, bitmask, 22).backward(grad)
+    sk.Packed24(mine, bitmask, shape).to_dense().backward(grad)
     unpack24_reference(theirs, bitmask, 22).backward(grad)
     assert torch.equal(mine.grad, theirs.grad)
 
@@ -165,7 +167,7 @@ def test_reference_gradcheck():
 @pytest.mark.parametrize("rows, cols", [(0, 8), (5, 18)])
 def test_opcheck(dtype, rows, cols):
     weight, mask = sparse24(rows, cols, dtype)
-    values, bitmask = sk.pack24(weight, mask)
+    values, bitmask, _ = sk.pack24(weight, mask)
     opcheck(OPS.pack24.default, (weight.clone().requires_grad_(), None, True))
     opcheck(OPS.pack24.default, (weight, mask, False))
     opcheck(OPS.unpack24.default, (values.clone().requires_grad_(), bitmask, cols))
@@ -173,9 +175,9 @@ def test_opcheck(dtype, rows, cols):
 
 def test_compile_fullgraph():
     def run(weight, mask):
-        values, bitmask = sk.pack24(weight + 0)
-        again, _ = sk.pack24(weight, mask)
-        return values * 2, again, bitmask, sk.unpack24(values, bitmask, weight.shape[1]) * 2
+        packed = sk.pack24(weight + 0)
+        again = sk.pack24(weight, mask)
+        return packed.values * 2, again.values, packed.bitmask, packed.to_dense() * 2
 
     arguments = sparse24(6, 22)
     outputs = torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments)
@@ -184,6 +186,7 @@ def test_compile_fullgraph():
 
 
 V, B = torch.ones(3, 4), torch.full((3, 1), 0x33, dtype=torch.uint8)
+P = sk.Packed24(V, B, (3, 8))
 
 
 @pytest.mark.parametrize(
@@ -195,15 +198,15 @@ V, B = torch.ones(3, 4), torch.full((3, 1), 0x33, dtype=torch.uint8)
         (lambda: sk.pack24(V, V.t() > 0), ValueError, r"mask must have shape \(3, 4\), got \(4, 3\)"),
         (lambda: sk.pack24(V, (V > 0).to("meta")), ValueError, r"mask must be on cpu, got meta"),
         (lambda: sk.pack24(V, [[True]]), TypeError, r"mask must be a tensor, got list"),
-        (lambda: sk.unpack24(V, B, 8.0), TypeError, r"cols must be an int, got 8\.0"),
-        (lambda: sk.unpack24(V, None, 8), TypeError, r"bitmask must be a tensor, got NoneType"),
-        (lambda: sk.unpack24(V.double(), B, 8), TypeError, r"values must be float32, .* got torch\.float64"),
-        (lambda: sk.unpack24(V[0], B, 8), ValueError, r"values must have 2 dimensions, got shape \(4,\)"),
-        (lambda: sk.unpack24(V, B, 7), ValueError, r"values must have 5 columns for a weight of 7, got shape \(3, 4\)"),
-        (lambda: sk.unpack24(V, B, -8), ValueError, r"columns for a weight of -8, got shape \(3, 4\)"),
-        (lambda: sk.unpack24(V, B.int(), 8), TypeError, r"bitmask must be torch\.uint8, got torch\.int32"),
-        (lambda: sk.unpack24(V, B[:2], 8), ValueError, r"bitmask must have shape \(3, 1\), got \(2, 1\)"),
-        (lambda: sk.unpack24(V, B.to("meta"), 8), ValueError, r"bitmask must be on cpu, got meta"),
+        (lambda: P._replace(bitmask=None).to_dense(), TypeError, r"bitmask must be a tensor, got NoneType"),
+        (lambda: P._replace(values=V.double()).to_dense(), TypeError, r"values must be float32, .* got torch\.float64"),
+        (lambda: P._replace(values=V[0]).to_dense(), ValueError, r"values must have 2 dimensions, got shape \(4,\)"),
+        (lambda: P._replace(shape=(3, 7)).to_dense(), ValueError, r"values must have shape \(3, 5\), got \(3, 4\)"),
+        (lambda: P._replace(shape=(4, 8)).to_dense(), ValueError, r"values must have shape \(4, 4\), got \(3, 4\)"),
+        (lambda: P._replace(shape=(3, -8)).to_dense(), ValueError, r"values must have shape \(3, -4\), got \(3, 4\)"),
+        (lambda: P._replace(bitmask=B.int()).to_dense(), TypeError, r"bitmask must be torch\.uint8, got torch\.int32"),
+        (lambda: P._replace(bitmask=B[:2]).to_dense(), ValueError, r"bitmask must have shape \(3, 1\), got \(2, 1\)"),
+        (lambda: P._replace(bitmask=B.to("meta")).to_dense(), ValueError, r"bitmask must be on cpu, got meta"),
     ],
 )
 def test_rejects(call, error, match):

@@ -30,7 +30,7 @@ def test_literal(dtype):
     assert packed.positions.tolist() == [[17, 54, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
     assert packed.dense.dtype == packed.values.dtype == packed.topk.dtype == dtype
     assert packed.tiers.dtype == packed.bitmask.dtype == packed.positions.dtype == torch.uint8
-    assert torch.equal(sk.unpack_tiered(packed, 17, 40), weight)
+    assert torch.equal(packed.to_dense(), weight)
 
 
 def test_literal_with_mask():
@@ -53,10 +53,10 @@ def test_literal_with_mask():
 def test_round_trip(dtype, block, rows, cols):
     weight, mask = tiered(rows, cols, block, dtype)
     packed = sk.pack_tiered(weight, block=block)
-    assert_same(sk.unpack_tiered(packed, rows, cols), weight)
+    assert_same(packed.to_dense(), weight)
     masked = sk.pack_tiered(torch.randn(rows, cols).to(dtype).abs() + 1, mask, block=block)
-    assert torch.equal(sk.unpack_tiered(masked, rows, cols) != 0, mask)
-    again = sk.TieredWeight.from_parts(*packed[:6])
+    assert torch.equal(masked.to_dense() != 0, mask)
+    again = sk.TieredWeight.from_parts(*packed[:6], packed.shape)
     assert_same(again.starts, packed.starts)
     assert again.block == block and again.nbytes == packed.nbytes
 
@@ -71,7 +71,7 @@ def test_one_form_alone(keep, tier, k):
     packed = sk.pack_tiered(weight, k=k)
     assert (packed.tiers == tier).all()
     assert [len(packed.dense), len(packed.values), len(packed.topk)] == [12 * (tier == form) for form in range(3)]
-    assert_same(sk.unpack_tiered(packed, 48, 64), weight)
+    assert_same(packed.to_dense(), weight)
 
 
 def test_k_of_zero_holds_empty_blocks():
@@ -79,7 +79,7 @@ def test_k_of_zero_holds_empty_blocks():
     weight[0, 0] = 1
     packed = sk.pack_tiered(weight, k=0)
     assert packed.tiers.tolist() == [[SPARSE24, TOPK]] and packed.topk.shape == packed.positions.shape == (1, 0)
-    assert_same(sk.unpack_tiered(packed, 16, 32), weight)
+    assert_same(packed.to_dense(), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -89,7 +89,7 @@ def test_special_values_come_back(dtype):
         (sk.pack_tiered(weight), weight),
         (sk.pack_tiered(weight, mask), torch.where(mask, weight, 0)),
     ):
-        torch.testing.assert_close(sk.unpack_tiered(packed, 40, 72), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(packed.to_dense(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("block", [(16, 16), (8, 24), (64, 64)], ids=str)
@@ -124,7 +124,7 @@ def test_lossless(rows, cols, k, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     weight = torch.randn(rows, cols, generator=generator) * (torch.rand(rows, cols, generator=generator) < density)
     packed = sk.pack_tiered(weight, k=k, block=(8, 8))
-    assert torch.equal(sk.unpack_tiered(packed, rows, cols), weight)
+    assert torch.equal(packed.to_dense(), weight)
     assert torch.equal(packed.starts, block_starts(packed.tiers))
     assert (packed.positions.int().diff() > 0)[packed.topk[:, 1:] != 0].all()
     assert len(packed.dense) + len(packed.values) + len(packed.topk) == -(-rows // 8) * -(-cols // 8)
@@ -134,17 +134,19 @@ def test_lossless(rows, cols, k, data):
 def test_any_strides(layout):
     weight, mask = tiered(33, 40)
     expected = sk.pack_tiered(weight, mask)
-    for got, want in zip(sk.pack_tiered(LAYOUTS[layout](weight), LAYOUTS[layout](mask)), expected, strict=True):
+    for got, want in zip(
+        sk.pack_tiered(LAYOUTS[layout](weight), LAYOUTS[layout](mask)).tensors, expected.tensors, strict=True
+    ):
         assert torch.equal(got, want)
-    strided = sk.TieredWeight(*map(LAYOUTS[layout], expected))
-    assert_same(sk.unpack_tiered(strided, 33, 40), weight)
+    strided = sk.TieredWeight(*map(LAYOUTS[layout], expected.tensors), expected.shape)
+    assert_same(strided.to_dense(), weight)
 
 
 def test_gradients_of_pack_and_unpack():
     weight, mask = tiered(33, 40)
     weight.requires_grad_()
     grad = torch.randn(33, 40)
-    sk.unpack_tiered(sk.pack_tiered(weight, mask), 33, 40).backward(grad)
+    sk.pack_tiered(weight, mask).to_dense().backward(grad)
     assert torch.equal(weight.grad, torch.where(mask, grad, 0))
 
 
@@ -166,37 +168,44 @@ P = sk.pack_tiered(sk.tier_prune(W, torch.tensor([[0, 1], [2, 1]], dtype=torch.u
         (lambda: sk.pack_tiered(W, block=(16, 12)), ValueError, r"columns a multiple of 8, got \(16, 12\)"),
         (lambda: sk.pack_tiered(W, block=(4, 16)), ValueError, r"sides of 8 to 128 .* got \(4, 16\)"),
         (lambda: sk.pack_tiered(W, block=(16, 136)), ValueError, r"sides of 8 to 128 .* got \(16, 136\)"),
-        (lambda: sk.unpack_tiered(tuple(P), 24, 32), TypeError, r"packed must be a TieredWeight, got tuple"),
-        (lambda: sk.unpack_tiered(P, 24.0, 32), TypeError, r"rows must be an int, got 24\.0"),
-        (lambda: sk.unpack_tiered(P, 33, 32), ValueError, r"tiers must have shape \(3, 2\) .* 33 x 32 .* got \(2, 2\)"),
-        (lambda: sk.unpack_tiered(P._replace(dense=W), 24, 32), ValueError, r"dense must have 3 dimensions"),
-        (lambda: sk.unpack_tiered(P._replace(topk=P.topk.half()), 24, 32), TypeError, r"topk must be torch\.float32"),
         (
-            lambda: sk.unpack_tiered(P._replace(values=P.dense), 24, 32),
+            lambda: P._replace(shape=(33, 32)).to_dense(),
+            ValueError,
+            r"tiers must have shape \(3, 2\) .* 33 x 32 .* got",
+        ),
+        (lambda: P._replace(shape=(-24, 32)).to_dense(), ValueError, r"tiers must have shape .* of -24 x 32"),
+        (lambda: P._replace(dense=W).to_dense(), ValueError, r"dense must have 3 dimensions"),
+        (lambda: P._replace(topk=P.topk.half()).to_dense(), TypeError, r"topk must be torch\.float32"),
+        (
+            lambda: P._replace(values=P.dense).to_dense(),
             ValueError,
             r"values must have shape \(1, 16, 8",
         ),
-        (lambda: sk.unpack_tiered(P._replace(bitmask=None), 24, 32), TypeError, r"bitmask must be a tensor, got None"),
+        (lambda: P._replace(bitmask=None).to_dense(), TypeError, r"bitmask must be a tensor, got None"),
         (
-            lambda: sk.unpack_tiered(P._replace(positions=P.positions.short()), 24, 32),
+            lambda: P._replace(positions=P.positions.short()).to_dense(),
             TypeError,
             r"positions must be torch\.uint8, got torch\.int16",
         ),
-        (lambda: sk.unpack_tiered(P._replace(tiers=P.tiers[:1]), 24, 32), ValueError, r"tiers must be a map of the 4"),
+        (lambda: P._replace(tiers=P.tiers[:1]).to_dense(), ValueError, r"tiers must be a map of the 4"),
         (
-            lambda: sk.unpack_tiered(P._replace(starts=P.starts[1:]), 24, 32),
+            lambda: P._replace(starts=P.starts[1:]).to_dense(),
             ValueError,
             r"starts must have shape \(3, 3",
         ),
-        (lambda: sk.TieredWeight.from_parts(None, *P[1:6]), TypeError, r"tiers must be a matrix, got None"),
+        (lambda: sk.TieredWeight.from_parts(None, *P[1:6], P.shape), TypeError, r"tiers must be a matrix, got None"),
         (
-            lambda: sk.TieredWeight.from_parts(P.tiers.to(torch.uint16), *P[1:6]),
+            lambda: sk.TieredWeight.from_parts(P.tiers.to(torch.uint16), *P[1:6], P.shape),
             TypeError,
             r"tiers must be torch\.uint8",
         ),
-        (lambda: sk.TieredWeight.from_parts(P.tiers * 2, *P[1:6]), ValueError, r"tiers must be 0, 1 or 2, got 4"),
         (
-            lambda: sk.TieredWeight.from_parts(P.tiers * 0, *P[1:6]),
+            lambda: sk.TieredWeight.from_parts(P.tiers * 2, *P[1:6], P.shape),
+            ValueError,
+            r"tiers must be 0, 1 or 2, got 4",
+        ),
+        (
+            lambda: sk.TieredWeight.from_parts(P.tiers * 0, *P[1:6], P.shape),
             ValueError,
             r"tiers names \[4, 0, 0\] blocks that are dense, 2:4 and top-k, but \[1, 2, 1\] are stored",
         ),
@@ -210,4 +219,4 @@ def test_rejects(call, error, match):
 def test_from_parts_rejects_positions_outside_a_block():
     packed = sk.pack_tiered(torch.zeros(8, 8), k=1, block=(8, 8))
     with pytest.raises(ValueError, match=r"positions must be below 64, got 64 to 64"):
-        sk.TieredWeight.from_parts(*packed[:5], packed.positions + 64)
+        sk.TieredWeight.from_parts(*packed[:5], packed.positions + 64, packed.shape)

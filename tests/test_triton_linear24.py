@@ -2,7 +2,8 @@ import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, sparse24
 
-from sparsekit.ops.sparse24 import linear24_reference, pack24_reference
+from sparsekit.ops.linear24 import linear24_reference
+from sparsekit.ops.sparse24 import pack24_reference
 
 pytestmark = pytest.mark.triton
 pytest.importorskip("triton")

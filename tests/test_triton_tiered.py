@@ -3,7 +3,7 @@ import torch
 from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id
 
 from sparsekit.ops.linear_tiered import linear_tiered_reference
-from sparsekit.ops.tiered import TieredWeight, pack_tiered
+from sparsekit.ops.tiered import pack_tiered
 from sparsekit.ops.tiers import DENSE, SPARSE24, TOPK, tier_prune_reference
 
 pytestmark = pytest.mark.triton
@@ -27,7 +27,7 @@ def packed(gpu, rows, cols, dtype, block=(16, 16), k=10, tiers=None):
 
 
 def on(gpu, parts):
-    return TieredWeight(*(part.to(gpu) for part in parts))
+    return parts.to(gpu)
 
 
 def random(gpu, *shape, dtype):
@@ -36,7 +36,7 @@ def random(gpu, *shape, dtype):
 
 def assert_linear(x, weight, parts, bias):
     with TABLE.force(FAST):
-        assert_product(linear_tiered(x, *parts, bias, len(weight)), x, weight, bias)
+        assert_product(linear_tiered(x, *parts.tensors, bias, len(weight)), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -52,11 +52,11 @@ def test_literal(gpu, dtype):
     x[0], x[1, 21] = 1, 2
     bias = torch.arange(10, dtype=dtype, device=gpu)
     with TABLE.force(FAST):
-        assert linear_tiered(x, *parts, None, 10).tolist() == [
+        assert linear_tiered(x, *parts.tensors, None, 10).tolist() == [
             [42, 0, 0, 7, 0, 0, 0, 0, 0, 5],
             [0, 0, 0, 14, 0, 0, 0, 0, 0, 0],
         ]
-        assert linear_tiered(x[0], *parts, bias, 10).tolist() == [42, 1, 2, 10, 4, 5, 6, 7, 8, 14]
+        assert linear_tiered(x[0], *parts.tensors, bias, 10).tolist() == [42, 1, 2, 10, 4, 5, 6, 7, 8, 14]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -64,7 +64,7 @@ def test_literal(gpu, dtype):
 def test_column_by_column(gpu, dtype, block):
     weight, parts = packed(gpu, 24, 48, dtype, block, k=5)
     with TABLE.force(FAST):
-        actual = linear_tiered(torch.eye(48, dtype=dtype, device=gpu)[:30], *parts, None, 24)
+        actual = linear_tiered(torch.eye(48, dtype=dtype, device=gpu)[:30], *parts.tensors, None, 24)
     assert actual.tolist() == weight.t()[:30].tolist()
 
 
@@ -133,9 +133,9 @@ def test_leading_dimensions(gpu, leading):
 def test_without_rows_or_columns(gpu, dtype, rows, cols):
     _, parts = packed(gpu, rows, cols, dtype)
     x, bias = random(gpu, 3, cols, dtype=dtype), random(gpu, rows, dtype=dtype)
-    assert_same(linear_tiered(x, *parts, bias, rows), bias.expand(3, rows).contiguous())
-    assert_same(linear_tiered(x, *parts, None, rows), torch.zeros(3, rows, dtype=dtype, device=gpu))
-    assert unpack_tiered(*parts[:7], rows, cols).shape == (rows, cols)
+    assert_same(linear_tiered(x, *parts.tensors, bias, rows), bias.expand(3, rows).contiguous())
+    assert_same(linear_tiered(x, *parts.tensors, None, rows), torch.zeros(3, rows, dtype=dtype, device=gpu))
+    assert unpack_tiered(*parts.tensors, rows, cols).shape == (rows, cols)
 
 
 @pytest.mark.parametrize("dtype, cols", [(torch.bfloat16, 70), (torch.bfloat16, 53), (torch.float32, 70)], ids=dtype_id)
@@ -143,10 +143,10 @@ def test_any_strides(gpu, dtype, cols):
     _, parts = packed(gpu, 20, cols, dtype)
     x, bias = random(gpu, 3, cols, dtype=dtype), random(gpu, 20, dtype=dtype)
     with TABLE.force(FAST):
-        expected = linear_tiered(x, *parts, bias, 20)
+        expected = linear_tiered(x, *parts.tensors, bias, 20)
         for layout in ("transposed", "sliced", "strided"):
-            assert_same(linear_tiered(LAYOUTS[layout](x), *parts, bias, 20), expected)
-        views = [LAYOUTS["sliced"](part) for part in parts]
+            assert_same(linear_tiered(LAYOUTS[layout](x), *parts.tensors, bias, 20), expected)
+        views = [LAYOUTS["sliced"](part) for part in parts.tensors]
         assert_same(linear_tiered(x, *views, torch.stack([bias, bias], 1)[:, 0], 20), expected)
 
 
@@ -158,7 +158,7 @@ def test_does_not_swallow_nan(gpu, dtype):
     for token, col in enumerate(cols):
         x[token, col] = NAN
     with TABLE.force(FAST):
-        hit = torch.isnan(linear_tiered(x, *parts, None, 24))
+        hit = torch.isnan(linear_tiered(x, *parts.tensors, None, 24))
     for token, col in enumerate(cols):
         assert hit[token][weight[:, col] != 0].all()
     assert not hit[len(cols) :].any()
@@ -170,7 +170,7 @@ def test_fp32_is_not_rounded_to_tf32(gpu):
         weight[0, :2] = torch.tensor([1.0, 2**-20])
         parts = on(gpu, pack_tiered(weight, k=k, block=(8, 8)))
         x = torch.tensor([[1 + 2**-20, 1, 0, 0, 0, 0, 0, 0]], device=gpu)
-        assert linear_tiered(x, *parts, None, 8)[0, 0].item() == 1 + 2**-19
+        assert linear_tiered(x, *parts.tensors, None, 8)[0, 0].item() == 1 + 2**-19
 
 
 def test_splits_add_up_in_order(gpu, monkeypatch):
@@ -200,9 +200,9 @@ def test_the_same_bits_every_time(gpu, name):
     _, parts = packed(gpu, 1030, 1030, torch.bfloat16)
     x = random(gpu, 2, 1030, dtype=torch.bfloat16)
     with TABLE.force(name):
-        first = linear_tiered(x, *parts, None, 1030)
+        first = linear_tiered(x, *parts.tensors, None, 1030)
         for _ in range(20):
-            assert_same(linear_tiered(x, *parts, None, 1030), first)
+            assert_same(linear_tiered(x, *parts.tensors, None, 1030), first)
 
 
 def test_matches_the_reference_where_sums_are_exact(gpu):
@@ -211,8 +211,8 @@ def test_matches_the_reference_where_sums_are_exact(gpu):
         parts = pack_tiered(weight.cpu().sign())
         x, bias = torch.randint(-3, 4, (10, 136)).to(dtype), torch.randint(-3, 4, (24,)).to(dtype)
         with TABLE.force(FAST):
-            actual = linear_tiered(x.to(gpu), *on(gpu, parts), bias.to(gpu), 24)
-        assert_same(actual.cpu(), linear_tiered_reference(x, *parts, bias, 24))
+            actual = linear_tiered(x.to(gpu), *on(gpu, parts).tensors, bias.to(gpu), 24)
+        assert_same(actual.cpu(), linear_tiered_reference(x, *parts.tensors, bias, 24))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -223,7 +223,7 @@ def test_matches_the_reference_where_sums_are_exact(gpu):
 )
 def test_unpacks_what_was_packed(gpu, dtype, rows, cols, block, k):
     weight, parts = packed(gpu, rows, cols, dtype, block, k)
-    assert_same(unpack_tiered(*parts, rows, cols), torch.where(weight != 0, weight, 0))
+    assert_same(unpack_tiered(*parts.tensors, rows, cols), torch.where(weight != 0, weight, 0))
 
 
 def test_padding_of_topk_leaves_position_0_alone(gpu):
@@ -231,13 +231,13 @@ def test_padding_of_topk_leaves_position_0_alone(gpu):
     weight[0, 0] = 3
     parts = pack_tiered(weight)
     assert parts.topk.tolist() == [[3] + [0] * 9]
-    assert_same(unpack_tiered(*parts, 16, 16), weight)
+    assert_same(unpack_tiered(*parts.tensors, 16, 16), weight)
 
 
 def test_rows_of_more_blocks_than_one_scan(gpu, monkeypatch):
     monkeypatch.setattr(_tiered_unpack, "scan_size", lambda across: 16)
     weight, parts = packed(gpu, 16, 300, torch.bfloat16, block=(8, 8))
-    assert_same(unpack_tiered(*parts, 16, 300), torch.where(weight != 0, weight, 0))
+    assert_same(unpack_tiered(*parts.tensors, 16, 300), torch.where(weight != 0, weight, 0))
 
 
 def test_many_tokens_are_left_to_cublas(gpu, monkeypatch):

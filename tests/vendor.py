@@ -33,7 +33,7 @@ class Vendor:
     def compress(self, dense: Tensor) -> Tensor:
         assert dense.is_contiguous() and dense.dtype in (torch.float16, torch.bfloat16)
         rows, cols = dense.shape
-        values, bitmask = pack24(dense, check=True)
+        values, bitmask, _ = pack24(dense, check=True)
         if self.layout == OWN_VALUES:
             values = values.flip(1)
         packed = to_hardware24_reference(values, bitmask, cols, self._known)

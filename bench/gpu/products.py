@@ -69,7 +69,7 @@ def layers_tiered(lab: Lab, shape: Shape) -> Sequence[Layer]:
         tiers = (share >= SHARES[0]).to(torch.uint8) + (share >= SHARES[0] + SHARES[1]).to(torch.uint8)
         weight = op("tier_prune")(lab.randn(*shape) / shape[1] ** 0.5, tiers, KEPT, 16, 16, None, None)[0]
         bias, packed = lab.randn(shape[0]), pack_tiered(weight, k=KEPT)
-        return Layer(weight, bias, packed.nbytes, lambda x: kernel(x, *packed, bias, len(weight)))
+        return Layer(weight, bias, packed.nbytes, lambda x: kernel(x, *packed.tensors, bias, len(weight)))
 
     return lab.sets(make, 2 * shape[0] * shape[1])
 

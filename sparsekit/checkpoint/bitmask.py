@@ -186,8 +186,8 @@ def is_24(weight: Tensor) -> bool:
 
 def pack_bitmask24(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the ``PARTS`` of a 2:4 weight: values, bitmask, and the shape as an int64 column."""
-    values, bitmask = pack24(weight)
-    return values, bitmask, shape_column(*weight.shape)
+    values, bitmask, shape = pack24(weight)
+    return values, bitmask, shape_column(*shape)
 
 
 def shape_column(rows: int, cols: int) -> Tensor:

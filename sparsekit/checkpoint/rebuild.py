@@ -19,7 +19,6 @@ from ..nn import (
     TieredLinear,
     TieredLinearWithDense,
 )
-from ..ops import TieredWeight
 from .mask_file import remove_masks
 from .structure import LayerRecord, join
 
@@ -87,10 +86,9 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
         if isinstance(new, RoutedLinear24) and plan is not None:
             new.follow(plan)
     elif layer.kind == "tiered":
-        rows, cols = layer.matrix
-        packed = TieredWeight(*(part.to(device) for part in layer.tiered(name, tensors)))
+        packed = layer.tiered(name, tensors).to(device)
         tiered = TieredLinearWithDense if isinstance(module, DenseRoute) else TieredLinear
-        new = tiered(packed, in_features=cols, out_features=rows, transposed=layer.transposed, requires_grad=trainable)
+        new = tiered(packed, transposed=layer.transposed, requires_grad=trainable)
     else:
         weight = tensors[join(name, "weight")].to(device)
         weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from .._json import parse_json
 from ..masks import Axis, MaskInfo, Pattern, check_masks, get_mask_bits, get_mask_info, masked_parameters
 from ..nn import Linear24, PrepackedLinear, TieredLinear, weight_shape
-from ..ops import TieredWeight, unpack24, unpack_tiered
+from ..ops import Packed24, TieredWeight
 
 VERSION = 1
-TIERED_PARTS = tuple(name for name in TieredWeight._fields if name != "starts")  # all that is stored
+TIERED_PARTS = ("tiers", "dense", "values", "bitmask", "topk", "positions")  # the tensors that are stored
 KINDS = ("linear24", "tiered", "prepacked", "dense")
 _MAX_TOKENS = 1 << 20
 
@@ -110,15 +110,16 @@ class LayerRecord:
 
     def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
         """Returns the packed weight of a tiered layer."""
-        return TieredWeight.from_parts(*(tensors[join(name, part)] for part in TIERED_PARTS))
+        tiers, dense, values, bitmask, topk, positions = (tensors[join(name, part)] for part in TIERED_PARTS)
+        return TieredWeight.from_parts(tiers, dense, values, bitmask, topk, positions, self.matrix)
 
     def densify(self, name: str, tensors: dict[str, Tensor]) -> "LayerRecord":
         """Replaces the packed tensors of the layer by its dense weight, and returns the record of the dense layer."""
         if self.kind == "linear24":
             values, bitmask = tensors.pop(join(name, "values")), tensors.pop(join(name, "bitmask"))
-            weight = unpack24(values, bitmask, self.matrix[1])
+            weight = Packed24(values, bitmask, self.matrix).to_dense()
         elif self.kind == "tiered":
-            weight = unpack_tiered(self.tiered(name, tensors), *self.matrix)
+            weight = self.tiered(name, tensors).to_dense()
             for part in TIERED_PARTS:
                 del tensors[join(name, part)]
         else:

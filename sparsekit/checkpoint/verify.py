@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ops import TieredWeight, pack_bits, unpack_bits, unpack_tiered
+from ..ops import TieredWeight, pack_bits, unpack_bits
 from ..ops._define import DTYPES
 from ..ops.sparse24 import values_per_row
 from .structure import TIERED_PARTS, LayerRecord, join
@@ -28,7 +28,7 @@ def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Non
             _present(tensors, join(name, part))
         _tensor(tensors, join(name, "tiers"), record.grid)
         try:
-            _check_tiered(record.tiered(name, tensors), *record.matrix, record.block, record.k)
+            _check_tiered(record.tiered(name, tensors), record.block, record.k)
         except (TypeError, ValueError) as error:
             raise ValueError(f"layer {name!r} is not packed as pack_tiered does: {error}") from error
     else:
@@ -44,8 +44,8 @@ def verify_mask(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -
     return _bits(tensors, record.mask_name(name), (record.shape[0], math.prod(record.shape[1:])))
 
 
-def _check_tiered(packed: TieredWeight, rows: int, cols: int, block: tuple[int, int], k: int) -> None:
-    """Verifies that a kernel cannot read or write outside of a weight ``[rows, cols]``.
+def _check_tiered(packed: TieredWeight, block: tuple[int, int], k: int) -> None:
+    """Verifies that a kernel cannot read or write outside of the weight.
 
     The shapes and dtypes of the parts are checked already.
 
@@ -60,7 +60,7 @@ def _check_tiered(packed: TieredWeight, rows: int, cols: int, block: tuple[int, 
         raise ValueError("bitmask does not keep exactly two of every four columns")
     if not _ascending(packed.positions, packed.topk):
         raise ValueError("positions do not ascend to a padding of zeros")
-    if not _within(packed, rows, cols):
+    if not _within(packed):
         raise ValueError("entries lie outside of the weight")
 
 
@@ -73,12 +73,13 @@ def _ascending(positions: Tensor, topk: Tensor) -> bool:
     return bool(rises.all()) and bool(ends.all()) and not bool((topk[:, 1:][padding] != 0).any())
 
 
-def _within(packed: TieredWeight, rows: int, cols: int) -> bool:
+def _within(packed: TieredWeight) -> bool:
     """Returns whether the padding of the last blocks is empty."""
-    sizes = [side * count for side, count in zip(packed.block, packed.tiers.shape, strict=True)]
-    if sizes == [rows, cols]:
+    rows, cols = packed.shape
+    whole = packed.block[0] * packed.tiers.shape[0], packed.block[1] * packed.tiers.shape[1]
+    if whole == packed.shape:
         return True
-    padded = unpack_tiered(packed._replace(topk=torch.ones_like(packed.topk)), *sizes)
+    padded = packed._replace(topk=torch.ones_like(packed.topk), shape=whole).to_dense()
     return not bool((padded[rows:] != 0).any()) and not bool((padded[:, cols:] != 0).any())
 
 

@@ -107,9 +107,9 @@ class _Screen:
 
 
 def _suggestions(layer: RoutedLinear24, x: Tensor) -> list[tuple[int, int, int]]:
-    assert layer.packed is not None
+    assert layer.hardware is not None
     try:
-        found = suggest(x, layer.packed, layer.bias, layer.out_features, layer.layout)
+        found = suggest(x, layer.hardware, layer.bias, layer.out_features, layer.layout)
     except RuntimeError:
         return []
     return [found] if found else []

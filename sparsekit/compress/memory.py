@@ -12,7 +12,7 @@ def resident_bytes(model: nn.Module) -> int:
     """The bytes of all parameters and buffers, and of what compressed layers hold besides; shared ones count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
-        if isinstance(module, RoutedLinear24) and module.packed is not None:
+        if isinstance(module, RoutedLinear24) and module.hardware is not None:
             del tensors[id(module.values)]  # a view of the head of ``packed``
         tensors |= {id(tensor): tensor for tensor in _unregistered(module)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values() if not is_lazy(tensor))
@@ -24,7 +24,7 @@ def weight_bytes(layer: nn.Module) -> int:
         weight = layer._parameters.get("weight")
         return 0 if weight is None or is_lazy(weight) else weight.numel() * weight.element_size()
     other = {"bias", "weight_mask"}
-    hidden = {"values"} if isinstance(layer, RoutedLinear24) and layer.packed is not None else set()
+    hidden = {"values"} if isinstance(layer, RoutedLinear24) and layer.hardware is not None else set()
     own = [*layer._parameters.items(), *layer._buffers.items()]
     tensors = [tensor for name, tensor in own if name not in other | hidden and tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *_unregistered(layer)))
@@ -37,5 +37,5 @@ def _unregistered(module: nn.Module) -> Iterator[Tensor]:
     elif isinstance(module, DenseRoute):
         held = [module.copy]
     elif isinstance(module, RoutedLinear24):
-        held = [module.packed, module.dense]
+        held = [module.hardware, module.dense]
     yield from (tensor for tensor in held if tensor is not None)

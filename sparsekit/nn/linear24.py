@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import get_mask
-from ..ops import linear24, nm_mask, pack24, unpack_bits
+from ..ops import Packed24, linear24, nm_mask, pack24, unpack_bits
 from ..ops._define import DTYPES, call_op, check_like, check_weight, is_jit_tracing
 from .compressed import Compressed, weight_of
 from .shared import autocast_dtype, carry_mask, oriented
@@ -57,7 +57,7 @@ class Linear24(Compressed):
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
         bound = 1 / math.sqrt(in_features) if in_features else 0.0
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype).uniform_(-bound, bound)
-        values, bitmask = pack24(weight, nm_mask(weight, 2, 4))
+        values, bitmask, _ = pack24(weight, nm_mask(weight, 2, 4))
         self.values = nn.Parameter(values)
         self.register_buffer("bitmask", bitmask)
         self.register_parameter("bias", None)
@@ -82,10 +82,10 @@ class Linear24(Compressed):
         """
         (weight, trained), mask = weight_of(linear, transposed), get_mask(linear)
         if mask is None:
-            values, bitmask = pack24(weight, check=True)
+            values, bitmask, _ = pack24(weight, check=True)
         else:
-            _, completed = pack24(oriented(mask, transposed).to(weight.dtype), check=True)
-            values, bitmask = pack24(weight, unpack_bits(completed, weight.shape[1]))
+            completed = pack24(oriented(mask, transposed).to(weight.dtype), check=True).bitmask
+            values, bitmask, _ = pack24(weight, unpack_bits(completed, weight.shape[1]))
         rows, cols = weight.shape
         layer = cls(cols, rows, False, transposed=transposed, device="meta", dtype=weight.dtype)
         layer.values = nn.Parameter(values, requires_grad=trained)
@@ -100,6 +100,11 @@ class Linear24(Compressed):
     def trainable(self) -> bool:
         return self.values.requires_grad
 
+    @property
+    def packed(self) -> Packed24:
+        """The weight as ``pack24`` returns it, made of the layer's own tensors."""
+        return Packed24(self.values, self.bitmask, (self.out_features, self.in_features))
+
     def _parts(self) -> tuple[Tensor, ...]:
         return self.values, self.bitmask
 
@@ -112,8 +117,9 @@ class Linear24(Compressed):
         bias: Tensor | None = self.bias
         if (dtype := autocast_dtype(input)) is not None:
             input, values, bias = input.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
-        multiply = LINEAR24 if is_jit_tracing() else linear24
-        return multiply(input, values, self.bitmask, bias)
+        if is_jit_tracing():
+            return LINEAR24(input, values, self.bitmask, bias)
+        return linear24(input, Packed24(values, self.bitmask, (self.out_features, self.in_features)), bias)
 
     def _check_state(self, given: dict[str, Tensor], assigned: bool) -> None:
         if assigned and "values" in given:

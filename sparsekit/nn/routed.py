@@ -60,7 +60,7 @@ class Plan:
 class RoutedLinear24(Linear24):
     """A ``Linear24`` that multiplies by a plan: other kernels for other numbers of tokens.
 
-    The state dict is that of ``Linear24``. On the device and in the dtype of its plan the layer holds ``packed``, the
+    The state dict is that of ``Linear24``. On the device and in the dtype of its plan the layer holds ``hardware``, the
     weight as the GPU's tensor cores read it. ``values`` is a view of its head, so they are stored once; beside it is
     the ``bitmask``, 1/16 of the dense 16-bit weight. Loading, copying and moving rebuild it from these two; loading, in
     the same memory, so that a captured CUDA graph goes on with the new weight. Elsewhere, where autocast asks for
@@ -71,9 +71,9 @@ class RoutedLinear24(Linear24):
     """
 
     plan: Plan | None = None
-    packed: Tensor | None = None
+    hardware: Tensor | None = None
     dense: Tensor | None = None
-    layout = ""  # that ``packed`` has
+    layout = ""  # that ``hardware`` has
     device_type = ""
     stamp: Stamp = ()  # of the weight that was packed
     called = "a Linear24 with a dense copy"
@@ -100,18 +100,18 @@ class RoutedLinear24(Linear24):
     @torch.inference_mode(False)  # what is made there could not be used outside
     @torch.no_grad()
     def _pack(self) -> None:
-        packed, dense = self.packed, self.dense
-        self.packed = self.dense = None
+        hardware, dense = self.hardware, self.dense
+        self.hardware = self.dense = None
         self.ready = self.on_plan
         if self.plan is None or not self.ready:
             return
         self.device_type = self.values.device.type
         if self.plan.layout is not None:
             self.layout = self.plan.layout
-            new = pack_hardware24(self.values.detach(), self.bitmask, self.in_features, self.layout)
-            self.packed = _kept(packed, new)
+            new = pack_hardware24(self.packed._replace(values=self.values.detach()), self.layout)
+            self.hardware = _kept(hardware, new)
             rows, cols = padded_shape(self.out_features, self.in_features, self.layout)
-            head = self.packed[: rows * cols // 2].view(rows, cols // 2)
+            head = self.hardware[: rows * cols // 2].view(rows, cols // 2)
             self.values.data = head[: self.out_features, : self.values.shape[1]]
         if self.plan.keeps_dense:
             self.dense = _kept(dense, self._dense())
@@ -164,15 +164,15 @@ class RoutedLinear24(Linear24):
             if has_changed(self.stamp, self.values):
                 self._pack()
             return F.linear(x, self.dense, bias)
-        if kernel == "hardware" and self.packed is not None:
+        if kernel == "hardware" and self.hardware is not None:
             _, _, alg_id, split_k, mode = route
-            return call_op(HARDWARE, x, self.packed, bias, self.out_features, self.layout, alg_id, split_k, mode)
+            return call_op(HARDWARE, x, self.hardware, bias, self.out_features, self.layout, alg_id, split_k, mode)
         return call_op(LINEAR24, x, values, self._buffers["bitmask"], bias)
 
     # Which copies parameters and buffers to another GPU, but no other tensor.
     def _replicate_for_data_parallel(self) -> "RoutedLinear24":
         replica = super()._replicate_for_data_parallel()
-        replica.packed, replica.dense, replica.ready = None, None, False
+        replica.hardware, replica.dense, replica.ready = None, None, False
         return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedLinear24":
@@ -186,7 +186,7 @@ class RoutedLinear24(Linear24):
         super()._load_from_state_dict(*args, **kwargs)
         self._pack()
 
-    # Copied or pickled, ``values`` is no longer the head of ``packed``.
+    # Copied or pickled, ``values`` is no longer the head of ``hardware``.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": None, "dense": None, "stamp": ()}
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered
 from ..ops._define import DTYPES, call_op, is_jit_tracing
-from ..ops.tiered import block_starts, check_packed, check_size, unpack_blocks
+from ..ops.tiered import block_starts, check_packed, unpack_blocks
 from .compressed import Compressed, weight_of
 from .shared import autocast_dtype, carry_mask, oriented
 
@@ -20,21 +20,20 @@ PARTS = (*TRAINED, *FIXED, "starts")
 class TieredLinear(Compressed):
     """A linear layer whose weight is stored and multiplied in blocks that are dense, 2:4 or top-k.
 
-    Holds what ``pack_tiered`` returns: the Parameters ``dense``, ``values`` and ``topk``, which gradients reach; the
-    buffers ``tiers``, ``bitmask`` and ``positions``; and ``starts``, made anew from ``tiers`` that are loaded. The
-    state dict holds the first six and ``bias``; one with other numbers of blocks is refused. Autocast follows
-    ``F.linear``.
+    Holds the tensors of a ``TieredWeight``: the Parameters ``dense``, ``values`` and ``topk``, which gradients reach;
+    the buffers ``tiers``, ``bitmask`` and ``positions``; and ``starts``, which is computed again when ``tiers`` are
+    loaded. The state dict holds the first six and ``bias``; one with other numbers of blocks is refused. Autocast
+    follows ``F.linear``.
 
     Args:
         packed: the weight, as ``pack_tiered`` or ``TieredWeight.from_parts`` returns it.
         bias: the layer's bias Parameter, kept as it is, or None.
-        in_features, out_features: columns and rows of the weight, without the padding of its last blocks.
         transposed: whether ``.weight`` is shown as ``[in_features, out_features]``, as in ``Linear24``.
         requires_grad: whether the weight is trained.
 
     Raises:
-        TypeError: ``packed`` is no ``TieredWeight``, or has wrong dtypes.
-        ValueError: its shapes do not belong together, or to the features.
+        TypeError: ``packed`` is not a ``TieredWeight``, or has wrong dtypes.
+        ValueError: its shapes do not belong together.
     """
 
     dense: nn.Parameter
@@ -50,15 +49,13 @@ class TieredLinear(Compressed):
         packed: TieredWeight,
         bias: nn.Parameter | None = None,
         *,
-        in_features: int,
-        out_features: int,
         transposed: bool = False,
         requires_grad: bool = True,
     ):
         super().__init__()
         check_packed(packed)
-        check_size(packed, out_features, in_features)
-        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        self.out_features, self.in_features = packed.shape
+        self.transposed = transposed
         for name in TRAINED:
             self.register_parameter(name, nn.Parameter(getattr(packed, name), requires_grad=requires_grad))
         for name in FIXED:
@@ -67,7 +64,7 @@ class TieredLinear(Compressed):
         self.register_parameter("bias", bias)
 
     @classmethod
-    @torch.inference_mode(False)  # what is made there could be neither trained nor used outside
+    @torch.inference_mode(False)  # tensors made in inference mode could be neither trained nor used outside it
     def from_linear(
         cls,
         linear: nn.Linear,
@@ -76,21 +73,21 @@ class TieredLinear(Compressed):
         block: tuple[int, int] | None = None,
         transposed: bool = False,
     ) -> "TieredLinear":
-        """Packs a layer, whatever its weight is: each block in the smallest form that holds it.
+        """Packs a layer with any weight: each block in the smallest form that holds it.
 
-        What a stored mask drops is not packed; without one the zeros are not. The bias is the layer's own Parameter,
-        not a copy, and a stored mask comes along.
+        Entries that a stored mask drops are not packed; without a mask, zeros are not. The bias is the layer's own
+        Parameter, not a copy, and a stored mask is carried over.
 
         Args:
             linear: ``nn.Linear``, or a layer with its ``weight`` and ``bias``.
-            k: the most entries of a top-k block. None takes those of the stored mask's pattern, 10 where it has no
+            k: the most entries of a top-k block. None takes it from the stored mask's pattern, or 10 if that has no
                 tiers.
-            block: rows and columns of a block. None takes those of the pattern, 16x16 where it has no tiers.
+            block: rows and columns of a block. None takes them from the pattern, or 16x16 if that has no tiers.
             transposed: whether ``linear.weight`` is ``[in_features, out_features]``; blocks are of its transpose.
 
         Raises:
-            TypeError: the weight is not float32, float16 or bfloat16, or ``linear`` is no linear layer.
-            ValueError: ``pack_tiered`` has no such block or ``k``.
+            TypeError: the weight is not float32, float16 or bfloat16, or ``linear`` is not a linear layer.
+            ValueError: ``pack_tiered`` does not allow such a block or ``k``.
         """
         (weight, trained), mask = weight_of(linear, transposed), get_mask(linear)
         found_block, found_k = tier_sizes(linear)
@@ -100,22 +97,14 @@ class TieredLinear(Compressed):
             k=found_k if k is None else k,
             block=found_block if block is None else block,
         )
-        rows, cols = weight.shape
-        layer = cls(
-            packed,
-            linear.bias,
-            in_features=cols,
-            out_features=rows,
-            transposed=transposed,
-            requires_grad=trained,
-        )
+        layer = cls(packed, linear.bias, transposed=transposed, requires_grad=trained)
         carry_mask(linear, layer)
         return layer.train(linear.training)
 
     @property
     def packed(self) -> TieredWeight:
-        """The weight as ``pack_tiered`` returns it: the layer's own tensors."""
-        return TieredWeight(**{name: getattr(self, name) for name in PARTS})
+        """The weight as ``pack_tiered`` returns it, made of the layer's own tensors."""
+        return self._pack(*self._parts())
 
     @property
     def block(self) -> tuple[int, int]:
@@ -135,12 +124,15 @@ class TieredLinear(Compressed):
         return tuple(getattr(self, name) for name in PARTS)
 
     def _unpack(self, *parts: Tensor) -> Tensor:
-        packed = TieredWeight(**dict(zip(PARTS, parts, strict=True)))
-        return unpack_blocks(packed, self.out_features, self.in_features)
+        return unpack_blocks(self._pack(*parts))
 
-    # A small call waits for Python: linear_tiered would check in 16 us what was checked when the layer was made.
+    def _pack(self, *parts: Tensor) -> TieredWeight:
+        tensors = dict(zip(PARTS, parts, strict=True))
+        return TieredWeight(**tensors, shape=(self.out_features, self.in_features))
+
+    # linear_tiered checks for 16 us, which a small call would notice, what was checked when the layer was made.
     def _multiply(self, input: Tensor) -> Tensor:
-        # A parametrization, FSDP and DataParallel make plain attributes of what was registered.
+        # A parametrization, FSDP and DataParallel turn what was registered into plain attributes.
         parameters, buffers = self._parameters, self._buffers or vars(self)
         names = (*TRAINED, "bias")
         tensors: list[Any] = [parameters[name] if name in parameters else getattr(self, name) for name in names]
@@ -148,9 +140,7 @@ class TieredLinear(Compressed):
         if (dtype := autocast_dtype(input)) is not None:
             tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
         if not is_jit_tracing() and not self._fits(*tensors):
-            if input.shape[-1:] != (self.in_features,):  # linear_tiered knows the columns up to the padding of a block
-                raise ValueError(f"x must have {self.in_features} columns, got shape {tuple(input.shape)}")
-            return linear_tiered(input, self.packed, self.bias, out_features=self.out_features)  # which rejects it
+            return linear_tiered(input, self.packed, self.bias)  # raises the error
         input, dense, values, topk, bias = tensors
         return call_op(
             LINEAR_TIERED,
@@ -183,7 +173,7 @@ class TieredLinear(Compressed):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         starts, assigned = block_starts(self.tiers), local_metadata.get("assign_to_params_buffers", False)
         if any(getattr(self, name).is_meta for name in (*TRAINED, *FIXED)):
-            starts = starts.to("meta")  # by which forward knows a layer that is half loaded
+            starts = starts.to("meta")  # forward refuses a layer that is half loaded by this
         if assigned or starts.device != self.starts.device:
             self.starts = starts
         else:
@@ -201,7 +191,9 @@ class TieredLinear(Compressed):
         new = {name: own[name] for name in (*TRAINED, *FIXED)} | given
         if given and not any(tensor.is_meta for tensor in new.values()):
             device = next(iter(given.values())).device  # on a GPU, a part of a file meets parts that are there
-            TieredWeight.from_parts(**{name: tensor.to(device) for name, tensor in new.items()})
+            TieredWeight.from_parts(
+                **{name: tensor.to(device) for name, tensor in new.items()}, shape=self.packed.shape
+            )
 
     def extra_repr(self) -> str:
         packed = self.packed

@@ -18,20 +18,19 @@ from .hardware24_both import prune_both_to_hardware24 as prune_both_to_hardware2
 from .hardware_linear24 import hardware_linear24 as hardware_linear24
 from .layouts import hardware_layouts as hardware_layouts
 from .layouts import pack_hardware24 as pack_hardware24
+from .linear24 import linear24 as linear24
 from .linear_tiered import linear_tiered as linear_tiered
 from .nm import nm_mask as nm_mask
 from .nm import nm_mask_bits as nm_mask_bits
 from .nm import nm_prune as nm_prune
 from .nm import nm_prune_ as nm_prune_
-from .sparse24 import linear24 as linear24
+from .sparse24 import Packed24 as Packed24
 from .sparse24 import pack24 as pack24
 from .sparse24 import prune_pack24 as prune_pack24
-from .sparse24 import unpack24 as unpack24
 from .sparsegpt import sparsegpt_columns as sparsegpt_columns
 from .tier_scores import tier_scores as tier_scores
 from .tiered import TieredWeight as TieredWeight
 from .tiered import pack_tiered as pack_tiered
-from .tiered import unpack_tiered as unpack_tiered
 from .tiers import tier_prune as tier_prune
 from .transposable import transposable_mask24 as transposable_mask24
 

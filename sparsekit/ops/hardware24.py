@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ._define import check_ints, check_like, check_weight, define
 from .bits import pack_bits, unpack_bits
-from .sparse24 import prune_pack24_reference
+from .sparse24 import Packed24, check_packed24, prune_pack24_reference
 
 # What rows and columns must be multiples of, by layout.
 MULTIPLES = {"cusparselt_sm80": (128, 128), "cusparselt_sm90": (64, 32), "cutlass_sm80": (32, 64)}
@@ -82,7 +82,7 @@ _prune_to_hardware24 = define(prune_to_hardware24_reference, _prune_fake, compil
 
 
 def hardware_multiple(layout: str) -> tuple[int, int]:
-    """What the rows and the columns of a weight must be multiples of in a hardware layout.
+    """Returns the numbers that the rows and the columns of a weight must be multiples of in a hardware layout.
 
     Args:
         layout: ``"cusparselt_sm80"``, ``"cusparselt_sm90"`` or ``"cutlass_sm80"``, as in ``to_hardware24``.
@@ -96,73 +96,68 @@ def hardware_multiple(layout: str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def to_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> Tensor:
-    """Rewrites what ``pack24`` packed for a GPU's sparse tensor cores, on the device where it is.
+def to_hardware24(packed: Packed24, layout: str) -> Tensor:
+    """Rewrites a packed weight for a GPU's sparse tensor cores, on the device where it is.
 
     The layouts, by the library that reads them and the GPU it was made for:
 
-    - ``"cusparselt_sm80"``: cuSPARSELt on Ampere and Ada; what ``torch._sparse_semi_structured_tile`` writes.
+    - ``"cusparselt_sm80"``: cuSPARSELt on Ampere and Ada; ``torch._sparse_semi_structured_tile`` writes it.
     - ``"cusparselt_sm90"``: cuSPARSELt on Hopper, where the metadata has another order.
     - ``"cutlass_sm80"``: CUTLASS 2.x, as ``torch.sparse.SparseSemiStructuredTensorCUTLASS`` holds it.
 
-    All are the values, row-major, followed by the metadata: per group of four, the two indices of what it keeps, two
-    bits each, the lower index first, in the order in which the tensor cores read them.
+    All consist of the values, row-major, followed by the metadata: for each group of four the indices of its two kept
+    entries, two bits each, the lower index first, in the order in which the tensor cores read them.
 
     Args:
-        values: ``[rows, cols / 2]``, float16 or bfloat16, any strides. Outside autograd.
-        bitmask: uint8 ``[rows, cols / 8]`` with two bits set in every group of four.
-        cols: columns of the dense weight.
+        packed: a weight as ``pack24`` returns it, float16 or bfloat16. Outside autograd.
         layout: a layout of the list above; rows and columns must be multiples of ``hardware_multiple(layout)``.
 
     Returns:
-        ``[rows * cols * 9 / 16]`` in the dtype of ``values``: 9/16 of the dense bytes.
+        ``[rows * cols * 9 / 16]`` in the dtype of the weight: 9/16 of the dense bytes.
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: an unknown layout, shapes that do not belong to it or to ``cols``, or two devices.
+        ValueError: an unknown layout, a shape that does not belong to it, or two devices.
     """
-    check_16bit("values", values, 2)
-    check_ints(cols=cols)
-    check_shape((values.shape[0], cols), hardware_multiple(layout), layout)
-    if values.shape[1] != cols // 2:
-        raise ValueError(
-            f"values must have {cols // 2} columns for a weight of {cols}, got shape {tuple(values.shape)}"
-        )
-    check_like("bitmask", bitmask, torch.uint8, (values.shape[0], cols // 8), values)
-    return _to_hardware24(values, bitmask, cols, layout)
+    check_packed24(packed)
+    check_16bit("packed.values", packed.values, 2)
+    check_shape(packed.shape, hardware_multiple(layout), layout)
+    return _to_hardware24(packed.values, packed.bitmask, packed.shape[1], layout)
 
 
 @torch.no_grad()
-def from_hardware24(packed: Tensor, rows: int, cols: int, layout: str) -> tuple[Tensor, Tensor]:
-    """Rebuilds what ``pack24`` would have packed from a hardware layout of ``to_hardware24``.
+def from_hardware24(data: Tensor, shape: tuple[int, int], layout: str) -> Packed24:
+    """Rebuilds the packed weight from a hardware layout of ``to_hardware24``.
 
     Args:
-        packed: ``[rows * cols * 9 / 16]``, float16 or bfloat16. Outside autograd.
-        rows, cols: shape of the dense weight.
-        layout: the layout that ``packed`` has.
+        data: ``[rows * cols * 9 / 16]``, float16 or bfloat16. Outside autograd.
+        shape: rows and columns of the dense weight.
+        layout: the layout that ``data`` has.
 
     Returns:
-        ``(values, bitmask)``: ``[rows, cols / 2]`` in the dtype of ``packed``, and uint8 ``[rows, cols / 8]``.
+        The weight as ``pack24`` packs it, in the dtype of ``data``.
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: an unknown layout, or a shape that does not belong to it.
     """
-    check_16bit("packed", packed, 1)
+    check_16bit("data", data, 1)
+    rows, cols = shape
     check_ints(rows=rows, cols=cols)
     check_shape((rows, cols), hardware_multiple(layout), layout)
-    if packed.shape[0] != rows * cols // 16 * 9:
+    if data.shape[0] != rows * cols // 16 * 9:
         raise ValueError(
-            f"packed must have {rows * cols // 16 * 9} entries for a weight of {rows} x {cols}, got {packed.shape[0]}"
+            f"data must have {rows * cols // 16 * 9} entries for a weight of {rows} x {cols}, got {data.shape[0]}"
         )
-    return _from_hardware24(packed, rows, cols, layout)
+    values, bitmask = _from_hardware24(data, rows, cols, layout)
+    return Packed24(values, bitmask, (rows, cols))
 
 
 @torch.no_grad()
 def prune_to_hardware24(weight: Tensor, layout: str, *, scale: Tensor | None = None) -> Tensor:
     """Prunes a weight to 2:4 straight into a hardware layout, in one pass.
 
-    Equal to ``to_hardware24(*prune_pack24(weight, scale=scale), cols, layout)``.
+    Equal to ``to_hardware24(prune_pack24(weight, scale=scale), layout)``.
 
     Args:
         weight: ``[rows, cols]``, float16 or bfloat16, any strides. Outside autograd.

@@ -11,7 +11,7 @@ from .bits import unpack_bits
 from .hardware24 import _to_hardware24
 from .hardware_linear24 import UNKNOWN, padded_shape
 from .nm import nm_mask
-from .sparse24 import pack24, unpack24
+from .sparse24 import Packed24, check_packed24, pack24
 
 _found: dict[torch.device, "Layouts"] = {}
 PROBES = ((128, 128), (256, 384), (384, 128))  # more than one tile of every layout, in both directions
@@ -61,42 +61,43 @@ def _layouts(device: torch.device) -> Layouts:
 
 
 @torch.no_grad()
-def pack_hardware24(values: Tensor, bitmask: Tensor, cols: int, layout: str) -> Tensor:
-    """Rewrites what ``pack24`` packed in a layout of ``hardware_layouts``, padded with zeros to its multiples.
+def pack_hardware24(packed: Packed24, layout: str) -> Tensor:
+    """Rewrites a packed weight in a layout of ``hardware_layouts``, padded with zeros to its multiples.
 
-    Outside autograd.
+    Runs outside autograd.
 
     Args:
-        values: ``[rows, 2 * (cols // 4) + cols % 4]``, float16 or bfloat16; ``cols % 4`` is not 3, since a group of the
-            hardware holds two.
-        bitmask: uint8 ``[rows, ceil(cols / 8)]``.
-        cols: columns of the dense weight.
+        packed: as ``pack24`` returns it, float16 or bfloat16; ``cols % 4`` is not 3, because a group of the hardware
+            holds two.
         layout: a layout of ``to_hardware24``, or ``"cusparselt"``.
 
     Returns:
-        What ``hardware_linear24`` takes, in the dtype of ``values``. Its head, as ``[padded rows, padded cols / 2]``,
-        begins with ``values``.
+        A tensor for ``hardware_linear24``, in the dtype of the weight. It begins with the values, ``[padded rows,
+        padded cols / 2]``.
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: no layout has this name, or the columns end in a group of three.
     """
+    check_packed24(packed)
+    values, bitmask, (rows, cols) = packed
     if values.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"values must be float16 or bfloat16, got {values.dtype}")
+        raise TypeError(f"packed must be float16 or bfloat16, got {values.dtype}")
     if cols % 4 == 3:
-        raise ValueError(f"cols must not end in a group of three, got {cols}")
-    rows, shape = len(values), padded_shape(len(values), cols, layout)
+        raise ValueError(f"columns must not end in a group of three, got {cols}")
+    shape = padded_shape(rows, cols, layout)
     if shape != (rows, cols):
         dense = values.new_zeros(shape)
-        dense[:rows, :cols] = unpack24(values, bitmask, cols)
+        dense[:rows, :cols] = packed.to_dense()
         kept = (torch.arange(shape[1], device=values.device) % 4 < 2).repeat(shape[0], 1)
         kept[:rows, :cols] = unpack_bits(bitmask, cols)
-        values, bitmask = pack24(dense, kept, check=False)
+        values, bitmask, _ = pack24(dense, kept, check=False)
     if layout != UNKNOWN:
         return _to_hardware24(values, bitmask, shape[1], layout)
-    packed = compress(unpack24(torch.ones_like(values), bitmask, shape[1]))  # of a kept zero it would lose the place
-    packed[: values.numel()] = values.flatten()
-    return packed
+    ones = Packed24(torch.ones_like(values), bitmask, shape)  # the compressor would lose the place of a kept zero
+    data = compress(ones.to_dense())
+    data[: values.numel()] = values.flatten()
+    return data
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
@@ -113,9 +114,10 @@ def _cusparselt_layout(device: torch.device, capability: tuple[int, int]) -> tup
     for number, (rows, cols) in enumerate(PROBES):
         generator = torch.Generator().manual_seed(number)
         dense = torch.randn(rows, cols, generator=generator, device="cpu").to(device, torch.float16)
-        values, bitmask = pack24(dense, nm_mask(dense, 2, 4), check=False)
+        packed = pack24(dense, nm_mask(dense, 2, 4), check=False)
+        values, bitmask, _ = packed
         try:
-            theirs = compress(unpack24(values, bitmask, cols))
+            theirs = compress(packed.to_dense())
             if theirs.numel() != rows * cols // 16 * 9:
                 return (), "cuSPARSELt's layout is unknown on this GPU"
             multiply(dense[:8], theirs, None, rows, UNKNOWN, 0, 1, -1)

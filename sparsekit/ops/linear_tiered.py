@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._define import call_op, check_ints, check_like, check_weight, define, define_gradient, linear_fp32
+from ._define import call_op, check_like, check_weight, define, define_gradient, linear_fp32
 from .bits import nonzero
 from .sparse24 import _pack_at
-from .tiered import TieredWeight, check_packed, check_size, order_of, to_blocks, unpack_blocks
+from .tiered import TieredWeight, check_packed, order_of, to_blocks, unpack_blocks
 
 
 def linear_tiered_reference(
@@ -23,8 +23,9 @@ def linear_tiered_reference(
     bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    packed = TieredWeight(tiers, dense, values, bitmask, topk, positions, starts)
-    return linear_fp32(x, unpack_blocks(packed, out_features, x.shape[-1]), bias)
+    shape = out_features, x.shape[-1]
+    packed = TieredWeight(tiers, dense, values, bitmask, topk, positions, starts, shape)
+    return linear_fp32(x, unpack_blocks(packed), bias)
 
 
 def _linear_fake(x: Tensor, *inputs: Any) -> Tensor:
@@ -42,19 +43,21 @@ def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    x, *parts = ctx.saved_tensors  # to be read once: activation checkpointing frees them
-    packed = TieredWeight(*parts)
+    # Read once: activation checkpointing frees them.
+    x, tiers, dense, values, bitmask, topk, positions, starts = ctx.saved_tensors
+    shape = ctx.out_features, ctx.cols
+    packed = TieredWeight(tiers, dense, values, bitmask, topk, positions, starts, shape)
     tokens = torch.atleast_2d(grad).flatten(0, -2)  # [tokens, rows]
     grad_x = grad_dense = grad_values = grad_topk = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ unpack_blocks(packed, ctx.out_features, ctx.cols)
+        grad_x = grad @ unpack_blocks(packed)
     if any(ctx.needs_input_grad[2:6]):
         blocks = to_blocks(tokens.t() @ torch.atleast_2d(x).flatten(0, -2), packed.block)
-        dense, sparse24, few = (blocks[order] for order in order_of(packed))
+        dense, sparse24, topk = (blocks[order] for order in order_of(packed))
         grad_dense = dense
         grad_values = _pack_at(sparse24.flatten(0, 1), packed.bitmask.flatten(0, 1)).view_as(packed.values)
         stored = (packed.positions != 0) | nonzero(packed.topk)  # padding stays zero
-        grad_topk = torch.where(stored, few.flatten(1).gather(1, packed.positions.long()), 0)
+        grad_topk = torch.where(stored, topk.flatten(1).gather(1, packed.positions.long()), 0)
     if ctx.needs_input_grad[8]:
         grad_bias = tokens.sum(0)
     return grad_x, None, grad_dense, grad_values, None, grad_topk, None, None, grad_bias, None
@@ -63,36 +66,36 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
 define_gradient(_linear_tiered, _linear_setup, _linear_backward)
 
 
-def linear_tiered(x: Tensor, packed: TieredWeight, bias: Tensor | None = None, *, out_features: int) -> Tensor:
+def linear_tiered(x: Tensor, packed: TieredWeight, bias: Tensor | None = None) -> Tensor:
     """Computes ``x @ W.T + bias`` straight from the packed form of ``W``.
 
     Sums run in fp32 whatever the dtype. Differentiable in ``x``, ``packed.dense``, ``packed.values``, ``packed.topk``
-    and ``bias``; the padding of ``topk``, which is value 0 at position 0, has no gradient. What is not stored counts as
-    0, as in the dense product: times an input that is Inf or NaN it is NaN. Not so in the blocks of top-k on a GPU:
-    there an input that is not finite may reach other rows of its block than in the dense product.
+    and ``bias``; the padding of ``topk``, which is value 0 at position 0, has no gradient. Entries that are not stored
+    count as 0, as in the dense product: times an input that is Inf or NaN they are NaN. The top-k blocks on a GPU are
+    an exception: there an Inf or NaN may reach other rows of its block than in the dense product.
 
     A token's result has the same bits whatever other tokens come with it and however many threads run, as long as the
-    same kernel answers. Which one does changes on a CPU at 16 tokens with AVX-512 and at 7 without, and on a GPU past
+    same kernel computes it. The kernel changes on a CPU at 16 tokens with AVX-512 and at 7 without, and on a GPU past
     32 (64 where blocks are 32 rows high), where PyTorch's dense product takes the unpacked weight.
 
     Args:
         x: ``[..., cols]``, float32, float16 or bfloat16, any strides.
-        packed: ``W``, ``[out_features, cols]``, as ``pack_tiered`` or ``TieredWeight.from_parts`` returns it.
-        bias: ``[out_features]`` of ``x``'s dtype, or None.
-        out_features: rows of ``W``: the last block row may be padded.
+        packed: ``W``, ``[rows, cols]``, as ``pack_tiered`` or ``TieredWeight.from_parts`` returns it, in ``x``'s dtype.
+        bias: ``[rows]`` in ``x``'s dtype, or None.
 
     Returns:
-        ``[..., out_features]`` in ``x``'s dtype.
+        ``[..., rows]`` in ``x``'s dtype.
 
     Raises:
         TypeError: a wrong dtype, or dtypes that differ.
         ValueError: shapes that do not fit together, or two devices; on a CPU, ``starts`` that do not count the blocks.
     """
     check_weight("x", x)
-    check_ints(out_features=out_features)
     check_packed(packed)
-    check_size(packed, out_features, x.shape[-1])
+    rows, cols = packed.shape
+    if x.shape[-1] != cols:
+        raise ValueError(f"x must have {cols} columns for a weight of {rows} x {cols}, got shape {tuple(x.shape)}")
     check_like("packed.dense", packed.dense, x.dtype, packed.dense.shape, x)
     if bias is not None:
-        check_like("bias", bias, x.dtype, (out_features,), x)
-    return call_op(_linear_tiered, x, *packed, bias, out_features)
+        check_like("bias", bias, x.dtype, (rows,), x)
+    return call_op(_linear_tiered, x, *packed.tensors, bias, rows)

@@ -1,20 +1,63 @@
 """The packed 2:4 format: two values and four bits for every group of four weights."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ._define import call_op, check_ints, check_like, check_weight, define, define_gradient, linear_fp32
+from ._define import call_op, check_like, check_weight, define, define_gradient
 from .bits import nonzero, pack_bits, unpack_bits
 from .nm import nm_prune_reference
 
-# What a group with fewer than two non-zeros keeps, by its four non-zero bits (lowest first): the completion that
-# torch.sparse's semi-structured conversion uses, so both pack a weight to the same bits.
+# The two entries that a group with fewer than two non-zeros keeps, by its four non-zero bits, the lowest first. It is
+# the rule of torch.sparse's semi-structured conversion, so that both pack a weight to the same bits.
 _COMPLETE = {0b0000: 0b1100, 0b0001: 0b0101, 0b0010: 0b0110, 0b0100: 0b1100, 0b1000: 0b1100}
 
 
 def values_per_row(cols: int) -> int:
-    """Stored values per row of ``cols`` columns: two of every full group of four, and the whole tail."""
+    """Returns how many values a row of ``cols`` columns stores: two of every full group of four, and the whole tail."""
     return 2 * (cols // 4) + cols % 4
+
+
+class Packed24(NamedTuple):
+    """A 2:4 weight as its kept values and one bit per entry.
+
+    The tensors are plain ones: ``deepcopy``, ``torch.compile`` and pytrees see them.
+
+    Attributes:
+        values: ``[rows, 2 * (cols // 4) + cols % 4]`` in the dtype of the weight: the kept values, row by row.
+        bitmask: uint8 ``[rows, ceil(cols / 8)]``, a set bit for every kept entry, the lowest bit first; bits past the
+            last column are 0. Two bits are set in every full group of four; with others, results mean nothing.
+        shape: rows and columns of the dense weight.
+    """
+
+    values: Tensor
+    bitmask: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.values.nbytes + self.bitmask.nbytes
+
+    def to(self, device: torch.device | str) -> "Packed24":
+        """Returns a copy of the weight on a device, or the same tensors if they are there."""
+        return Packed24(self.values.to(device), self.bitmask.to(device), self.shape)
+
+    def to_dense(self) -> Tensor:
+        """Rebuilds the dense weight, with zeros where nothing was kept.
+
+        Differentiable in ``values``.
+
+        Returns:
+            ``[rows, cols]`` in the dtype of ``values``, contiguous.
+
+        Raises:
+            TypeError: a wrong dtype.
+            ValueError: tensors that do not have the shapes that ``shape`` asks for, or are on two devices.
+        """
+        check_packed24(self)
+        return call_op(_unpack24, self.values, self.bitmask, self.shape[1])
 
 
 def pack24_reference(weight: Tensor, mask: Tensor | None, check: bool) -> tuple[Tensor, Tensor]:
@@ -52,12 +95,8 @@ def prune_pack24_reference(weight: Tensor, scale: Tensor | None) -> tuple[Tensor
 def unpack24_reference(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
     kept = unpack_bits(bitmask, cols)
     rows = torch.arange(len(values), device=values.device)[:, None]
-    # An index copies bits; torch.gather gives a bfloat16 NaN other ones.
+    # Indexing copies the bits; torch.gather changes those of a bfloat16 NaN.
     return torch.where(kept, values[rows, (kept.cumsum(1) - 1).clamp(min=0)], 0)
-
-
-def linear24_reference(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
-    return linear_fp32(x, unpack24_reference(values, bitmask, x.shape[-1]), bias)
 
 
 def _pack24_fake(weight: Tensor, mask: Tensor | None, check: bool = False) -> tuple[Tensor, Tensor]:
@@ -69,18 +108,13 @@ def _unpack24_fake(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
     return values.new_empty(values.shape[0], cols)
 
 
-def _linear24_fake(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
 _pack24 = define(pack24_reference, _pack24_fake)
 _prune_pack24 = define(prune_pack24_reference, _pack24_fake)
 _unpack24 = define(unpack24_reference, _unpack24_fake)
-_linear24 = define(linear24_reference, _linear24_fake)
 
 
 def _pack_at(dense: Tensor, bitmask: Tensor) -> Tensor:
-    """The entries of ``dense`` that ``bitmask`` marks, in the layout of ``values``."""
+    """Returns the entries of ``dense`` that ``bitmask`` marks, in the layout of ``values``."""
     kept = dense.new_ones(dense.shape[0], values_per_row(dense.shape[1]))
     return _pack24(dense, _unpack24(kept, bitmask, dense.shape[1]) != 0, False)[0]
 
@@ -109,33 +143,12 @@ def _unpack_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return _pack_at(grad, bitmask), None, None
 
 
-def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, values, bitmask, _ = inputs
-    of_x, of_values, *_ = ctx.needs_input_grad
-    ctx.cols = x.shape[-1]
-    ctx.save_for_backward(x if of_values else None, values if of_x else None, bitmask if of_x or of_values else None)
-
-
-def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    x, values, bitmask = ctx.saved_tensors
-    tokens = torch.atleast_2d(grad).flatten(0, -2)  # [tokens, rows]
-    grad_x = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ _unpack24(values, bitmask, ctx.cols)
-    if ctx.needs_input_grad[1]:
-        grad_values = _pack_at(tokens.t() @ torch.atleast_2d(x).flatten(0, -2), bitmask)
-    if ctx.needs_input_grad[3]:
-        grad_bias = tokens.sum(0)
-    return grad_x, grad_values, None, grad_bias
-
-
 define_gradient(_pack24, _pack_setup, _pack_backward)
 define_gradient(_prune_pack24, _pack_setup, _prune_pack_backward)
 define_gradient(_unpack24, _unpack_setup, _unpack_backward)
-define_gradient(_linear24, _linear_setup, _linear_backward)
 
 
-def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = None) -> tuple[Tensor, Tensor]:
+def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = None) -> Packed24:
     """Packs a 2:4 weight into its kept values and one bit per entry: 9/16 of the bytes at 16 bits, 17/32 at 32.
 
     The layout is that of ``sparse-24-bitmask`` checkpoints. Without a mask the non-zeros are kept, and a group that
@@ -144,13 +157,13 @@ def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = N
 
     Args:
         weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides. Differentiable.
-        mask: bool ``[rows, cols]`` with exactly two True in every full group of four; what it drops is not stored.
+        mask: bool ``[rows, cols]`` with exactly two True in every full group of four; entries that it drops are not
+            stored.
         check: whether to check the 2:4 pattern. None, the default, checks on the CPU, where it is free, and not on a
             GPU, where it would wait for the device.
 
     Returns:
-        ``(values, bitmask)``: ``[rows, 2 * (cols // 4) + cols % 4]`` in ``weight``'s dtype, and uint8
-        ``[rows, ceil(cols / 8)]``, the lowest bit first, bits past the last column 0.
+        The packed weight; ``packed.to_dense()`` rebuilds the dense one.
 
     Raises:
         TypeError: a wrong dtype.
@@ -159,10 +172,11 @@ def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = N
     check_weight("weight", weight, 2)
     if mask is not None:
         check_like("mask", mask, torch.bool, weight.shape, weight)
-    return _pack24(weight, mask, weight.device.type == "cpu" if check is None else check)
+    values, bitmask = _pack24(weight, mask, weight.device.type == "cpu" if check is None else check)
+    return Packed24(values, bitmask, (weight.shape[0], weight.shape[1]))
 
 
-def prune_pack24(weight: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def prune_pack24(weight: Tensor, *, scale: Tensor | None = None) -> Packed24:
     """Prunes a weight to 2:4 and packs what it keeps, in one pass that stores neither the mask nor the dense copy.
 
     Equal to ``pack24(weight, nm_prune(weight, 2, 4, scale=scale)[1])``: the same ranking, ties, layout and gradient.
@@ -172,7 +186,7 @@ def prune_pack24(weight: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor
         scale: float32 ``[cols]``, one factor per input column; None ranks by magnitude alone.
 
     Returns:
-        ``(values, bitmask)`` as ``pack24`` returns them.
+        The packed weight, as ``pack24`` returns it.
 
     Raises:
         TypeError: a wrong dtype.
@@ -181,65 +195,18 @@ def prune_pack24(weight: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor
     check_weight("weight", weight, 2)
     if scale is not None:
         check_like("scale", scale, torch.float32, weight.shape[1:], weight)
-    return _prune_pack24(weight, scale)
+    values, bitmask = _prune_pack24(weight, scale)
+    return Packed24(values, bitmask, (weight.shape[0], weight.shape[1]))
 
 
-def unpack24(values: Tensor, bitmask: Tensor, cols: int) -> Tensor:
-    """Rebuilds the dense weight that ``pack24`` packed, with zeros where nothing was kept.
+def check_packed24(packed: Packed24) -> None:
+    """Rejects anything but a ``Packed24`` whose tensors have the dtypes and shapes that its shape asks for.
 
-    Args:
-        values: ``[rows, 2 * (cols // 4) + cols % 4]``, float32, float16 or bfloat16. Differentiable.
-        bitmask: uint8 ``[rows, ceil(cols / 8)]`` with two bits set in every full group of four.
-        cols: columns of the dense weight.
-
-    Returns:
-        ``[rows, cols]`` in the dtype of ``values``, contiguous.
-
-    Raises:
-        TypeError: a wrong dtype.
-        ValueError: shapes that do not belong to ``cols``, or two devices.
+    The bits are not read.
     """
-    _check_packed(values, bitmask, cols)
-    return call_op(_unpack24, values, bitmask, cols)
-
-
-def linear24(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes ``x @ W.T + bias`` straight from the packed form of ``W``.
-
-    Sums run in fp32 whatever the dtype. Differentiable in ``x``, ``values`` and ``bias``. A dropped weight counts as 0,
-    as in the dense product: times an input that is Inf or NaN it is NaN.
-
-    A token's result has the same bits whatever other tokens come with it and however many threads run, as long as the
-    same kernel answers. Which one does changes at 16 tokens on a CPU, and past 64 on a GPU, where PyTorch's dense
-    product takes the unpacked weight.
-
-    Args:
-        x: ``[..., cols]``, float32, float16 or bfloat16, any strides.
-        values: ``[rows, 2 * (cols // 4) + cols % 4]`` as ``pack24`` returns them, of ``x``'s dtype.
-        bitmask: uint8 ``[rows, ceil(cols / 8)]`` with two bits set in every full group of four; with others the result
-            means nothing.
-        bias: ``[rows]`` of ``x``'s dtype, or None.
-
-    Returns:
-        ``[..., rows]`` in ``x``'s dtype.
-
-    Raises:
-        TypeError: a wrong dtype, or dtypes that differ.
-        ValueError: shapes that do not fit together, or two devices.
-    """
-    check_weight("x", x)
-    _check_packed(values, bitmask, x.shape[-1])
-    check_like("values", values, x.dtype, values.shape, x)
-    if bias is not None:
-        check_like("bias", bias, x.dtype, values.shape[:1], x)
-    return call_op(_linear24, x, values, bitmask, bias)
-
-
-def _check_packed(values: Tensor, bitmask: Tensor, cols: int) -> None:
-    check_weight("values", values, 2)
-    check_ints(cols=cols)
-    if cols < 0 or values.shape[1] != values_per_row(cols):
-        raise ValueError(
-            f"values must have {values_per_row(cols)} columns for a weight of {cols}, got shape {tuple(values.shape)}"
-        )
-    check_like("bitmask", bitmask, torch.uint8, (values.shape[0], -(-cols // 8)), values)
+    if not isinstance(packed, Packed24):
+        raise TypeError(f"packed must be a Packed24, as pack24 returns it, got {type(packed).__name__}")
+    values, bitmask, (rows, cols) = packed
+    check_weight("packed.values", values, 2)
+    check_like("packed.values", values, values.dtype, (rows, values_per_row(cols)), values)
+    check_like("packed.bitmask", bitmask, torch.uint8, (rows, -(-cols // 8)), values)
