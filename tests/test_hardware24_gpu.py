@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 import sparsekit as sk
+from bench.shapes import name
 from sparsekit.ops import _vendor
 from sparsekit.ops.hardware24 import MULTIPLES, _nibble_index
 from sparsekit.ops.hardware_linear24 import UNKNOWN
@@ -91,7 +92,8 @@ def test_every_group_is_where_the_closed_form_puts_it(device, layout, shape):
         found = {"nibble_of_group": place, "weight": weight, "blob": _vendor.compress(weight)}
         folder = Path("build", "gpu")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: each.cpu().contiguous() for key, each in found.items()}, folder / f"layout-{shape}.safetensors")
+        path = folder / f"layout-{name(shape)}.safetensors"
+        save_file({key: each.cpu().contiguous() for key, each in found.items()}, path)
     assert (place >= 0).all()
     agree = {
         form: (closed_form(shape, form, device) == place).float().mean().item()

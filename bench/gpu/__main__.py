@@ -1,8 +1,8 @@
-"""Measures on the GPU of this machine: `python -m bench.gpu`; `make gpu` builds before and tests after that.
+"""Measures on the GPU of this machine: `python -m bench.gpu`. `make gpu` also builds first, and tests afterwards.
 
 Every section runs in a process of its own, so that a fault, a hang or a lost device ends that section only. Its rows
-go to OUT/sections/NAME.jsonl as soon as they are known, what it prints to NAME.log. After each section, OUT gets one
-JSON and `table.md` of all that is known so far.
+go to OUT/sections/NAME.jsonl as soon as they are known, and its output to NAME.log. After each section, a JSON file and
+`table.md` in OUT hold all that is known so far.
 """
 
 import argparse

@@ -31,25 +31,27 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Lab:
-    """One device with everything that is asked of it."""
+    """A device, and what it is measured with."""
 
     device: torch.device
     sizes: Sizes
     layout: str | None  # of cuSPARSELt's packed weights on this GPU
     clock: Clock
     backend: str = "inductor"  # of torch.compile
-    tuned: set[Asked] | None = None  # the tables with a choice, where configurations of Triton kernels are chosen
+    tuned: set[Asked] | None = None  # the tables chosen so far, if this run chooses configurations
 
     def randn(self, *shape: int, dtype: str = "bf16") -> Tensor:
         return torch.randn(shape, device=self.device).to(shapes.DTYPES[dtype])
 
     def sets(self, make: Callable[[], Any], nbytes: int) -> Sequence[Any]:
-        """Makes inputs of ``nbytes``, three times as much as the cache holds: a round over them finds none there."""
+        """Makes inputs of ``nbytes`` each, together three times the cache: a round over them finds none in it."""
         return [make() for _ in range(max(1, min(MAX_SETS, -(-3 * self.clock.cache // nbytes))))]
 
     def tune(self, rows: Rows, calls: Sequence[Call], check: Callable[[Any], None]) -> None:
-        """Chooses the configurations of the kernels that calls launch, where that is asked for."""
-        if self.tuned is not None:
+        """Chooses the configurations of the kernels that the calls launch, if this run chooses any."""
+        if self.tuned is None:
+            return
+        with rows.guard("tune"):
             tune(self.clock, rows, self.tuned, calls, check)
 
 

@@ -25,14 +25,13 @@ from .rows import Row, Rows, one_line, read
 
 DENSE, COMPILED = "F.linear", "F.linear compiled"
 DECODE = 64  # tokens, up to which linear24 is measured
-SHARES, KEPT = (0.35, 0.45, 0.2), 10  # blocks that are dense, 2:4 and top-k in the end of three-tier pruning; its k
+SHARES, KEPT = (0.35, 0.45, 0.2), 10  # of dense, 2:4 and top-k blocks after three-tier pruning, and its k
 COMPILED_TOKENS, TIERED_TOKENS = (1, 16, 1024), (1, 8, 16, 32, 1024)
 QUICK, BEST = 4, 4  # buffers of the first timing of an algorithm, and algorithms that are then timed in turns
 
 Product = Callable[[Tensor], Tensor]
-Algorithm = tuple[
-    int, int, int
-]  # cuSPARSELt's id, into how many parts it splits the inner dimension, and the mode of that
+# Of cuSPARSELt: its id, into how many parts it splits the inner dimension, and how it adds them up.
+Algorithm = tuple[int, int, int]
 
 
 @dataclass(frozen=True)

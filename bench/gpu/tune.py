@@ -16,9 +16,10 @@ Asked = tuple[_launch.Table, str, str]  # a table, for an architecture and a sha
 
 
 def tune(clock: Clock, rows: Rows, known: set[Asked], calls: Sequence[Call], check: Callable[[Any], None]) -> None:
-    """Chooses for each table that the calls of an op ask, unless it is known; writes the choices to the user's table.
+    """Chooses a configuration for every table that the calls of an op ask, except the ``known`` ones.
 
-    What is timed after this uses them. ``check`` raises where what a call returns is wrong.
+    The choices go to the user's table, so that what is timed afterwards uses them. ``check`` raises where the result of
+    a call is wrong.
     """
     with watch() as asked:
         check(calls[0]())
