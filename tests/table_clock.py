@@ -3,7 +3,8 @@
 import torch
 from compressing import blocks
 
-from sparsekit.compress import Timing, clock, whole
+from sparsekit import _timing
+from sparsekit.compress import Timing, whole
 from sparsekit.nn import RoutedLinear24, TieredLinear
 
 
@@ -38,7 +39,7 @@ def install_clock(monkeypatch):
         table["clocks"].append(made)
         return made
 
-    monkeypatch.setattr(clock, "clock", make)
+    monkeypatch.setattr(_timing, "clock", make)
     fast = Timing(0.5, 2.0, 1.0, 2.0, 0.0)
     monkeypatch.setattr(whole, "compare_passes", lambda swap, shown, over, work: (fast,) * len(work.batches))
     return table

@@ -8,8 +8,8 @@ from commands import call, prune, refusal, results, write_model
 from helpers import sparse_linear
 
 import sparsekit as sk
+from sparsekit._timing import Timing
 from sparsekit.compress.report import LayerReport
-from sparsekit.compress.tune import Timing
 from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
 
 for package in ("tyro", "rich", "PIL", "transformers"):

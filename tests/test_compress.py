@@ -8,7 +8,8 @@ from compressing import assert_same, blocks, decisions, reasons, snapshot
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import Timing, cache, clock, tune, whole
+from sparsekit import _timing
+from sparsekit.compress import Timing, cache, tune, whole
 from sparsekit.nn import Linear24
 from sparsekit.ops import backends
 
@@ -140,7 +141,7 @@ def test_a_fast_median_that_loses_a_quarter_stays(ratios, monkeypatch):
 
 def test_cold_where_the_model_exceeds_the_cache(ratios, monkeypatch):
     for size, evict_cache in ((2**20, False), (100, True)):
-        monkeypatch.setattr(clock, "cache_bytes", lambda device, size=size: size)
+        monkeypatch.setattr(_timing, "cache_bytes", lambda device, size=size: size)
         ratios["measured"].clear()
         sk.compress_(blocks(1))
         assert {asked[2] for asked in ratios["measured"]} == {evict_cache}

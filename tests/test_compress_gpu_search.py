@@ -8,7 +8,8 @@ from torch import nn
 from vendor import OWN_ORDER, Vendor, install
 
 import sparsekit as sk
-from sparsekit.compress import clock, gpu
+from sparsekit import _timing
+from sparsekit.compress import gpu
 from sparsekit.nn import Route
 
 SM90 = "cusparselt_sm90"
@@ -143,7 +144,7 @@ def test_without_libraries_and_for_dense_layers(table, monkeypatch):
 
 def test_graphs_and_a_cold_cache_reach_the_clock(table, monkeypatch):
     for size, evict_cache, graphs in ((2**20, False, True), (100, True, False)):
-        monkeypatch.setattr(clock, "cache_bytes", lambda device, size=size: size)
+        monkeypatch.setattr(_timing, "cache_bytes", lambda device, size=size: size)
         table["clocks"].clear()
         sk.compress_(model_of(), batches_of(4), graphs=graphs)
         assert {(made.evict_cache, made.graphs) for made in table["clocks"]} == {(evict_cache, graphs)}

@@ -10,7 +10,8 @@ from tiering import tiered_linear
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import clock, tune
+from sparsekit import _timing
+from sparsekit.compress import tune
 from sparsekit.nn import Linear24, PrepackedLinear
 
 MEASURE = tune.measure
@@ -106,8 +107,8 @@ def test_what_is_measured_does_not_depend_on_the_default_dtype(dtype, monkeypatc
         return MEASURE(calls, plain, x, **{**kwargs, "budget": 1e-9})
 
     monkeypatch.setattr(tune, "measure", record)
-    monkeypatch.setattr(clock, "cache_bytes", lambda device: 0)
-    monkeypatch.setattr(clock, "last_level_cache", lambda: 4096)
+    monkeypatch.setattr(_timing, "cache_bytes", lambda device: 0)
+    monkeypatch.setattr(_timing, "last_level_cache", lambda: 4096)
     model = nn.Sequential(blocks(1)[0].up, tiered_linear(320, 320)).eval()
     sk.compress_(model, tokens=(512,))
     with DefaultDtype(dtype):

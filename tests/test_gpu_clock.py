@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsekit.compress import clock
+from sparsekit import _timing
+from sparsekit._timing import Timing
 from sparsekit.compress.cache import remembered
-from sparsekit.compress.tune import Timing
 
 KEY = {"shape": (4, 8), "tokens": 1}
 ANSWER = {"plain": Timing(1.0, 1.0, 0.0, 1.0, 0.1)}
@@ -51,32 +51,32 @@ class Gpu:
 def test_a_gpu_is_as_slow_as_its_device_or_its_host(monkeypatch, evict_cache, host, device, graphs, expected):
     gpu, now = Gpu(), 0.0
     monkeypatch.setattr(torch, "cuda", gpu)
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(clock, "cache_bytes", lambda device: 1024)
+    monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(_timing, "cache_bytes", lambda device: 1024)
 
     def call(x):
         nonlocal now
         now += host
         gpu.now += device
 
-    timer = clock.GpuClock(torch.device("cpu"), evict_cache, graphs)
+    timer = _timing.GpuClock(torch.device("cpu"), evict_cache, graphs)
     assert timer.evicted.nbytes == (2048 if evict_cache else 0)
     timer.start(call, torch.randn(2, 3))
     assert timer.seconds(call, torch.randn(2, 3)) == pytest.approx(expected)
 
 
 def test_a_clock_for_every_device(monkeypatch):
-    assert type(clock.clock(torch.device("cpu"), evict_cache=True, graphs=True)) is clock.CpuClock
-    monkeypatch.setattr(clock, "GpuClock", lambda *args: args)
+    assert type(_timing.clock(torch.device("cpu"), evict_cache=True, graphs=True)) is _timing.CpuClock
+    monkeypatch.setattr(_timing, "GpuClock", lambda *args: args)
     device = torch.device("cuda", 0)
-    assert clock.clock(device, evict_cache=False, graphs=True) == (device, False, True)
+    assert _timing.clock(device, evict_cache=False, graphs=True) == (device, False, True)
 
 
 def test_the_key_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEKIT_TUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(torch, "cuda", Gpu())
     device = torch.device("cuda", 0)
-    assert clock.cache_bytes(device) == 50 * 2**20
+    assert _timing.cache_bytes(device) == 50 * 2**20
     remembered(KEY, lambda: ANSWER, device)
     assert remembered(KEY, never, torch.device("cuda", 1)) == ANSWER  # the same model
     (file,) = tmp_path.iterdir()

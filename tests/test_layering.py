@@ -44,6 +44,7 @@ LAYERS = [
         "sparsekit._files",
         "sparsekit._folders",
         "sparsekit._digest",
+        "sparsekit._timing",
         "sparsekit._json",
         "sparsekit._layers",
         "sparsekit._optimizers",
@@ -55,7 +56,7 @@ LAYERS = [
     ["sparsekit.integrations"],
     ["sparsekit.cli", "sparsekit.__main__"],
 ]
-SIDE_BY_SIDE = ("sparsekit.prune", "sparsekit.compress", "sparsekit.checkpoint")
+SIDE_BY_SIDE = ("sparsekit.prune", "sparsekit.compress", "sparsekit.checkpoint", "sparsekit.train")
 NATIVE = {"sparsekit._native"}
 KERNELS = {*NATIVE, "sparsekit.triton_kernels"}
 

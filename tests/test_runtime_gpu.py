@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsekit as sk
 from bench import shapes
-from sparsekit.compress import clock
+from sparsekit import _timing
 from sparsekit.nn import Plan, Route, RoutedLinear24
 from sparsekit.ops import hardware_layouts
 from sparsekit.ops.layouts import device_name
@@ -158,7 +158,7 @@ def test_never_slower_than_dense(device, shape, graphs, keep_dense):
     report = sk.compress_(model, batches, budget=0.1, graphs=graphs, keep_dense=keep_dense)
     if not report.swapped:
         pytest.skip(f"nothing was faster than dense: {report.layers[0].reason}")
-    timer = clock.clock(device, evict_cache=report.bytes_before > clock.cache_bytes(device), graphs=graphs)
+    timer = _timing.clock(device, evict_cache=report.bytes_before > _timing.cache_bytes(device), graphs=graphs)
     for x in batches:
         with torch.no_grad():
             assert_right(model(x), dense[0], x)

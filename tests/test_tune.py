@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit.compress import clock, tune
-from sparsekit.compress.clock import CpuClock
-from sparsekit.compress.tune import Timing, measure
+from sparsekit import _timing
+from sparsekit._timing import CpuClock, Timing
+from sparsekit.compress.tune import measure
 
 ANSWER = {"plain": Timing(1.0, 1.0, 0.0, 1.0, 0.1), "prepacked": Timing(0.5, 2.0, 1.0, 1.0, 0.1), "2:4": None}
 
@@ -23,8 +23,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def fake_time(monkeypatch):
     fake = Clock()
-    monkeypatch.setattr(tune, "time", fake)
-    monkeypatch.setattr(clock, "time", fake)
+    monkeypatch.setattr(_timing, "time", fake)
     monkeypatch.setattr(Slowed, "clock", fake)
 
 
@@ -141,9 +140,9 @@ def test_the_worse_of_two_measurements():
         "c": None,
     }
     assert (
-        tune.pessimistic(first, second)
+        _timing.pessimistic(first, second)
         == worse
-        == tune.pessimistic(second | {"plain": first["plain"]}, first | {"plain": second["plain"]})
+        == _timing.pessimistic(second | {"plain": first["plain"]}, first | {"plain": second["plain"]})
     )
 
 
@@ -171,7 +170,7 @@ def test_what_is_wrong_only_at_the_end_is_found():
 
         def forward(self, x):
             self.turn += 1
-            return super().forward(x) + (self.turn > 1 + tune.MIN_ROUNDS)
+            return super().forward(x) + (self.turn > 1 + _timing.MIN_ROUNDS)
 
     linear = nn.Linear(8, 4)
     assert race(Slowed(linear), torch.randn(5, 8), budget=1e-9, flaky=Flaky(linear))["flaky"] is None
@@ -188,12 +187,12 @@ def test_budget_bounds_the_rounds(monkeypatch):
 
     linear = nn.Linear(8, 4)
     race(Slowed(linear, 0.002), torch.randn(1, 8), budget=1e-9, counted=Counted(linear, 0.002))
-    assert count == 1 + 2 * tune.MIN_ROUNDS + 1  # a check, the rounds with an untimed call in each, and a check
+    assert count == 1 + 2 * _timing.MIN_ROUNDS + 1  # a check, the rounds with an untimed call in each, and a check
 
 
 def test_last_level_cache_is_plausible():
-    assert 2**18 <= clock.last_level_cache() <= 2**31
-    assert clock.cache_bytes(torch.device("cpu")) == clock.last_level_cache()
+    assert 2**18 <= _timing.last_level_cache() <= 2**31
+    assert _timing.cache_bytes(torch.device("cpu")) == _timing.last_level_cache()
 
 
 def test_a_weight_that_stays_in_the_cache_is_timed_from_there():

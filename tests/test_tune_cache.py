@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
+from sparsekit._timing import Timing
 from sparsekit.compress import cache
 from sparsekit.compress.cache import remembered
-from sparsekit.compress.tune import Timing
 
 KEY = {"shape": (4, 8), "candidates": ("prepacked",), "tokens": 1, "evict_cache": False}
 ANSWER = {"plain": Timing(1.0, 1.0, 0.0, 1.0, 0.1), "prepacked": Timing(0.5, 2.0, 1.0, 1.0, 0.1), "2:4": None}

@@ -92,7 +92,7 @@ class PaddingVendor(Vendor):
 
 def install(monkeypatch, vendor: Vendor, capability: tuple[int, int] = (9, 0)) -> Vendor:
     """Makes the CPU that GPU, for everything that asks."""
-    from sparsekit.compress import clock
+    from sparsekit import _timing
     from sparsekit.nn import routed
     from sparsekit.ops import _vendor, layouts
 
@@ -103,6 +103,6 @@ def install(monkeypatch, vendor: Vendor, capability: tuple[int, int] = (9, 0)) -
     monkeypatch.setattr(torch, "_cslt_sparse_mm", vendor.sparse_mm)
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", vendor.cutlass_mm)
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", vendor.cutlass_addmm)
-    monkeypatch.setattr(clock, "is_gpu", lambda device: True)
+    monkeypatch.setattr(_timing, "is_gpu", lambda device: True)
     monkeypatch.setattr(routed, "HARDWARE", _vendor.hardware_linear24)
     return vendor

@@ -12,9 +12,8 @@ from torch import nn
 from .. import load
 from .._files import try_folder
 from .._json import write_json
+from .._timing import PARITY_RATIO, Timing, cache_bytes
 from ..compress.cache import machine
-from ..compress.clock import cache_bytes
-from ..compress.tune import PARITY_RATIO, Timing
 from ..nn import Compressed
 from . import terminal
 from .compress import compressed

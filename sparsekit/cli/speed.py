@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _timing
 from .._batches import Progress
 from .._layers import input_dim, is_transposed, shared_weight_reasons
+from .._timing import Timing, clock
 from ..compress import tune
 from ..compress.candidates import CANDIDATES, unfit
-from ..compress.clock import clock
 from ..compress.decide import at_tokens
-from ..compress.tune import Timing
 from ..nn import Compressed, PrepackedLinear, TieredLinear
 from .errors import UsageError
 from .models import longest, output_of
@@ -97,10 +97,10 @@ def model_speeds(models: Mapping[str, nn.Module], tokens: Tensor, budget: float)
     first: dict[int, str] = {}
     for name, model in models.items():
         first.setdefault(id(model), name)
-    taken = tune.time_interleaved({name: run(models[name]) for name in first.values()}, tokens, timer, budget)
+    taken = _timing.time_interleaved({name: run(models[name]) for name in first.values()}, tokens, timer, budget)
     times = {name: taken[first[id(model)]] for name, model in models.items()}
     dense = min(times.keys() - {"compressed"}, key=lambda name: statistics.median(times[name]))
-    return {name: tune.compare(taken, times["plain"], times[dense]) for name, taken in times.items()}
+    return {name: _timing.compare(taken, times["plain"], times[dense]) for name, taken in times.items()}
 
 
 def layer_speeds(

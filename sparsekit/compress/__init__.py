@@ -1,7 +1,7 @@
 """Makes models fast: measures what every linear layer could be, swaps what wins, and undoes it exactly."""
 
+from .._timing import Timing as Timing
 from .compress import compress_ as compress_
 from .compress import decompress_ as decompress_
 from .report import CompressReport as CompressReport
 from .report import LayerReport as LayerReport
-from .tune import Timing as Timing

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from .. import _timing
 from .._json import write_json
+from .._timing import MAX_SPREAD, Timing, Timings
 from ..ops import simd_level
-from . import clock
-from .tune import MAX_SPREAD, Timing, Timings
 
 CPU = torch.device("cpu")
 PACKAGE = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "sparsekit": _digest(PACKAGE, ("nn/*.py", "ops/*.py")),
         "matmul": [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
     }
-    if clock.is_gpu(device):
+    if _timing.is_gpu(device):
         return {**common, **_gpu(device)}
     return {
         **common,

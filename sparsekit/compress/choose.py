@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .. import _timing
 from .._batches import Progress
 from .._layers import is_transposed
 from ..masks import remove_mask, set_mask
 from ..nn import Compressed, RoutedLinear24
 from ..ops import nm_prune
 from ..ops.layouts import device_name
-from . import cache, clock, gpu, tune
+from . import cache, gpu, tune
 from .candidates import CANDIDATES, unsupported_routed, unsupported_tiered, unsupported_with_dense
 from .decide import ANY, WITH_DENSE, Choice, Objective, decide
 from .sites import LinearSite
@@ -62,13 +63,15 @@ def choose(sites: list[LinearSite], settings: Settings) -> dict[str, Choice]:
         tiers = Tiers.of(site.layer).rounded() if "tiered" in offers else None
         for tokens in sorted(site.calls) if offers else ():
             alike.setdefault(_kind(site, offers, tiers, tokens, settings), []).append(site)
-    repeats = {kind: 1 if clock.is_gpu(members[0].layer.weight.device) else REPEATS for kind, members in alike.items()}
-    found: dict[Kind, tune.Timings] = {}
+    repeats = {
+        kind: 1 if _timing.is_gpu(members[0].layer.weight.device) else REPEATS for kind, members in alike.items()
+    }
+    found: dict[Kind, _timing.Timings] = {}
     rounds = [(repeat, kind) for repeat in range(REPEATS) for kind in alike if repeat < repeats[kind]]
     for repeat, kind in settings.progress(rounds):
         measured = _timings(kind, repeat, alike[kind][0].layer, settings.budget / repeats[kind])
-        found[kind] = tune.pessimistic(found[kind], measured) if kind in found else measured
-    timings: dict[str, dict[int, tune.Timings]] = {site.name: {} for site in sites}
+        found[kind] = _timing.pessimistic(found[kind], measured) if kind in found else measured
+    timings: dict[str, dict[int, _timing.Timings]] = {site.name: {} for site in sites}
     for kind, measured in found.items():
         if not cache.is_steady(measured):  # one of the two was disturbed all the time, and nobody knows which
             for repeat in range(repeats[kind]):
@@ -81,7 +84,7 @@ def choose(sites: list[LinearSite], settings: Settings) -> dict[str, Choice]:
 def _refusals(site: LinearSite, keep_dense: bool) -> dict[str, str | None]:
     """Why a layer cannot take a form, by name; None for those to be measured."""
     layer = site.layer
-    if clock.is_gpu(layer.weight.device):
+    if _timing.is_gpu(layer.weight.device):
         with_dense = unsupported_with_dense(layer) if keep_dense else None
         return {"2:4": with_dense or unsupported_routed(layer), "tiered": unsupported_tiered(layer)}
     return {candidate.name: candidate.unsupported_reason(layer) for candidate in CANDIDATES}
@@ -104,7 +107,7 @@ def _kind(site: LinearSite, offers: tuple[str, ...], tiers: Tiers | None, tokens
         layout_tokens=layout_tokens(site),
         tokens=tokens,
         evict_cache=settings.evict_cache(device),
-        graphs=settings.graphs and clock.is_gpu(device),
+        graphs=settings.graphs and _timing.is_gpu(device),
         keep_dense=settings.keep_dense and unsupported_with_dense(layer) is None,
         tiers=tiers,
     )
@@ -114,17 +117,17 @@ def _key(kind: Kind, repeat: int) -> dict[str, object]:
     return {**asdict(kind), "repeat": repeat}
 
 
-def _timings(kind: Kind, repeat: int, layer: nn.Linear, budget: float) -> tune.Timings:
+def _timings(kind: Kind, repeat: int, layer: nn.Linear, budget: float) -> _timing.Timings:
     device, dtype = layer.weight.device, layer.weight.dtype
 
-    def measure() -> tune.Timings:
+    def measure() -> _timing.Timings:
         generator = torch.Generator(device).manual_seed(0)  # the caller's random state is not ours to move
         randn = partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
         plain = _stand_in(kind, layer, randn, generator)
         x = randn(kind.tokens, kind.shape[1]).to(dtype)
-        timer = clock.clock(device, evict_cache=kind.evict_cache, graphs=kind.graphs)
+        timer = _timing.clock(device, evict_cache=kind.evict_cache, graphs=kind.graphs)
         wrong: list[str] = []
-        if clock.is_gpu(device) and "2:4" in kind.candidates:
+        if _timing.is_gpu(device) and "2:4" in kind.candidates:
             names, _ = gpu.layouts(dtype, kind.shape[1], device)
             calls, wrong = gpu.offers(plain, x, names, timer, transposed=kind.transposed, keep_dense=kind.keep_dense)
         else:
@@ -136,11 +139,11 @@ def _timings(kind: Kind, repeat: int, layer: nn.Linear, budget: float) -> tune.T
     return cache.remembered(_key(kind, repeat), measure, device)
 
 
-def _calls(kind: Kind, plain: nn.Linear) -> dict[str, clock.Call]:
+def _calls(kind: Kind, plain: nn.Linear) -> dict[str, _timing.Call]:
     """The modules to be measured; a dense copy in the module that would hold it, which costs a call some time too."""
     arguments = plain, kind.layout_tokens, kind.transposed
     offers = [candidate for candidate in CANDIDATES if candidate.name in kind.candidates]
-    calls: dict[str, clock.Call] = {candidate.name: candidate.build(*arguments) for candidate in offers}
+    calls: dict[str, _timing.Call] = {candidate.name: candidate.build(*arguments) for candidate in offers}
     routed = [candidate.build_routed for candidate in offers if candidate.build_routed is not None]
     if kind.keep_dense and routed:
         calls[WITH_DENSE] = routed[0](*arguments, ((ANY, True),))
@@ -172,14 +175,14 @@ def _stand_in(kind: Kind, layer: nn.Linear, randn: Callable[..., Tensor], genera
 
 
 def _decide(
-    site: LinearSite, refusals: dict[str, str | None], timings: dict[int, tune.Timings], objective: Objective
+    site: LinearSite, refusals: dict[str, str | None], timings: dict[int, _timing.Timings], objective: Objective
 ) -> Choice:
-    if clock.is_gpu(site.layer.weight.device) and refusals["2:4"] is None:
+    if _timing.is_gpu(site.layer.weight.device) and refusals["2:4"] is None:
         return _decide_routed(site, timings, objective)
     return decide(site, refusals, timings, objective)
 
 
-def _decide_routed(site: LinearSite, timings: dict[int, tune.Timings], objective: Objective) -> Choice:
+def _decide_routed(site: LinearSite, timings: dict[int, _timing.Timings], objective: Objective) -> Choice:
     weight = site.layer.weight
     names, remark = gpu.layouts(weight.dtype, site.shape[1], weight.device)
     decision = gpu.decide(timings, site.calls, weight.device, weight.dtype, names, objective)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _timing
 from .._batches import Forward, Progress
 from .._layers import Where, check_model
 from .._undo import Undo, change, restoring
 from ..nn import autocast_dtype
-from . import clock
 from .choose import Settings, choose
 from .decide import OBJECTIVES, Choice, Objective
 from .memory import resident_bytes, weight_bytes
@@ -110,7 +110,7 @@ def compress_(
     before = resident_bytes(model)
 
     def evict_cache(device: torch.device) -> bool:
-        return before > clock.cache_bytes(device)
+        return before > _timing.cache_bytes(device)
 
     settings = Settings(evict_cache, objective, budget, graphs, keep_dense, progress or iter)
 
@@ -211,7 +211,7 @@ def _count(site: LinearSite, counts: tuple[int, ...] | None) -> None:
     if counts is None or counts:
         if (dtype := autocast_dtype(weight)) not in (None, weight.dtype):
             site.reason = f"it runs in {dtype} under autocast, its weight is {weight.dtype}"
-        usual = GPU_TOKENS if clock.is_gpu(weight.device) else TOKENS
+        usual = GPU_TOKENS if _timing.is_gpu(weight.device) else TOKENS
         site.calls.update(bucket(count, weight.device) for count in (usual if counts is None else counts))
 
 

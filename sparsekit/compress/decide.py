@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .._layers import is_transposed
+from .._timing import PARITY_RATIO, Timing, Timings
 from ..nn import Compressed, Routes
 from .candidates import CANDIDATES, Candidate
 from .sites import LinearSite
-from .tune import PARITY_RATIO, Timing, Timings
 
 Objective = Literal["speed", "size"]
 OBJECTIVES = ("speed", "size")

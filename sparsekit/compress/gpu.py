@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .._timing import PARITY_RATIO, Call, Clock, Timings
 from ..nn import Plan, Route, RoutedLinear24
 from ..ops import hardware_layouts
 from ..ops._vendor import ONE_KERNEL, TWO_KERNELS, suggest
 from ..ops.layouts import device_name
-from .clock import Call, Clock
 from .decide import ANY, WITH_DENSE, Objective, accepts, at_tokens, turned_down
-from .tune import PARITY_RATIO, Timings, expected, is_right
+from .tune import expected, is_right
 
 # The name of the decode kernel; others are a layout and how its library computes: "cusparselt_sm90:5:2:1" is algorithm
 # 5 with split-K 2 of mode 1.

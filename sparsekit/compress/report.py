@@ -4,8 +4,8 @@ import os
 from dataclasses import asdict, dataclass, field
 
 from .._json import write_json
+from .._timing import Timing
 from .table import aligned, grouped_rows, summary
-from .tune import Timing
 
 
 @dataclass(frozen=True)

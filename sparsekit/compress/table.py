@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from .._timing import Timing
 from ..masks import LOST_ZEROS, WAY_BACK
-from .tune import Timing
 
 if TYPE_CHECKING:
     from .report import CompressReport, LayerReport

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _timing
 from .._batches import Forward, as_batches, layer_input, passes, run_batch
 from .._forwards import around_forwards, watch_reads
 from .._trees import copied
 from ..nn import autocast_dtype
-from . import clock
 from .candidates import unfit
 from .sites import LinearSite
 
@@ -59,7 +59,7 @@ def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forwa
 
 def bucket(tokens: int, device: torch.device) -> int:
     """The power of two that a token count is measured as on a device."""
-    return min(1 << (tokens - 1).bit_length(), MAX_GPU_TOKENS if clock.is_gpu(device) else MAX_TOKENS)
+    return min(1 << (tokens - 1).bit_length(), MAX_GPU_TOKENS if _timing.is_gpu(device) else MAX_TOKENS)
 
 
 def _watching(sites: list[LinearSite], count: Callable[..., None]) -> AbstractContextManager[None]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from .._batches import Forward, passes, run_batch
 from .._forwards import around_forwards
+from .._timing import PARITY_RATIO, Timing, compare, time_interleaved
 from .._trees import copied
 from .decide import Choice
 from .swap import Swap
-from .tune import PARITY_RATIO, Timing, compare, time_interleaved
 
 LEAST = 3  # rounds: a pass of a whole model may take minutes
 TRIES = 2  # before it is believed that something does not pay

@@ -8,8 +8,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..compress.clock import clock
-from ..compress.tune import RATIO, TOLERANCE
+from .._timing import RATIO, TOLERANCE, clock
 from ..ops import hardware_layouts
 from ..ops.hardware24 import MULTIPLES
 from .product import Recipe, multiply

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..compress.tune import RATIO
+from .._timing import RATIO
 from ..nn import autocast_dtype
 from .layer import MaskedLinear
 from .layouts import RATIOS, StepKind, hardware_layout
