@@ -55,8 +55,8 @@ test-all: test test-slow
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
 
-# What the checkout cannot be built with does not keep the rest from running, nor does a red test. The tests are of the
-# files that have some for a GPU: importing the others may need packages that are not here.
+# A build that fails does not prevent the measurements, nor does a failing test. Only files with tests for a GPU are
+# collected, because importing the others may need packages that are not installed here.
 gpu:
 	-$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps -e .
 	$(PYTHON) -m bench.gpu $(ARGS)

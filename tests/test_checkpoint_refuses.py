@@ -165,17 +165,22 @@ def test_says_which_layers_do_not_fit(path):
     refuse(path, "put it in a Sequential", nn.Linear(8, 8))
 
 
-def test_a_failure_while_loading_leaves_the_model_whole(path, monkeypatch):
-    sk.save(mixed(make()), path)
-    model = mixed(make(1))
-    before, modules = contents(model), list(model.modules())
+def interrupt_load(path, model, step, monkeypatch):
+    """Loads a file into a model, and interrupts that at a step of ``rebuild``."""
 
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rebuild, "remove_masks", fail)
+    monkeypatch.setattr(rebuild, step, fail)
     with pytest.raises(KeyboardInterrupt):
         sk.load(model, path)
+
+
+def test_a_failure_while_loading_leaves_the_model_whole(path, monkeypatch):
+    sk.save(mixed(make()), path)
+    model = mixed(make(1))
+    before, modules = contents(model), list(model.modules())
+    interrupt_load(path, model, "remove_masks", monkeypatch)
     assert contents(model) == before
     assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
 
@@ -186,13 +191,7 @@ def test_a_failure_while_loading_leaves_a_compressed_model_whole(ratios, path, m
     model = make(1)
     sk.compress_(model)
     before, modules = contents(model), list(model.modules())
-
-    def fail(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rebuild, "guard_saving", fail)
-    with pytest.raises(KeyboardInterrupt):
-        sk.load(model, path)
+    interrupt_load(path, model, "guard_saving", monkeypatch)
     assert contents(model) == before and list(model.modules()) == modules
     sk.decompress_(model)
     assert contents(model) == contents(make(1))

@@ -179,6 +179,19 @@ def test_ops_know_no_model_library():
     assert not importing(lambda name, target: target.partition(".")[0] not in allowed, ops)
 
 
+def sets_attributes_of_others(node):
+    """Returns whether a node assigns to a ``__dict__``, or calls ``setattr`` on another object than ``self``."""
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        return isinstance(node.value, ast.Attribute) and node.value.attr == "__dict__"
+    called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+    return called in {"setattr", "delattr"} and ast.unparse(node.args[0]) != "self"
+
+
+def test_one_file_attaches_attributes_to_modules():
+    found = {name: [node.lineno for node in nodes if sets_attributes_of_others(node)] for name, nodes in NODES.items()}
+    assert [name for name, lines in found.items() if lines] == ["sparsekit._state"]
+
+
 def test_nothing_is_printed():
     prints = {
         name: [node.lineno for node in nodes if isinstance(node, ast.Name) and node.id == "print"]
