@@ -7,7 +7,7 @@ from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, tie
 from sparsekit.ops.blocks import block_scores_reference, block_topk_mask_reference
 
 blocks = pytest.importorskip("sparsekit.triton_kernels.blocks")
-wide = pytest.importorskip("sparsekit.triton_kernels._wide")
+large_blocks = pytest.importorskip("sparsekit.triton_kernels._large_blocks")
 
 pytestmark = [
     pytest.mark.triton,
@@ -147,10 +147,10 @@ def test_blocks_larger_than_the_registers(gpu):
 @pytest.mark.parametrize(
     "k, dtype", [(0, torch.float16), (3, torch.bfloat16), (3, torch.float32), (15, torch.bfloat16)], ids=dtype_id
 )
-def test_wide_equals_reference(gpu, k, dtype):
+def test_large_blocks_equal_the_reference(gpu, k, dtype):
     for score, block in ((hostile(4, 11, dtype=dtype), (3, 5)), (ties(6, 11, dtype=dtype).t(), (5, 3))):
         mask = torch.empty(score.shape, dtype=torch.bool, device=gpu)
-        wide.wide_topk_mask(score.to(gpu), mask, k, *block)
+        large_blocks.large_block_topk_mask(score.to(gpu), mask, k, *block)
         assert_same(mask.cpu(), block_topk_mask_reference(score, k, *block))
 
 

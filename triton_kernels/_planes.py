@@ -106,9 +106,9 @@ def _halve(plane, kept, rest, need):
     """One bit of the search: those of ``rest`` that have it are kept if too few, else the others are dropped."""
     ones = rest & plane
     count = tl.sum(_popcount(ones), 2, keep_dims=True)
-    few = (count - need) >> 31  # all bits set, or none
-    words = few.to(tl.uint32, bitcast=True)
-    return kept | (ones & words), rest & (plane ^ words), need - (count & few)
+    too_few = (count - need) >> 31  # all bits set, or none
+    words = too_few.to(tl.uint32, bitcast=True)
+    return kept | (ones & words), rest & (plane ^ words), need - (count & too_few)
 
 
 @triton.jit

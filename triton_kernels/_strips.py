@@ -1,4 +1,7 @@
-"""Where the entries of a program's strip of blocks are, as 16 slices (see ``_planes``), and how it stores its mask."""
+"""Strips: blocks that lie side by side, which one program holds as 16 slices of a plane (see ``_planes``)."""
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -8,76 +11,62 @@ from ._launch import Config, architecture
 from ._planes import quad_bytes, spread
 
 
+class Strip(NamedTuple):
+    """Shape of a program's strip; kernels take it as one argument, whose fields are constants of the kernel."""
+
+    block_rows: tl.constexpr
+    block_cols: tl.constexpr
+    cols: tl.constexpr  # columns that a block is padded to
+    width: tl.constexpr  # columns of a slice; a row of a block is one or more slices, or a slice several rows
+    blocks: tl.constexpr
+    vector: tl.constexpr  # columns that a thread takes at a time: with more, threads would have to trade entries
+    whole: tl.constexpr  # whether all entries of all strips are inside the matrix
+
+
+@lru_cache(maxsize=4096)
+def _strip(*sizes: int) -> Strip:
+    return Strip(*map(tl.constexpr, sizes))
+
+
 @triton.jit
-def blocks_of(cols, BLOCK_COLS: tl.constexpr, BLOCKS: tl.constexpr):
-    """The row of blocks of this program, int64, and its blocks, which lie side by side: ``[1, BLOCKS, 1]``."""
-    strips = tl.cdiv(tl.cdiv(cols, BLOCK_COLS), BLOCKS)
-    block = tl.program_id(0) % strips * BLOCKS + tl.arange(0, BLOCKS)[None, :, None]
+def blocks_of(cols, strip):
+    """Returns the row of blocks of this program, int64, and its blocks ``[1, BLOCKS, 1]``."""
+    strips = tl.cdiv(tl.cdiv(cols, strip.block_cols), strip.blocks)
+    block = tl.program_id(0) % strips * strip.blocks + tl.arange(0, strip.blocks)[None, :, None]
     return (tl.program_id(0) // strips).to(tl.int64), block
 
 
 @triton.jit
-def place(
-    rows,
-    cols,
-    SLICES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """The rows, int64, and the columns of the entries in the matrix, and which are inside: ``[SLICES, BLOCKS, WIDTH]``.
+def place(rows, cols, strip, SLICES: tl.constexpr, UNIT: tl.constexpr = 1):
+    """Returns the row, int64, and the column of entries, and which are in the matrix: ``[SLICES, BLOCKS, WIDTH]``.
 
-    Blocks of ``BLOCK_COLS`` columns are padded to ``COLS``. A thread takes ``VECTOR`` columns at a time: with as many
-    as the widest access has, it would have to trade entries with its neighbors. If ``WHOLE``, all are inside.
+    An entry is ``UNIT`` columns, as the column is counted then, too.
     """
-    block_row, block = blocks_of(cols, BLOCK_COLS, BLOCKS)
-    entry = tl.arange(0, SLICES)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    below, beside = entry // COLS, tl.max_contiguous(entry % COLS, [1, 1, VECTOR if VECTOR < COLS else COLS])
-    row, col = block_row * BLOCK_ROWS + below, block * BLOCK_COLS + beside
-    if WHOLE:
-        inside = tl.full([SLICES, BLOCKS, WIDTH], 1, tl.int1)
+    block_cols: tl.constexpr = strip.block_cols // UNIT
+    padded: tl.constexpr = strip.cols // UNIT
+    width: tl.constexpr = strip.width // UNIT
+    vector: tl.constexpr = strip.vector // UNIT if strip.vector < strip.cols else padded
+    block_row, block = blocks_of(cols, strip)
+    entry = tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
+    below, beside = entry // padded, tl.max_contiguous(entry % padded, [1, 1, vector])
+    row, col = block_row * strip.block_rows + below, block * block_cols + beside
+    if strip.whole:
+        inside = tl.full([SLICES, strip.blocks, width], 1, tl.int1)
     else:
-        inside = (below < BLOCK_ROWS) & (row < rows) & (beside < BLOCK_COLS) & (col < cols)
+        inside = (below < strip.block_rows) & (row < rows) & (beside < block_cols) & (col < cols // UNIT)
     return row, col, inside
 
 
 @triton.jit
-def store_mask(
-    kept,
-    mask,
-    rows,
-    cols,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Stores which entries are kept, of words as of a plane, to a contiguous mask: of int8, or of int32 for four."""
+def store_mask(kept, mask, rows, cols, strip):
+    """Stores the kept entries, given as words of a plane, to a contiguous mask of int8, or of int32 for four each."""
     if mask.dtype.element_ty == tl.int32:
         unit: tl.constexpr = 4
         bools = quad_bytes(kept)
     else:
         unit: tl.constexpr = 1
         bools = (spread(kept) & 1).to(tl.int8)
-    row, col, inside = place(
-        rows,
-        cols // unit,
-        16,
-        BLOCK_ROWS,
-        BLOCK_COLS // unit,
-        COLS // unit,
-        WIDTH // unit,
-        BLOCKS,
-        VECTOR // unit,
-        WHOLE,
-    )
+    row, col, inside = place(rows, cols, strip, 16, unit)
     tl.store(mask + row * (cols // unit) + col, bools, inside)
 
 
@@ -87,12 +76,15 @@ def warp_lanes(tensor: Tensor) -> int:
 
 def program(
     like: Tensor, block_rows: int, block_cols: int, width: int, key_bytes: int, config: Config
-) -> tuple[int, dict[str, int]] | None:
-    """The grid, and the constants of a program; None where a block is larger than the registers.
+) -> tuple[int, Strip, int] | None:
+    """Returns the grid, the strip of a program and its warps; None where a block is larger than the registers.
 
     Args:
+        like: the matrix.
+        block_rows, block_cols: sides of a block.
         width: columns of a slice, at least.
-        key_bytes: of a key: a thread holds 16 bytes of keys of a slice.
+        key_bytes: size of a key; a thread holds 16 bytes of keys of a slice.
+        config: the kernel's configuration.
     """
     rows, cols = like.shape
     padded = max(2, triton.next_power_of_2(block_cols))
@@ -104,14 +96,6 @@ def program(
     warps = max(config["num_warps"], width // (vector * lanes))
     across = triton.cdiv(cols, block_cols)
     blocks = min(max(1, vector * lanes * warps // width), triton.next_power_of_2(across))
-    exact = width * 16 == block_rows * block_cols and rows % block_rows == 0 and cols % (block_cols * blocks) == 0
-    return triton.cdiv(rows, block_rows) * triton.cdiv(across, blocks), {
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLS": block_cols,
-        "COLS": padded,
-        "WIDTH": width,
-        "BLOCKS": blocks,
-        "VECTOR": vector,
-        "WHOLE": exact,
-        "num_warps": warps,
-    }
+    whole = width * 16 == block_rows * block_cols and rows % block_rows == 0 and cols % (block_cols * blocks) == 0
+    strip = _strip(block_rows, block_cols, padded, width, blocks, vector, whole)
+    return triton.cdiv(rows, block_rows) * triton.cdiv(across, blocks), strip, warps

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._large_blocks import large_block_topk_mask
 from ._launch import Config, Table, on
 from ._planes import keep_topk, key_planes, words_of
 from ._select import widen
 from ._strips import place, program, store_mask, warp_lanes
-from ._wide import wide_topk_mask
 
 # A thread takes 16 bytes of a row at a time. Fewer warps mean fewer, smaller pieces to wait for at the end.
 SCORES = Table("block_scores", {f"{warps}-warps": {"num_warps": warps} for warps in (1, 2, 4)}, {"any": "2-warps"})
@@ -85,18 +85,12 @@ def _block_topk_mask_kernel(
     cols,
     score_row,
     score_col,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WHOLE: tl.constexpr,
+    strip,
 ):
-    row, col, inside = place(rows, cols, 16, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    row, col, inside = place(rows, cols, strip, 16)
     entries = tl.load(score + row * score_row + col.to(tl.int64) * score_col, inside, 0)
     kept = keep_topk(key_planes(entries), words_of(inside), k)
-    store_mask(kept, mask, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    store_mask(kept, mask, rows, cols, strip)
 
 
 def block_scores(weight: Tensor, block_rows: int, block_cols: int, scale: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -152,12 +146,19 @@ def block_topk_mask(score: Tensor, k: int, block_rows: int, block_cols: int) -> 
         return mask
     launch = program(score, block_rows, block_cols, 2, score.element_size(), TOPK.config(score, "any"))
     if launch is None:
-        wide_topk_mask(score, mask, k, block_rows, block_cols)
+        large_block_topk_mask(score, mask, k, block_rows, block_cols)
         return mask
-    grid, constants = launch
-    quads = (cols | block_cols | constants["WIDTH"]) % 4 == 0
+    grid, strip, warps = launch
+    quads = (cols | block_cols | strip.width.value) % 4 == 0
     with on(score):
         _block_topk_mask_kernel[(grid,)](
-            score, mask.view(torch.int32 if quads else torch.int8), k, rows, cols, *score.stride(), **constants
+            score,
+            mask.view(torch.int32 if quads else torch.int8),
+            k,
+            rows,
+            cols,
+            *score.stride(),
+            strip,
+            num_warps=warps,
         )
     return mask

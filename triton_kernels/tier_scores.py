@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Table, on
-from ._planes import keep24, keep_topk, key_planes, spread, words_of
+from ._planes import keep24, keep_topk, spread, words_of
 from ._strips import blocks_of, place, program
 from .blocks import block_scores, block_topk_mask
 from .nm import nm_mask
-from .tiers import magnitudes, only, sum_blocks
+from .tiers import keep_floats, magnitudes, rank, sum_blocks
 
 SCORES = Table("tier_scores", {f"{warps}-warps": {"num_warps": warps} for warps in (1, 2, 4)}, {"any": "1-warps"})
 
@@ -26,43 +26,29 @@ def _tier_scores_kernel(
     cols,
     weight_row,
     weight_col,
+    strip,
     TOPK: tl.constexpr,
     SQUARED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    row, col, inside = place(rows, cols, 16, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    row, col, inside = place(rows, cols, strip, 16)
     at = weight + row * weight_row + col.to(tl.int64) * weight_col
     entries = tl.load(at, inside, 0)
-    segments: tl.constexpr = COLS // WIDTH  # slices of one row
-    _, factor, counts = place(rows, cols, segments, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
-    if scale is None:
-        keys = key_planes(entries)
-    else:
-        keys = key_planes(magnitudes(entries, tl.load(scale + factor, counts, 0)))
+    keys = rank(entries, scale, rows, cols, strip)
     valid = words_of(inside)
     sparse24 = keep24(keys)
-    if not WHOLE:  # a tail shorter than four is kept
+    if not strip.whole:  # a tail shorter than four is kept
         sparse24 |= words_of(col >= cols // 4 * 4)
     topk = keep_topk(keys, valid, k) if TOPK else tl.zeros_like(valid)
     entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
-    if score_scale is None:
-        x = magnitudes(entries, None)
-    else:
-        x = magnitudes(entries, tl.load(score_scale + factor, counts, 0))
+    x = magnitudes(entries, score_scale, rows, cols, strip)
     if SQUARED:
         x = x * x
-    block_row, block = blocks_of(cols, BLOCK_COLS, BLOCKS)
-    count = tl.cdiv(cols, BLOCK_COLS)
+    block_row, block = blocks_of(cols, strip)
+    count = tl.cdiv(cols, strip.block_cols)
     for tier in tl.static_range(3):
         kept = (valid, sparse24 & valid, topk)[tier]
-        total = sum_blocks(only(x, spread(kept)), BLOCK_ROWS, segments)
-        tl.store(scores + (tl.cdiv(rows, BLOCK_ROWS) * tier + block_row) * count + block, total, block < count)
+        total = sum_blocks(keep_floats(x, spread(kept)), strip)
+        tl.store(scores + (tl.cdiv(rows, strip.block_rows) * tier + block_row) * count + block, total, block < count)
 
 
 def tier_scores(
@@ -82,9 +68,9 @@ def tier_scores(
     key_bytes = weight.element_size() if scale is None else 4
     launch = program(weight, block_rows, block_cols, 4, key_bytes, SCORES.config(weight, "any"))
     # A slice wider than a block holds several of its rows, and is added up as one.
-    if launch is None or launch[1]["WIDTH"] > launch[1]["COLS"]:
+    if launch is None or launch[1].width.value > launch[1].cols.value:
         return _score_in_passes(weight, k, block_rows, block_cols, scale, score_scale, squared)
-    grid, constants = launch
+    grid, strip, warps = launch
     with on(weight):
         _tier_scores_kernel[(grid,)](
             weight,
@@ -95,10 +81,11 @@ def tier_scores(
             rows,
             cols,
             *weight.stride(),
+            strip,
             TOPK=k > 0,
             SQUARED=squared,
+            num_warps=warps,
             enable_fp_fusion=False,
-            **constants,
         )
     return scores
 

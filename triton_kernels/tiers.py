@@ -16,33 +16,52 @@ TIERS = Table("tier_prune", {f"{warps}-warps": {"num_warps": warps} for warps in
 
 
 @triton.jit
-def magnitudes(entries, factors):
-    """fp32 magnitudes ``[16, BLOCKS, WIDTH]``, times the factors of their columns, which repeat from row to row."""
+def magnitudes(entries, scale, rows, cols, strip):
+    """Returns fp32 magnitudes ``[16, BLOCKS, WIDTH]``, times the factors of their columns where ``scale`` has them."""
     x = tl.abs(widen(entries))
-    if factors is not None:
-        segments: tl.constexpr = factors.shape[0]
-        rows = tl.reshape(x, [16 // segments, segments, x.shape[1], x.shape[2]]) * factors[None, :, :, :]
-        x = tl.reshape(rows, x.shape)
+    if scale is not None:
+        segments: tl.constexpr = row_slices(strip)
+        _, col, inside = place(rows, cols, strip, segments)  # of one row: factors repeat from row to row
+        factors = tl.load(scale + col, inside, 0)
+        x = tl.reshape(x, [16 // segments, segments, x.shape[1], x.shape[2]]) * factors[None, :, :, :]
+        x = tl.reshape(x, [16, strip.blocks, strip.width])
     return x
 
 
+@triton.constexpr_function
+def row_slices(strip):
+    """Returns how many slices a row of the strip has; 1 where a slice has several rows."""
+    return max(strip.cols // strip.width, 1)
+
+
 @triton.jit
-def only(x, keep):
-    """The floats that are kept, and zeros."""
+def rank(entries, scale, rows, cols, strip):
+    """Returns the key planes by which the entries are ranked: of their magnitudes times ``scale``."""
+    if scale is None:
+        keys = key_planes(entries)
+    else:
+        keys = key_planes(magnitudes(entries, scale, rows, cols, strip))
+    return keys
+
+
+@triton.jit
+def keep_floats(x, keep):
+    """Returns the floats that are kept, and zeros elsewhere."""
     bits: tl.constexpr = tl.int32 if x.dtype == tl.float32 else tl.int16
     return (x.to(bits, bitcast=True) & keep.to(bits)).to(x.dtype, bitcast=True)
 
 
 @triton.jit
-def sum_blocks(x, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """``block_scores`` of magnitudes: rows one after the other, then columns by halves; ``[1, BLOCKS, 1]``."""
+def sum_blocks(x, strip):
+    """Returns ``block_scores`` of magnitudes: rows one after the other, then columns by halves; ``[1, BLOCKS, 1]``."""
+    segments: tl.constexpr = row_slices(strip)
     blocks: tl.constexpr = x.shape[1]
-    rows = tl.permute(tl.reshape(x, [16 // SEGMENTS, SEGMENTS, blocks, x.shape[2]]), 0, 2, 1, 3)
-    rows = slices(tl.reshape(rows, [16 // SEGMENTS, blocks, SEGMENTS * x.shape[2]]))
+    rows = tl.permute(tl.reshape(x, [16 // segments, segments, blocks, x.shape[2]]), 0, 2, 1, 3)
+    rows = slices(tl.reshape(rows, [16 // segments, blocks, segments * x.shape[2]]))
     total = rows[0]
-    for row in tl.static_range(1, ROWS):
+    for row in tl.static_range(1, strip.block_rows):
         total = total + rows[row]
-    return tl.reshape(sum_columns(tl.reshape(total, [blocks, SEGMENTS * x.shape[2]])), [1, blocks, 1])
+    return tl.reshape(sum_columns(tl.reshape(total, [blocks, segments * x.shape[2]])), [1, blocks, 1])
 
 
 @triton.jit
@@ -61,30 +80,19 @@ def _tier_prune_kernel(
     weight_col,
     tiers_row,
     tiers_col,
+    strip,
     NESTED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    row, col, inside = place(rows, cols, 16, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    row, col, inside = place(rows, cols, strip, 16)
     at = weight + row * weight_row + col.to(tl.int64) * weight_col
     entries = tl.load(at, inside, 0)
-    segments: tl.constexpr = COLS // WIDTH if COLS > WIDTH else 1  # slices of one row
-    _, factor, counts = place(rows, cols, segments, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
-    block_row, block = blocks_of(cols, BLOCK_COLS, BLOCKS)
-    count = tl.cdiv(cols, BLOCK_COLS)
+    block_row, block = blocks_of(cols, strip)
+    count = tl.cdiv(cols, strip.block_cols)
     tier = tl.load(tiers + block_row * tiers_row + block.to(tl.int64) * tiers_col, block < count, 0).to(tl.int32)
-    if scale is None:
-        keys = key_planes(entries)
-    else:
-        keys = key_planes(magnitudes(entries, tl.load(scale + factor, counts, 0)))
+    keys = rank(entries, scale, rows, cols, strip)
     valid = words_of(inside)
     kept = keep24(keys)
-    if not WHOLE:  # a tail shorter than four is kept
+    if not strip.whole:  # a tail shorter than four is kept
         kept |= words_of(col >= cols // 4 * 4)
     kept &= valid
     if NESTED:
@@ -92,16 +100,13 @@ def _tier_prune_kernel(
     else:
         topk = keep_topk(keys, valid, k)
     kept = tl.where(tier == 0, valid, tl.where(tier > 1, topk, kept))
-    store_mask(kept, mask, rows, cols, BLOCK_ROWS, BLOCK_COLS, COLS, WIDTH, BLOCKS, VECTOR, WHOLE)
+    store_mask(kept, mask, rows, cols, strip)
     keep = spread(kept)
     entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
-    tl.store(pruned + row * cols + col, only(entries, keep), inside)
-    if WIDTH <= COLS:
-        if score_scale is None:
-            x = magnitudes(entries, None)
-        else:
-            x = magnitudes(entries, tl.load(score_scale + factor, counts, 0))
-        total = sum_blocks(only(x, keep), BLOCK_ROWS, segments)
+    tl.store(pruned + row * cols + col, keep_floats(entries, keep), inside)
+    if strip.width <= strip.cols:
+        x = magnitudes(entries, score_scale, rows, cols, strip)
+        total = sum_blocks(keep_floats(x, keep), strip)
         tl.store(scores + block_row * count + block, total, block < count)
 
 
@@ -124,7 +129,7 @@ def tier_prune(
     launch = program(weight, block_rows, block_cols, 4, key_bytes, TIERS.config(weight, "any"))
     if launch is None:
         return _prune_in_passes(weight, tiers, k, block_rows, block_cols, scale, score_scale, nested)
-    grid, constants = launch
+    grid, strip, warps = launch
     with on(weight):
         _tier_prune_kernel[(grid,)](
             weight,
@@ -139,11 +144,12 @@ def tier_prune(
             cols,
             *weight.stride(),
             *tiers.stride(),
+            strip,
             NESTED=nested,
+            num_warps=warps,
             enable_fp_fusion=False,
-            **constants,
         )
-    if constants["WIDTH"] > constants["COLS"]:  # the rows of a column lie in several threads, and add in order
+    if strip.width.value > strip.cols.value:  # the rows of a column lie in several threads, and add in order
         scores = block_scores(weight, block_rows, block_cols, score_scale, mask)
     return pruned, mask, scores
 

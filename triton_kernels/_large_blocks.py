@@ -22,7 +22,7 @@ def _keys(
     MANTISSA: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Magnitude keys of the entries from ``start``, -1 outside; their rows and columns."""
+    """Returns magnitude keys of the entries from ``start``, -1 outside, with their rows, columns and whether inside."""
     entry = start + tl.arange(0, CHUNK)
     row, col = entry // BLOCK_COLS, entry % BLOCK_COLS
     inside = (row < rows) & (col < cols)
@@ -34,7 +34,7 @@ def _keys(
 
 
 @triton.jit
-def _wide_topk_mask_kernel(
+def _large_block_topk_mask_kernel(
     score,
     mask,
     k,
@@ -76,11 +76,11 @@ def _wide_topk_mask_kernel(
         tl.store(mask + (top + row) * cols + left + col, kept.to(tl.int8), inside)
 
 
-def wide_topk_mask(score: Tensor, mask: Tensor, k: int, block_rows: int, block_cols: int) -> None:
-    """``block_topk_mask`` into ``mask``, of blocks of any size."""
+def large_block_topk_mask(score: Tensor, mask: Tensor, k: int, block_rows: int, block_cols: int) -> None:
+    """Writes ``block_topk_mask`` of blocks of any size into ``mask``."""
     rows, cols = score.shape
     with on(score):
-        _wide_topk_mask_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(cols, block_cols),)](
+        _large_block_topk_mask_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(cols, block_cols),)](
             score.view(torch.int32 if score.element_size() == 4 else torch.int16),
             mask.view(torch.int8),
             k,
