@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import sparsekit as sk
 from sparsekit.ops import _kernels
+from sparsekit.ops._define import DECLARED
 from sparsekit.ops.linear24 import _linear24
 from sparsekit.ops.linear_tiered import _linear_tiered
 from sparsekit.ops.prepacked import prepack, prepacked_linear
@@ -109,7 +110,11 @@ def op_calls(dtype):
     }
     if dtype == torch.float32:
         packed = prepack(weight, 3)
-        return {**calls, "prepacked_linear": lambda: prepacked_linear(x, packed, bias)}
+        return {
+            **calls,
+            "prepacked_linear": lambda: prepacked_linear(x, packed, bias),
+            "prepacked_dense": lambda: OPS.prepacked_dense(packed),
+        }
     wide, (high, _) = torch.randn(2, 64).to(dtype), sparse24(32, 64, dtype)
     hardware, square = sk.ops.prune_to_hardware24(high, "cutlass_sm80"), torch.randn(64, 64).to(dtype)
     return {
@@ -121,6 +126,11 @@ def op_calls(dtype):
         "hardware_linear24": lambda: sk.ops.hardware_linear24(wide, hardware, None, 32, "cutlass_sm80"),
         "train_linear24": lambda: train_linear24(wide, high, None, layout="cutlass_sm80"),
     }
+
+
+def test_every_declared_op_is_called_here():
+    called = op_calls(torch.float32).keys() | op_calls(torch.bfloat16).keys()
+    assert not (missing := DECLARED.keys() - called), f"op_calls has no entry for {sorted(missing)}"
 
 
 def results(call):

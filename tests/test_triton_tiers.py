@@ -1,14 +1,12 @@
-"""The Triton kernels that prune blocks by their tiers and score the tiers, on the GPU or in Triton's interpreter."""
+"""The Triton kernels that prune blocks by their tiers, on the GPU or in Triton's interpreter."""
 
 import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, ties
 
-from sparsekit.ops.tier_scores import tier_scores_reference
 from sparsekit.ops.tiers import tier_prune_reference
 
 tiers = pytest.importorskip("sparsekit.triton_kernels.tiers")
-scores_of = pytest.importorskip("sparsekit.triton_kernels.tier_scores")
 
 pytestmark = [
     pytest.mark.triton,
@@ -102,43 +100,3 @@ def test_every_configuration(gpu, config):
 @pytest.mark.parametrize("shape", [(0, 16), (16, 0)])
 def test_empty(gpu, shape):
     check(gpu, torch.empty(shape), some_tiers(shape, (16, 16)), 10, (16, 16))
-
-
-def check_scores(gpu, weight, k, block, scale, score_scale, squared):
-    expected = tier_scores_reference(weight, k, *block, scale, score_scale, squared)
-    on_gpu = [tensor if tensor is None else tensor.to(gpu) for tensor in (scale, score_scale)]
-    scores = scores_of.tier_scores(weight.to(gpu), k, *block, *on_gpu, squared).cpu()
-    torch.testing.assert_close(scores, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(scores.signbit() & ~scores.isnan(), expected.signbit() & ~expected.isnan())
-
-
-def test_scores_literal(gpu):
-    weight = torch.tensor([[1.0, -2, 3, -4, 5, -6], [9, 1, 1, 1, 2, 2]], device=gpu)
-    scores = scores_of.tier_scores(weight, 3, 2, 4, None, None, False)
-    assert scores.tolist() == [[[22, 15]], [[17, 15]], [[16, 13]]]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape, block", TILINGS)
-def test_scores_equal_reference(gpu, dtype, shape, block):
-    weight, scale = hostile(*shape, dtype=dtype), torch.rand(shape[1])
-    if dtype == torch.bfloat16:
-        check_scores(gpu, weight, 10, block, None, torch.randn(shape[1]), False)
-    else:
-        check_scores(gpu, weight, 10, block, scale, scale, True)
-
-
-@pytest.mark.parametrize("squared", [False, True])
-def test_scores_without_topk(gpu, squared):
-    check_scores(gpu, LAYOUTS["transposed"](ties(20, 36)), 0, (16, 16), None, None, squared)
-
-
-def test_scores_of_blocks_larger_than_the_registers(gpu, monkeypatch):
-    monkeypatch.setattr(scores_of, "program", lambda *args: None)
-    check_scores(gpu, hostile(9, 21), 3, (4, 8), torch.rand(21), -torch.rand(21), False)
-    check_scores(gpu, hostile(9, 21), 3, (4, 8), torch.rand(21), -torch.rand(21), True)
-
-
-@pytest.mark.parametrize("shape", [(0, 16), (16, 0)])
-def test_scores_empty(gpu, shape):
-    check_scores(gpu, torch.empty(shape), 10, (16, 16), None, None, False)

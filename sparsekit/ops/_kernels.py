@@ -18,7 +18,7 @@ from .._native import SlowKernelsWarning as SlowKernelsWarning
 from ._define import DECLARED, LIBRARY, without_autocast
 
 NATIVE = _native.load()
-_PUBLIC_FUNCTION = re.compile(r"^def ([a-z]\w*)\(", re.MULTILINE)
+_FUNCTION = re.compile(r"^def (\w+)\(", re.MULTILINE)
 
 
 def register_kernels() -> None:
@@ -32,18 +32,21 @@ def register_kernels() -> None:
         if hasattr(vendor, op):
             LIBRARY.impl(op, without_autocast(getattr(vendor, op)), "CUDA")
         elif op in launchers:
-            LIBRARY.impl(op, _launcher(launchers[op], op), "CUDA")
+            LIBRARY.impl(op, _launcher(declared.stem, op), "CUDA")
         if declared.compiled and NATIVE not in ("loaded", _native.SWITCHED_OFF):
             LIBRARY.impl(op, _slow(declared.reference), "CPU")
 
 
-def find_launchers() -> dict[str, str]:
-    """Returns the file stem in ``triton_kernels/`` of every public function there, without importing Triton."""
+def find_launchers() -> set[str]:
+    """Returns the ops with a launcher in the file of their stem in ``triton_kernels/``; does not import Triton."""
     package = find_spec("sparsekit.triton_kernels")
     if find_spec("triton") is None or package is None or package.origin is None:
-        return {}
-    files = sorted(Path(package.origin).parent.glob("[!_]*.py"))
-    return {name: file.stem for file in files for name in _PUBLIC_FUNCTION.findall(file.read_text(encoding="utf-8"))}
+        return set()
+    files = {stem: Path(package.origin).with_name(f"{stem}.py") for stem in {each.stem for each in DECLARED.values()}}
+    functions = {
+        stem: set(_FUNCTION.findall(file.read_text(encoding="utf-8"))) for stem, file in files.items() if file.exists()
+    }
+    return {op for op, declared in DECLARED.items() if op in functions.get(declared.stem, ())}
 
 
 def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,5 +29,5 @@ CASES = [
         variant=True,
     ),
     Case("topk-rows", lambda: block_topk_mask(meta(4096, 14336), 512, 1, 14336), loads=16, stores=8, variant=True),
-    Case("topk-wide", lambda: block_topk_mask(meta(64, 131072), 512, 1, 131072), hot=False),
+    Case("topk-large-blocks", lambda: block_topk_mask(meta(64, 131072), 512, 1, 131072), hot=False),
 ]

@@ -1,6 +1,6 @@
 import torch
 
-from sparsekit.triton_kernels import hardware24, hardware24_both
+from sparsekit.triton_kernels import hardware24
 
 from .case import Case, meta
 
@@ -8,11 +8,6 @@ from .case import Case, meta
 def _prune(config: str, layout: str) -> object:
     with hardware24.PRUNE.force(config):
         return hardware24.prune_to_hardware24(meta(4096, 4096), None, layout)
-
-
-def _both(config: str, layout: str) -> object:
-    with hardware24_both.BOTH.force(config):
-        return hardware24_both.prune_both_to_hardware24(meta(4096, 4096), layout)
 
 
 def _to(layout: str) -> object:
@@ -27,7 +22,7 @@ SM90 = "cusparselt_sm90"
 CASES = [
     Case("prune", lambda: _prune("32x256", SM90), loads=16, stores=8),
     Case("prune-narrow", lambda: _prune("32x128", "cutlass_sm80"), loads=16, stores=8),
-    Case("prune-tall", lambda: _prune("64x128", "cusparselt_sm80"), loads=16, stores=8),
+    Case("prune-64-rows", lambda: _prune("64x128", "cusparselt_sm80"), loads=16, stores=8),
     Case(
         "prune-scaled",
         lambda: hardware24.prune_to_hardware24(meta(4096, 4096), meta(4096, dtype=torch.float32), SM90),
@@ -37,8 +32,4 @@ CASES = [
     Case("to", lambda: _to(SM90), loads=16, stores=16),
     Case("to-sm80", lambda: _to("cusparselt_sm80"), loads=16, stores=16),
     Case("from", lambda: _from(SM90), loads=8, stores=16),
-    # Four rows at a time: a wavefront of 64 lanes has half as much to load.
-    Case("both", lambda: _both("64x128", SM90), loads=8, stores=4),
-    Case("both-square", lambda: _both("64x64", SM90), loads=8, stores=4, variant=True),
-    Case("both-wide", lambda: _both("32x256", "cusparselt_sm80"), loads=8, stores=4),
 ]

@@ -1,6 +1,5 @@
 import torch
 
-from sparsekit.triton_kernels.tier_scores import tier_scores
 from sparsekit.triton_kernels.tiers import tier_prune
 
 from .case import Case, meta
@@ -12,5 +11,4 @@ CASES = [
     Case("magnitude", lambda: tier_prune(meta(*SQUARE), TIERS, 10, 16, 16, None, NORMS), loads=16, stores=8),
     Case("nested", lambda: tier_prune(meta(*SQUARE), TIERS, 10, 16, 16, None, NORMS, True), loads=16, stores=8),
     Case("scaled", lambda: tier_prune(meta(*SQUARE), TIERS, 10, 16, 16, NORMS, NORMS), loads=8, stores=4),
-    Case("scores", lambda: tier_scores(meta(*SQUARE, dtype=torch.float32), 10, 16, 16, NORMS, NORMS, True), loads=16),
 ]
