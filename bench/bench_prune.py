@@ -9,7 +9,7 @@ import sparsekit as sk
 from sparsekit.tiers import TierMap, demote, prune_tiers
 
 from .loops import sparsegpt_by_columns, tiers_by_blocks, wanda_by_groups
-from .shapes import MODEL, SQUARE, name
+from .shapes import MODEL, SPARSEGPT, SQUARE, name
 from .usual import topk_prune
 
 STAGES = 12  # of the model; the loops prune one of them
@@ -72,7 +72,7 @@ def bench_prune_tiers(record, criterion):
     record(row, lambda: iterate(weight, norm, tier_map, SCHEDULE[1]), baselines, shares={"block loop": 1 / SHARE})
 
 
-@pytest.mark.parametrize("shape", [(1024, 1024), (1024, 2048)], ids=name)
+@pytest.mark.parametrize("shape", SPARSEGPT, ids=name)
 def bench_prune_sparsegpt(record, shape):
     weight, x = torch.randn(shape), torch.randn(2 * shape[1], shape[1]) * torch.rand(shape[1])
     gram, method = x.t() @ x / len(x), sk.SparseGPT("2:4")

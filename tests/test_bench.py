@@ -1,6 +1,9 @@
 """The harness that the speed table rests on."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,19 @@ def test_calls_take_turns_and_are_compared_round_by_round(monkeypatch):
     assert calls[4:10] == ["slow", "own", "own", "slow", "slow", "own"]  # after two of each to warm up and to size
     assert timing.ratio(times, "own", "slow") == 3
     assert timing.medians({"own": [1.0, 5.0, 2.0]}) == {"own": 2.0} and timing.spread([1.0, 2.0, 3.0]) == 1
+
+
+def test_every_bench_runs(tmp_path):
+    """On tiny weights: every check of a result holds, and every row can be rendered."""
+    pytest.importorskip("pytest_benchmark")
+    rows = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", "-c", "bench/pytest.ini", "--rootdir", "bench", "-p", "tiny_bench"]
+    command += [f"--benchmark-json={rows}", "bench"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    cases = [case["extra_info"] for case in json.loads(rows.read_text())["benchmarks"]]
+    assert "| `nm_mask 2:4` | fp32 |" in render(REPORT | {"rows": cases})
 
 
 def test_report_names_the_machine_and_says_what_is_missed():
