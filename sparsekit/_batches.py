@@ -109,7 +109,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     def restore() -> None:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.set_grad_enabled(grad)
-        _restore(flags)
+        _restore_modes(flags)
 
     with restoring(restore):
         torch.set_grad_enabled(False)
@@ -135,14 +135,14 @@ def eagerly() -> Iterator[None]:
 
 
 @contextmanager
-def passes(model: nn.Module) -> Iterator[None]:
+def observing(model: nn.Module) -> Iterator[None]:
     """Prepares a model to be run and observed: in evaluation mode, uncompiled, and on a copy of the random state."""
     gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(gpus), eagerly(), evaluating(model):
         yield
 
 
-def _restore(flags: Mapping[nn.Module, bool]) -> None:
+def _restore_modes(flags: Mapping[nn.Module, bool]) -> None:
     failed: BaseException | None = None
     for module, flag in flags.items():  # parents first: their train() switches all that is below them
         if module.training != flag and getattr(module.train, "__func__", module.train) is not nn.Module.train:

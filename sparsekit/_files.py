@@ -34,7 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: the file cannot be written; ``filename`` is ``path``. FileNotFoundError where it has no folder.
     """
     try:
-        target, mode = _target(Path(path))
+        target, mode = _target_file(Path(path))
         _remove_abandoned(target.parent)
         with _temporary(target.parent) as (file, temporary):
             yield file
@@ -67,7 +67,7 @@ def try_folder(folder: Path) -> None:
         raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
 
 
-def _target(path: Path) -> tuple[Path, int | None]:
+def _target_file(path: Path) -> tuple[Path, int | None]:
     """Returns the file that ``path`` is or leads to, and its permissions if it exists."""
     try:
         target = Path(os.path.realpath(path, strict=True))

@@ -30,7 +30,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made.
     """
-    target = _target(path)
+    target = _target_folder(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target.parent)
     # The names are known before the folders are made, so that an interrupt at any point leaves none behind.
@@ -42,7 +42,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if not new.is_dir():  # another process removed it as abandoned before it was locked
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(new))
             yield new
-            _share(new)
+            _apply_umask(new)
             if not target.exists():
                 new.rename(target)
             elif not _exchange(new, target):
@@ -59,7 +59,7 @@ def try_new_folder(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it cannot; ``filename`` is the folder in which none can be made, or the link that leads nowhere.
     """
-    parent = next(each for each in _target(path).parents if each.exists())
+    parent = next(each for each in _target_folder(path).parents if each.exists())
     trial = parent / f".sk-{secrets.token_hex(8)}.tmp"
     with restoring(partial(_clean, trial)):
         try:
@@ -68,7 +68,7 @@ def try_new_folder(path: str | os.PathLike[str]) -> None:
             raise OSError(error.errno, error.strerror, os.fspath(parent)) from error
 
 
-def _share(folder: Path) -> None:
+def _apply_umask(folder: Path) -> None:
     """Gives all files the permissions of the folder, by the umask: safetensors makes files for their owner alone."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
@@ -77,7 +77,7 @@ def _share(folder: Path) -> None:
                 path.chmod(mode)
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
+def _target_folder(path: str | os.PathLike[str]) -> Path:
     """Returns the folder that ``path`` is or leads to."""
     try:
         return Path(os.path.realpath(path, strict=True))

@@ -61,7 +61,7 @@ def parse_json(text: str) -> Any:
 def write_record(path: Path, data: Mapping[str, Any]) -> None:
     """Writes JSON with its SHA-256, whole or not at all. NaN and infinities become strings such as ``"nan"``."""
     plain = json.loads(json.dumps(_words(data)))
-    write_json(path, {**plain, "sha256": _digest(plain)})
+    write_json(path, {**plain, "sha256": _digest_json(plain)})
 
 
 def read_record(path: Path, what: str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def read_record(path: Path, what: str) -> dict[str, Any]:
         data = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"it holds a {type(data).__name__}")
-        if data.pop("sha256", None) != _digest(data):
+        if data.pop("sha256", None) != _digest_json(data):
             raise ValueError("it was altered: its digest is not the one that was written")
     except ValueError as error:
         raise ValueError(f"{path} is not {what}: {error}") from error
@@ -123,5 +123,5 @@ def _words(data: Any) -> Any:
     return repr(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _digest(data: Any) -> str:
+def _digest_json(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -60,16 +60,16 @@ def selects(where: Where | None, name: str, module: nn.Module) -> bool:
 
 def input_dim(module: nn.Module) -> int | None:
     """Returns the weight dimension of the inputs; None if the module is no Linear, Conv2d or transformers' Conv1D."""
-    kind = _kind(module)
+    kind = _layer_class(module)
     return None if kind is None else 1 if issubclass(kind, nn.Linear | nn.Conv2d) else 0
 
 
 def is_transposed(layer: nn.Module) -> bool:
     """Returns whether the layer is transformers' ``Conv1D`` itself, whose weight is ``[inputs, outputs]``."""
-    return input_dim(layer) == 0 and type(layer) is _kind(layer)
+    return input_dim(layer) == 0 and type(layer) is _layer_class(layer)
 
 
-def _kind(module: nn.Module) -> type[nn.Module] | None:
+def _layer_class(module: nn.Module) -> type[nn.Module] | None:
     """Returns the base class that defines the computation: Linear, Conv2d or transformers' Conv1D (not imported)."""
     for base in type(module).__mro__:
         if base in (nn.Linear, nn.Conv2d) or (base.__module__, base.__name__) == (
@@ -131,7 +131,7 @@ def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare:
     if reason := _own_forward_reason(module) or _unsupported_tensor_reason(weight, parameter, prepare):
         return reason
     dims = 4 if isinstance(module, nn.Conv2d) else 2
-    if _kind(module) is not None and weight.dim() != dims and not prepare:
+    if _layer_class(module) is not None and weight.dim() != dims and not prepare:
         return f"its {parameter} has the shape {tuple(weight.shape)}, not {dims} dimensions: FSDP flattens such ones"
     return None
 
@@ -145,7 +145,7 @@ def hooks_reason(module: nn.Module) -> str | None:
 
 def _own_forward_reason(module: nn.Module) -> str | None:
     """Returns why a module may compute something else than its base class does; None if it does not."""
-    kind, own = _kind(module), vars(module)
+    kind, own = _layer_class(module), vars(module)
     if kind is None:
         return None
     for method in ("forward", "_conv_forward", "__call__"):

@@ -48,7 +48,7 @@ def unique_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
     first: dict[Any, str] = {}
     storages = set()
     for name, tensor in state.items():
-        _check(name, tensor)
+        _check_writable(name, tensor)
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
         if tensor.numel() and key in first:
             shared[name] = first[key]
@@ -77,7 +77,7 @@ def check_holds_data(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is not initialized: run the model on an input first")
 
 
-def _check(name: str, tensor: Any) -> None:
+def _check_writable(name: str, tensor: Any) -> None:
     """Raises unless the value is a tensor whose bytes can be written."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor to be saved, got {type(tensor).__name__}")
@@ -94,7 +94,7 @@ def _check(name: str, tensor: Any) -> None:
 
 def seal(structure: str, tensors: Mapping[str, Tensor], key: str = KEY) -> dict[str, str]:
     """Returns the metadata of a file of these tensors: the structure, and the digest that ``read_tensors`` checks."""
-    return {key: structure, "sha256": _digest(structure, tensors)}
+    return {key: structure, "sha256": _digest_file(structure, tensors)}
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -143,7 +143,7 @@ def read_tensors(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tens
     except Exception as error:
         raise ValueError(f"it is truncated, or no safetensors file ({error})") from error
     structure = metadata.get(key)
-    if structure is not None and _digest(structure, tensors) != metadata.get("sha256"):
+    if structure is not None and _digest_file(structure, tensors) != metadata.get("sha256"):
         raise ValueError("it was altered: its digest is not the one that was saved")
     return structure, tensors
 
@@ -157,7 +157,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest_file(structure: str, tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256(structure.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

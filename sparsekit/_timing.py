@@ -173,7 +173,7 @@ def pessimistic(first: Timings, second: Timings) -> Timings:
     return {name: of(timing, second[name]) for name, timing in first.items()}
 
 
-def compare(own: list[float], plain: list[float], best: list[float]) -> Timing:
+def paired_timing(own: list[float], plain: list[float], best: list[float]) -> Timing:
     """Returns the timing of one call, given the seconds per round of it, the plain call and the best dense call."""
     ratios = [other / mine for other, mine in zip(plain, own, strict=True)]
     return Timing(

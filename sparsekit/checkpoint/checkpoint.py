@@ -20,7 +20,7 @@ from .bitmask import from_bitmask24, to_bitmask24
 from .mask_file import assign_masks, collect_masks, holds_only_masks
 from .rebuild import rebuild
 from .shards import Shards
-from .structure import LayerRecord, collect_records, dump, parse
+from .structure import LayerRecord, collect_records, dump_structure, parse_structure
 from .verify import verify
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
     if format == "masks":
         layers, masks = collect_masks(model)
         tensors, shared = unique_tensors(masks)
-        write_tensors(Path(path), tensors, seal(dump(layers, shared), tensors))
+        write_tensors(Path(path), tensors, seal(dump_structure(layers, shared), tensors))
         return
     state = dict(model.state_dict())
     if format == "sparse-24-bitmask":
@@ -71,7 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
         if bits is not None:
             state[layer.mask_name(name)] = bits
     tensors, shared = unique_tensors(state)
-    write_tensors(Path(path), tensors, seal(dump(layers, shared), tensors))
+    write_tensors(Path(path), tensors, seal(dump_structure(layers, shared), tensors))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False) -> None:
@@ -104,7 +104,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     check_model(model)
     wrapper, model = model, _unwrapped(model)
     try:
-        work = _trainable(partial(_prepare, wrapper, model, Path(path), dense))
+        work = _run_trainable(partial(_prepare, wrapper, model, Path(path), dense))
         change(model, "loaded", partial(_undoable, model, work))
     except ValueError as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
@@ -113,7 +113,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
 # Decorators and `restoring` instead of `with`, because an interrupt may come just before such a block is left.
 @torch.no_grad()
 @torch.inference_mode(False)
-def _trainable(work: Callable[[], T]) -> T:
+def _run_trainable(work: Callable[[], T]) -> T:
     """Returns ``work()``, whose tensors can be trained whatever modes and defaults the caller has set."""
     on_cpu, before = torch.device("cpu"), torch._C._len_torch_function_stack()
 
@@ -129,7 +129,7 @@ def _trainable(work: Callable[[], T]) -> T:
 def _prepare(wrapper: nn.Module, model: nn.Module, path: Path, dense: bool) -> Callable[[], None]:
     """Verifies the whole file, and returns the function that loads it into ``model``."""
     structure, tensors = _read(path)
-    layers, shared = from_bitmask24(model, tensors) if structure is None else parse(structure)
+    layers, shared = from_bitmask24(model, tensors) if structure is None else parse_structure(structure)
     for name, source in shared.items():
         if name in tensors or source not in tensors:
             raise ValueError(f"{name!r} cannot share the tensor {source!r}")
@@ -167,7 +167,7 @@ def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
                 release_weight(original)
 
     undo.callback(restore)
-    _trainable(work)
+    _run_trainable(work)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._safetensors import check_holds_data, seal, write_tensors
 from ..masks import MaskInfo, masked_parameters, remove_mask, set_mask_bits
 from ..nn import Compressed
-from .structure import LayerRecord, collect_records, dump, join
+from .structure import LayerRecord, collect_records, dump_structure, join
 from .verify import verify_mask
 
 
@@ -36,7 +36,7 @@ def save_masks(path: Path, masks: Mapping[str, tuple[Tensor, tuple[int, ...], Ma
     """
     layers = {name: LayerRecord("dense", shape, mask=info) for name, (_, shape, info) in masks.items()}
     tensors = {join(name, "weight_mask"): bits for name, (bits, _, _) in masks.items()}
-    write_tensors(path, tensors, seal(dump(layers, {}), tensors))
+    write_tensors(path, tensors, seal(dump_structure(layers, {}), tensors))
 
 
 def holds_only_masks(layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> bool:

@@ -73,7 +73,7 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
         and hasattr(module, "bias")
     ):
         raise ValueError(f"layer {name!r} is {layer.kind!r} in the file and {type(module).__name__} in the model")
-    device, trainable = _device(_stored(module)), _trainable(module)
+    device, trainable = _device(_stored(module)), _is_trainable(module)
     new: Compressed
     if layer.kind == "linear24":
         rows, cols = layer.matrix
@@ -175,7 +175,7 @@ def _stored(module: nn.Module, parameter: str = "weight") -> Tensor:
     return module.values if isinstance(module, Linear24) else module.get_parameter(parameter)
 
 
-def _trainable(module: nn.Module) -> bool:
+def _is_trainable(module: nn.Module) -> bool:
     return module.trainable if isinstance(module, Compressed) else _stored(module).requires_grad
 
 

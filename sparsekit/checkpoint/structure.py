@@ -145,17 +145,17 @@ def collect_records(model: nn.Module) -> Iterator[tuple[str, LayerRecord, Tensor
             yield name if parameter == "weight" else join(name, parameter), layer, get_mask_bits(module, parameter)
 
 
-def dump(layers: Mapping[str, LayerRecord], shared: Mapping[str, str]) -> str:
+def dump_structure(layers: Mapping[str, LayerRecord], shared: Mapping[str, str]) -> str:
     """Returns the structure as JSON."""
     entries = {name: layer.to_json() for name, layer in layers.items()}
     return json.dumps({"version": VERSION, "layers": entries, "shared": shared})
 
 
-def parse(structure: str) -> tuple[dict[str, LayerRecord], dict[str, str]]:
+def parse_structure(structure: str) -> tuple[dict[str, LayerRecord], dict[str, str]]:
     """Returns the layers of a structure by name, and the name of the stored tensor for every shared one.
 
     Raises:
-        ValueError: the text is not one that ``dump`` wrote.
+        ValueError: the text is not one that ``dump_structure`` wrote.
     """
     try:
         root = parse_json(structure)

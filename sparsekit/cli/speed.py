@@ -100,7 +100,7 @@ def model_speeds(models: Mapping[str, nn.Module], tokens: Tensor, budget: float)
     taken = _timing.time_interleaved({name: run(models[name]) for name in first.values()}, tokens, timer, budget)
     times = {name: taken[first[id(model)]] for name, model in models.items()}
     dense = min(times.keys() - {"compressed"}, key=lambda name: statistics.median(times[name]))
-    return {name: _timing.compare(taken, times["plain"], times[dense]) for name, taken in times.items()}
+    return {name: _timing.paired_timing(taken, times["plain"], times[dense]) for name, taken in times.items()}
 
 
 def layer_speeds(

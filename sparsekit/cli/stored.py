@@ -12,7 +12,7 @@ from .._safetensors import read_tensors
 from ..checkpoint.bitmask import find_packed, unpack_bitmask
 from ..checkpoint.mask_file import holds_only_masks
 from ..checkpoint.shards import Shards
-from ..checkpoint.structure import join, parse
+from ..checkpoint.structure import join, parse_structure
 from ..checkpoint.verify import verify, verify_mask
 from ..masks import Axis, MaskInfo, Pattern
 from ..ops import unpack_bits
@@ -81,7 +81,7 @@ def read_masks(path: Path) -> dict[str, tuple[Tensor, MaskInfo]]:
         structure, tensors = read_tensors(path)
         if structure is None:
             raise ValueError("it was not written by sparsekit.save")
-        layers, shared = parse(structure)
+        layers, shared = parse_structure(structure)
         tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
         return {
             name: (verify_mask(name, layer, tensors).view(layer.shape), layer.mask)
@@ -104,7 +104,7 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
     """
     try:
         structure, tensors = read_tensors(path)
-        layers, shared = parse(structure or "")
+        layers, shared = parse_structure(structure or "")
         tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
         if holds_only_masks(layers, tensors):
             raise ValueError("it holds masks alone, their weights are in the other files of its folder")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .._timing import TOLERANCE, Call, Clock, Timings, compare, time_interleaved
+from .._timing import TOLERANCE, Call, Clock, Timings, paired_timing, time_interleaved
 
 
 def measure(
@@ -40,7 +40,8 @@ def measure(
     names = [name for name in ("plain", *dense) if name in times]
     best = min(names, key=lambda name: statistics.median(times[name]))
     return {
-        name: compare(times[name], times["plain"], times[best]) if name in times else None for name in ("plain", *calls)
+        name: paired_timing(times[name], times["plain"], times[best]) if name in times else None
+        for name in ("plain", *calls)
     }
 
 

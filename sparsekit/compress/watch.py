@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import _timing
-from .._batches import Forward, as_batches, layer_input, passes, run_batch
+from .._batches import Forward, as_batches, layer_input, observing, run_batch
 from .._forwards import around_forwards, watch_reads
 from .._trees import copied
 from ..nn import autocast_dtype
@@ -42,7 +42,7 @@ def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forwa
 
     runs = 0
     free = [site for site in sites if site.reason is None]
-    with passes(model), _watching(free, count), watch_reads(model, [site.layer for site in free]) as reads:
+    with observing(model), _watching(free, count), watch_reads(model, [site.layer for site in free]) as reads:
         for batch in as_batches(sample):
             known = len(counts)
             run_batch(model, copied(batch), forward)

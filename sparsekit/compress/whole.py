@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._batches import Forward, passes, run_batch
+from .._batches import Forward, observing, run_batch
 from .._forwards import around_forwards
-from .._timing import PARITY_RATIO, Timing, compare, time_interleaved
+from .._timing import PARITY_RATIO, Timing, paired_timing, time_interleaved
 from .._trees import copied
 from .decide import Choice
 from .swap import Swap
@@ -90,7 +90,7 @@ def judge(swap: Swap, choices: Mapping[str, Choice], work: Passes) -> Verdict:
     names = frozenset(swap.modules)
     if not names or (remark := _untimed(swap.model, work)):
         return Verdict(names, remark=remark if names else "")
-    with passes(swap.model):
+    with observing(swap.model):
         swap.show(())
         try:
             run_batch(swap.model, copied(work.batches[0]), work.forward)
@@ -201,5 +201,5 @@ def compare_passes(swap: Swap, shown: Collection[str], over: Collection[str], wo
         if found and time.perf_counter() - begin > work.budget:
             break  # a pass may take minutes
         times = time_interleaved(calls, batch, clock, work.budget / len(work.batches), LEAST)
-        found.append(compare(times["compressed"], times["plain"], times["plain"]))
+        found.append(paired_timing(times["compressed"], times["plain"], times["plain"]))
     return tuple(found)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .._batches import Progress, as_batches, check_functions, evaluating, passes, run_batch
+from .._batches import Progress, as_batches, check_functions, evaluating, observing, run_batch
 from .._digest import digest_batches
 from .._forwards import watch_reads
 from .._layers import Where, check_model, count_weights
@@ -188,7 +188,7 @@ def _missed_reasons(
     model: nn.Module, layers: Sequence[PrunableLayer], batches: HeldBatches | None, calibration: Calibration
 ) -> dict[PrunableLayer, str]:
     """Finds out why no batch reached these layers: a pass may read their weights without calling them."""
-    with passes(model), watch_reads(model, [layer.module for layer in layers]) as reads:
+    with observing(model), watch_reads(model, [layer.module for layer in layers]) as reads:
         for batch in [] if batches is None else batches.first():
             run_batch(model, copied(batch), calibration.forward)
     return {layer: reads.get(layer.module, "no calibration batch reached it") for layer in layers}

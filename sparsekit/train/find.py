@@ -17,7 +17,7 @@ from .layer import MaskedLinear
 from .report import TrainLayerReport
 
 
-def find_layers(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], tuple[TrainLayerReport, ...]]:
+def select_layers(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Linear], tuple[TrainLayerReport, ...]]:
     """Returns the selected layers that can train sparse, by name, and reports of those that cannot."""
     layers: dict[str, nn.Linear] = {}
     check_where(where)

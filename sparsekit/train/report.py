@@ -46,7 +46,7 @@ def report_layer(name: str, layer: nn.Linear, dense_reason: str | None) -> Train
     return TrainLayerReport(name, shape, "masked dense" if slower else layout, reason)
 
 
-def table(layers: Iterable[TrainLayerReport]) -> str:
+def layer_table(layers: Iterable[TrainLayerReport]) -> str:
     """Returns the layers as a table, with a line of totals."""
     layers = tuple(layers)
     rows = [("layer", "shape", "product", "reason")]

@@ -13,10 +13,10 @@ from .._optimizers import sharding
 from .._undo import Undo, claiming, undoing
 from ..masks import MaskInfo, Pattern, get_mask_bits
 from ..ops import pack_bits, unpack_bits
-from .find import find_layers
+from .find import select_layers
 from .layer import MaskedLinear, State, get_state, has_run, note_passes, notes_passes, set_state
 from .product import Recipe
-from .report import TrainLayerReport, report_layer, table
+from .report import TrainLayerReport, layer_table, report_layer
 
 INFO = MaskInfo(Pattern(2, 4), 1)
 SHARDED = "the model is sharded by FSDP: finish a plain copy that has loaded its full state dict"
@@ -44,7 +44,7 @@ class SparseTraining:
         )
 
     def __str__(self) -> str:
-        return table(self.layers)
+        return layer_table(self.layers)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -221,7 +221,7 @@ def sparse_training_(
     if not 0 <= decay < math.inf:
         raise ValueError(f"decay must be a number from 0, got {decay!r}")
     recipe = Recipe(backward, decay)
-    layers, skipped = find_layers(model, where)
+    layers, skipped = select_layers(model, where)
     if not layers:
         who = "the model has" if where is None else "where selects"
         reasons = "".join(f"; {layer.name}: {layer.reason}" for layer in skipped[:3])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._batches import Forward, passes, run_batch
+from ..._batches import Forward, observing, run_batch
 from ..._forwards import around_forwards
 from ..._layers import expert_axes, is_stack
 from ..._trees import copied
@@ -99,7 +99,7 @@ def find_experts(model: nn.Module, first: Callable[[], list[Any]], forward: Forw
     unknown = {module: keys for module in model.modules() if (keys := _unknown_stacks(module))}
     if unknown:
         arounds = {module: around(module, keys) for module, keys in unknown.items()}
-        with passes(model), around_forwards(arounds):
+        with observing(model), around_forwards(arounds):
             for batch in first():
                 run_batch(model, copied(batch), forward)
     return found
