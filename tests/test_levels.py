@@ -24,7 +24,7 @@ def test_native_kernels_answer_every_op_that_is_declared_compiled():
 
 @native
 def test_best_level_is_the_default():
-    assert simd_levels()[0] == "plain"
+    assert simd_levels()[0] == "scalar"
     assert simd_level() == simd_levels()[-1]
 
 

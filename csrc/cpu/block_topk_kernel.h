@@ -9,7 +9,7 @@ namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
 // Which keys stay, a bit each, as words of 32.
-void keep_largest(const BlockKeys& block, int64_t k, int32_t kth, uint32_t* kept) {
+void keep_topk(const BlockKeys& block, int64_t k, int32_t kth, uint32_t* kept) {
   const int64_t words = block.end() / 32;
   int64_t excess = -k;
   for (int64_t word = 0; word < words; ++word) {
@@ -79,7 +79,7 @@ void topk_strip(const BlockTopkArgs& a, const BlockStrip& strip, const TopkScrat
     std::fill(keys + block * pitch + keys_of(block).count, keys + block * pitch + keys_of(block).end(), -1);
   kth_of_blocks(keys_of, blocks, a.k, scratch.kth.get());
   for (int64_t block = 0; block < blocks; ++block)
-    keep_largest(keys_of(block), a.k, scratch.kth[block], scratch.kept.get() + block * pitch / 32);
+    keep_topk(keys_of(block), a.k, scratch.kth[block], scratch.kept.get() + block * pitch / 32);
 
   bool* mask = a.mask + strip.top * a.cols + strip.left;
   if (kCols == 16 && rest == 0 && full % 2 == 0) {

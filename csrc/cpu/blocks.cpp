@@ -2,7 +2,7 @@
 // tier_scores.
 #include <tuple>
 
-#include "glue.h"
+#include "tensor_args.h"
 
 namespace sparsekit {
 namespace {

@@ -39,7 +39,7 @@ constexpr auto kTo = [] {
 
 #if defined(SPARSEKIT_AVX512)
 
-inline uint64_t set_bits(const bool* mask) {
+inline uint64_t mask_bits(const bool* mask) {
   const __m512i bytes = load(mask);
   return _mm512_test_epi8_mask(bytes, bytes);
 }
@@ -74,7 +74,7 @@ inline void expand64(const float* values, uint64_t kept, float* weight, bool str
 
 #else
 
-inline uint64_t set_bits(const bool* mask) {
+inline uint64_t mask_bits(const bool* mask) {
   uint64_t bits = 0;
   for (int i = 0; i < 64; i += 32) {
     const __m256i zero = _mm256_cmpeq_epi8(load(mask + i), _mm256_setzero_si256());

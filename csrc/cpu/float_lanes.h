@@ -1,7 +1,7 @@
 // Vectors of kLanes floats: what the kernels with one token to a lane are made of.
 #pragma once
 
-#include "scalar.h"
+#include "elements.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {

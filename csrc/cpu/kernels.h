@@ -1,7 +1,9 @@
-// The raw CPU kernels: plain pointers and sizes, no torch, so that C++ tests can call them.
+// The table of CPU kernels. They take pointers and sizes and know nothing of torch, so that C++ tests can call them.
 //
-// Every SIMD level compiles the same templates (*_kernel.h) under its own target and fills one table. The op files
-// (nm.cpp, ...) turn tensors into these structs, split the rows over threads and call the active table.
+// To read on: an op's file (nm.cpp, sparse24.cpp, ...) turns tensors into one of the structs below, splits the rows over
+// threads, and calls the table of the active SIMD level. x_kernel.h is the kernel itself, a template that
+// simd_level_*.cpp compile once per SIMD level, through simd_level_table.h. elements.h (scalars), lanes.h (integer
+// vectors), float_lanes.h (float vectors) are what kernels are written in.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,7 @@ struct NmArgs {
   int64_t cols;
   int n, m;
   DType dtype;
-  bool stream;  // the outputs are larger than the caches: write past them
+  bool stream;  // whether to write past the caches, because the outputs are larger than they are
 };
 
 struct BlockScoresArgs {
@@ -51,13 +53,13 @@ struct TierPruneArgs {
   const void* weight;  // [rows, cols]
   int64_t weight_stride;
   const uint8_t* tiers;      // [ceil(rows / block_rows), ceil(cols / block_cols)], contiguous
-  const float* scale;        // [cols] or null: what entries are ranked by
+  const float* scale;        // [cols] or null: entries are ranked by abs(weight) * scale
   const float* score_scale;  // [cols] or null
   void* pruned;              // [rows, cols] of the weight's dtype, contiguous
   bool* mask;                // [rows, cols], contiguous
   float* scores;             // of the shape of tiers, contiguous
   int64_t rows, cols, block_rows, block_cols, k;  // block_cols is a multiple of 4
-  bool nested;                                    // top-k blocks keep of what 2:4 keeps
+  bool nested;                                    // top-k blocks choose among the entries that 2:4 keeps
   DType dtype;
   bool stream;
 };
@@ -97,7 +99,7 @@ struct PrunePack24Args {
   const void* weight;  // [rows, cols]
   int64_t weight_stride;
   const float* scale;  // [cols] or null
-  void* values;        // as of Pack24Args
+  void* values;        // as in Pack24Args
   uint8_t* bitmask;
   int64_t cols;
   DType dtype;
@@ -124,7 +126,7 @@ struct Linear24Args {
   DType dtype;
 };
 
-// All contiguous, as ops/tiered.py lays them out.
+// All contiguous, in the layout of ops/tiered.py.
 struct LinearTieredArgs {
   const void* x;         // [tokens, cols]
   const uint8_t* tiers;  // [ceil(rows / block_rows), ceil(cols / block_cols)]
@@ -141,11 +143,11 @@ struct LinearTieredArgs {
   DType dtype;
 };
 
-// All contiguous; `cols` is the width of the block.
+// All contiguous; `cols` is the number of columns that are pruned together.
 struct SparsegptArgs {
   const float* weight;  // [rows, cols]
   const float* factor;  // [cols, cols]
-  const bool* given;    // [rows, cols] or null: the mask that was chosen before
+  const bool* given;    // [rows, cols] or null: a mask that was chosen before
   float* pruned;        // [rows, cols]
   float* error;         // [rows, cols]
   bool* mask;           // [rows, cols]
@@ -154,7 +156,7 @@ struct SparsegptArgs {
 };
 
 struct Kernels {
-  const char* level;
+  const char* simd_level;
   const char* features;  // what a processor must have, as the compiler names it, separated by commas
   // Rows [begin, end).
   void (*nm)(const NmArgs&, int64_t begin, int64_t end);
@@ -175,14 +177,14 @@ struct Kernels {
   void (*sparsegpt)(const SparsegptArgs&, int64_t begin, int64_t end);
 };
 
-extern const Kernels kernels_plain;
+extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;         // AVX2, FMA, F16C, BMI, BMI2, LZCNT
 extern const Kernels kernels_avx512;       // AVX-512 F, BW, DQ, VL
 extern const Kernels kernels_avx512_bf16;  // and VBMI, VBMI2, BF16
 #endif
 
-// The table in use: the best level of this machine, unless one was forced.
+// The table in use: that of the best SIMD level of this machine, unless one was forced.
 const Kernels& kernels();
 
 }  // namespace sparsekit

@@ -1,7 +1,7 @@
 // Constant vectors for groups of m neighboring lanes, and the vector types of the level where it has any.
 #pragma once
 
-#include "scalar.h"
+#include "elements.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {

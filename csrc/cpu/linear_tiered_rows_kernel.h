@@ -2,11 +2,9 @@
 // L1 cache.
 #pragma once
 
-#include "dropped_inputs.h"
 #include "float_lanes.h"
-#include "linear24_strip.h"
+#include "row_strips.h"
 #include "tiered_blocks.h"
-#include "token_chunks.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {

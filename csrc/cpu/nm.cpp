@@ -1,7 +1,7 @@
 // N:M masks and pruning: nm_mask, nm_mask_bits, nm_prune, nm_prune_.
 #include <tuple>
 
-#include "glue.h"
+#include "tensor_args.h"
 
 namespace sparsekit {
 namespace {

@@ -83,7 +83,7 @@ template <class T>
 int64_t pack24_pieces(const T* weight, const bool* mask, T* values, uint8_t* bitmask, int64_t cols, bool stream) {
   int64_t bad = -1;
   for (int64_t column = 0; column < cols; column += 64) {
-    uint64_t kept = mask ? set_bits(mask + column) : nonzero_bits(weight + column);
+    uint64_t kept = mask ? mask_bits(mask + column) : nonzero_bits(weight + column);
     const uint64_t counts = count_bits(kept);
     if (counts != 2 * kEveryGroup) {
       const uint64_t wrong = bad_groups(counts, mask != nullptr);

@@ -1,7 +1,7 @@
 // Vectors of magnitude keys at AVX2: 8 keys of 32 bits or 16 of 16, and which of them to keep as lanes of ones.
 #pragma once
 
-#include "scalar.h"
+#include "elements.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // Vectors of magnitude keys at AVX-512: 16 keys of 32 bits or 32 of 16, and which of them to keep as mask bits.
 #pragma once
 
-#include "scalar.h"
+#include "elements.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {

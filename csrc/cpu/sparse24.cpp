@@ -4,7 +4,7 @@
 #include <string>
 #include <tuple>
 
-#include "glue.h"
+#include "tensor_args.h"
 
 namespace sparsekit {
 namespace {

@@ -1,5 +1,5 @@
 // sparsegpt_columns: SparseGPT on consecutive columns.
-#include "glue.h"
+#include "tensor_args.h"
 
 namespace sparsekit {
 namespace {

@@ -1,20 +1,10 @@
 // SparseGPT's inner loop over consecutive columns: a row at a time, which stays in the L1 cache.
 #pragma once
 
-#include "scalar.h"
+#include "elements.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
-
-// Keeps the n largest of m keys; ties keep the lower index.
-inline void keep_largest(const int32_t* keys, bool* keep, int n, int m) {
-  for (int i = 0; i < m; ++i) {
-    int beaten = 0;
-    for (int j = 0; j < i; ++j) beaten += keys[j] >= keys[i];
-    for (int j = i + 1; j < m; ++j) beaten += keys[j] > keys[i];
-    keep[i] = beaten < n;
-  }
-}
 
 inline void sparsegpt(const SparsegptArgs& args, int64_t begin, int64_t end) {
   const int64_t cols = args.cols;
@@ -31,7 +21,7 @@ inline void sparsegpt(const SparsegptArgs& args, int64_t begin, int64_t end) {
           int32_t keys[32];
           for (int i = 0; i < args.m; ++i)
             keys[i] = magnitude_key(updated[col + i] / args.factor[(col + i) * (cols + 1)]);
-          keep_largest(keys, keep + col, args.n, args.m);
+          keep_first(keys, keep + col, args.n, args.m);
         } else {
           std::fill(keep + col, keep + cols, true);
         }

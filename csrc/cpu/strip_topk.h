@@ -1,4 +1,4 @@
-// What top-k keeps of blocks of a strip: as bits, row by row.
+// The entries that top-k keeps of the blocks of a strip, as bits, row by row.
 #pragma once
 
 #include "block_topk_kernel.h"
@@ -17,7 +17,7 @@ inline void copy_bits(const uint32_t* from, int64_t first, uint64_t* words, int6
 }
 
 template <class T>
-void load_keys(const T* weight, const float* scale, int32_t* keys, int64_t cols) {
+void load_scaled_keys(const T* weight, const float* scale, int32_t* keys, int64_t cols) {
   int64_t i = 0;
 #if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
   for (; scale && i + Keys32::kLanes <= cols; i += Keys32::kLanes)
@@ -34,13 +34,10 @@ inline void keep24(int32_t* keys, int64_t cols) {
     store_kept(keys + i, keys + i, nm_keep<4>(Keys32{load(keys + i)}, 2), false);
 #endif
   for (; i + 4 <= cols; i += 4) {
-    std::array<int32_t, 4> key;
-    std::copy_n(keys + i, 4, key.begin());
-    for (int j = 0; j < 4; ++j) {
-      int before = 0;
-      for (int other = 0; other < 4; ++other) before += key[other] > key[j] || (key[other] == key[j] && other < j);
-      if (before >= 2) keys[i + j] = 0;
-    }
+    bool keep[4];
+    keep_first(keys + i, keep, 2, 4);
+    for (int j = 0; j < 4; ++j)
+      if (!keep[j]) keys[i + j] = 0;
   }
 }
 
@@ -77,7 +74,7 @@ class StripTopk {
       for (int64_t row = 0; row < strip.rows; ++row, keys += cols) {
         const T* weight = static_cast<const T*>(a_.weight) + (strip.top + row) * a_.weight_stride + left;
         if (a_.scale)
-          load_keys(weight, a_.scale + left, keys, cols);
+          load_scaled_keys(weight, a_.scale + left, keys, cols);
         else if (cols == kCols)
           load_keys<kCols>(weight, keys, cols);
         else
@@ -88,7 +85,7 @@ class StripTopk {
     }
     kth_of_blocks(keys_of, found_, a_.k, kth_.get());
     for (int64_t i = 0; i < found_; ++i)
-      keep_largest(keys_of(i), a_.k, nested ? std::max(kth_[i], 1) : kth_[i], kept_.get() + i * pitch_ / 32);
+      keep_topk(keys_of(i), a_.k, nested ? std::max(kth_[i], 1) : kth_[i], kept_.get() + i * pitch_ / 32);
   }
 
   // Adds what they keep of one row to the bits of the columns of the strip.

@@ -12,7 +12,7 @@ namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
 // Sets bits [at, at + count).
-inline void set_bits(uint64_t* words, int64_t at, int64_t count) {
+inline void fill_bits(uint64_t* words, int64_t at, int64_t count) {
   for (int64_t i = at, next; i < at + count; i = next) {
     next = std::min(at + count, (i / 64 + 1) * 64);
     words[i / 64] |= low_bits(next - i) << i % 64;
@@ -59,8 +59,8 @@ void tier_strip(const TierPruneArgs& a, const BlockStrip& strip, TierScratch& s)
   s.topk.clear();
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t left = block * a.block_cols, cols = std::min(a.block_cols, strip.cols - left);
-    if (tiers[block] == kDense) set_bits(s.dense.get(), left, cols);
-    if (tiers[block] == kSparse24) set_bits(s.two.get(), left, cols);
+    if (tiers[block] == kDense) fill_bits(s.dense.get(), left, cols);
+    if (tiers[block] == kSparse24) fill_bits(s.two.get(), left, cols);
     if (tiers[block] > kSparse24) s.topk.add(block);
   }
   s.topk.choose<T, kCols>(strip, a.nested);

@@ -1,7 +1,7 @@
 // The blocks of a tiered weight by their form.
 #pragma once
 
-#include "scalar.h"
+#include "elements.h"
 #include "tiers.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {

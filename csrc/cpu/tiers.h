@@ -1,7 +1,7 @@
 // The forms of a block, by their number in a tier map.
 #pragma once
 
-#include "level_headers.h"
+#include "simd_level_headers.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {

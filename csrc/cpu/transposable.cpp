@@ -1,5 +1,5 @@
 // 2:4 masks in both directions: transposable_mask24.
-#include "glue.h"
+#include "tensor_args.h"
 
 namespace sparsekit {
 namespace {

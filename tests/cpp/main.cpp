@@ -6,7 +6,7 @@
 namespace check {
 
 std::vector<const Kernels*> levels() {
-  std::vector<const Kernels*> found{&sparsekit::kernels_plain};
+  std::vector<const Kernels*> found{&sparsekit::kernels_scalar};
 #if defined(__x86_64__)
   const auto add = [&](const Kernels& level, bool emulated) {
     if (emulated || sparsekit::has_all(level.features, sparsekit::has_feature)) found.push_back(&level);
@@ -27,7 +27,7 @@ std::vector<const Kernels*> levels() {
 
 int main() {
   std::printf("levels:");
-  for (const auto* level : check::levels()) std::printf(" %s", level->level);
+  for (const auto* level : check::levels()) std::printf(" %s", level->simd_level);
   std::printf("\n");
   const std::pair<const char*, void (*)()> tests[] = {
       {"nm", test_nm},         {"pack24", test_pack24},           {"prune_pack24", test_prune_pack24},

@@ -18,7 +18,7 @@ struct Case {
 };
 
 std::string describe(const char* op, const Kernels& level, const Case& c) {
-  return std::string(op) + " " + level.level + " " + name(c.dtype) + " [" + std::to_string(c.rows) + ", " +
+  return std::string(op) + " " + level.simd_level + " " + name(c.dtype) + " [" + std::to_string(c.rows) + ", " +
          std::to_string(c.cols) + "+" + std::to_string(c.padding) + "] block " + std::to_string(c.block_rows) + "x" +
          std::to_string(c.block_cols) + " k " + std::to_string(c.k) + (c.scaled ? " scaled" : "") +
          (c.masked ? " masked" : "") + (c.flush == Flush::End ? " end" : " begin") + " values " +
@@ -86,7 +86,7 @@ void negative_zeros(const Kernels& level) {
   level.block_scores({.weight = &minus_zero, .weight_stride = 1, .scale = nullptr, .mask = nullptr, .scores = &unscaled,
                       .rows = 1, .cols = 1, .block_rows = 1, .block_cols = 1, .dtype = DType::F32},
                      0, 1);
-  expect(unscaled == 0.0f && !std::signbit(unscaled), std::string("block_scores ") + level.level + " of -0.0");
+  expect(unscaled == 0.0f && !std::signbit(unscaled), std::string("block_scores ") + level.simd_level + " of -0.0");
   for (const auto [rows, block_rows, block_cols, negative] :
        {Block{1, 1, 1, true}, Block{2, 2, 2, true}, Block{16, 16, 16, true}, Block{1, 2, 2, false},
         Block{2, 2, 3, false}, Block{15, 16, 16, false}}) {
@@ -98,7 +98,7 @@ void negative_zeros(const Kernels& level) {
                         .block_cols = block_cols, .dtype = DType::F32},
                        0, 1);
     expect(score == 0.0f && std::signbit(score) == negative,
-           std::string("block_scores ") + level.level + " negative zeros [" + std::to_string(rows) + ", " +
+           std::string("block_scores ") + level.simd_level + " negative zeros [" + std::to_string(rows) + ", " +
                std::to_string(block_cols) + "] in a block of " + std::to_string(block_rows) + " rows");
   }
 }

@@ -25,7 +25,7 @@ struct Case {
 };
 
 void run(const Kernels& level, const Case& c, uint64_t seed) {
-  const std::string what = std::string("linear24 ") + level.level + " " + name(c.dtype) + " [" +
+  const std::string what = std::string("linear24 ") + level.simd_level + " " + name(c.dtype) + " [" +
                            std::to_string(c.tokens) + ", " + std::to_string(c.cols) + "] to " + std::to_string(c.rows) +
                            (c.bias ? " bias" : "") + (c.flush == Flush::End ? " end" : " begin");
   Random random(seed);
@@ -92,7 +92,7 @@ void rounding(const Kernels& level, DType dtype, int64_t tokens) {
   for (int64_t i = 0; i < tokens * kRows; ++i) {
     const float got = get(y.data(), i, dtype), want = sums[i / kRows % 9][2];
     expect(got == want || (std::isnan(got) && std::isnan(want)),
-           std::string("linear24 ") + level.level + " " + name(dtype) + " rounding of " +
+           std::string("linear24 ") + level.simd_level + " " + name(dtype) + " rounding of " +
                std::to_string(sums[i / kRows % 9][0]) + " + " + std::to_string(sums[i / kRows % 9][1]));
   }
 }

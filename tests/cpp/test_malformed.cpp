@@ -55,7 +55,7 @@ void bytes_for_bools(const Kernels& level, DType dtype, int64_t cols, Flush flus
     float sum = 0;
     for (int64_t i = row * cols; i < (row + 1) * cols; ++i)
       if (mask.data()[i]) sum += std::fabs(get(weight.data(), i, dtype));
-    expect(scores.as<float>()[row] == sum, std::string("block_scores of any bytes for bools ") + level.level);
+    expect(scores.as<float>()[row] == sum, std::string("block_scores of any bytes for bools ") + level.simd_level);
   }
 }
 
@@ -109,14 +109,14 @@ void test_malformed() {
 
 // A level runs only where the processor has all that it was compiled for.
 void test_features() {
-  for (const Kernels* level : {&sparsekit::kernels_plain,
+  for (const Kernels* level : {&sparsekit::kernels_scalar,
 #if defined(__x86_64__)
                                &sparsekit::kernels_avx2, &sparsekit::kernels_avx512, &sparsekit::kernels_avx512_bf16
 #endif
                               }) {
-    const std::string what = std::string("features of ") + level->level;
+    const std::string what = std::string("features of ") + level->simd_level;
     expect(sparsekit::has_all(level->features, [](std::string_view) { return true; }), what);
-    const bool needed = level != &sparsekit::kernels_plain;
+    const bool needed = level != &sparsekit::kernels_scalar;
     for (std::string_view one : {"avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "popcnt"})
       expect(sparsekit::has_all(level->features, [&](std::string_view name) { return name != one; }) != needed,
              what + " without " + std::string(one));

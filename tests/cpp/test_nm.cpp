@@ -19,7 +19,7 @@ struct Case {
 };
 
 std::string describe(const Kernels& level, const Case& c) {
-  return std::string("nm ") + level.level + " " + name(c.dtype) + " " + std::to_string(c.n) + ":" +
+  return std::string("nm ") + level.simd_level + " " + name(c.dtype) + " " + std::to_string(c.n) + ":" +
          std::to_string(c.m) + " [" + std::to_string(c.rows) + ", " + std::to_string(c.cols) + "+" +
          std::to_string(c.padding) + "]" + (c.scaled ? " scaled" : "") + (c.in_place ? " in place" : "") +
          (c.mask ? " to bools" : "") + (c.bits ? " to bits" : "") +
@@ -98,12 +98,12 @@ void literal(const Kernels& level) {
   NmArgs args{.weight = weight, .weight_stride = 13, .pruned = nullptr, .pruned_stride = 0, .scale = nullptr,
               .mask = mask, .bits = bits, .cols = 13, .n = 2, .m = 4, .dtype = DType::F32, .stream = false};
   level.nm(args, 0, 1);
-  expect(std::equal(mask, mask + 13, by_magnitude), std::string(level.level) + ": literal 2:4 mask");
-  expect(bits[0] == 0b00110110 && bits[1] == 0b00011001, std::string(level.level) + ": literal 2:4 bits");
+  expect(std::equal(mask, mask + 13, by_magnitude), std::string(level.simd_level) + ": literal 2:4 mask");
+  expect(bits[0] == 0b00110110 && bits[1] == 0b00011001, std::string(level.simd_level) + ": literal 2:4 bits");
   args.scale = scale;
   args.bits = nullptr;
   level.nm(args, 0, 1);
-  expect(std::equal(mask, mask + 4, by_scale), std::string(level.level) + ": literal 2:4 mask with a scale");
+  expect(std::equal(mask, mask + 4, by_scale), std::string(level.simd_level) + ": literal 2:4 mask with a scale");
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ struct Case {
 };
 
 void run(const Kernels& level, const Case& c, uint64_t seed) {
-  const std::string what = std::string("pack24 ") + level.level + " " + name(c.dtype) + " [" + std::to_string(c.rows) +
+  const std::string what = std::string("pack24 ") + level.simd_level + " " + name(c.dtype) + " [" + std::to_string(c.rows) +
                            ", " + std::to_string(c.cols) + "+" + std::to_string(c.padding) + "]" +
                            (c.masked ? " masked" : "") + (c.stream ? " stream" : "") +
                            (c.flush == Flush::End ? " end" : " begin");
@@ -78,7 +78,7 @@ void groups(const Kernels& level, DType dtype, int64_t start) {
   const int64_t cols = 132;
   for (int pattern = 0; pattern < 16; ++pattern)
     for (bool masked : {false, true}) {
-      const std::string what = std::string("pack24 ") + level.level + " " + name(dtype) + " group " +
+      const std::string what = std::string("pack24 ") + level.simd_level + " " + name(dtype) + " group " +
                                std::to_string(pattern) + " at " + std::to_string(start) + (masked ? " masked" : "");
       Buffer weight(cols * size_of(dtype), Flush::End), mask(cols, Flush::End), values(cols / 2 * size_of(dtype), Flush::End),
           bitmask((cols + 7) / 8, Flush::End), dense(cols * size_of(dtype), Flush::End);
@@ -125,7 +125,7 @@ void first_bad_group(const Kernels& level, DType dtype) {
   const int64_t first = level.pack24({.weight = weight.data(), .weight_stride = cols, .mask = nullptr,
                                       .values = values.data(), .bitmask = bitmask.as<uint8_t>(), .cols = cols,
                                       .dtype = dtype, .stream = false}, 0, rows);
-  expect(first == (cols + 68) / 4, std::string("pack24 ") + level.level + " " + name(dtype) + " first bad group is " +
+  expect(first == (cols + 68) / 4, std::string("pack24 ") + level.simd_level + " " + name(dtype) + " first bad group is " +
                                        std::to_string(first));
 }
 
@@ -145,7 +145,7 @@ void tails(const Kernels& level, DType dtype) {
                     .stream = false}, 0, 1);
       const int want = cols % 8 < 4 ? (1 << cols % 4) - 1 : ((1 << cols % 4) - 1) << 4 | 0b0011;
       expect(bitmask.as<uint8_t>()[bytes - 1] == want,
-             std::string("pack24 ") + level.level + " " + name(dtype) + " tail of " + std::to_string(cols));
+             std::string("pack24 ") + level.simd_level + " " + name(dtype) + " tail of " + std::to_string(cols));
     }
 }
 

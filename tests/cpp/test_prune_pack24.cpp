@@ -14,7 +14,7 @@ struct Case {
 };
 
 void run(const Kernels& level, const Case& c, uint64_t seed) {
-  const std::string what = std::string("prune_pack24 ") + level.level + " " + name(c.dtype) + " [" +
+  const std::string what = std::string("prune_pack24 ") + level.simd_level + " " + name(c.dtype) + " [" +
                            std::to_string(c.rows) + ", " + std::to_string(c.cols) + "+" + std::to_string(c.padding) +
                            "]" + (c.scaled ? " scaled" : "") + (c.stream ? " stream" : "") +
                            (c.flush == Flush::End ? " end" : " begin") + " values " +
@@ -28,7 +28,7 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
   random.fill(weight.data(), span, c.dtype, c.values);
   random.fill(scale.data(), c.cols, DType::F32, Values::Special);
   const float* factors = c.scaled ? scale.as<float>() : nullptr;
-  sparsekit::kernels_plain.nm({.weight = weight.data(), .weight_stride = stride, .pruned = nullptr, .pruned_stride = 0,
+  sparsekit::kernels_scalar.nm({.weight = weight.data(), .weight_stride = stride, .pruned = nullptr, .pruned_stride = 0,
                                .scale = factors, .mask = mask.as<bool>(), .bits = nullptr, .cols = c.cols, .n = 2,
                                .m = 4, .dtype = c.dtype, .stream = false},
                               0, c.rows);
@@ -54,7 +54,7 @@ void literal(const Kernels& level) {
                       .cols = 10, .dtype = DType::F32, .stream = false},
                      0, 1);
   expect(std::memcmp(values, want, sizeof want) == 0 && bitmask[0] == 0b00110110 && bitmask[1] == 0b11,
-         std::string(level.level) + ": literal prune_pack24");
+         std::string(level.simd_level) + ": literal prune_pack24");
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Case {
 };
 
 void run(const Kernels& level, const Case& c, uint64_t seed) {
-  const std::string what = std::string("sparsegpt ") + level.level + " [" + std::to_string(c.rows) + ", " +
+  const std::string what = std::string("sparsegpt ") + level.simd_level + " [" + std::to_string(c.rows) + ", " +
                            std::to_string(c.cols) + "] " + std::to_string(c.n) + ":" + std::to_string(c.m) +
                            (c.given ? " given" : "");
   Random random(seed);

@@ -25,7 +25,7 @@ struct Case {
 };
 
 std::string describe(const Kernels& level, const Case& c) {
-  return std::string("linear_tiered ") + level.level + " " + name(c.dtype) + " [" + std::to_string(c.tokens) + ", " +
+  return std::string("linear_tiered ") + level.simd_level + " " + name(c.dtype) + " [" + std::to_string(c.tokens) + ", " +
          std::to_string(c.cols) + "] to " + std::to_string(c.rows) + " in blocks of " + std::to_string(c.block_rows) +
          "x" + std::to_string(c.block_cols) + ", k " + std::to_string(c.k) + (c.bias ? " bias" : "") +
          (c.flush == Flush::End ? " end" : " begin");

@@ -16,7 +16,7 @@ struct Case {
 };
 
 std::string describe(const Kernels& level, const Case& c) {
-  return std::string("tier_prune ") + level.level + " " + name(c.dtype) + " [" + std::to_string(c.rows) + ", " +
+  return std::string("tier_prune ") + level.simd_level + " " + name(c.dtype) + " [" + std::to_string(c.rows) + ", " +
          std::to_string(c.cols) + "+" + std::to_string(c.padding) + "] block " + std::to_string(c.block_rows) + "x" +
          std::to_string(c.block_cols) + " k " + std::to_string(c.k) + (c.scaled ? " scaled" : "") +
          (c.scores_scaled ? " scores scaled" : "") + (c.squared ? " squared" : "") + (c.nested ? " nested" : "") +
@@ -43,7 +43,7 @@ void run_scores(const Kernels& level, const Case& c, void* weight, const float* 
   }
   const bool* masks[] = {nullptr, sparse24, topk};
   for (int tier = 0; tier < 3; ++tier) {
-    sparsekit::kernels_plain.block_scores(
+    sparsekit::kernels_scalar.block_scores(
         {.weight = c.squared ? squares.data() : weight, .weight_stride = c.squared ? c.cols : stride,
          .scale = c.scores_scaled && !c.squared ? score_scale : nullptr, .mask = masks[tier],
          .scores = total.as<float>(), .rows = c.rows, .cols = c.cols, .block_rows = c.block_rows,
@@ -59,7 +59,7 @@ void run_scores(const Kernels& level, const Case& c, void* weight, const float* 
 
 void run(const Kernels& level, const Case& c, uint64_t seed) {
   Random random(seed);
-  const Kernels& plain = sparsekit::kernels_plain;
+  const Kernels& plain = sparsekit::kernels_scalar;
   const size_t size = size_of(c.dtype);
   const int64_t stride = c.cols + c.padding, span = (c.rows - 1) * stride + c.cols, count = c.rows * c.cols;
   const int64_t tall = (c.rows + c.block_rows - 1) / c.block_rows, wide = (c.cols + c.block_cols - 1) / c.block_cols;
@@ -140,8 +140,8 @@ void literal(const Kernels& level) {
                     .block_cols = 4, .k = 1, .nested = false, .dtype = DType::F32, .stream = false},
                    0, 1);
   expect(std::equal(pruned, pruned + 12, want) && std::equal(scores, scores + 3, sums),
-         std::string(level.level) + ": literal tier_prune");
-  for (int i = 0; i < 12; ++i) expect(mask[i] == (want[i] != 0), std::string(level.level) + ": literal tier mask");
+         std::string(level.simd_level) + ": literal tier_prune");
+  for (int i = 0; i < 12; ++i) expect(mask[i] == (want[i] != 0), std::string(level.simd_level) + ": literal tier mask");
 }
 
 }  // namespace

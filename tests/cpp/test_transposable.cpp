@@ -35,7 +35,7 @@ struct Case {
 
 void run(const Kernels& level, const Case& c, uint64_t seed) {
   static const auto kPatterns = patterns();
-  const std::string what = std::string("transposable ") + level.level + " " + name(c.dtype) + " [" +
+  const std::string what = std::string("transposable ") + level.simd_level + " " + name(c.dtype) + " [" +
                            std::to_string(c.rows) + ", " + std::to_string(c.cols) + "+" + std::to_string(c.padding) +
                            "]" + (c.stream ? " stream" : "") + (c.flush == Flush::End ? " end" : " begin") +
                            " values " + std::to_string(static_cast<int>(c.values));
@@ -102,10 +102,10 @@ void literal(const Kernels& level) {
   bool mask[16];
   level.transposable({.score = score, .score_stride = 4, .mask = mask, .rows = 4, .cols = 4, .dtype = DType::F32,
                       .stream = false}, 0, 1);
-  expect(std::equal(mask, mask + 16, want), std::string(level.level) + ": literal transposable");
+  expect(std::equal(mask, mask + 16, want), std::string(level.simd_level) + ": literal transposable");
   level.transposable({.score = zeros, .score_stride = 4, .mask = mask, .rows = 4, .cols = 4, .dtype = DType::F32,
                       .stream = false}, 0, 1);
-  expect(std::equal(mask, mask + 16, first), std::string(level.level) + ": transposable of zeros");
+  expect(std::equal(mask, mask + 16, first), std::string(level.simd_level) + ": transposable of zeros");
 }
 
 // Sums that round: many patterns are equal only after rounding, and the earliest of them stays.
@@ -135,7 +135,7 @@ void rounding(const Kernels& level) {
         for (int i = 0; i < 16; ++i) plain[i / 4 * 256 + left + i % 4] = pattern[i / 4] >> i % 4 & 1;
       }
     }
-    expect(std::equal(mask, mask + 4 * 256, plain), std::string(level.level) + ": transposable sums that round");
+    expect(std::equal(mask, mask + 4 * 256, plain), std::string(level.simd_level) + ": transposable sums that round");
   }
 }
 

@@ -1,5 +1,6 @@
-// What a level needs before it opens its target region: every standard header, since an inline function of theirs
-// compiled inside it could be the copy the linker keeps for the other levels; and the region's brackets themselves.
+// Included by every SIMD level before its target region: all standard headers, because an inline function of theirs that
+// is compiled inside the region could be the copy that the linker keeps for other levels; and the macros that open and
+// close the region.
 #pragma once
 
 #include <algorithm>
@@ -22,15 +23,15 @@
 #include "kernels.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for mistakes: https://gcc.gnu.org/PR105593
+// GCC 12 warns of the undefined operands inside its own AVX-512 intrinsics: https://gcc.gnu.org/PR105593
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-// Everything between the two is compiled for `features`, lambdas and templates included (an attribute on a function
-// would not reach its lambdas).
+// Everything between these two is compiled for `features`, with lambdas and templates; an attribute on a function would
+// not reach its lambdas.
 #define SPARSEKIT_PRAGMA(text) _Pragma(#text)
-#if defined(SPARSEKIT_EMULATE)  // the C++ tests run a level through SIMDe on a machine that lacks it
+#if defined(SPARSEKIT_EMULATE)  // the C++ tests emulate a level by SIMDe on a machine that lacks it
 #define SPARSEKIT_TARGET_BEGIN(features)
 #define SPARSEKIT_TARGET_END
 #elif defined(__clang__)

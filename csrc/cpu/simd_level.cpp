@@ -1,4 +1,4 @@
-// Chooses the SIMD level at run time, and lets a test force one.
+// Chooses the SIMD level at run time; a test can force one.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -12,13 +12,13 @@
 namespace sparsekit {
 namespace {
 
-// The levels that this machine can run, the best last.
+// The SIMD levels that this machine can run, the best last.
 const std::vector<const Kernels*>& available() {
   static const std::vector<const Kernels*> levels = [] {
-    std::vector<const Kernels*> found{&kernels_plain};
+    std::vector<const Kernels*> found{&kernels_scalar};
 #if defined(__x86_64__)
-    for (const Kernels* level : {&kernels_avx2, &kernels_avx512, &kernels_avx512_bf16})
-      if (has_all(level->features, has_feature)) found.push_back(level);
+    for (const Kernels* table : {&kernels_avx2, &kernels_avx512, &kernels_avx512_bf16})
+      if (has_all(table->features, has_feature)) found.push_back(table);
 #endif
     return found;
   }();
@@ -32,20 +32,20 @@ std::atomic<const Kernels*>& active() {
 
 std::string simd_levels() {
   std::string names;
-  for (const Kernels* table : available()) names += (names.empty() ? "" : " ") + std::string(table->level);
+  for (const Kernels* table : available()) names += (names.empty() ? "" : " ") + std::string(table->simd_level);
   return names;
 }
 
-// Forces the level of that name where one is given; returns the level in use.
+// Forces the SIMD level of this name, unless it is empty; returns the name of the level in use.
 std::string simd_level(std::string name) {
   if (!name.empty()) {
     const Kernels* wanted = nullptr;
     for (const Kernels* table : available())
-      if (name == table->level) wanted = table;
+      if (name == table->simd_level) wanted = table;
     if (!wanted) throw std::invalid_argument("no SIMD level " + name + " on this machine; it has " + simd_levels());
     active().store(wanted);
   }
-  return active().load()->level;
+  return active().load()->simd_level;
 }
 
 }  // namespace

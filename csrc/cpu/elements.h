@@ -1,7 +1,7 @@
 // The element types, one at a time: conversions to and from float, and the integer that ranks a magnitude.
 #pragma once
 
-#include "level_headers.h"
+#include "simd_level_headers.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
@@ -84,6 +84,17 @@ int32_t magnitude_key(T value) {
   return std::min(value.bits & 0x7fff, kNanKey<T>);
 }
 
+// Marks the entries of a group that rank first: those that fewer than n others of the m go before, by a larger key or by
+// an equal one at a lower index. nm_kernel.h ranks many groups at a time by the same rule.
+inline void keep_first(const int32_t* keys, bool* keep, int n, int m) {
+  for (int i = 0; i < m; ++i) {
+    int before = 0;
+    for (int j = 0; j < i; ++j) before += keys[j] >= keys[i];
+    for (int j = i + 1; j < m; ++j) before += keys[j] > keys[i];
+    keep[i] = before < n;
+  }
+}
+
 // An entry of a mask that came from outside: a tensor of bool may be a view of any bytes, which are no bool to C++.
 inline bool is_set(const bool* mask, int64_t i) { return reinterpret_cast<const uint8_t*>(mask)[i] != 0; }
 
@@ -105,6 +116,28 @@ auto dispatch(DType dtype, Body body) {
       return body(static_cast<BF16*>(nullptr));
     default:
       return body(static_cast<float*>(nullptr));
+  }
+}
+
+// Adds what dropped weights contribute where an input is Inf or NaN: 0 times that is NaN, as in the dense product. A
+// kernel that skips dropped weights calls this once it has met such an input.
+//
+// x is [tokens, cols], y [tokens, rows] with tokens `stride` apart. keeps(row, col): whether a weight was multiplied.
+template <class T, class Keeps>
+void multiply_dropped(const T* x, int64_t tokens, int64_t cols, T* y, int64_t rows, int64_t stride, Keeps keeps) {
+  for (int64_t token = 0; token < tokens; ++token, x += cols, y += stride) {
+    int64_t left = rows;  // rows that are not NaN
+    for (int64_t col = 0; col < cols && left > 0; ++col) {
+      if (all_finite(x + col, 1)) continue;
+      left = 0;
+      for (int64_t row = 0; row < rows; ++row) {
+        if (std::isnan(to_float(y[row]))) continue;
+        if (keeps(row, col))
+          ++left;
+        else
+          y[row] = from_float<T>(std::numeric_limits<float>::quiet_NaN());
+      }
+    }
   }
 }
 

@@ -2,7 +2,7 @@
 #include <array>
 #include <stdexcept>
 
-#include "glue.h"
+#include "tensor_args.h"
 
 namespace sparsekit {
 namespace {

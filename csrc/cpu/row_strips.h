@@ -1,13 +1,29 @@
-// A strip of one weight row, expanded from its kept values to its columns in a register, and its products with x.
+// What the kernels for few tokens share: the tokens in chunks, and strips of weight rows.
 //
-// Strip<T> covers kCols columns from kCols / 2 values, which needs no counting: two of every four are kept. Input is the
-// type that x is converted to beforehand.
+// A strip is kCols columns of one row, expanded in a register from its kCols / 2 kept values; two of every four columns
+// are kept, so nothing has to be counted. Strip<T>::Input is the type that x is converted to beforehand.
 #pragma once
 
-#include "scalar.h"
+#include "elements.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
+
+#if defined(SPARSEKIT_AVX512)
+constexpr int kMaxTokens = 6;
+#else
+constexpr int kMaxTokens = 4;
+#endif
+
+// The tokens in chunks whose sums fit the registers, of sizes that differ by at most one.
+struct TokenChunks {
+  int64_t tokens, count;
+
+  explicit TokenChunks(int64_t tokens) : tokens(tokens), count((tokens + kMaxTokens - 1) / kMaxTokens) {}
+  int64_t begin(int64_t chunk) const { return tokens * chunk / count; }
+  int64_t size(int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
+  int64_t largest() const { return (tokens + count - 1) / count; }
+};
 
 #if defined(SPARSEKIT_AVX512)
 

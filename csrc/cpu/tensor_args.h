@@ -1,4 +1,4 @@
-// Turns tensors into what the kernels take. Shapes and dtypes are checked in Python, before the dispatcher.
+// Turns tensors into the arguments of kernels. Shapes and dtypes are checked in Python, before the dispatcher.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -47,7 +47,7 @@ struct Rows {
   int64_t rows, cols, stride;
 };
 
-// The tensor's memory as rows where its strides allow that, whatever the number of dimensions.
+// The tensor's memory as rows, if its strides allow that; it may have any number of dimensions.
 inline std::optional<Rows> rows_in_place(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, cols = tensor.size(last);
   if (tensor.numel() == 0) return Rows{0, cols, cols};  // its strides may be anything
@@ -64,7 +64,7 @@ inline std::optional<Rows> rows_in_place(const Tensor& tensor) {
   return Rows{rows, cols, stride};
 }
 
-// The same, of a contiguous copy that `tensor` is replaced by where its strides do not allow it.
+// The tensor's memory as rows; if its strides do not allow that, `tensor` is replaced by a contiguous copy.
 inline Rows rows_of(Tensor& tensor) {
   if (const auto rows = rows_in_place(tensor)) return *rows;
   tensor = torch::stable::contiguous(tensor);
@@ -79,10 +79,10 @@ const T* contiguous_data(std::optional<Tensor>& tensor) {
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
-// Whether an output is better written past the caches, which then keep what they hold.
+// Whether an output is so large that it is better written past the caches.
 inline bool exceeds_caches(int64_t bytes) { return bytes > 8 << 20; }
 
-// torch's parallel_for, in which every thread computes in the floating-point mode of the caller.
+// Runs torch's parallel_for; every thread computes in the floating-point mode of the caller.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
   const uint64_t mode = FloatMode::current();
@@ -92,12 +92,12 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
   });
 }
 
-// The same for kernels that share out their work themselves.
+// parallel_for with the signature that kernels call, if they divide their work themselves.
 inline void parallel_ranges(int64_t count, int64_t grain, RangeBody body, void* context) {
   parallel_for(count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-// How many rows are worth a thread: torch's own grain, 32768 elements.
+// The fewest rows that are worth a thread: 32768 elements, as in torch.
 inline int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols)); }
 
 }  // namespace sparsekit

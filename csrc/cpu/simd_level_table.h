@@ -1,7 +1,8 @@
-// One level: the kernel templates under its target, and its table. SPARSEKIT_LEVEL names it, SPARSEKIT_FEATURES are
-// those of the target. SPARSEKIT_AVX2 or SPARSEKIT_AVX512 is defined where its instructions may be used,
-// SPARSEKIT_AVX512_BF16 besides the latter.
-#include "blocks_kernel.h"
+// One SIMD level: all kernels, compiled for its target, and the table of them. The file that includes this defines
+// SPARSEKIT_LEVEL (the name), SPARSEKIT_FEATURES (of the target), and SPARSEKIT_AVX2 or SPARSEKIT_AVX512 for the
+// instructions that may be used, with AVX-512 also SPARSEKIT_AVX512_BF16 if there is BF16.
+#include "block_scores_kernel.h"
+#include "block_topk_kernel.h"
 #include "linear24_kernel.h"
 #include "linear_tiered_kernel.h"
 #include "nm_kernel.h"
@@ -20,7 +21,7 @@
 namespace sparsekit {
 
 extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
-    .level = SPARSEKIT_TEXT(SPARSEKIT_LEVEL),
+    .simd_level = SPARSEKIT_TEXT(SPARSEKIT_LEVEL),
     .features = SPARSEKIT_FEATURES,
     .nm = SPARSEKIT_LEVEL::nm,
     .block_scores = SPARSEKIT_LEVEL::block_scores,
