@@ -9,6 +9,7 @@ from ._version import VERSION as _VERSION
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .compress import CompressReport as CompressReport
+from .compress import Measure as Measure
 from .compress import compress_ as compress_
 from .compress import decompress_ as decompress_
 from .ops import Packed24 as Packed24

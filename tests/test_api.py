@@ -34,8 +34,9 @@ SIGNATURES = {
     "LeastSquares": "method, *, iterations=100, damp=0.01, tolerance=0.0003",
     "reestimate_batchnorm_": "model, batches, *, forward=None, group='world'",
     "keep_masks": "model, optimizer",
-    "compress_": "model, sample=None, *, tokens=None, objective='speed', where=None, forward=None, budget=0.5, "
-    "graphs=False, keep_dense=False, progress=None",
+    "compress_": "model, batches=None, *, where=None, forward=None, objective='speed', keep_dense=False, measure=None, "
+    "progress=None",
+    "Measure": "tokens=None, budget=0.5, graphs=False",
     "decompress_": "model",
     "sparse_training_": "model, *, backward='straight_through', decay=0.0, where=None",
     "to_sparse_semi_structured": "packed, *, layout=None, alg_id=0",

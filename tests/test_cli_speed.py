@@ -9,7 +9,7 @@ from helpers import sparse_linear
 
 import sparsekit as sk
 from sparsekit._timing import Timing
-from sparsekit.compress.report import LayerReport
+from sparsekit.compress.report import CompressLayerReport
 from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
 
 for package in ("tyro", "rich", "PIL", "transformers"):
@@ -125,7 +125,7 @@ def test_layers_of_other_times_are_other_rows(capsys):
     from sparsekit.cli.compress import show
 
     layers = [
-        LayerReport(
+        CompressLayerReport(
             name, (64, 64), "tiered", "fastest", {4: 1}, {4: {"tiered": Timing(1.0, ratio, 1.0, ratio, 0.0)}}, names
         )
         for name, ratio, names in (("a", 2.0, {4: "tiered"}), ("b", 1.1, {4: "tiered"}), ("c", 2.0, {4: "tiered"}))

@@ -67,7 +67,7 @@ def test_what_wins_only_once_stays(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sample", "forward"),
+    ("batches", "forward"),
     [
         (torch.ones(2, 4), None),
         ({"a": torch.ones(2, 4), "b": torch.ones(2, 4)}, None),
@@ -78,7 +78,7 @@ def test_what_wins_only_once_stays(monkeypatch):
     ],
     ids=["tensor", "mapping", "tuple", "list", "iterator", "forward"],
 )
-def test_batch_conventions(ratios, sample, forward):
+def test_batch_conventions(ratios, batches, forward):
     class Adds(nn.Module):
         def __init__(self):
             super().__init__()
@@ -87,7 +87,7 @@ def test_batch_conventions(ratios, sample, forward):
         def forward(self, a, b=0):
             return self.layer(input=a) + b
 
-    report = sk.compress_(Adds().eval(), sample, forward=forward)
+    report = sk.compress_(Adds().eval(), batches, forward=forward)
     assert decisions(report) == {"layer": "prepacked"}
     assert set(report.layers[0].calls) == {2}
 
@@ -154,7 +154,7 @@ def test_rejects():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         sk.decompress_({})
     with pytest.raises(ValueError, match="budget must be a positive number of seconds, got 0"):
-        sk.compress_(model, budget=0)
+        sk.compress_(model, measure=sk.Measure(budget=0))
     with pytest.raises(ValueError, match="at least one batch, got none"):
         sk.compress_(model, [])
     with pytest.raises(TypeError, match="iterable of batches, got int"):
@@ -199,7 +199,7 @@ def test_report_shows_what_was_turned_down(ratios):
 def test_measured_for_real_on_small_layers():
     model, x = blocks(1), torch.randn(3, 16)
     expected = model(x)
-    report = sk.compress_(model, x, budget=0.01)
+    report = sk.compress_(model, x, measure=sk.Measure(budget=0.01))
     offered = {"plain", "prepacked"} | ({"2:4"} if backends()["linear24"]["cpu"] != "reference" else set())
     for layer in report.layers:
         assert layer.timings[4].keys() == offered

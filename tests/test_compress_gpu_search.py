@@ -146,5 +146,5 @@ def test_graphs_and_a_cold_cache_reach_the_clock(table, monkeypatch):
     for size, evict_cache, graphs in ((2**20, False, True), (100, True, False)):
         monkeypatch.setattr(_timing, "cache_bytes", lambda device, size=size: size)
         table["clocks"].clear()
-        sk.compress_(model_of(), batches_of(4), graphs=graphs)
+        sk.compress_(model_of(), batches_of(4), measure=sk.Measure(graphs=graphs))
         assert {(made.evict_cache, made.graphs) for made in table["clocks"]} == {(evict_cache, graphs)}

@@ -30,30 +30,32 @@ def test_speed_or_size(ratios, two_four, prepacked, speed, size):
     ratios |= {"2:4": two_four, "prepacked": prepacked}
     for objective, expected in (("speed", speed), ("size", size)):
         model = blocks(1)
-        report = sk.compress_(model, tokens=(1, 128), objective=objective)
+        report = sk.compress_(model, measure=sk.Measure(tokens=(1, 128)), objective=objective)
         assert set(decisions(report).values()) == {expected}, objective
         weights = [sum(getattr(layer, name) for layer in report.layers) for name in ("bytes_before", "bytes_after")]
         assert (weights[1] < weights[0]) is (expected == "2:4")
 
 
 def test_bytes_of_a_layer(ratios):
-    layer = sk.compress_(blocks(1), tokens=(1,)).layers[0]
+    layer = sk.compress_(blocks(1), measure=sk.Measure(tokens=(1,))).layers[0]
     assert (layer.bytes_before, layer.bytes_after) == (32 * 16 * 4, 32 * 8 * 4 + 32 * 2)
     model = nn.Sequential(tiered_linear(80, 96)).eval()
-    layer = sk.compress_(model, tokens=(1,)).layers[0]
+    layer = sk.compress_(model, measure=sk.Measure(tokens=(1,))).layers[0]
     assert (layer.bytes_before, layer.bytes_after) == (80 * 96 * 4, model[0].packed.nbytes)
 
 
 def test_tokens_are_measured(ratios):
-    report = sk.compress_(blocks(1), tokens=(1, 100, 100, 9000))
+    report = sk.compress_(blocks(1), measure=sk.Measure(tokens=(1, 100, 100, 9000)))
     assert report.layers[0].calls == {1: 1, 128: 2, 512: 1}
 
 
 def test_tokens_beside_a_sample(ratios):
     model = nn.ModuleDict({"run": blocks(1), "not": nn.Linear(16, 16)}).eval()
-    report = sk.compress_(model, torch.randn(4, 16), tokens=(1,), forward=lambda model, x: model["run"](x))
+    report = sk.compress_(
+        model, torch.randn(4, 16), measure=sk.Measure(tokens=(1,)), forward=lambda model, x: model["run"](x)
+    )
     assert [layer.calls for layer in report.layers] == [{1: 1, 4: 1}, {1: 1, 4: 1}, {}]
-    assert reasons(report)["not"] == "the sample does not run it"
+    assert reasons(report)["not"] == "the batches do not run it"
 
 
 @pytest.mark.parametrize(
@@ -76,13 +78,14 @@ def test_rejects(arguments, error, match):
     model = blocks(1)
     before = snapshot(model)
     with pytest.raises(error, match=match):
-        sk.compress_(model, **arguments)
+        measure = {name: value for name, value in arguments.items() if name in ("tokens", "budget")}
+        sk.compress_(model, measure=sk.Measure(**measure), **{k: v for k, v in arguments.items() if k not in measure})
     assert_same(snapshot(model), before)
 
 
 def test_one_losing_count_is_a_veto_that_names_it(ratios):
     ratios |= {"2:4": up_to_16(3.0, 0.5), "prepacked": 0.9}
-    report = sk.compress_(blocks(1), tokens=(1, 16, 128))
+    report = sk.compress_(blocks(1), measure=sk.Measure(tokens=(1, 16, 128)))
     assert set(decisions(report).values()) == {"plain"}
     lost = "2:4: 0.50x, 0% won at 128 tokens, faster at 1, 16: try keep_dense=True"
     assert lost in report.layers[0].reason
@@ -123,7 +126,7 @@ def test_a_dense_copy_answers_where_it_is_faster(ratios, kind):
 )
 def test_a_dense_copy_has_to_pay(ratios, two_four, dense, prepacked, decision, copy):
     ratios |= {"2:4": two_four, "dense": dense, "prepacked": prepacked}
-    report = sk.compress_(model := blocks(1), tokens=(1, 128), keep_dense=True)
+    report = sk.compress_(model := blocks(1), measure=sk.Measure(tokens=(1, 128)), keep_dense=True)
     assert set(decisions(report).values()) == {decision}
     assert (type(model[0].up) is Linear24WithDense) is copy
     assert ("faster at 1: a dense copy has 0.96x there" in report.layers[0].reason) is (dense == 0.96)
@@ -131,7 +134,7 @@ def test_a_dense_copy_has_to_pay(ratios, two_four, dense, prepacked, decision, c
 
 def test_a_dense_copy_needs_eval_mode(ratios):
     ratios |= {"2:4": up_to_16(3.0, 0.5), "dense": 1.5}
-    report = sk.compress_(blocks(1).train(), tokens=(1, 128), keep_dense=True)
+    report = sk.compress_(blocks(1).train(), measure=sk.Measure(tokens=(1, 128)), keep_dense=True)
     assert set(decisions(report).values()) == {"plain"} and "dense" not in report.layers[0].timings[1]
 
 
@@ -154,7 +157,7 @@ def spread(ratios, monkeypatch):
 )
 def test_a_busy_machine_is_no_verdict(spread, ratio, spread_, undecided):
     spread |= {"ratio": ratio, "spread": spread_}
-    report = sk.compress_(blocks(1), tokens=(1,))
+    report = sk.compress_(blocks(1), measure=sk.Measure(tokens=(1,)))
     assert report.swapped == () and report.undecided == (("0.up", "0.down") if undecided else ())
     said = "2:4: undecided, the machine is busy (spread 0.6): "
     assert (said in report.layers[0].reason) is undecided
@@ -175,8 +178,8 @@ def test_two_measurements_that_disagree_are_no_verdict_and_are_forgotten(ratios,
 
     monkeypatch.setattr(tune, "measure", measure)
     model = nn.Sequential(blocks(1)[0].up).eval()
-    report = sk.compress_(model, tokens=(1,))
+    report = sk.compress_(model, measure=sk.Measure(tokens=(1,)))
     assert report.undecided == ("0",) and "spread 1.2): 0.90x" in report.layers[0].reason
     assert not list(tmp_path.iterdir())  # or it would stay undecided for ever
-    sk.compress_(model, tokens=(1,))
+    sk.compress_(model, measure=sk.Measure(tokens=(1,)))
     assert len(measured) == 4

@@ -7,13 +7,13 @@ from tiering import tiered_linear
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import LayerReport, Timing
+from sparsekit.compress import CompressLayerReport, Timing
 
 
 def test_literal(ratios):
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3))).eval()
     sk.prune_(model, sk.Magnitude("2:4"), where=lambda name, _: name != "2")
-    lines = str(sk.compress_(model, tokens=(1, 16))).splitlines()
+    lines = str(sk.compress_(model, measure=sk.Measure(tokens=(1, 16)))).splitlines()
     assert lines[:-1] == [
         "layers      now        1 token        16 tokens      why",
         "2 of 64x64  2:4        3.00x (3.00x)  3.00x (3.00x)  fastest; next prepacked: faster than plain, but slower",
@@ -23,7 +23,7 @@ def test_literal(ratios):
         # 3 x 17 seconds; 17 / 3 + 17 / 3 + 17 / 2; 3 x 17 / 2
         "linear layers alone: 2.57x plain; prepacked, without any sparsity, they would be 2.00x, "
         "so sparsity itself brings 1.29x",
-        "whole model: not timed, since there is no sample to run it on",
+        "whole model: not timed, since there are no batches to run it on",
     ]
     assert lines[-1].startswith("3 of 3 layers swapped, 0.0 MiB -> 0.0 MiB, measured in")
 
@@ -35,7 +35,7 @@ def test_a_gain_without_sparsity_is_called_that(ratios):
     text = str(report)
     assert "sparse (2:4 or tiered): 0 layers; only prepacked, dense: 4 layers" in text
     assert "2.00x plain; prepacked, without any sparsity, they would be 2.00x, so sparsity itself brings 1.00x" in text
-    assert "whole model: 1.50x plain, on the sample" in text
+    assert "whole model: 1.50x plain, on the batches" in text
 
 
 def test_nothing_faster_is_said(ratios):
@@ -58,7 +58,7 @@ def test_no_line_is_wider_than_a_terminal(ratios, ratio, objective):
     ratios |= {"2:4": ratio, "tiered": ratio, "prepacked": 1.3}
     model = nn.Sequential(blocks(1)[0].up, *(tiered_linear(80, 96) for _ in range(2)), nn.Linear(8, 8).train())
     model.append(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
-    text = str(sk.compress_(model, tokens=(1, 16, 128), objective=objective))
+    text = str(sk.compress_(model, measure=sk.Measure(tokens=(1, 16, 128)), objective=objective))
     assert max(map(len, text.splitlines())) < 120
     assert "1 tokens" not in text and "its whole weight is 2:4" not in text
 
@@ -76,7 +76,7 @@ def test_seconds_of_a_layer():
         1: {"plain": timing(4.0), "2:4": timing(1.0), "prepacked": timing(2.0)},
         16: {"plain": timing(8.0), "2:4": None, "prepacked": timing(9.0)},
     }
-    layer = LayerReport("a", (4, 4), "2:4", "", {1: 10, 16: 1}, timings, {1: "2:4", 16: "prepacked"})
+    layer = CompressLayerReport("a", (4, 4), "2:4", "", {1: 10, 16: 1}, timings, {1: "2:4", 16: "prepacked"})
     assert layer.seconds() == 10 * 1 + 9
     assert layer.seconds("plain") == 10 * 4 + 8
     assert layer.seconds("prepacked") == 10 * 2 + 8  # where it loses it would not be taken

@@ -62,7 +62,7 @@ def test_hostile_layers_stay(ratios):
         "attention.out_proj": "may compute something else|reads its weight",
         "encoder.linear1": "TransformerEncoderLayer reads its weight",
         "encoder.linear2": "TransformerEncoderLayer reads its weight",
-        "lonely": "sample does not run it",
+        "lonely": "the batches do not run it",
     }.items():
         assert any(part in found[name] for part in reason.split("|")), (name, found[name])
     assert [old for old, new in zip(modules, model.modules(), strict=True) if old is not new] == [

@@ -65,14 +65,14 @@ MODES = {
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-@pytest.mark.parametrize("sampled", [True, False], ids=["sample", "tokens"])
+@pytest.mark.parametrize("with_batches", [True, False], ids=["batches", "tokens"])
 @pytest.mark.parametrize("pruned", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("mode", MODES)
-def test_modes(mode, pruned, sampled):
+def test_modes(mode, pruned, with_batches):
     """What is made there is called and trained outside, and undone there again."""
     model, x = blocks(1, pruned), torch.randn(3, 16)
     before, expected = snapshot(model), model(x).detach()
-    arguments = {"sample": x} if sampled else {"tokens": (1, 3)}
+    arguments = {"batches": x} if with_batches else {"measure": sk.Measure(tokens=(1, 3))}
     with MODES[mode]():
         around = surroundings()
         report = sk.compress_(model, **arguments, keep_dense=not pruned)
@@ -110,20 +110,20 @@ def test_what_is_measured_does_not_depend_on_the_default_dtype(dtype, monkeypatc
     monkeypatch.setattr(_timing, "cache_bytes", lambda device: 0)
     monkeypatch.setattr(_timing, "last_level_cache", lambda: 4096)
     model = nn.Sequential(blocks(1)[0].up, tiered_linear(320, 320)).eval()
-    sk.compress_(model, tokens=(512,))
+    sk.compress_(model, measure=sk.Measure(tokens=(512,)))
     with DefaultDtype(dtype):
         sk.decompress_(model)
-        sk.compress_(model, tokens=(512,))
+        sk.compress_(model, measure=sk.Measure(tokens=(512,)))
     assert_same(seen[: len(seen) // 2], seen[len(seen) // 2 :])
 
 
-@pytest.mark.parametrize("sampled", [True, False], ids=["sample", "tokens"])
-def test_autocast_to_another_dtype_is_a_reason(sampled):
+@pytest.mark.parametrize("with_batches", [True, False], ids=["batches", "tokens"])
+def test_autocast_to_another_dtype_is_a_reason(with_batches):
     model, x = blocks(1), torch.randn(3, 16)
     before = snapshot(model)
     with torch.autocast("cpu", torch.bfloat16):
         around = surroundings()
-        report = sk.compress_(model, x if sampled else None)
+        report = sk.compress_(model, x if with_batches else None)
         assert surroundings() == around
     assert all("it runs in torch.bfloat16" in reason for reason in reasons(report).values())
     assert_same(snapshot(model), before)
@@ -218,8 +218,8 @@ def test_sharded_weights_stay(group):
 
     model, mesh = blocks(1), init_device_mesh("cpu", (1,))
     fully_shard(model, mesh=mesh)
-    for sample in (torch.randn(3, 16), None):
-        report = sk.compress_(model, sample)  # after a pass the weights of the outermost part look like any others
+    for batches in (torch.randn(3, 16), None):
+        report = sk.compress_(model, batches)  # after a pass the weights of the outermost part look like any others
         assert all("DTensor" in reason for reason in reasons(report).values()) and not report.swapped
 
 

@@ -224,7 +224,7 @@ def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, 
 def test_measured_for_real_on_small_layers():
     model, x = stack(), torch.randn(3, 80)
     expected = model(x)
-    report = sk.compress_(model, x, budget=0.01)
+    report = sk.compress_(model, x, measure=sk.Measure(budget=0.01))
     compiled = backends()["linear_tiered"]["cpu"] != "reference"
     for layer in report.layers:
         assert layer.timings[4].keys() == {"plain", "prepacked"} | ({"tiered"} if compiled else set())

@@ -80,14 +80,14 @@ def test_conv1d_is_a_transposed_linear(ratios, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("stage", ["sample", "measure", "build", "last build", "guard"])
+@pytest.mark.parametrize("stage", ["batches", "measure", "build", "last build", "guard"])
 def test_failure_leaves_the_model_as_it_was(ratios, monkeypatch, error, stage):
     def fail(*args, **kwargs):
         raise error("injected")
 
     def forward(model, batch):
         model(batch)
-        if stage == "sample":
+        if stage == "batches":
             fail()
 
     model = blocks(2).train()

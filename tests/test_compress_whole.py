@@ -71,10 +71,10 @@ def test_it_is_really_timed(ratios, monkeypatch):
 
     monkeypatch.setattr(Linear24, "forward", slow)
     model, x = blocks(1), torch.randn(3, 16)
-    report = sk.compress_(model, x, budget=1e-9)
+    report = sk.compress_(model, x, measure=sk.Measure(budget=1e-9))
     assert report.swapped == () and "given back" in report.layers[0].why
     monkeypatch.setattr(nn.Linear, "forward", lambda self, input: (time.sleep(0.01), input @ self.weight.t())[1])
-    report = sk.compress_(model, x, budget=1e-9)
+    report = sk.compress_(model, x, measure=sk.Measure(budget=1e-9))
     assert len(report.swapped) == 2 and report.passes[0].ratio > 1.5
     assert "whole model:" in str(report)
 
@@ -96,7 +96,7 @@ def test_layers_with_which_a_pass_fails_are_given_back(ratios, monkeypatch):
     monkeypatch.setattr(whole, "PARITY_RATIO", 0.0)
     model, x = Peeks().eval(), torch.randn(3, 16)
     sk.prune_(model.body, sk.Magnitude("2:4"))
-    report = sk.compress_(model, x, budget=1e-9)
+    report = sk.compress_(model, x, measure=sk.Measure(budget=1e-9))
     assert decisions(report) == {"body.up": "2:4", "body.down": "2:4", "head": "plain"}
     assert report.layers[2].why == "given back: with it a pass fails: AssertionError: a plain head is needed"
     model(x)
@@ -113,7 +113,9 @@ def test_slow_passes_are_timed_on_fewer_batches(ratios, monkeypatch):
     monkeypatch.setattr(whole, "compare_passes", REAL)
     monkeypatch.setattr(whole, "PARITY_RATIO", 0.0)
     batches, runs = [torch.randn(size, 16) for size in (1, 4, 16)], []
-    report = sk.compress_(blocks(1), batches, forward=lambda model, x: (model(x), runs.append(1)), budget=1e-9)
+    report = sk.compress_(
+        blocks(1), batches, forward=lambda model, x: (model(x), runs.append(1)), measure=sk.Measure(budget=1e-9)
+    )
     assert len(report.passes) == 1 and len(runs) == 3 + 2 + 1 + 2 * 3  # to see, to try, to warm up, and three rounds
 
 
@@ -125,9 +127,12 @@ def test_every_kind_of_batch_is_timed(ratios):
 @pytest.mark.parametrize(
     ("arguments", "remark"),
     [
-        ({}, "not timed, since there is no sample to run it on"),
-        ({"tokens": (1, 4)}, "not timed, since there is no sample to run it on"),
-        ({"sample": torch.ones(3, 16), "graphs": True}, "not timed, since it will run under CUDA graphs"),
+        ({}, "not timed, since there are no batches to run it on"),
+        ({"measure": sk.Measure(tokens=(1, 4))}, "not timed, since there are no batches to run it on"),
+        (
+            {"batches": torch.ones(3, 16), "measure": sk.Measure(graphs=True)},
+            "not timed, since it will run under CUDA graphs",
+        ),
     ],
     ids=["usual tokens", "tokens", "graphs"],
 )
@@ -152,7 +157,7 @@ def test_passes_leave_no_trace(ratios, monkeypatch):
     monkeypatch.setattr(whole, "compare_passes", REAL)
     monkeypatch.setattr(whole, "PARITY_RATIO", 0.0)
     model, x, state = Writes().train(), torch.ones(3, 16), torch.get_rng_state()
-    report = sk.compress_(model, x, budget=1e-9)
+    report = sk.compress_(model, x, measure=sk.Measure(budget=1e-9))
     assert report.swapped and torch.equal(x, torch.ones(3, 16))
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and model.block.up.training

@@ -43,7 +43,7 @@ def test_never_slower_than_dense(shape, dtype, pattern):
     """Module against module, in turns, at every token count."""
     model = pruned_model(shape, dtype, pattern)
     dense = copy.deepcopy(model)
-    report = sk.compress_(model, tokens=TOKENS, budget=0.2)
+    report = sk.compress_(model, measure=sk.Measure(tokens=TOKENS, budget=0.2))
     assert (type(model[0]) is nn.Linear) is (report.swapped == ())
     for tokens in TOKENS if report.swapped else ():
         x = torch.randn(tokens, shape[1]).to(dtype)
@@ -60,7 +60,7 @@ def test_a_large_layer_gets_faster_for_one_token(threads):
     dense = copy.deepcopy(model)
     for _ in range(3):
         sk.decompress_(model)
-        layer = sk.compress_(model, tokens=(1,), budget=0.1).layers[0]
+        layer = sk.compress_(model, measure=sk.Measure(tokens=(1,), budget=0.1)).layers[0]
         if layer.decision == "2:4":
             break
     if "undecided" in layer.reason:

@@ -67,7 +67,7 @@ def test_compress_with_a_sample_says_who_reads(read, ratios):
     report = sk.compress_(nn.Sequential(Reading(read)).eval(), torch.randn(4, 8))
     found = {layer.name: layer.reason for layer in report.layers}
     assert found["0.read"] == "Reading reads its weight without calling it"
-    assert found["0.unused"] == "the sample does not run it" and "reads" not in found["0.called"]
+    assert found["0.unused"] == "the batches do not run it" and "reads" not in found["0.called"]
 
 
 def test_a_layer_that_is_called_and_read_is_pruned_and_stays_dense(ratios):

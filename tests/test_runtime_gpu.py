@@ -130,7 +130,7 @@ def test_compressed_layers_are_captured_and_compiled(device, shape):
     linear = sparse(shape, torch.bfloat16, device)
     model = nn.Sequential(copy.deepcopy(linear)).eval()
     batches = [torch.randn(tokens, shape[1], device=device).bfloat16() for tokens in (1, 1024)]
-    sk.compress_(model, batches, budget=0.1, graphs=True, keep_dense=True)
+    sk.compress_(model, batches, measure=sk.Measure(budget=0.1, graphs=True), keep_dense=True)
     for x in batches:
         assert_captured_and_compiled(model[0], linear, x)
 
@@ -155,7 +155,7 @@ def test_never_slower_than_dense(device, shape, graphs, keep_dense):
     model = nn.Sequential(sparse(shape, torch.bfloat16, device)).eval()
     dense = copy.deepcopy(model)
     batches = [torch.randn(tokens, shape[1], device=device).bfloat16() for tokens in (1, 16, 128, 2048)]
-    report = sk.compress_(model, batches, budget=0.1, graphs=graphs, keep_dense=keep_dense)
+    report = sk.compress_(model, batches, measure=sk.Measure(budget=0.1, graphs=graphs), keep_dense=keep_dense)
     if not report.swapped:
         pytest.skip(f"nothing was faster than dense: {report.layers[0].reason}")
     timer = _timing.clock(device, evict_cache=report.bytes_before > _timing.cache_bytes(device), graphs=graphs)
@@ -172,7 +172,7 @@ def test_never_slower_than_dense(device, shape, graphs, keep_dense):
 def test_layers_survive_save_and_decompress(device, tmp_path):
     model = nn.Sequential(sparse(shapes.BERT_UP, torch.bfloat16, device)).eval()
     dense, x = copy.deepcopy(model), torch.randn(9, 768, device=device).bfloat16()
-    sk.compress_(model, x, budget=0.05, keep_dense=True)
+    sk.compress_(model, x, measure=sk.Measure(budget=0.05), keep_dense=True)
     sk.save(model, tmp_path / "model.safetensors")
     sk.decompress_(model)
     assert torch.equal(model[0].weight, dense[0].weight)

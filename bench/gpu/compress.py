@@ -23,8 +23,8 @@ def compress(lab: Lab, rows: Rows) -> None:
             with rows.guard(f"{mode} {name(shape)}"):
                 model = layers(lab, shape)
                 model.load_state_dict(plain.state_dict())
-                options = {"keep_dense": True, "graphs": graphs, "budget": lab.sizes.compress_seconds}
-                report = sk.compress_(model, batches, forward=_call_all, **options)
+                measure = sk.Measure(budget=lab.sizes.compress_seconds, graphs=graphs)
+                report = sk.compress_(model, batches, forward=_call_all, keep_dense=True, measure=measure)
                 rows.write(said=f"{mode}: {name(shape)} became {model[0]!r}", report=str(report).splitlines())
                 layer = report.layers[0]
 

@@ -9,7 +9,7 @@ import matplotlib
 import torch
 
 import sparsekit as sk
-from sparsekit.compress import LayerReport
+from sparsekit.compress import CompressLayerReport
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -138,7 +138,7 @@ def _bytes(axes: plt.Axes, reports: dict[str, Reports]) -> None:
 
 def _decisions(axes: plt.Axes, reports: Reports, title: str) -> None:
     """A grid: a row per block, a column per kind of layer and token count, the ratio to plain dense in each cell."""
-    rows: dict[str, dict[str, LayerReport]] = {}
+    rows: dict[str, dict[str, CompressLayerReport]] = {}
     for count, report in reports.items():
         for layer in (layer for layer in report.layers if layer.timings):
             parts = layer.name.split(".")

@@ -56,7 +56,7 @@ def compress_and_time(
         reports[count] = sk.compress_(
             models["sparsekit"],
             torch.randint(vocabulary, (1, count)),
-            budget=budget,
+            measure=sk.Measure(budget=budget),
             progress=lambda kinds: tqdm(kinds, "measure layers", leave=False, disable=None),
         )
         speeds[count] = tokens_per_second(models, count, vocabulary, seconds)

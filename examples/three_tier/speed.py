@@ -27,7 +27,7 @@ def compress_and_time(model: nn.Module, vocabulary: int, seconds: float) -> tupl
         report = sk.compress_(
             compressed,
             tokens,
-            budget=seconds,
+            measure=sk.Measure(budget=seconds),
             progress=lambda kinds: tqdm(kinds, "measure layers", leave=False, disable=None),
         )
         taken = _medians({"dense": model, "compressed": compressed}, tokens, seconds)

@@ -124,7 +124,9 @@ def compressed(model: Any, counts: tuple[int, ...], budget: float, objective: Ob
     tokens = random_tokens(model, max(counts))
     expected = output_of(model, tokens)
     passes = [batch_of(model, random_tokens(model, count)) for count in counts]
-    report = compress_(model, passes, objective=objective, budget=budget, progress=terminal.progress("measure"))
+    report = compress_(
+        model, passes, objective=objective, measure=Measure(budget=budget), progress=terminal.progress("measure")
+    )
     check_same(model, expected, tokens, "compressed")
     return report
 

@@ -3,5 +3,6 @@
 from .._timing import Timing as Timing
 from .compress import compress_ as compress_
 from .compress import decompress_ as decompress_
+from .measure import Measure as Measure
+from .report import CompressLayerReport as CompressLayerReport
 from .report import CompressReport as CompressReport
-from .report import LayerReport as LayerReport

@@ -18,6 +18,7 @@ from ..ops.layouts import device_name
 from . import cache, gpu, tune
 from .candidates import CANDIDATES, unsupported_routed, unsupported_tiered, unsupported_with_dense
 from .decide import ANY, WITH_DENSE, Choice, Objective, decide
+from .measure import Measure
 from .sites import LinearSite
 from .tiered import Tiers
 
@@ -30,8 +31,7 @@ class Settings:
 
     evict_cache: Callable[[torch.device], bool]
     objective: Objective
-    budget: float
-    graphs: bool
+    measure: Measure
     keep_dense: bool
     progress: Progress
 
@@ -69,7 +69,7 @@ def choose(sites: list[LinearSite], settings: Settings) -> dict[str, Choice]:
     found: dict[Kind, _timing.Timings] = {}
     rounds = [(repeat, kind) for repeat in range(REPEATS) for kind in alike if repeat < repeats[kind]]
     for repeat, kind in settings.progress(rounds):
-        measured = _timings(kind, repeat, alike[kind][0].layer, settings.budget / repeats[kind])
+        measured = _timings(kind, repeat, alike[kind][0].layer, settings.measure.budget / repeats[kind])
         found[kind] = _timing.pessimistic(found[kind], measured) if kind in found else measured
     timings: dict[str, dict[int, _timing.Timings]] = {site.name: {} for site in sites}
     for kind, measured in found.items():
@@ -107,7 +107,7 @@ def _kind(site: LinearSite, offers: tuple[str, ...], tiers: Tiers | None, tokens
         layout_tokens=layout_tokens(site),
         tokens=tokens,
         evict_cache=settings.evict_cache(device),
-        graphs=settings.graphs and _timing.is_gpu(device),
+        graphs=settings.measure.graphs and _timing.is_gpu(device),
         keep_dense=settings.keep_dense and unsupported_with_dense(layer) is None,
         tiers=tiers,
     )

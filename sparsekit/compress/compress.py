@@ -1,6 +1,5 @@
 """Swaps linear layers for the fastest module that computes the same, never for a slower one."""
 
-import operator
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,34 +15,33 @@ from .._undo import Undo, change, restoring
 from ..nn import autocast_dtype
 from .choose import Settings, choose
 from .decide import OBJECTIVES, Choice, Objective
+from .measure import Measure
 from .memory import resident_bytes, weight_bytes
-from .report import CompressReport, LayerReport
+from .report import CompressLayerReport, CompressReport
 from .sites import LinearSite, find_sites
 from .swap import Swap, restore_all
 from .watch import bucket, watch
 from .whole import Passes, Verdict, judge
 
-TOKENS = (1, 16, 128)  # what is measured without a sample: a decoding step, a small batch, a prompt
+TOKENS = (1, 16, 128)  # measured without batches: a decoding step, a small batch, a prompt
 GPU_TOKENS = (*TOKENS, 2048)
 
 
 def compress_(
     model: nn.Module,
-    sample: Any = None,
+    batches: Any = None,
     *,
-    tokens: Iterable[int] | None = None,
-    objective: Objective = "speed",
     where: Where | None = None,
     forward: Forward | None = None,
-    budget: float = 0.5,
-    graphs: bool = False,
+    objective: Objective = "speed",
     keep_dense: bool = False,
+    measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> CompressReport:
     """Swaps every linear layer that gets faster for the fastest module that computes the same, in place.
 
-    **What is measured.** The sample is run once, in eval mode and without gradients, to see how many tokens each layer
-    gets; a layer that it does not reach stays. Token counts are rounded up to a power of two, at most 512 on a CPU and
+    **What is measured.** The batches run once, in eval mode and without gradients, to see how many tokens each layer
+    gets; a layer that they do not reach stays. Token counts are rounded up to a power of two, at most 512 on a CPU and
     8192 on a GPU. For every shape, dtype and count, each form that the layer could take is timed on this machine on
     random data, in turns with the plain layer, after its result was checked. Where the model is larger than the last
     cache of its device, weights are timed from memory. On a CPU all is measured twice, and has to win both times.
@@ -52,15 +50,15 @@ def compress_(
     ``nn.TieredLinear`` where its blocks in tiers take at most 90 % of the dense bytes, as ``progressive_tiers`` and
     pruning by blocks leave them, or ``nn.PrepackedLinear`` in eval mode, which is dense. It is taken only if its median
     ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count. Of several, the one
-    that needs the least time over all calls of the sample is taken; of those as fast, the smallest.
+    that needs the least time over all calls in the batches is taken; of those as fast, the smallest.
 
     **On a GPU** a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest
     kernel at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that
     gave a wrong result once is refused. A call takes as long as the device or the host, whichever needs longer. A layer
     in tiers becomes ``nn.TieredLinear`` where that is faster at every count.
 
-    **The whole model** is then timed on batches of the sample, compressed and plain in turns: what makes a pass slower,
-    or fail, is given back. Without a sample there is no pass to time.
+    **The whole model** is then timed on up to four of the batches, compressed and plain in turns: what makes a pass
+    slower, or fail, is given back. Without batches there is no pass to time.
 
     **A busy machine.** Where two measurements disagree, or one spreads by more than half of itself, the layer stays and
     the report says "undecided": run again on a quiet machine. Steady measurements are remembered for next time in
@@ -75,20 +73,16 @@ def compress_(
 
     Args:
         model: any module tree. Layers that are compressed already stay as they are.
-        sample: one batch (a tensor; a mapping, called as ``**``; a tuple, called as ``*``), or an iterable of batches.
+        batches: one batch (a tensor; a mapping, called as ``**``; a tuple, called as ``*``), or an iterable of batches.
             The model runs on copies of them.
-        tokens: token counts to measure at, such as ``(1, 128)``; beside a sample they are measured besides its own,
-            each as one call. With neither, 1, 16 and 128 are measured, on a GPU 2048 as well.
-        objective: ``"speed"`` takes what is fastest. ``"size"`` takes the smallest form that is not slower than the
-            plain layer, at a ratio of at least 0.97 at every count.
         where: a predicate on ``(name, module)`` that selects layers; None selects all.
         forward: ``forward(model, batch)``, in place of calling the model on a batch.
-        budget: seconds that one shape may be measured at one token count, both times together, and that the whole
-            model may be; 9 rounds of a layer and 3 of the model are made however long they take.
-        graphs: whether the model will run under CUDA graphs, so that what the host needs for a call does not count.
+        objective: ``"speed"`` takes what is fastest. ``"size"`` takes the smallest form that is not slower than the
+            plain layer, at a ratio of at least 0.97 at every count.
         keep_dense: whether a sparse layer may hold its dense weight as well, to use it at those token counts at which
             dense is faster: it then gains at some and loses at none, for 13/8 of the bytes instead of 5/8. Without it
             one token count at which the layer loses is a veto. Such a layer cannot be trained.
+        measure: the token counts, the time for measuring and whether CUDA graphs are used; None for ``Measure()``.
         progress: wraps the loop over the measurements and iterates it, as ``tqdm`` does.
 
     Returns:
@@ -96,31 +90,32 @@ def compress_(
         and after.
 
     Raises:
-        TypeError: ``model`` is not a module, ``sample`` neither a batch nor an iterable of batches, or ``tokens`` not
-            an iterable of integers.
-        ValueError: ``budget`` or a token count is not positive, ``sample`` holds no batch, there is no such
-            ``objective``, ``keep_dense`` is asked for with ``objective="size"``, or the model is, or holds, a
-            ``DistributedDataParallel``.
+        TypeError: ``model`` is not a module, ``batches`` neither a batch nor an iterable of batches, or ``measure`` no
+            ``Measure``.
+        ValueError: ``batches`` is empty, there is no such ``objective``, ``keep_dense`` is asked for with
+            ``objective="size"``, or the model is, or holds, a ``DistributedDataParallel``.
         RuntimeError: the model is being changed already, here or in another thread.
 
         Whatever is raised, also by the model or by an interrupt, leaves the model as it was.
     """
     check_model(model)
-    counts = _check(model, tokens, objective, budget, keep_dense)
+    measure = Measure() if measure is None else measure
+    _check(model, objective, measure, keep_dense=keep_dense)
+    counts = None if measure.tokens is None else tuple(measure.tokens)
     before = resident_bytes(model)
 
     def evict_cache(device: torch.device) -> bool:
         return before > _timing.cache_bytes(device)
 
-    settings = Settings(evict_cache, objective, budget, graphs, keep_dense, progress or iter)
+    settings = Settings(evict_cache, objective, measure, keep_dense, progress or iter)
 
     def work(undo: Undo) -> CompressReport:
         begin = time.perf_counter()
         sites = find_sites(model, where)
-        batches = [] if sample is None else watch(model, sites, sample, forward)
+        kept = [] if batches is None else watch(model, sites, batches, forward)
         for site in sites:
             if site.reason is None:
-                _count(site, None if sample is None and tokens is None else counts)
+                _count(site, counts or (None if batches is None else ()))
         free = [site for site in sites if site.reason is None]
         with _own_tensors(free):
             choices = choose(free, settings)
@@ -130,7 +125,7 @@ def compress_(
         swap = Swap(model, built)
         undo.callback(swap.undo)
         packed = time.perf_counter()
-        verdict = judge(swap, choices, Passes(batches, forward, budget, graphs))
+        verdict = judge(swap, choices, Passes(kept, forward, measure.budget, measure.graphs))
         judged = time.perf_counter()
         swap.show(verdict.names)
         layers = tuple(
@@ -173,14 +168,10 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     return change(model, "decompressed", work)
 
 
-def _check(
-    model: nn.Module, tokens: Iterable[int] | None, objective: str, budget: float, keep_dense: bool
-) -> tuple[int, ...]:
-    """Rejects arguments that say nothing; returns the token counts that were asked for."""
-    if not isinstance(budget, int | float):
-        raise TypeError(f"budget must be a positive number of seconds, got {budget!r}")
-    if not budget > 0:
-        raise ValueError(f"budget must be a positive number of seconds, got {budget}")
+def _check(model: nn.Module, objective: str, measure: Measure, *, keep_dense: bool) -> None:
+    """Raises where the arguments of ``compress_`` contradict each other or have no meaning."""
+    if not isinstance(measure, Measure):
+        raise TypeError(f"measure must be a sparsekit.Measure, got {type(measure).__name__}")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be 'speed' or 'size', got {objective!r}")
     if keep_dense and objective == "size":
@@ -192,17 +183,6 @@ def _check(
             "model is wrapped in DistributedDataParallel, which goes on with the parameters that it was made for: "
             "compress the module in it, then wrap it anew"
         )
-    if tokens is None:
-        return ()
-    if isinstance(tokens, str | int) or not isinstance(tokens, Iterable):
-        raise TypeError(f"tokens must be positive integers such as (1, 128), got {tokens!r}")
-    counts = tuple(tokens)
-    if not all(hasattr(count, "__index__") and not isinstance(count, bool) for count in counts):
-        raise TypeError(f"tokens must be positive integers such as (1, 128), got {counts!r}")
-    counts = tuple(map(operator.index, counts))
-    if not counts or min(counts) < 1:
-        raise ValueError(f"tokens must be positive integers such as (1, 128), got {counts!r}")
-    return counts
 
 
 def _count(site: LinearSite, counts: tuple[int, ...] | None) -> None:
@@ -234,16 +214,20 @@ def _own_tensors(sites: Iterable[LinearSite]) -> Iterator[None]:
             yield
 
 
-def _layer_report(site: LinearSite, choice: Choice | None, module: nn.Module | None, verdict: Verdict) -> LayerReport:
+def _layer_report(
+    site: LinearSite, choice: Choice | None, module: nn.Module | None, verdict: Verdict
+) -> CompressLayerReport:
     calls, weight = dict(sorted(site.calls.items())), weight_bytes(site.layer)
     if choice is None:
         reason = site.reason or ""
-        return LayerReport(site.name, site.shape, "plain", reason, calls, bytes_before=weight, bytes_after=weight)
+        return CompressLayerReport(
+            site.name, site.shape, "plain", reason, calls, bytes_before=weight, bytes_after=weight
+        )
     decision, reason, names, why = choice.decision, choice.reason, choice.names, choice.why
     if module is not None and site.name not in verdict.names:
         why = f"given back: {verdict.given_back[site.name]}"
         decision, reason, names, module = "plain", f"{why}; {decision}: {reason}", {}, None
-    return LayerReport(
+    return CompressLayerReport(
         site.name,
         site.shape,
         decision,

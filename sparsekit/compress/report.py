@@ -9,7 +9,7 @@ from .table import aligned, grouped_rows, summary
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class CompressLayerReport:
     """One linear layer.
 
     Args:
@@ -17,7 +17,7 @@ class LayerReport:
         shape: ``(out_features, in_features)``; of experts as their parameter has it.
         decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
         reason: why, with every form that was turned down.
-        calls: how often the sample ran it, by token bucket.
+        calls: how often the batches ran it, by token bucket.
         timings: what was measured, by token bucket and name; what gave a wrong result has None. On a CPU the names are
             those of the decisions, and ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is
             the decode kernel, ``"dense"`` a dense copy, and ``"cusparselt_sm90:5:2:1"`` cuSPARSELt by algorithm 5 with
@@ -54,7 +54,7 @@ class LayerReport:
         return max(turned_down, key=lambda timing: timing.ratio, default=None)
 
     def seconds(self, name: str = "") -> float:
-        """The time of all calls of the sample: as the layer runs now, or by a form that was measured.
+        """The time of all calls in the batches: as the layer runs now, or by a form that was measured.
 
         A form that is missing, or slower than the plain layer, counts as the plain layer.
         """
@@ -75,13 +75,13 @@ class CompressReport:
     Args:
         layers: one entry per linear layer that was selected, in the order of ``named_modules``.
         bytes_before, bytes_after: parameters and buffers of the whole model.
-        tune_seconds: time spent on the sample and on measuring.
+        tune_seconds: time spent on running the batches and on measuring.
         conversion_seconds: time spent on packing and swapping.
-        passes: the whole model's own forward, compressed against plain, on up to four batches of the sample.
+        passes: the whole model's own forward, compressed against plain, on up to four of the batches.
         remark: why the whole model was not timed, where it was not.
     """
 
-    layers: tuple[LayerReport, ...]
+    layers: tuple[CompressLayerReport, ...]
     bytes_before: int
     bytes_after: int
     tune_seconds: float
@@ -101,7 +101,7 @@ class CompressReport:
 
     @property
     def speedup(self) -> float:
-        """How many times faster the measured layers are than plain ones, over all calls of the sample; 1 if none."""
+        """How many times faster the measured layers are than plain ones, over all calls in the batches; 1 if none."""
         return self._over_plain("")
 
     @property

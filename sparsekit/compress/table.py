@@ -8,14 +8,14 @@ from .._timing import Timing
 from ..masks import LOST_ZEROS, WAY_BACK
 
 if TYPE_CHECKING:
-    from .report import CompressReport, LayerReport
+    from .report import CompressLayerReport, CompressReport
 
 WIDE = 118  # columns
 
 
-def grouped_rows(layers: Iterable["LayerReport"]) -> tuple[list[str], list[list[str]]]:
+def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of a table: layers of one shape, one decision and one measurement share a row."""
-    alike: dict[object, list[LayerReport]] = {}
+    alike: dict[object, list[CompressLayerReport]] = {}
     for layer in layers:
         alike.setdefault((layer.shape, layer.decision, layer.why or layer.reason, str(layer.timings)), []).append(layer)
     buckets = sorted({tokens for layer in layers for tokens in layer.timings})
@@ -60,7 +60,7 @@ def summary(report: "CompressReport") -> Iterator[str]:
     elif layers and not report.undecided:
         yield "nothing is faster than dense on this machine: every layer stays as it is"
     if report.passes:
-        yield f"whole model: {', '.join(f'{timing.ratio:.2f}x' for timing in report.passes)} plain, on the sample"
+        yield f"whole model: {', '.join(f'{timing.ratio:.2f}x' for timing in report.passes)} plain, on the batches"
     elif report.remark:
         yield f"whole model: {report.remark}"
     if report.undecided:
@@ -75,7 +75,7 @@ def summary(report: "CompressReport") -> Iterator[str]:
     )
 
 
-def _bytes(what: str, layers: Sequence["LayerReport"]) -> str:
+def _bytes(what: str, layers: Sequence["CompressLayerReport"]) -> str:
     before, after = (sum(getattr(layer, name) for layer in layers) for name in ("bytes_before", "bytes_after"))
     size = f", {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB" if layers else ""
     return f"{what}: {len(layers)} {'layer' if len(layers) == 1 else 'layers'}{size}"

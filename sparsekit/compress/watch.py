@@ -1,4 +1,4 @@
-"""Runs a sample through a model, and sees how many tokens each linear layer gets, and in what dtype."""
+"""Runs batches through a model, and counts the tokens that each linear layer gets."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,14 +20,14 @@ MAX_TOKENS, MAX_GPU_TOKENS = 512, 8192
 MAX_BATCHES = 4  # that the whole model is timed on
 
 
-def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forward | None) -> list[Any]:
-    """Runs the sample once and counts the calls of each layer; rules out those that it does not suit.
+def watch(model: nn.Module, sites: list[LinearSite], batches: Any, forward: Forward | None) -> list[Any]:
+    """Runs the batches once and counts the calls of each layer; rules out layers that cannot be swapped.
 
     Returns:
         At most four batches: those that gave layers token counts that no batch before them did.
 
     Raises:
-        ValueError: there is no batch in the sample.
+        ValueError: there is no batch.
     """
     dtypes: dict[str, set[torch.dtype]] = {site.name: set() for site in sites}
     counts: set[tuple[str, int]] = set()
@@ -43,14 +43,14 @@ def watch(model: nn.Module, sites: list[LinearSite], sample: Any, forward: Forwa
     runs = 0
     free = [site for site in sites if site.reason is None]
     with observing(model), _watching(free, count), watch_reads(model, [site.layer for site in free]) as reads:
-        for batch in as_batches(sample):
+        for batch in as_batches(batches):
             known = len(counts)
             run_batch(model, copied(batch), forward)
             runs += 1
             if len(counts) > known and len(kept) < MAX_BATCHES:
                 kept.append(batch)
     if runs == 0:
-        raise ValueError("sample must hold at least one batch, got none")
+        raise ValueError("batches must hold at least one batch, got none")
     for site in free:  # a pass may also have changed the layer, by a hook of its own for one
         ruled_out = reads.get(site.layer) or _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
         site.reason = unfit(site.layer) or ruled_out
@@ -78,4 +78,4 @@ def _watching(sites: list[LinearSite], count: Callable[..., None]) -> AbstractCo
 def _ruled_out(site: LinearSite, other_dtypes: set[torch.dtype]) -> str | None:
     if other_dtypes:
         return f"it runs in {', '.join(sorted(map(str, other_dtypes)))}, its weight is {site.layer.weight.dtype}"
-    return None if site.calls else "the sample does not run it"
+    return None if site.calls else "the batches do not run it"

@@ -141,7 +141,7 @@ def _still_called(swap: Swap, work: Passes) -> set[str]:
 def _untimed(model: nn.Module, work: Passes) -> str:
     """Why it would say nothing to time a model, or could not be done; empty where it would."""
     if not work.batches:
-        return "not timed, since there is no sample to run it on"
+        return "not timed, since there are no batches to run it on"
     if work.graphs:
         return "not timed, since it will run under CUDA graphs"
     if any(module._compiled_call_impl is not None or _is_compiled(module) for module in model.modules()):
