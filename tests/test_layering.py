@@ -31,6 +31,7 @@ LAYERS = [
         "sparsekit._version",
         "sparsekit._installed",
         "sparsekit._native",
+        "sparsekit._packages",
     ],
     ["sparsekit.ops"],
     [

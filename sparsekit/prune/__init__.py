@@ -1,5 +1,6 @@
 """Pruning: methods, calibration, ``prune_``, and fine-tuning that keeps the masks."""
 
+from .._packages import name_functions as _name_functions
 from .admm import ADMM as ADMM
 from .batchnorm import reestimate_batchnorm_ as reestimate_batchnorm_
 from .calibration import Calibration as Calibration
@@ -19,3 +20,5 @@ from .report import PruneLayerReport as PruneLayerReport
 from .report import PruneReport as PruneReport
 from .report import Skipped as Skipped
 from .sparsegpt import SparseGPT as SparseGPT
+
+_name_functions(__name__, "sk.prune_(model, method, batches)")

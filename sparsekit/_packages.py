@@ -1,0 +1,24 @@
+"""Packages that are named as a verb: a call of one raises an error that names the function."""
+
+import sys
+from types import ModuleType
+from typing import Any, NoReturn
+
+
+class VerbPackage(ModuleType):
+    """Class of a package whose name reads as a function: ``sk.prune(model)`` instead of ``sk.prune_(model)``."""
+
+    functions: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"{self.__name__} is a package and cannot be called: call {self.functions}")
+
+
+def name_functions(package: str, functions: str) -> None:
+    """Makes a call of ``package`` raise a TypeError that tells the caller to use ``functions``.
+
+    Python looks for ``__call__`` in the class of a module, not in the module, so the class is replaced.
+    """
+    module = sys.modules[package]
+    module.__class__ = VerbPackage
+    module.functions = functions  # type: ignore[attr-defined]
