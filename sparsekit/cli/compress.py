@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from .. import CompressReport, compress_, save
+from .. import CompressReport, Measure, compress_, save
 from .._files import try_folder
 from .._json import write_json
 from ..compress.cache import machine
