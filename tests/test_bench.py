@@ -58,7 +58,8 @@ def test_every_bench_runs(tmp_path):
     rows = tmp_path / "rows.json"
     command = [sys.executable, "-m", "pytest", "-c", "bench/pytest.ini", "--rootdir", "bench", "-p", "tiny_bench"]
     command += [f"--benchmark-json={rows}", "bench"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of an xdist worker
+    environment = own | {"PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     cases = [case["extra_info"] for case in json.loads(rows.read_text())["benchmarks"]]
