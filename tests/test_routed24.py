@@ -179,6 +179,11 @@ def test_copies_are_equal_and_apart(vendor, clone, routes):
         assert_close(layer(x), exact(linear, x))
 
 
+def test_a_pickle_holds_the_weight_once(vendor):
+    linear, layer = make(256, 256, routes=DENSE)
+    assert len(pickle.dumps(layer)) < len(pickle.dumps(Linear24.from_linear(linear))) + layer.hardware.nbytes // 4
+
+
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
 @pytest.mark.parametrize("routes", [ROUTES, DENSE], ids=["", "dense"])
 def test_loading_a_state_dict_rebuilds(vendor, assign, routes):

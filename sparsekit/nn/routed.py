@@ -188,7 +188,7 @@ class RoutedLinear24(Linear24):
 
     # Copied or pickled, ``values`` is no longer the head of ``hardware``.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None, "dense": None, "stamp": ()}
+        return {**self.__dict__, "hardware": None, "dense": None, "stamp": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
