@@ -64,11 +64,10 @@ def linear24(x: Tensor, packed: Packed24, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes that do not fit together, or two devices.
     """
     check_weight("x", x)
-    check_packed24(packed)
+    check_packed24(packed, x)
     rows, cols = packed.shape
     if x.shape[-1] != cols:
         raise ValueError(f"x must have {cols} columns for a weight of {rows} x {cols}, got shape {tuple(x.shape)}")
-    check_like("packed.values", packed.values, x.dtype, packed.values.shape, x)
     if bias is not None:
         check_like("bias", bias, x.dtype, (rows,), x)
     return call_op(_linear24, x, packed.values, packed.bitmask, bias)

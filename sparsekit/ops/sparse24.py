@@ -199,14 +199,15 @@ def prune_pack24(weight: Tensor, *, scale: Tensor | None = None) -> Packed24:
     return Packed24(values, bitmask, (weight.shape[0], weight.shape[1]))
 
 
-def check_packed24(packed: Packed24) -> None:
+def check_packed24(packed: Packed24, x: Tensor | None = None) -> None:
     """Rejects anything but a ``Packed24`` whose tensors have the dtypes and shapes that its shape asks for.
 
-    The bits are not read.
+    The bits are not read. Where ``x`` is given, the tensors must have its device, and the values its dtype.
     """
     if not isinstance(packed, Packed24):
         raise TypeError(f"packed must be a Packed24, as pack24 returns it, got {type(packed).__name__}")
     values, bitmask, (rows, cols) = packed
     check_weight("packed.values", values, 2)
-    check_like("packed.values", values, values.dtype, (rows, values_per_row(cols)), values)
-    check_like("packed.bitmask", bitmask, torch.uint8, (rows, -(-cols // 8)), values)
+    like = values if x is None else x
+    check_like("packed.values", values, like.dtype, (rows, values_per_row(cols)), like)
+    check_like("packed.bitmask", bitmask, torch.uint8, (rows, -(-cols // 8)), like)
