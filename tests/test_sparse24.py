@@ -46,6 +46,13 @@ def test_pack_literal_with_mask(simd, dtype):
     assert packed.to_dense().tolist() == [[1, 0, 0, 4, 5, 6]]
 
 
+def test_a_packed_weight_moves_as_a_whole():
+    packed = sk.pack24(sparse24(6, 22)[0])
+    moved = packed.to("meta")
+    assert moved.values.is_meta and moved.bitmask.is_meta and moved.shape == packed.shape
+    assert moved.to_dense().shape == (6, 22) and packed.to("cpu").values is packed.values
+
+
 @pytest.mark.parametrize("group", LEGAL, ids=lambda group: "".join(map(str, group)))
 def test_completes_as_torch_does(simd, group):
     weight = torch.tensor(group, dtype=torch.float16).repeat(32, 16)
@@ -201,6 +208,11 @@ P = sk.Packed24(V, B, (3, 8))
         (lambda: P._replace(bitmask=None).to_dense(), TypeError, r"bitmask must be a tensor, got NoneType"),
         (lambda: P._replace(values=V.double()).to_dense(), TypeError, r"values must be float32, .* got torch\.float64"),
         (lambda: P._replace(values=V[0]).to_dense(), ValueError, r"values must have 2 dimensions, got shape \(4,\)"),
+        (
+            lambda: P._replace(shape=(3, 8, 1)).to_dense(),
+            ValueError,
+            r"shape must be rows and columns, got \(3, 8, 1\)",
+        ),
         (lambda: P._replace(shape=(3, 7)).to_dense(), ValueError, r"values must have shape \(3, 5\), got \(3, 4\)"),
         (lambda: P._replace(shape=(4, 8)).to_dense(), ValueError, r"values must have shape \(4, 4\), got \(3, 4\)"),
         (lambda: P._replace(shape=(3, -8)).to_dense(), ValueError, r"values must have shape \(3, -4\), got \(3, 4\)"),

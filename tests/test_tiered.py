@@ -173,6 +173,7 @@ P = sk.pack_tiered(sk.tier_prune(W, torch.tensor([[0, 1], [2, 1]], dtype=torch.u
             ValueError,
             r"tiers must have shape \(3, 2\) .* 33 x 32 .* got",
         ),
+        (lambda: P._replace(shape=(24,)).to_dense(), ValueError, r"shape must be rows and columns, got \(24,\)"),
         (lambda: P._replace(shape=(-24, 32)).to_dense(), ValueError, r"tiers must have shape .* of -24 x 32"),
         (lambda: P._replace(dense=W).to_dense(), ValueError, r"dense must have 3 dimensions"),
         (lambda: P._replace(topk=P.topk.half()).to_dense(), TypeError, r"topk must be torch\.float32"),

@@ -202,11 +202,14 @@ def prune_pack24(weight: Tensor, *, scale: Tensor | None = None) -> Packed24:
 def check_packed24(packed: Packed24, x: Tensor | None = None) -> None:
     """Rejects anything but a ``Packed24`` whose tensors have the dtypes and shapes that its shape asks for.
 
-    The bits are not read. Where ``x`` is given, the tensors must have its device, and the values its dtype.
+    The bits are not read. If ``x`` is given, the tensors must be on its device, and the values have its dtype.
     """
     if not isinstance(packed, Packed24):
         raise TypeError(f"packed must be a Packed24, as pack24 returns it, got {type(packed).__name__}")
-    values, bitmask, (rows, cols) = packed
+    values, bitmask, shape = packed
+    if len(shape) != 2:
+        raise ValueError(f"packed.shape must be rows and columns, got {tuple(shape)}")
+    rows, cols = shape
     check_weight("packed.values", values, 2)
     like = values if x is None else x
     check_like("packed.values", values, like.dtype, (rows, values_per_row(cols)), like)

@@ -240,6 +240,8 @@ def check_packed(packed: TieredWeight) -> None:
     if not isinstance(packed, TieredWeight):
         raise TypeError(f"packed must be a TieredWeight, got {type(packed).__name__}")
     tiers, dense, values, bitmask, topk, positions, starts, shape = packed
+    if len(shape) != 2:
+        raise ValueError(f"packed.shape must be rows and columns, got {tuple(shape)}")
     for name, part, dim in (("dense", dense, 3), ("values", values, 3), ("topk", topk, 2)):
         check_weight(name, part, dim)
         check_like(name, part, dense.dtype, part.shape, dense)
