@@ -90,7 +90,7 @@ def watch_reads(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[dict[
 
 
 class _Reads(TorchFunctionMode):
-    """Calls ``read`` with a layer whenever a tensor is computed from one in the memory of its weight."""
+    """A mode that calls ``read`` with a layer whenever a tensor is computed from the memory of the layer's weight."""
 
     def __init__(self, weights: dict[int, nn.Module], read: Callable[[nn.Module], None]) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 
 class VerbPackage(ModuleType):
-    """Class of a package whose name reads as a function: ``sk.prune(model)`` instead of ``sk.prune_(model)``."""
+    """The class of a package whose name reads as a function: ``sk.prune(model)`` instead of ``sk.prune_(model)``."""
 
     functions: str
 
