@@ -1,1 +1,1 @@
-"""GPU kernels, imported as ``sparsekit.triton_kernels``; leaves that import torch and triton only."""
+"""GPU kernels in Triton, imported as ``sparsekit.triton_kernels``; they import torch and triton only."""

@@ -1,4 +1,4 @@
-"""Packed 2:4 weights in registers: 16 columns at a time, which are four words of two values, and 16 bits."""
+"""Unpacking of 2:4 weights in registers, 16 columns at a time: four words of two values each, and 16 mask bits."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def permute_bytes(low, high, selector, TARGET: tl.constexpr):
-    """Byte i of the result is the byte of ``high:low`` that nibble i of ``selector``, 0 to 7, names."""
+    """Picks four bytes of the eight of ``high:low``: byte i is the one whose number is in nibble i of ``selector``."""
     if TARGET == "nvidia":
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
@@ -28,10 +28,10 @@ def permute_bytes(low, high, selector, TARGET: tl.constexpr):
 
 @triton.jit
 def selectors(bits, TARGET: tl.constexpr):
-    """Where in its word each entry of a group lies, of four groups at once: byte g is that of group g.
+    """Returns selectors for ``permute_bytes`` that find each of a group's four entries; byte g belongs to group g.
 
-    The bytes 0x10 and 0x32 select the first and the second value, 0x44 selects zero. The tables of eight bytes are read
-    by the first three bits of a group, which tell the fourth: two of four are set.
+    A byte is 0x10 for the first value of the group's word, 0x32 for the second and 0x44 for zero. Each is looked up in
+    a table of eight bytes by the first three mask bits of the group. They imply the fourth, as two of four are set.
     """
     index = bits & 0x7777
     often = tl.full(index.shape, 0x10441044, tl.int32)
@@ -47,7 +47,7 @@ def selectors(bits, TARGET: tl.constexpr):
 
 @triton.jit
 def decode(word, entry0, entry1, entry2, entry3, GROUP: tl.constexpr, TARGET: tl.constexpr):
-    """The four entries of a group as two words, from its word of values and the selectors of its four groups."""
+    """Returns the four entries of group ``GROUP`` as two words, from its word of values and its ``selectors``."""
     which = tl.full(word.shape, GROUP | (4 + GROUP) << 4, tl.int32)
     zero = tl.full(word.shape, 0, tl.int32)
     front = permute_bytes(word, zero, permute_bytes(entry0, entry1, which, TARGET), TARGET)
@@ -57,7 +57,7 @@ def decode(word, entry0, entry1, entry2, entry3, GROUP: tl.constexpr, TARGET: tl
 
 @triton.jit
 def load_words(row, index, stride, keep, ALIGNED: tl.constexpr, EVICT: tl.constexpr):
-    """Word ``index``, two neighboring 16-bit entries, of the rows at ``row``."""
+    """Loads word ``index``, which is two neighboring 16-bit entries, of the rows that start at ``row``."""
     if ALIGNED:
         return tl.load(row.to(tl.pointer_type(tl.int32)) + index, keep, 0, eviction_policy=EVICT)
     entry = row.to(tl.pointer_type(tl.int16)) + 2 * index.to(tl.int64) * stride
@@ -67,9 +67,9 @@ def load_words(row, index, stride, keep, ALIGNED: tl.constexpr, EVICT: tl.conste
 
 @triton.jit
 def load_bits(row, index, stride, count, keep, ALIGNED: tl.constexpr):
-    """The 16 bits ``index`` of the rows at ``row``, of ``count`` bytes each."""
+    """Loads the mask bits of the 16 columns ``index`` of the rows that start at ``row``, of ``count`` bytes each."""
     if ALIGNED:
-        # A thread loads the bits of its own words, so no more than these two bytes: the hint keeps loads from widening.
+        # A thread needs the bits of its own words only, which are two bytes: the hint keeps the load from being wider.
         return tl.load(tl.multiple_of(row.to(tl.pointer_type(tl.int16)) + index, [2, 2]), keep, 0).to(tl.int32)
     byte = row + 2 * index.to(tl.int64) * stride
     high = tl.load(byte + stride, keep & (2 * index + 1 < count), 0)
@@ -78,7 +78,7 @@ def load_bits(row, index, stride, count, keep, ALIGNED: tl.constexpr):
 
 @triton.jit
 def split_words(words, WARPS: tl.constexpr):
-    """``[8 * WARPS * blocks, 16]`` words, four of each thread, to four of ``[blocks, WARPS, 8, 4]``."""
+    """Splits words ``[8 * WARPS * blocks, 16]`` into the four of each thread, ``[blocks, WARPS, 8, 4]`` each."""
     even, odd = tl.split(tl.reshape(words, words.shape[0] // (8 * WARPS), WARPS, 8, 4, 2, 2))
     word0, word2 = tl.split(even)
     word1, word3 = tl.split(odd)
@@ -87,9 +87,10 @@ def split_words(words, WARPS: tl.constexpr):
 
 @triton.jit
 def operand(front, back, DTYPE: tl.constexpr):
-    """Groups ``[blocks, warps, 8, 4]`` of two words to a matrix ``[8 * blocks, 16]`` per warp; none leaves its thread.
+    """Returns groups of two words, ``[blocks, warps, 8, 4]`` each, as a matrix ``[8 * blocks, 16]`` for every warp.
 
-    This is how ``mma.m16n8k16`` holds an operand: eight rows by four threads, with four neighbors each.
+    No data moves between threads: this is the layout of an operand of ``mma.m16n8k16``, where eight rows of four
+    threads hold four neighboring entries each.
     """
     low = tl.join(front.to(tl.int16).to(DTYPE, bitcast=True), back.to(tl.int16).to(DTYPE, bitcast=True))
     front, back = front >> 16, back >> 16

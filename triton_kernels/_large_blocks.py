@@ -1,4 +1,4 @@
-"""Top-k of blocks that are too large for the registers: a program reads its block once for every bit of the key."""
+"""Top-k of blocks that do not fit the registers: a program reads its block again for every bit of the threshold."""
 
 import torch
 import triton
@@ -22,7 +22,7 @@ def _keys(
     MANTISSA: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Returns magnitude keys of the entries from ``start``, -1 outside, with their rows, columns and whether inside."""
+    """Returns the keys of ``CHUNK`` entries, -1 outside the matrix, their rows and columns, and which are inside."""
     entry = start + tl.arange(0, CHUNK)
     row, col = entry // BLOCK_COLS, entry % BLOCK_COLS
     inside = (row < rows) & (col < cols)
@@ -67,7 +67,7 @@ def _large_block_topk_mask_kernel(
     for start in range(0, size, CHUNK):
         key, _, _, _ = _keys(score, start, rows, block_cols, score_row, score_col, BLOCK_COLS, MANTISSA, CHUNK)
         above += (key > threshold).to(tl.int32)
-    ties = k - tl.sum(above)  # kept of those that equal the k-th largest
+    ties = k - tl.sum(above)  # how many of the entries that equal the k-th largest are kept
     for start in range(0, size, CHUNK):
         key, row, col, inside = _keys(score, start, rows, block_cols, score_row, score_col, BLOCK_COLS, MANTISSA, CHUNK)
         tie = (key == threshold).to(tl.int32)
@@ -77,7 +77,7 @@ def _large_block_topk_mask_kernel(
 
 
 def large_block_topk_mask(score: Tensor, mask: Tensor, k: int, block_rows: int, block_cols: int) -> None:
-    """Writes ``block_topk_mask`` of blocks of any size into ``mask``."""
+    """Writes the top-k mask of blocks of any size into ``mask``."""
     rows, cols = score.shape
     with on(score):
         _large_block_topk_mask_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(cols, block_cols),)](

@@ -1,4 +1,4 @@
-"""What launchers share: the device's architecture, its guard, and which configuration of a kernel to launch."""
+"""What all launchers use: the GPU's architecture, its device guard, and the tables of kernel configurations."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Config = dict[str, Any]  # constexpr blocks, num_warps, num_stages: passed to the kernel as they are
+Config = dict[str, Any]  # a kernel's constexpr sizes, num_warps and num_stages, passed to it as keyword arguments
 
 SHIPPED = Path(__file__).with_name("configs.json")
 TABLES: dict[str, "Table"] = {}
 
 
 def architecture(tensor: Tensor) -> str:
-    """``"sm_90"``, ``"gfx942"``, ...; ``""`` where there is no GPU, which is the interpreter."""
+    """Returns ``"sm_90"``, ``"gfx942"``, ..., or ``""`` for a tensor that is not on a GPU (Triton's interpreter)."""
     return _architecture(tensor.device) if tensor.is_cuda else ""
 
 
@@ -31,7 +31,7 @@ def _architecture(device: torch.device) -> str:
 
 
 def processors(tensor: Tensor) -> int:
-    """How many multiprocessors the GPU has: what a grid must fill. An H200's 132 where there is no GPU."""
+    """Returns the number of multiprocessors that a grid should fill: an H200's 132 where there is no GPU."""
     return _processors(tensor.device) if tensor.is_cuda else 132
 
 
@@ -41,21 +41,22 @@ def _processors(device: torch.device) -> int:
 
 
 def on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launches go to the current device: this makes the tensor's device current."""
+    """Returns a context in which kernels are launched on the tensor's device."""
     return torch.cuda.device_of(tensor)
 
 
 class Table:
-    """The few configurations that a kernel is launched with, and which one answers an architecture and a shape class.
+    """The configurations of a kernel, and the choice among them for an architecture and a class of shapes.
 
-    What was measured fastest is read, once, from ``configs.json`` beside this file, and over it from
-    ``$XDG_CACHE_HOME/sparsekit/triton.json`` (``~/.cache`` by default), which ``python -m bench.gpu --tune`` writes:
-    ``{architecture: {kernel: {shape class: name}}}``. What neither names takes the kernel's own default.
+    The choices that were measured fastest are read once: from ``configs.json`` beside this file, then from
+    ``$XDG_CACHE_HOME/sparsekit/triton.json`` (``~/.cache`` by default), which overrides it and which
+    ``python -m bench.gpu --tune`` writes. Both hold ``{architecture: {kernel: {shape class: name}}}``.
+    Where neither has a choice, ``default`` decides.
 
     Args:
-        kernel: the name of the table.
+        kernel: the name of the table in these files.
         configs: the configurations by name.
-        default: the name per shape class, before anything was measured.
+        default: the name of a configuration for each shape class.
     """
 
     def __init__(self, kernel: str, configs: dict[str, Config], default: dict[str, str]):
@@ -64,16 +65,17 @@ class Table:
         TABLES[kernel] = self
 
     def config(self, tensor: Tensor, shape_class: str) -> Config:
-        """The configuration for the device of ``tensor`` and a class of shapes."""
+        """Returns the configuration for the device of ``tensor`` and a class of shapes."""
         return self.configs[self.name(architecture(tensor), shape_class)]
 
     def name(self, arch: str, shape_class: str) -> str:
+        """Returns the name of the configuration for an architecture and a class of shapes."""
         measured = _measured().get(arch, {}).get(self.kernel, {}).get(shape_class)
         return self._forced or (measured if measured in self.configs else self.default[shape_class])
 
     @contextmanager
     def force(self, name: str) -> Iterator[None]:
-        """Launches one configuration for every shape, for tests and measurements.
+        """Uses one configuration for every shape within the context, for tests and measurements.
 
         Raises:
             ValueError: the table has no configuration of this name.
@@ -88,7 +90,7 @@ class Table:
 
 
 def user_table() -> Path:
-    """Where measured choices of this user's GPUs are kept."""
+    """Returns the path of the choices that were measured on this user's GPUs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsekit" / "triton.json"
 
 
@@ -101,5 +103,5 @@ def _measured() -> dict[str, dict[str, dict[str, str]]]:
                 for kernel, choices in kernels.items():
                     tables.setdefault(arch, {}).setdefault(kernel, {}).update(choices)
         except (OSError, ValueError, AttributeError, TypeError):
-            continue  # a table that cannot be read costs speed, not correctness
+            continue  # the defaults are correct too, if slower
     return tables

@@ -1,4 +1,4 @@
-"""``linear24`` of fp32, on the cores that multiply fp32 exactly, and what both kernels add to their sums."""
+"""``linear24`` of fp32, without tensor cores, which would round the inputs; and the tail and bias of both kernels."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from torch import Tensor
 def tail_and_bias(
     x, values, bias, token, tokens, row, rows, cols, x_row, x_col, values_row, values_col, TAIL: tl.constexpr
 ):
-    """What the ``cols % 4`` columns that are stored whole, and the bias, add to each row and token."""
+    """Returns the sum of the bias and the product of the last ``cols % 4`` columns, which are stored whole."""
     full = cols // 4
     total = tl.zeros_like((row + token).to(tl.float32))
     for col in tl.static_range(TAIL):
@@ -52,12 +52,12 @@ def _linear24_fp32_kernel(
     x_at = (x + token.to(tl.int64) * x_row)[:, None]
     byte, entry = tl.arange(0, BYTES)[None, :], tl.arange(0, 4 * BYTES)[None, :]
     acc = tl.zeros((TOKENS, ROWS, BYTES), tl.float32)
-    for start in range(0, (groups + 1) // 2, BYTES):  # bytes of bits: two groups, four values, eight columns
+    for start in range(0, (groups + 1) // 2, BYTES):  # a mask byte has two groups: four values, eight columns
         at = 4 * start + entry
         kept = tl.load(values_at + at.to(tl.int64) * values_col, (row < rows)[:, None] & (at < 2 * groups), 0)
         kept = _split_fours(kept)
         at = start + byte
-        # A thread loads the bits of its own values: the hint keeps loads from widening.
+        # A thread needs the bits of its own values only: the hint keeps the load from being wider.
         bits_at = tl.multiple_of(bitmask_at + at.to(tl.int64) * bitmask_col, [1, 1])
         bits = tl.load(bits_at, (row < rows)[:, None] & (2 * at < groups), 0).to(tl.int32)
         for half in tl.static_range(2):
@@ -84,7 +84,7 @@ def _linear24_fp32_kernel(
 
 @triton.jit
 def _split_fours(tile):
-    """``[a, 4 * b]`` to four of ``[a, b]``: neighbors share a thread."""
+    """Splits a tile ``[a, 4 * b]`` into four of ``[a, b]``, by column modulo four; no data moves between threads."""
     even, odd = tl.split(tl.reshape(tile, tile.shape[0], tile.shape[1] // 4, 2, 2))
     entry0, entry2 = tl.split(even)
     entry1, entry3 = tl.split(odd)
@@ -92,6 +92,7 @@ def _split_fours(tile):
 
 
 def linear24_fp32(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Writes ``x @ W.T + bias`` into ``y``; ``x`` is a matrix."""
     tokens, cols = x.shape
     rows = values.shape[0]
     together = min(triton.next_power_of_2(tokens), 8)

@@ -1,7 +1,7 @@
-"""The metadata of the hardware layouts: a nibble for every group, in the order of the tensor cores.
+"""Metadata of the hardware layouts: a nibble for every group of four, in the order that tensor cores read.
 
-In all of them 64 bits hold the groups of 32 columns of the rows r and r + 8. What differs is the order of the nibbles
-in those 64 bits, and where these are: runs of one 32-bit word per row, for every 32 columns.
+In every layout two 32-bit words hold the nibbles of 32 columns of the rows r and r + 8. Layouts differ in the order of
+the nibbles within these words and in where the words are stored.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _shifts(ROWS: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr):
-    """``[ROWS, UNITS]``: by how many bits the first of the two nibbles of a unit of eight columns is shifted."""
+    """Returns the bit of a word at which the first nibble of a unit of eight columns starts: ``[ROWS, UNITS]``."""
     half = tl.arange(0, ROWS)[:, None] // 8 % 2
     unit = tl.arange(0, UNITS)[None, :]
     if LAYOUT == "cusparselt_sm90":
@@ -22,9 +22,9 @@ def _shifts(ROWS: tl.constexpr, UNITS: tl.constexpr, LAYOUT: tl.constexpr):
 
 @triton.jit
 def _runs(row, block, rows, cols, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
-    """``[BLOCKS, ROWS]``: where the words of a tile are, in words, and whether the tile has them.
+    """Returns the offsets of a tile's words, and which of them are inside the matrix: ``[BLOCKS, ROWS]`` each.
 
-    ``ROWS`` divides ``row``, the tile's first; ``block`` is its first block of 32 columns.
+    ``row`` is the tile's first row, a multiple of ``ROWS``; ``block`` is its first block of 32 columns.
     """
     block += tl.arange(0, BLOCKS)[:, None]
     row += tl.arange(0, ROWS)[None, :]
@@ -41,7 +41,8 @@ def _runs(row, block, rows, cols, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LAYO
 def store_metadata(metadata, units, row, block, rows, cols, LAYOUT: tl.constexpr):
     """Stores the nibbles of a tile that starts at ``row`` and at column ``32 * block``.
 
-    ``units`` is uint32 ``[ROWS, COLS / 8]``: those of an even and of an odd group in the halves of a word.
+    ``units`` is uint32 ``[ROWS, COLS / 8]``: the low half of a word has the nibble of an even group, the high half
+    that of the odd group after it.
     """
     ROWS: tl.constexpr = units.shape[0]
     BLOCKS: tl.constexpr = units.shape[1] // 4
@@ -60,7 +61,7 @@ def store_metadata(metadata, units, row, block, rows, cols, LAYOUT: tl.constexpr
 
 @triton.jit
 def load_metadata(metadata, row, block, rows, cols, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
-    """The nibbles that ``store_metadata`` stored: of the even and of the odd groups, ``[ROWS, 4 * BLOCKS]``."""
+    """Loads what ``store_metadata`` stores: the nibbles of the even and of the odd groups, ``[ROWS, 4 * BLOCKS]``."""
     where, inside = _runs(row, block, rows, cols, ROWS, BLOCKS, LAYOUT)
     words = tl.load(metadata + where, inside, 0)
     if LAYOUT == "cusparselt_sm90":

@@ -1,6 +1,7 @@
-"""2:4 of fp16 and bf16, the case that everything else is measured against: streaming at the speed of memory.
+"""2:4 masks of fp16 and bf16 in whole units, as fast as memory is read and written.
 
-A unit is what a thread reads at once: 16 bytes, eight entries, two groups, as four words. Groups never leave a thread.
+A unit is what a thread reads at once: 16 bytes, which are eight entries, two groups or four words. The entries of a
+group stay in one thread.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import _select
 from ._launch import Config, Table, architecture
 
-# The least magnitude that is a NaN, in both halves of a word.
+# The smallest bit pattern of a NaN without its sign, in both halves of a word.
 NANS = {torch.bfloat16: 0x7F817F81, torch.float16: 0x7C017C01}
 PAIRS = Table(
     "nm_pairs",
@@ -33,26 +34,27 @@ SCALED = Table(
     },
     default={"small": "2x1024", "large": "4x1024"},
 )
-LARGE = 1 << 22  # entries from which the larger blocks fill every multiprocessor several times
+LARGE = 1 << 22  # entries; from here on the larger blocks still fill every multiprocessor several times
 
 
 def size_class(x: Tensor) -> str:
+    """Returns the shape class of ``x`` for the tables."""
     return "large" if x.numel() >= LARGE else "small"
 
 
 def for_waves(config: Config, x: Tensor) -> Config:
-    """A copy with half the warps on AMD's data center GPUs, whose warps have 64 threads: the same work per thread."""
+    """Returns a copy of ``config``, with half the warps on AMD's data center GPUs, whose warps have 64 threads."""
     return config | {"num_warps": config["num_warps"] // (2 if architecture(x).startswith("gfx9") else 1)}
 
 
 def fits(x: Tensor, cols: int) -> bool:
-    """Whether every row of ``cols`` entries is whole units of a tensor that starts on 16 bytes."""
+    """Checks whether every row of ``cols`` entries consists of whole units that start at multiples of 16 bytes."""
     return x.dtype in NANS and cols % 8 == 0 and x.data_ptr() % 16 == 0
 
 
 @triton.jit(do_not_specialize=["units"])
 def _nm24_pairs_kernel(x_ptr, mask_ptr, bits_ptr, pruned_ptr, units, NAN: tl.constexpr, UNITS: tl.constexpr):
-    """2:4 of 16-bit entries by their own magnitude. A thread's unit is 16 bytes: eight entries, two groups."""
+    """Writes the 2:4 mask, its bits and the pruned entries of 16-bit entries, ranked by magnitude."""
     first = tl.program_id(0).to(tl.int64) * UNITS
     left = tl.minimum(units - first, UNITS).to(tl.int32)
     word = tl.arange(0, 4 * UNITS)
@@ -71,7 +73,7 @@ def _nm24_pairs_kernel(x_ptr, mask_ptr, bits_ptr, pruned_ptr, units, NAN: tl.con
     if bits_ptr is not None:
         low = ((k0 >> 1) & 0x40004000) | (k1 & 0x80008000)
         high = ((k2 >> 1) & 0x40004000) | (k3 & 0x80008000)
-        # Not told that bytes are contiguous, the compiler does not gather those of two threads for a wider store.
+        # The hint hides that bytes are contiguous: the compiler would gather those of two threads for a wider store.
         unit = tl.max_contiguous(tl.arange(0, UNITS), 1)
         nibbles = ((low >> 2) & 0x30003000) | high
         tl.store(bits_ptr + first + unit, ((nibbles >> 12) | (nibbles >> 24)).to(tl.uint8), mask=unit < left)
@@ -88,7 +90,7 @@ def _nm24_pairs_kernel(x_ptr, mask_ptr, bits_ptr, pruned_ptr, units, NAN: tl.con
 
 @triton.jit
 def _halves(word, BF16: tl.constexpr):
-    """fp32 of the two 16-bit entries of a word."""
+    """Returns the two 16-bit entries of a word in fp32."""
     if BF16:
         return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
     low, high = (word & 0xFFFF).to(tl.uint16), (word >> 16).to(tl.uint16)
@@ -97,7 +99,7 @@ def _halves(word, BF16: tl.constexpr):
 
 @triton.jit
 def _keep_scaled(low, high, scale, BF16: tl.constexpr):
-    """The mask of a group in two words, as a word of four bytes and as the two words of halves that are kept."""
+    """Returns the mask of groups of two words: as four bytes of a word, and as two words to ``&`` with the groups."""
     s0, s1, s2, s3 = _select.split4(tl.reshape(scale, [4 * scale.shape[0]]))
     x0, x1 = _halves(low, BF16)
     x2, x3 = _halves(high, BF16)
@@ -121,7 +123,7 @@ def _nm24_scaled_kernel(
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """2:4 of 16-bit entries times a scale per column, a tile of rows by units: a thread reads its scales once."""
+    """Prunes a tile of 16-bit entries to 2:4, ranked by magnitude times a scale per column; scales are read once."""
     tiles = tl.cdiv(units, UNITS)
     row0 = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
     unit0 = tl.program_id(0) % tiles * UNITS
@@ -137,7 +139,7 @@ def _nm24_scaled_kernel(
     even, odd = tl.split(tl.reshape(x, [ROWS, UNITS, 2, 2]))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
-    # In two parts of 16 bytes, so that the thread that reads a unit reads its scales.
+    # The scales are loaded in two parts of 16 bytes, so that a thread loads those of its own unit.
     unit = tl.arange(0, UNITS)[:, None]
     scales = scale_ptr + unit0 * 8 + unit * 8 + tl.arange(0, 4)[None, :]
     first_mask, k0, k1 = _keep_scaled(w0, w1, tl.load(scales, mask=unit < left, other=0.0), BF16)
@@ -158,7 +160,7 @@ def _nm24_scaled_kernel(
 
 
 def by_magnitude(x: Tensor, mask: Tensor | None, bits: Tensor | None, pruned: Tensor | None) -> None:
-    """Writes the outputs that are given, of contiguous ``x`` that ``fits``."""
+    """Writes the outputs that are not None for a contiguous ``x`` that ``fits``, ranked by magnitude."""
     config = for_waves(PAIRS.config(x, size_class(x)), x)
     units, block = x.numel() // 8, config["BLOCK"] // 8
     _nm24_pairs_kernel[(triton.cdiv(units, block),)](
@@ -167,7 +169,7 @@ def by_magnitude(x: Tensor, mask: Tensor | None, bits: Tensor | None, pruned: Te
 
 
 def scaled(x: Tensor, scale: Tensor, mask: Tensor, pruned: Tensor) -> None:
-    """Writes both outputs, of contiguous ``x`` that ``fits``."""
+    """Writes both outputs for a contiguous ``x`` that ``fits``, ranked by magnitude times ``scale``."""
     config = for_waves(SCALED.config(x, size_class(x)), x)
     rows, units = x.numel() // x.shape[-1], x.shape[-1] // 8
     config["UNITS"] = min(triton.next_power_of_2(units), config["UNITS"])

@@ -1,8 +1,9 @@
-"""The best 2:4 pattern, in both directions, of 4x4 tiles: the search that two kernels share.
+"""Search for the best pattern of 4x4 tiles that is 2:4 along rows and along columns.
 
-Rows 0 and 1 of a tile leave one, two or six ways to complete the pattern with rows 2 and 3. A sum rounds monotonically,
-so the best total is reached by the best completion: 36 totals are compared instead of 90. Ties are settled afterwards,
-row by row. What counts is comparisons, maxima and selections: a GPU adds at twice their rate.
+Once the kept columns of rows 0 and 1 are chosen, there are one, two or six ways to complete the pattern with rows 2 and
+3. Rounding never reverses the order of two sums, so the best total comes from the best completion, and 36 totals are
+compared instead of 90. Ties are settled afterwards, row by row. The cost is in comparisons, maxima and selections: a
+GPU adds at twice their rate.
 """
 
 import triton
@@ -10,18 +11,21 @@ import triton.language as tl
 
 from ._select import widen
 
-# The columns that a row can keep, as bits, in the order of the patterns; those that pair i does not keep are 5 - i.
+# The pairs of columns that a row can keep, as bits, in the order of the patterns; 5 - i is the complement of pair i.
 PAIRS = tl.constexpr((0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100))
 
 
 def _completion(top: int, bottom: int) -> tuple[int, int]:
-    """The pairs of rows 2 and 3 in the first pattern with these of rows 0 and 1; the other way exchanges the two."""
+    """Returns the pairs of rows 2 and 3 in the first pattern whose rows 0 and 1 keep ``top`` and ``bottom``.
+
+    Where there is a second such pattern, it has the two pairs exchanged.
+    """
     once, twice = top ^ bottom, 15 & ~(top | bottom)
     first = twice | once & -once
     return PAIRS.value.index(first), PAIRS.value.index(first ^ once)
 
 
-# By the pairs of rows 0 and 1; where these are complements, six pairs of rows 2 and 3 complete the pattern.
+# Indexed by the pairs of rows 0 and 1. Empty where these are complements: any complementary pairs then complete them.
 COMPLETIONS = tl.constexpr(
     tuple(() if top ^ bottom == 15 else _completion(top, bottom) for top in PAIRS.value for bottom in PAIRS.value)
 )
@@ -29,26 +33,27 @@ COMPLETIONS = tl.constexpr(
 
 @triton.jit
 def magnitudes(x):
-    """fp32 magnitudes, NaN as Inf."""
+    """Returns the magnitudes in fp32, with Inf for NaN."""
     bits = widen(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.minimum(bits, 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _pair_sums(row):
+    """Returns the sums of the six pairs of columns of a row."""
     return row[0] + row[1], row[0] + row[2], row[0] + row[3], row[1] + row[2], row[1] + row[3], row[2] + row[3]
 
 
 @triton.jit
 def _kept_sum(row, kept):
-    """The sum of what the low four bits of ``kept`` keep: the same number as in ``_pair_sums``, adding zeros."""
+    """Returns the sum of the columns whose bit is set in ``kept``: exactly that of ``_pair_sums``, plus zeros."""
     low = tl.where(kept & 1 != 0, row[0], 0.0) + tl.where(kept & 2 != 0, row[1], 0.0)
     return low + tl.where(kept & 4 != 0, row[2], 0.0) + tl.where(kept & 8 != 0, row[3], 0.0)
 
 
 @triton.jit
 def _completed(sums2, sums3, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """The best sum of rows 2 and 3 that keep these pairs, either way around."""
+    """Returns the larger sum of rows 2 and 3 where one keeps pair ``FIRST`` and the other pair ``SECOND``."""
     total = sums2[FIRST] + sums3[SECOND]
     if FIRST != SECOND:
         total = tl.maximum(total, sums2[SECOND] + sums3[FIRST])
@@ -57,14 +62,15 @@ def _completed(sums2, sums3, FIRST: tl.constexpr, SECOND: tl.constexpr):
 
 @triton.jit
 def _bits(total):
-    return total.to(tl.int32, bitcast=True)  # not negative: the same order, and three at a time where a GPU can
+    """Returns the bits of sums, which order like the sums as none is negative; some GPUs compare three at a time."""
+    return total.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def best_pattern(row0, row1, row2, row3):
-    """The 16 bits of the best pattern of each tile, row 0 in the lowest four; of ties, the first pattern's.
+    """Returns the best pattern of each tile as 16 bits, row 0 in the lowest four; the first of equally good ones.
 
-    Each row is four tensors of one shape, its columns as ``magnitudes``.
+    Each row is given as the ``magnitudes`` of its four columns, tensors of one shape.
     """
     sums0, sums1, sums2, sums3 = _pair_sums(row0), _pair_sums(row1), _pair_sums(row2), _pair_sums(row3)
     any_pairs = sums2[0] + sums3[5]
@@ -74,7 +80,7 @@ def best_pattern(row0, row1, row2, row3):
     best = tl.full(row0[0].shape, -1, tl.int32)
     kept0 = tl.zeros(row0[0].shape, tl.int32)
     sum0 = sums0[0]
-    of_row1 = (best, best, best, best, best, best)  # the totals of the first best pair of row 0, by pair of row 1
+    of_row1 = (best, best, best, best, best, best)  # for the best pair of row 0 so far: the totals by pair of row 1
     for top in tl.static_range(6):
         totals = ()
         for pair in tl.static_range(6):

@@ -1,9 +1,9 @@
-"""Selection by bit planes: a word holds one bit of 32 keys, so a step of a search costs 32 keys what it costs one.
+"""Selection by bit planes: a word holds one bit of 32 keys, so one instruction searches 32 keys at once.
 
-A block, padded to powers of two, is cut along its rows into 16 slices of ``WIDTH`` entries. The entries of several
-blocks that lie side by side are one tensor ``[16, BLOCKS, WIDTH]``, whose slices share a thread. Word ``w`` of a plane,
-``[1, BLOCKS, WIDTH / 2]``, has the bits of columns ``2 w`` (its low half) and ``2 w + 1`` (its high half) of
-all slices: bit ``s`` of a half is slice ``s``.
+A block is padded to powers of two and cut, row by row, into 16 slices of ``WIDTH`` entries. Several blocks that lie
+side by side are one tensor ``[16, BLOCKS, WIDTH]``; a thread has the same columns of all slices. A plane holds one bit
+of every key, in words ``[1, BLOCKS, WIDTH / 2]``: the low half of word ``w`` is column ``2 w`` and the high half column
+``2 w + 1``, and bit ``s`` of a half is slice ``s``.
 """
 
 import triton
@@ -12,20 +12,20 @@ import triton.language as tl
 
 @triton.jit
 def unpairs(entries):
-    """``[S, B, 2 G]`` to the two ``[S, B, G]`` that were interleaved."""
+    """Splits ``[S, B, 2 G]`` into its even and its odd columns, ``[S, B, G]`` each."""
     return tl.split(tl.reshape(entries, [entries.shape[0], entries.shape[1], entries.shape[2] // 2, 2]))
 
 
 @triton.jit
 def _halves(words):
-    """``[S, B, G]`` to its first and its last slices: ``[S / 2, B, G]``."""
+    """Splits ``[S, B, G]`` into the first and the last half of its slices, ``[S / 2, B, G]`` each."""
     apart = tl.reshape(words, [2, words.shape[0] // 2, words.shape[1], words.shape[2]])
     return tl.split(tl.permute(apart, 1, 2, 3, 0))
 
 
 @triton.jit
 def slices(entries):
-    """``[S, B, G]``, of at most 32 slices, to a tuple of ``S`` ``[1, B, G]``."""
+    """Splits ``[S, B, G]``, where ``S`` is at most 32, into a tuple of ``S`` tensors ``[1, B, G]``."""
     parts = (entries,)
     for stage in tl.static_range(5):
         if entries.shape[0] >> stage > 1:
@@ -38,13 +38,13 @@ def slices(entries):
 
 @triton.jit
 def _hidden(value: tl.constexpr):
-    """``value``, which LLVM cannot know: with a constant mask it makes one select, or one count of bits, to several."""
-    return tl.program_id(1).to(tl.uint32) + value  # grids have one axis, so 0 + value
+    """Returns ``value`` so that LLVM does not see a constant: for one it would replace an instruction by several."""
+    return tl.program_id(1).to(tl.uint32) + value  # grids have one axis, so this adds 0
 
 
 @triton.jit
 def _exchange(words, DISTANCE: tl.constexpr, STAY: tl.constexpr):
-    """One stage of ``_transpose``, which makes the highest bit of the index of slices its lowest."""
+    """Computes one stage of ``_transpose``, which also turns the highest bit of the slices' index into the lowest."""
     first, last = _halves(words)
     up, down, stay = last << DISTANCE, first >> DISTANCE, _hidden(STAY)
     both = tl.join((first ^ up) & stay ^ up, (last ^ down) & stay ^ last)
@@ -53,7 +53,7 @@ def _exchange(words, DISTANCE: tl.constexpr, STAY: tl.constexpr):
 
 @triton.jit
 def _transpose(words):
-    """16 slices of words to 16 planes: in either half, bit ``b`` of slice ``s`` becomes bit ``s`` of plane ``b``."""
+    """Turns 16 slices of words into 16 planes: in a half, bit ``b`` of slice ``s`` becomes bit ``s`` of plane ``b``."""
     words = _exchange(words, 8, 0x00FF00FF)
     words = _exchange(words, 4, 0x0F0F0F0F)
     words = _exchange(words, 2, 0x33333333)
@@ -62,9 +62,9 @@ def _transpose(words):
 
 @triton.jit
 def key_planes(entries):
-    """The planes of the magnitude keys of floats ``[16, BLOCKS, WIDTH]``, the lowest first; the last is of signs.
+    """Returns the planes of the magnitude keys of floats ``[16, BLOCKS, WIDTH]``, lowest bit first, signs last.
 
-    All bits of a NaN's key are set. 16 planes or, of fp32, 32: ``[.., BLOCKS, WIDTH / 2]``.
+    These are 16 planes, for fp32 32: ``[16 or 32, BLOCKS, WIDTH / 2]``. The key of a NaN has all bits set.
     """
     mantissa: tl.constexpr = entries.dtype.fp_mantissa_width
     if mantissa == 23:
@@ -85,7 +85,7 @@ def key_planes(entries):
 
 @triton.jit
 def nonzero(keys):
-    """Which keys are not 0: words as of a plane."""
+    """Returns which keys are not 0, as words of a plane."""
     bits = slices(keys)
     some = bits[0]
     for bit in tl.static_range(1, keys.shape[0] - 1):
@@ -95,7 +95,7 @@ def nonzero(keys):
 
 @triton.jit
 def _popcount(x):
-    """The form that LLVM knows as one instruction."""
+    """Counts the bits set in each word, in a form that LLVM turns into one instruction."""
     x = x - (x >> 1 & 0x55555555)
     x = (x & 0x33333333) + (x >> 2 & 0x33333333)
     return ((x + (x >> 4) & 0x0F0F0F0F) * 0x01010101 >> 24).to(tl.int32)
@@ -103,7 +103,11 @@ def _popcount(x):
 
 @triton.jit
 def _halve(plane, kept, rest, need):
-    """One bit of the search: those of ``rest`` that have it are kept if too few, else the others are dropped."""
+    """Narrows the search by one bit of the key.
+
+    If fewer than ``need`` of the keys in ``rest`` have the bit, these are kept and the others stay in ``rest``. Else
+    only those that have the bit stay.
+    """
     ones = rest & plane
     count = tl.sum(_popcount(ones), 2, keep_dims=True)
     too_few = (count - need) >> 31  # all bits set, or none
@@ -113,9 +117,9 @@ def _halve(plane, kept, rest, need):
 
 @triton.jit
 def keep_topk(keys, valid, k):
-    """The ``k`` largest keys of every block among the valid entries, ties to the lower index: words as of a plane.
+    """Returns the ``k`` largest valid keys of every block, as words of a plane; of equal keys, the lower index first.
 
-    The bits of the key decide first, from the highest; then those of the index, as if they were the key's lowest.
+    The search goes from the key's highest bit to its lowest, and then on to the bits of the index.
     """
     kept, rest = tl.zeros_like(valid), valid
     need = tl.zeros([1, valid.shape[1], 1], tl.int32) + k
@@ -136,12 +140,13 @@ def keep_topk(keys, valid, k):
 
 @triton.jit
 def _majority(a, b, c):
+    """Returns the bits that are set in at least two of three words."""
     return ((a ^ b) & (a ^ c)) ^ a
 
 
 @triton.jit
 def keep24(keys):
-    """The two largest keys of every four columns, as ``keep2of4``, 16 slices at a time: words as of a plane."""
+    """Returns the two largest keys of every group of four columns, by the rule of ``keep2of4``, as words of a plane."""
     k01, k23 = unpairs(keys)
     k32 = k23 << 16 | k23 >> 16
     k02, k13 = (k01 & 0xFFFF) | k23 << 16, k01 >> 16 | (k23 & 0xFFFF0000)
@@ -149,7 +154,7 @@ def keep24(keys):
     more = slices(tl.reshape(tl.join(tl.join(k01, k02), tl.join(k01, k02)), quads))
     less = slices(tl.reshape(tl.join(tl.join(k23, k13), tl.join(k32, k13)) ^ 0xFFFFFFFF, quads))
     beats = tl.full([1, quads[1], quads[2]], 0xFFFFFFFF, tl.uint32)
-    for bit in tl.static_range(keys.shape[0] - 1):  # from the lowest: a higher bit that differs overrules
+    for bit in tl.static_range(keys.shape[0] - 1):  # from the lowest, as a higher bit that differs decides
         beats = _majority(more[bit], less[bit], beats)
     earlier, across = unpairs(beats)
     apart, beside = unpairs(earlier)  # 0 >= 2 and 1 >= 3, 0 >= 1 and 2 >= 3
@@ -162,14 +167,17 @@ def keep24(keys):
 
 @triton.jit
 def words_of(bools):
-    """Bool ``[16, BLOCKS, WIDTH]`` to words as of a plane."""
+    """Packs bools ``[16, BLOCKS, WIDTH]`` into words of a plane."""
     even, odd = unpairs(bools.to(tl.uint32))
     return tl.sum((even | odd << 16) << tl.arange(0, 16)[:, None, None], 0, keep_dims=True)
 
 
 @triton.jit
 def spread(words):
-    """An int32 ``[16, BLOCKS, WIDTH]`` for every entry: all bits set, or none. Bools would take too many predicates."""
+    """Unpacks words of a plane to int32 ``[16, BLOCKS, WIDTH]``, with all bits set or none.
+
+    Bools would need more predicate registers than there are.
+    """
     word = words.to(tl.int32, bitcast=True)
     s = tl.arange(0, 16)[:, None, None]
     return tl.interleave(word << (31 - s) >> 31, word << (15 - s) >> 31)
@@ -177,7 +185,7 @@ def spread(words):
 
 @triton.jit
 def quad_bytes(words):
-    """Four columns a word, a byte that is 0 or 1 each: uint32 ``[16, BLOCKS, WIDTH / 4]``."""
+    """Unpacks words of a plane to bytes of 0 or 1, four columns in a word: uint32 ``[16, BLOCKS, WIDTH / 4]``."""
     first, last = unpairs(words)
     low = (first & 0xFF) | (first >> 8 & 0xFF00) | (last & 0xFF) << 16 | (last << 8 & 0xFF000000)
     high = (first >> 8 & 0xFF) | (first >> 16 & 0xFF00) | (last << 8 & 0xFF0000) | (last & 0xFF000000)

@@ -1,4 +1,4 @@
-"""Strips: blocks that lie side by side, which one program holds as 16 slices of a plane (see ``_planes``)."""
+"""Strips: the blocks, side by side, that one program holds as 16 slices (see ``_planes``)."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,19 +12,20 @@ from ._planes import quad_bytes, spread
 
 
 class Strip(NamedTuple):
-    """Shape of a program's strip; kernels take it as one argument, whose fields are constants of the kernel."""
+    """Shape of a program's strip: one argument of a kernel, whose fields are compile-time constants."""
 
     block_rows: tl.constexpr
     block_cols: tl.constexpr
-    cols: tl.constexpr  # columns that a block is padded to
-    width: tl.constexpr  # columns of a slice; a row of a block is one or more slices, or a slice several rows
+    cols: tl.constexpr  # columns of a block after padding
+    width: tl.constexpr  # columns of a slice, which is several rows of a block, one row or a part of one
     blocks: tl.constexpr
-    vector: tl.constexpr  # columns that a thread takes at a time: with more, threads would have to trade entries
+    vector: tl.constexpr  # columns that a thread loads at once; with more, entries would move between threads
     whole: tl.constexpr  # whether all entries of all strips are inside the matrix
 
 
 @lru_cache(maxsize=4096)
 def _strip(*sizes: int) -> Strip:
+    """Returns the strip of these fields, which is kept: it is faster to find than to make."""
     return Strip(*map(tl.constexpr, sizes))
 
 
@@ -40,7 +41,7 @@ def blocks_of(cols, strip):
 def place(rows, cols, strip, SLICES: tl.constexpr, UNIT: tl.constexpr = 1):
     """Returns the row, int64, and the column of entries, and which are in the matrix: ``[SLICES, BLOCKS, WIDTH]``.
 
-    An entry is ``UNIT`` columns, as the column is counted then, too.
+    Columns are counted in units of ``UNIT``.
     """
     block_cols: tl.constexpr = strip.block_cols // UNIT
     padded: tl.constexpr = strip.cols // UNIT
@@ -71,19 +72,20 @@ def store_mask(kept, mask, rows, cols, strip):
 
 
 def warp_lanes(tensor: Tensor) -> int:
+    """Returns how many threads a warp has on the tensor's device."""
     return 64 if architecture(tensor).startswith("gfx9") else 32
 
 
 def program(
     like: Tensor, block_rows: int, block_cols: int, width: int, key_bytes: int, config: Config
 ) -> tuple[int, Strip, int] | None:
-    """Returns the grid, the strip of a program and its warps; None where a block is larger than the registers.
+    """Returns the grid, the strip of a program and its warps, or None where a block does not fit the registers.
 
     Args:
         like: the matrix.
         block_rows, block_cols: sides of a block.
-        width: columns of a slice, at least.
-        key_bytes: size of a key; a thread holds 16 bytes of keys of a slice.
+        width: the least number of columns of a slice.
+        key_bytes: the size of a key; a thread holds 16 bytes of keys of every slice.
         config: the kernel's configuration.
     """
     rows, cols = like.shape

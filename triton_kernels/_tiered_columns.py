@@ -1,4 +1,4 @@
-"""Where the blocks of each form of a tiered weight lie in a row of blocks."""
+"""The columns of the dense, the 2:4 and the top-k blocks in each row of blocks of a tiered weight."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def counts(starts, block_row):
-    """How many blocks of each form come before a row of blocks, int64, and how many it has, int32."""
+    """Loads how many blocks of each form come before a row of blocks, int64, and how many it has, int32."""
     at = starts + 3 * block_row.to(tl.int64)
     dense, sparse24, topk = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     dense_count, count24, topk_count = tl.load(at + 3) - dense, tl.load(at + 4) - sparse24, tl.load(at + 5) - topk
@@ -15,22 +15,22 @@ def counts(starts, block_row):
 
 @triton.jit
 def load_tiers(tiers, start, across, SCAN: tl.constexpr):
-    """The tiers of one scan."""
+    """Loads the tiers of ``SCAN`` blocks from column ``start`` of a row of blocks."""
     column = start + tl.arange(0, SCAN)
     return tl.load(tiers + column, column < across, 0)
 
 
 @triton.jit
 def list_columns(tiers, tier, columns, across, dense_count, count24, SCAN: tl.constexpr):
-    """Writes the columns of the dense, of the 2:4 and of the top-k blocks of a row of blocks, one after the other.
+    """Writes the columns of the dense blocks of a row of blocks, then of its 2:4 blocks, then of its top-k blocks.
 
-    ``tier`` are the tiers of the first scan. Programs that share a row of blocks write the same, and each reads what it
-    has written.
+    ``tier`` has the tiers of the first ``SCAN`` blocks. Every program of a row of blocks writes the same list, so that
+    each can read it without waiting for another.
     """
     seen24, seen_topk = 0, 0
     for start in range(0, across, SCAN):
         column = start + tl.arange(0, SCAN)
-        both = (tier == 1).to(tl.int32) + ((tier == 2).to(tl.int32) << 16)  # two counts, of at most SCAN, in one scan
+        both = (tier == 1).to(tl.int32) + ((tier == 2).to(tl.int32) << 16)  # two counts of at most SCAN, in one sum
         upto = tl.cumsum(both, 0)
         rank24, rank_topk = seen24 + (upto & 0xFFFF), seen_topk + (upto >> 16)  # its own block included
         at = tl.where(tier == 1, dense_count + rank24 - 1, dense_count + count24 + rank_topk - 1)
@@ -43,5 +43,5 @@ def list_columns(tiers, tier, columns, across, dense_count, count24, SCAN: tl.co
 
 
 def scan_size(across: int) -> int:
-    """Columns of blocks in one scan; their counts fit 16 bits."""
+    """Returns how many blocks of a row are scanned at once: few enough for their counts to fit 16 bits."""
     return min(max(triton.next_power_of_2(across), 16), 2048)

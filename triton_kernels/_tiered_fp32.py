@@ -1,4 +1,4 @@
-"""``linear_tiered`` of fp32, on the cores that multiply fp32 exactly."""
+"""``linear_tiered`` of fp32, without tensor cores, which would round the inputs."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from ._tiered_columns import counts, list_columns, load_tiers, scan_size
 
 @triton.jit
 def _fours(tile):
-    """``[a, b, 4]`` to four of ``[a, b]``: neighbors share a thread."""
+    """Splits ``[a, b, 4]`` into four ``[a, b]``; no data moves between threads."""
     even, odd = tl.split(tl.reshape(tile, tile.shape[0], tile.shape[1], 2, 2))
     entry0, entry2 = tl.split(even)
     entry1, entry3 = tl.split(odd)
@@ -19,7 +19,7 @@ def _fours(tile):
 
 @triton.jit
 def _four_inputs(x_at, column, inside, cols):
-    """Four neighbors of ``x`` per unit: ``[tokens, units]`` each."""
+    """Loads four neighboring inputs of every token and unit: ``[tokens, units]`` each."""
     column = column[None, :, None] + tl.arange(0, 4)[None, None, :]
     return _fours(tl.load(x_at[:, :, None] + column, inside[:, :, None] & (column < cols), 0))
 
@@ -80,12 +80,12 @@ def _linear_tiered_fp32_kernel(
         unit = start + tl.arange(0, UNITS)
         inside = (unit < count24 * units)[None, :]
         at = (unit // units * (BLOCK_ROWS * units) + unit % units)[None, :] + row * units
-        at = from24 * (BLOCK_ROWS * units) + at  # of the byte of bits, and of four values
+        at = from24 * (BLOCK_ROWS * units) + at  # the index of a mask byte, and of its four values
         column = tl.load(columns + dense_count + unit // units, unit < count24 * units, 0)
         column = column * BLOCK_COLS + unit % units * 8
         keep = inside & (row < BLOCK_ROWS)
         kept = _fours(tl.load(values + 4 * at[:, :, None] + four, keep[:, :, None], 0))
-        bits = tl.load(tl.multiple_of(bitmask + at, [1, 1]), keep, 0).to(tl.int32)  # a thread loads those of its values
+        bits = tl.load(tl.multiple_of(bitmask + at, [1, 1]), keep, 0).to(tl.int32)  # the hint keeps it narrow
         for half in tl.static_range(2):
             inputs = _four_inputs(x_at, column + 4 * half, inside & (token < tokens), cols)
             lower, upper = kept[2 * half], kept[2 * half + 1]

@@ -1,7 +1,7 @@
-"""What a warp multiplies of tiered blocks, as ``mma`` holds its operands: eight rows, or tokens, by four threads.
+"""Loads of tiered blocks in the layout of ``mma`` operands, where a warp holds eight rows, or tokens, by four threads.
 
-Each of the four threads has a unit of its own: eight columns of a dense block, eight or sixteen of a 2:4 block. The
-units of the blocks of one form in a row of blocks are numbered on; a load takes the next four of every warp.
+Each of the four threads has a unit of its own: eight columns of a dense block, or eight or sixteen of a 2:4 block.
+Units are numbered through all blocks of one form in a row of blocks. With every load, each warp takes its next four.
 """
 
 import triton
@@ -23,8 +23,8 @@ def _at(
     UNITS: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """Where the unit of a thread starts: in blocks of ``SIZE``, ``within`` and units of ``WIDTH`` further."""
-    if 4 * WARPS % UNITS == 0:  # what the threads add is the same in all steps, and in 64 bits LOAD is an immediate
+    """Returns where a thread's unit starts: a unit has ``WIDTH`` elements, a block ``SIZE``, a row is at ``within``."""
+    if 4 * WARPS % UNITS == 0:  # a thread adds the same in every step; in 64 bits, the part of LOAD is an immediate
         load: tl.constexpr = 4 * WARPS // UNITS * SIZE
         first = (lane // UNITS * SIZE + within + lane % UNITS * WIDTH).to(tl.int64)
         return base + (first + tl.cast(step, tl.int64) * (LOADS * load) + LOAD * load)
@@ -34,7 +34,7 @@ def _at(
 
 @triton.jit
 def _inside(step, lane, count, LOAD: tl.constexpr, LOADS: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr):
-    """Whether there is the unit of a thread."""
+    """Checks whether the thread's unit exists."""
     return step * (LOADS * 4 * WARPS) < count * UNITS - lane - LOAD * 4 * WARPS
 
 
@@ -51,7 +51,7 @@ def load_dense(
     BLOCK_COLS: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """The four words of a unit in each row: ``[rows, 4, 4]``."""
+    """Loads the four words of a dense unit in each row: ``[rows, 4, 4]``."""
     units: tl.constexpr = BLOCK_COLS // 8
     size: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 2
     at = _at(words, step, lane, row * (BLOCK_COLS // 2), LOAD, LOADS, size, 4, units, WARPS)
@@ -75,7 +75,7 @@ def load24(
     GROUPS: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """The words of values, one a group, and the bits of a unit in each row: ``[rows, 4, GROUPS]`` and ``[rows, 4]``."""
+    """Loads a 2:4 unit in each row: a word of values per group, ``[rows, 4, GROUPS]``, and mask bits, ``[rows, 4]``."""
     units: tl.constexpr = BLOCK_COLS // (4 * GROUPS)
     size: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 4
     keep = _inside(step, lane, count, LOAD, LOADS, units, WARPS) & (row < BLOCK_ROWS)
@@ -103,7 +103,7 @@ def load_x(
     BLOCK_COLS: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """The ``WORDS`` words of ``x`` that a unit multiplies, of each token, per load: ``[octets, WARPS, 8, 4]`` each."""
+    """Loads the inputs that meet each unit: ``WORDS`` words per token and load, ``[octets, WARPS, 8, 4]`` each."""
     units: tl.constexpr = BLOCK_COLS // (2 * WORDS)
     inputs = ()
     for load in tl.static_range(LOADS):
@@ -120,7 +120,7 @@ def load_x(
 
 @triton.jit
 def load_entries(topk, positions, columns, step, count, WARPS: tl.constexpr, K: tl.constexpr):
-    """Four entries of top-k a thread, the same in eight threads, their positions, and the column of their block."""
+    """Loads four top-k entries per thread, their positions and their block's column; eight threads load the same."""
     quads: tl.constexpr = (K + 3) // 4
     quad = (step * WARPS + tl.arange(0, 8 * WARPS)[:, None] // 8) * 4 + tl.arange(0, 4)[None, :]
     block, keep = quad // quads, quad < count * quads
@@ -153,7 +153,10 @@ def multiply_entries(
     WARPS: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """Adds the product of entries of top-k, as a matrix with one entry in a column, and of the inputs of each."""
+    """Adds the products of top-k entries and their inputs to ``acc``.
+
+    The entries become a matrix with one entry in each column, for ``mma``.
+    """
     lane = tl.arange(0, 8)[None, None, :, None]
     own = first_row + 8 * tl.arange(0, OCTETS)[:, None, None, None] + lane
     token = first_token + 8 * tl.arange(0, TOKEN_OCTETS)[:, None, None, None] + lane
@@ -173,6 +176,7 @@ def multiply_entries(
 
 @triton.jit
 def multiply(left, right, acc, TARGET: tl.constexpr):
+    """Adds the product of two operands to ``acc``, for every warp."""
     if TARGET == "":  # the interpreter of Triton 3.7 would multiply the bits of bfloat16
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, tl.permute(right, (0, 2, 1)), acc, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""A tiered weight back to a dense one, for as many tokens as cuBLAS multiplies faster."""
+"""Unpacking of a tiered weight to a dense one, for token counts that cuBLAS multiplies faster."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from ._tiles import unquads
 
 @triton.jit
 def _place(unit, first_row, columns, rows, cols, inside, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Where eights of columns of blocks belong in the matrix, and which of those columns exist: ``[units, 8]``."""
+    """Returns where the eight columns of each unit go in the weight, and which of them exist: ``[units, 8]`` each."""
     units: tl.constexpr = BLOCK_COLS // 8
     row = unit // units % BLOCK_ROWS
     col = tl.load(columns + unit // (BLOCK_ROWS * units), inside, 0) * BLOCK_COLS + unit % units * 8
@@ -73,7 +73,7 @@ def _unpack_tiered_kernel(
         )
         tl.store(weight + at, tile, keep)
 
-    each = tl.cdiv(topk_count, splits)  # blocks of top-k, whose zeros and entries this program writes in turn
+    each = tl.cdiv(topk_count, splits)  # top-k blocks of this program, which writes their zeros and then their entries
     first, columns = split * each, columns + dense_count + count24
     last = tl.minimum(first + each, topk_count)
     for start in range(first * block_units, last * block_units, UNITS):

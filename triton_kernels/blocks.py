@@ -1,4 +1,4 @@
-"""Scores and top-k masks of the blocks that tile a matrix; a program takes blocks that lie side by side."""
+"""Scores and top-k masks of the blocks of a matrix; a program takes several blocks that lie side by side."""
 
 import math
 
@@ -14,7 +14,7 @@ from ._planes import keep_topk, key_planes, words_of
 from ._select import widen
 from ._strips import place, program, store_mask, warp_lanes
 
-# A thread takes 16 bytes of a row at a time. Fewer warps mean fewer, smaller pieces to wait for at the end.
+# A thread takes 16 bytes of a row at a time. Programs of few warps are small, so the last ones end soon.
 SCORES = Table("block_scores", {f"{warps}-warps": {"num_warps": warps} for warps in (1, 2, 4)}, {"any": "2-warps"})
 TOPK = Table("block_topk_mask", {f"{warps}-warps": {"num_warps": warps} for warps in (1, 2, 4)}, {"any": "1-warps"})
 LIMIT = 16384  # columns of a block whose sums fit the registers
@@ -22,7 +22,7 @@ LIMIT = 16384  # columns of a block whose sums fit the registers
 
 @triton.jit
 def sum_columns(total):
-    """``[BLOCKS, COLS]`` to ``[BLOCKS, 1]``, by halves."""
+    """Sums ``[BLOCKS, COLS]`` to ``[BLOCKS, 1]``: adds the second half of the columns to the first, down to one."""
     blocks: tl.constexpr = total.shape[0]
     cols: tl.constexpr = total.shape[1]
     for stage in tl.static_range(1, 16):
@@ -60,7 +60,7 @@ def _block_scores_kernel(
         inside = inside & (entry < BLOCK_COLS)
     if scale is not None:
         factor = tl.load(scale + col, inside, 0)
-    total = tl.full([BLOCKS, COLS], -0.0, tl.float32)  # the zero that changes no sum
+    total = tl.full([BLOCKS, COLS], -0.0, tl.float32)  # adding -0.0 changes no number, not even its sign
     for first in range(0, BLOCK_ROWS, UNROLLED):
         for below in tl.static_range(UNROLLED):
             row = block_row * BLOCK_ROWS + first + below
@@ -129,7 +129,7 @@ def block_scores(weight: Tensor, block_rows: int, block_cols: int, scale: Tensor
 
 
 def _halve_columns(total: Tensor, block_cols: int) -> Tensor:
-    """The documented tree over the columns of blocks too wide for the registers."""
+    """Sums over the columns of blocks that are too wide for the registers, in the same order as the kernel."""
     total = F.pad(total, (0, -total.shape[1] % block_cols)).unflatten(1, (-1, block_cols))
     width = triton.next_power_of_2(block_cols)
     total = F.pad(total, (0, width - block_cols))

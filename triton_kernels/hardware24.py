@@ -1,4 +1,4 @@
-"""2:4 in the layouts that GPUs multiply with, from a dense weight or from the packed format, and back."""
+"""Conversion to the 2:4 layouts of GPU tensor cores, from a dense or a packed weight, and back to packed."""
 
 import torch
 import triton
@@ -25,7 +25,7 @@ CONVERT = Table("to_hardware24", PRUNE.configs, {"any": "32x256"})
 
 @triton.jit
 def _codes(k0, k1, k2, k3):
-    """``unit_codes`` of what is kept of each group, ``[R, C / 4]``."""
+    """Returns the same as ``unit_codes``, from bools ``[R, C / 4]`` that tell which entries of a group are kept."""
     first, _ = first_last(k0, k1, k2, k3, 0, 1, 2, 3)
     _, last = first_last(k0, k1, k2, k3, 0, 4, 8, 12)
     even, odd = unpairs((first | last).to(tl.uint32))
@@ -127,7 +127,7 @@ def _from_hardware24_kernel(
 
 
 def _halves(packed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """The values, and the metadata as 32-bit words."""
+    """Splits a packed weight into its values and its metadata, as words of 32 bits."""
     return packed, packed[rows * cols // 2 :].view(torch.int32)
 
 

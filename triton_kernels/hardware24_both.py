@@ -1,4 +1,4 @@
-"""2:4 along rows and columns at once: a weight and its transpose in a hardware layout, from one read of it."""
+"""2:4 along rows and columns at once: packs a weight and its transpose in a hardware layout, and reads it once."""
 
 import torch
 import triton
@@ -24,19 +24,23 @@ BOTH = Table(
 
 @triton.jit
 def _columns(entries):
+    """Returns the magnitudes of the four columns of tiles, for one of their rows."""
     return quads(magnitudes(entries))
 
 
 @triton.jit
 def _line(kept, e0, e1, e2, e3, FIRST: tl.constexpr, STEP: tl.constexpr):
-    """What one line of the tiles keeps; its bits of ``kept`` start at ``FIRST``."""
+    """Returns the kept entries of one line, a row or a column, of the tiles.
+
+    The mask bits of the line are bits ``FIRST``, ``FIRST + STEP``, ... of the halves of ``kept``.
+    """
     kept = kept << 15 - FIRST - 3 * STEP
     return kept_entries(kept << 3 * STEP, kept << 2 * STEP, kept << STEP, kept, e0, e1, e2, e3)
 
 
 @triton.jit
 def _codes(kept):
-    """The metadata nibble of each of the eight rows of two masks of 4x4, from the masks' nibbles."""
+    """Returns the metadata nibbles of the eight rows of two 4x4 masks, each in the place of its row's mask bits."""
     lowest: tl.constexpr = 0x11111111
     k0, k1, k2, k3 = kept & lowest, kept >> 1 & lowest, kept >> 2 & lowest, kept >> 3 & lowest
     return k1 & (k0 ^ lowest) | ((k0 | k1) ^ lowest) << 1 | (k3 | k2 ^ lowest) << 2 | (k3 | k2) << 3
@@ -44,7 +48,7 @@ def _codes(kept):
 
 @triton.jit
 def _transposed(kept):
-    """Two masks of 4x4, transposed: first in each 2x2, then the 2x2s."""
+    """Transposes two 4x4 masks: first within each 2x2, then the 2x2s among themselves."""
     moved = (kept ^ kept >> 3) & 0x0A0A0A0A
     kept = kept ^ moved ^ moved << 3
     moved = (kept ^ kept >> 6) & 0x00CC00CC
@@ -53,14 +57,14 @@ def _transposed(kept):
 
 @triton.jit
 def _stack(l0, l1, l2, l3):
-    """Four lines of tiles ``[R, C]`` as the rows of a matrix ``[4 * R, C]``."""
+    """Stacks four lines ``[R, C]`` of tiles to the rows of a matrix ``[4 * R, C]``."""
     lines = tl.join(tl.join(l0, l2), tl.join(l1, l3))  # [R, C, 2, 2]
     return tl.reshape(tl.permute(lines, [0, 2, 3, 1]), [4 * l0.shape[0], l0.shape[1]])
 
 
 @triton.jit
 def _units(codes):
-    """Codes of the rows of two tiles, ``[R, C / 2]``, as the units ``[4 * R, C / 2]`` of ``store_metadata``."""
+    """Converts the codes of two tiles, ``[R, C / 2]``, to the units of ``store_metadata``, ``[4 * R, C / 2]``."""
     row = tl.arange(0, 4)[None, :, None].to(tl.uint32)
     return tl.reshape(codes[:, None, :] >> 4 * row & 0x000F000F, [4 * codes.shape[0], codes.shape[1]])
 
@@ -81,7 +85,7 @@ def _prune_both_to_hardware24_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """A thread has whole 4x4 tiles: it loads their four rows one by one."""
+    """Packs a tile of the weight in both directions; a thread has whole 4x4 tiles, whose rows are loaded one by one."""
     tile_row = first_row(BLOCK_ROWS // 4) + tl.arange(0, BLOCK_ROWS // 4)[:, None]
     tile_col = row_of(BLOCK_COLS // 4, 2)
     col = row_of(BLOCK_COLS, 8).to(tl.int64)

@@ -1,4 +1,4 @@
-"""``x @ W.T + bias`` straight from a packed 2:4 ``W``, for few tokens, where the bytes of ``W`` decide the time."""
+"""``x @ W.T + bias`` that reads a packed 2:4 ``W`` directly: faster for few tokens, where the bytes of ``W`` count."""
 
 import math
 from functools import lru_cache
@@ -16,9 +16,10 @@ from .sparse24 import unpack24
 
 MOST_TOKENS = 64
 _VENDORS = {"sm": "nvidia", "gf": "amd", "": ""}
-# A warp takes 8 * BLOCKS rows, and LOADS times 64 of their columns in a step. ROW_WARPS warps of a program differ in
-# rows, the others in columns: their sums meet at the end. Where FILL is not 0 the grid splits the columns too, until
-# there are FILL programs per multiprocessor. Named by rows and warps of a program.
+# In a step a warp takes 8 * BLOCKS rows and 64 * LOADS of their columns. A program has ROW_WARPS warps for different
+# rows; its other warps take other columns of the same rows, and their sums are added at the end. Where FILL is not 0,
+# the grid splits the columns as well, until there are FILL programs per multiprocessor. A configuration is named by the
+# rows and the warps of a program.
 TABLE = Table(
     "linear24",
     {
@@ -46,7 +47,7 @@ TABLE = Table(
 
 @triton.jit
 def _load_step(rows, strides, chunk, x_chunk, cols, inside, x_inside, ALIGNED: tl.constexpr, LOADS: tl.constexpr):
-    """The bits and words of ``LOADS`` times a warp's four chunks of 16 columns, from ``chunk``."""
+    """Loads mask bits, values and inputs of ``LOADS`` times four chunks of 16 columns per warp, from ``chunk`` on."""
     values, bitmask, x = rows
     values_col, bitmask_col, x_col = strides
     groups = cols // 4
@@ -57,7 +58,7 @@ def _load_step(rows, strides, chunk, x_chunk, cols, inside, x_inside, ALIGNED: t
         bits += (load_bits(bitmask, at, bitmask_col, (cols + 7) // 8, inside & (4 * at < groups), ALIGNED),)
         at = 4 * (chunk + 4 * load) + word
         weights += (load_words(values, at, values_col, inside & (at < groups), ALIGNED, "evict_first"),)
-        at = 8 * (x_chunk + 4 * load) + word // 4 * 8 + word % 4  # of the eight words of a chunk, the first four
+        at = 8 * (x_chunk + 4 * load) + word // 4 * 8 + word % 4  # the first four of a chunk's eight words
         x_front += (load_words(x, at, x_col, x_inside & (at < 2 * groups), ALIGNED, ""),)
         x_back += (load_words(x, at + 4, x_col, x_inside & (at + 4 < 2 * groups), ALIGNED, ""),)
     return bits, weights, x_front, x_back
@@ -91,9 +92,9 @@ def _linear24_kernel(
 ):
     COL_WARPS: tl.constexpr = WARPS // ROW_WARPS
     tiles = tl.cdiv(tokens, 8 * TOKEN_BLOCKS)
-    row_tile, token_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # neighbors share rows, through L2
-    # A warp holds eight rows by four threads, with 16 bytes each, of every BLOCKS * 8 * WARPS: this is how it holds an
-    # operand of mma, too, so that nothing moves between threads.
+    row_tile, token_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # neighboring programs share rows, in L2
+    # Of every 8 * WARPS rows a warp holds eight, with four threads for each row and 16 bytes in a thread. An operand of
+    # mma has the same layout, so that nothing moves between threads.
     index = tl.arange(0, BLOCKS * WARPS * 8)[:, None]
     warp = index // 8 % WARPS
     row = ((row_tile * ROW_WARPS + warp // COL_WARPS) * BLOCKS + index // (8 * WARPS)) * 8 + index % 8
@@ -113,7 +114,7 @@ def _linear24_kernel(
         chunk += COL_WARPS * LOADS * 4
         x_chunk += COL_WARPS * LOADS * 4
         more = step < steps
-        # Carried into the next step, so that all of its loads are on their way at once.
+        # The next step's loads are issued before this step's products, so that all are in flight at once.
         upcoming = _load_step(
             starts, strides, chunk, x_chunk, cols, (row < rows) & more, (token < tokens) & more, ALIGNED, LOADS
         )
@@ -146,6 +147,7 @@ def _linear24_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _add_splits_kernel(partial, y, size, splits, BLOCK: tl.constexpr):
+    """Adds the sums of all splits of the columns."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
@@ -169,6 +171,7 @@ def linear24(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None) ->
 
 
 def _linear_16(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Writes ``x @ W.T + bias`` of 16-bit tensors into ``y``; ``x`` is a matrix."""
     tokens, cols = x.shape
     rows = values.shape[0]
     arch = architecture(x)
@@ -197,20 +200,21 @@ def _linear_16(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, 
 
 @lru_cache(maxsize=4096)
 def _shape_class(tokens: int, rows: int, cols: int) -> str:
+    """Returns the shape class: the bucket of the number of tokens, and the size or proportion of the weight."""
     bucket = 1 if tokens == 1 else 8 if tokens <= 8 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     if rows * cols < 1 << 22:
         return f"{bucket}_small"
     return f"{bucket}_medium" if rows * cols < 1 << 25 else f"{bucket}_deep" if cols > rows else f"{bucket}_wide"
 
 
-@lru_cache(maxsize=4096)  # a model has few shapes, and this takes longer than the kernel
+@lru_cache(maxsize=4096)  # a model has few shapes, and planning takes longer than the kernel
 def _plan(
     tokens: int, rows: int, cols: int, name: str, arch: str, processors: int
 ) -> tuple[tuple[int, int], int, Config]:
-    """The grid, by rows and splits of the columns; the steps of a program; and the kernel's constants."""
+    """Returns the grid (programs, splits of the columns), the steps of a program, and the kernel's constants."""
     config = TABLE.configs[name]
     vendor = _VENDORS[arch[:2]]
-    blocks = min(triton.next_power_of_2(triton.cdiv(tokens, 8)), 4)  # sums of more tokens do not fit the registers
+    blocks = min(triton.next_power_of_2(triton.cdiv(tokens, 8)), 4)  # sums of more tokens would not fit the registers
     blocks = max(blocks, 2) if vendor == "amd" else blocks  # the narrowest mfma has 16 columns
     programs = triton.cdiv(rows, 8 * config["BLOCKS"] * config["ROW_WARPS"]) * triton.cdiv(tokens, 8 * blocks)
     steps = triton.cdiv(cols, 64 * config["LOADS"] * (config["num_warps"] // config["ROW_WARPS"]))
@@ -222,6 +226,6 @@ def _plan(
 
 
 def _aligned(tensor: Tensor, size: int) -> bool:
-    """Whether neighbors along a row can be read ``size`` bytes at a time."""
+    """Checks whether rows can be read ``size`` bytes at a time."""
     row, col = tensor.stride()
     return col == 1 and not (row * tensor.element_size() % size or tensor.data_ptr() % size)

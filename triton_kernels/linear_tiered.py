@@ -1,4 +1,4 @@
-"""``x @ W.T + bias`` straight from a tiered ``W``, for few tokens, where the bytes of ``W`` decide the time."""
+"""``x @ W.T + bias`` that reads a tiered ``W`` directly: faster for few tokens, where the bytes of ``W`` count."""
 
 import math
 from functools import lru_cache
@@ -18,9 +18,10 @@ from ._tiered_unpack import unpack_tiered
 from .linear24 import _add_splits_kernel
 
 _VENDORS = {"sm": "nvidia", "gf": "amd", "": ""}
-# A program takes 16 or 32 rows of a row of blocks. Its warps share out the units of the blocks of each form: in a step
-# a warp takes four units of dense blocks DENSE times, or of 2:4 blocks SPARSE24 times. Where FILL is not 0 the grid
-# splits the units, too, until there are FILL programs per multiprocessor.
+# A program takes 16 or 32 rows of a row of blocks. Its warps divide the units (see _tiered_loads) of the blocks of each
+# form among them: in a step a warp takes four units of dense blocks DENSE times, or of 2:4 blocks SPARSE24 times. Where
+# FILL is not 0, the grid splits the units as well, until there are FILL programs per multiprocessor. A configuration is
+# named by the warps of a program.
 TABLE = Table(
     "linear_tiered",
     {
@@ -69,7 +70,7 @@ def _linear_tiered_kernel(
     units: tl.constexpr = BLOCK_COLS // 8
     units24: tl.constexpr = BLOCK_COLS // (4 * GROUPS)
     tiles = tl.cdiv(tokens, 8 * TOKEN_OCTETS)
-    strip, token_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # neighbors share rows, through L2
+    strip, token_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # neighboring programs share rows, in L2
     block_row, first_row = strip // strips, strip % strips * (8 * OCTETS)
     split, splits = tl.program_id(1), tl.num_programs(1)
     tiers += block_row.to(tl.int64) * across
@@ -85,10 +86,10 @@ def _linear_tiered_kernel(
     dense_words = dense.to(tl.pointer_type(tl.int32))
     words24 = values.to(tl.pointer_type(tl.int32))
 
-    # A warp holds eight rows by four threads: this is how it holds an operand of mma, too, so that nothing moves
-    # between threads (see linear24).
+    # A warp holds eight rows by four threads. An operand of mma has the same layout, so that nothing moves between
+    # threads (see linear24).
     index = tl.arange(0, 8 * OCTETS * WARPS)[:, None]
-    # Of `index % 8` the compiler would know that rows are neighbors, and so give their bits a layout of their own.
+    # Not `index % 8`: the compiler would see that rows are neighbors, and load their bits in another layout.
     row = first_row + index // (8 * WARPS) * 8 + (index & 7)
     lane = index // 8 % WARPS * 4 + tl.arange(0, 4)[None, :]
     index = tl.arange(0, 8 * TOKEN_OCTETS * WARPS)[:, None]
@@ -97,13 +98,13 @@ def _linear_tiered_kernel(
     live = token < tokens
     x_words = x.to(tl.pointer_type(tl.int32)) + token.to(tl.int64) * (x_row // 2) + tl.zeros((1, 4), tl.int32)
 
-    # The first dense weights are on their way while the columns are listed, and the first of 2:4 during top-k.
+    # The first dense weights are loaded while the columns are listed, and the first 2:4 weights during top-k.
     weights, kept, bits = (), (), ()
     for load in tl.static_range(DENSE):
         weights += (load_dense(dense_words, split, lane, row, dense_count, load, DENSE, BLOCK_ROWS, BLOCK_COLS, WARPS),)
     list_columns(tiers, tier, columns, across, dense_count, count24, SCAN)
 
-    # Zero, which the compiler does not know: it would move words to where mma has them, and so wait for them, at once.
+    # Zero, but not to the compiler: without it the words would be moved to mma's registers, and waited for, right away.
     zero = dense_count >> 31
     acc = tl.zeros((WARPS, 8 * OCTETS, 8 * TOKEN_OCTETS), tl.float32)
     for step in range(split, tl.cdiv(dense_count * units, 4 * WARPS * DENSE), splits):
@@ -206,29 +207,30 @@ def linear_tiered(
 
 
 def _aligned(part: Tensor) -> Tensor:
-    """Contiguous, and to be read in words and vectors: as it is, but for views into other tensors."""
+    """Returns the tensor contiguous and aligned to 16 bytes; only views into other tensors are copied."""
     part = part.contiguous()
     return part if part.data_ptr() % 16 == 0 else part.clone()
 
 
 def most_tokens(block_rows: int) -> int:
-    """Tokens above which the weight is unpacked for cuBLAS.
+    """Returns the number of tokens above which the weight is unpacked for cuBLAS.
 
-    Every program reads all of ``x``, mostly from L2: at 4096 x 4096 in 16 bits that is 2.1 MB a token, or half of it
-    where programs take 32 rows. To unpack moves 54 MB once, and cuBLAS reads 34 of them again.
+    Every program reads all of ``x``, mostly from L2. At 4096 x 4096 in 16 bits that is 2.1 MB a token, or half of it
+    where programs take 32 rows. Unpacking moves 54 MB once, of which cuBLAS reads 34 MB again.
     """
     return 64 if block_rows % 32 == 0 else 32
 
 
 def _octets(tokens: int, block_rows: int) -> int:
-    """Eights of rows of a program."""
+    """Returns how many times eight rows a program takes."""
     return 4 if tokens > 16 and block_rows % 32 == 0 else 2
 
 
 def _linear_16(x: Tensor, parts: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+    """Writes ``x @ W.T + bias`` of 16-bit tensors into ``y``; ``x`` is a matrix."""
     blocks, (_, *block), k = parts[0].shape, parts[1].shape, parts[4].shape[1]
     (tokens, cols), rows = x.shape, y.shape[-1]
-    if cols % 2 or x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:  # not to be read in words
+    if cols % 2 or x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:  # cannot be read in words
         x = F.pad(x, (0, cols % 2)).contiguous()
     arch = architecture(x)
     name = TABLE.name(arch, _shape_class(tokens, blocks[0], block[0], processors(x)))
@@ -255,24 +257,25 @@ def _linear_16(x: Tensor, parts: list[Tensor], bias: Tensor | None, y: Tensor) -
 
 
 def _shape_class(tokens: int, down: int, block_rows: int, processors: int) -> str:
+    """Returns the shape class: the bucket of the number of tokens, and whether programs are few for the GPU."""
     bucket = 1 if tokens == 1 else 8 if tokens <= 8 else 16 if tokens <= 16 else 64
     programs = down * triton.cdiv(block_rows, 8 * _octets(tokens, block_rows))
     return f"{bucket}_{'few' if programs < processors else 'many'}"
 
 
-@lru_cache(maxsize=4096)  # a model has few shapes, and this takes longer than the kernel
+@lru_cache(maxsize=4096)  # a model has few shapes, and planning takes longer than the kernel
 def _plan(
     tokens: int, blocks: tuple[int, int], block: tuple[int, int], name: str, arch: str, processors: int
 ) -> tuple[tuple[int, int], Config]:
-    """The grid, by rows and splits of the units; and the kernel's constants."""
+    """Returns the grid (programs, splits of the units) and the kernel's constants."""
     config = TABLE.configs[name]
     vendor, octets = _VENDORS[arch[:2]], _octets(tokens, block[0])
-    token_octets = min(triton.next_power_of_2(triton.cdiv(tokens, 8)), 4)  # sums of more do not fit the registers
+    token_octets = min(triton.next_power_of_2(triton.cdiv(tokens, 8)), 4)  # sums of more would not fit the registers
     token_octets = max(token_octets, 2) if vendor == "amd" else token_octets  # the narrowest mfma has 16 columns
     programs = blocks[0] * triton.cdiv(block[0], 8 * octets) * triton.cdiv(tokens, 8 * token_octets)
     most = triton.cdiv(blocks[1] * block[1] // 8, 8 * config["num_warps"])
     splits = max(1, min(config["FILL"] * processors // programs, most))
-    taller = octets // 2 * max(1, token_octets // 2)  # times the registers that a load takes
+    taller = octets // 2 * max(1, token_octets // 2)  # by this factor a load takes more registers
     return (programs, splits), {
         "BLOCK_ROWS": block[0],
         "BLOCK_COLS": block[1],

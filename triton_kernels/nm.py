@@ -1,4 +1,4 @@
-"""N:M masks as bool and as bits, and pruning fused with the mask."""
+"""N:M masks, as bools or as bits, and N:M pruning, which writes the weight and its mask in one pass."""
 
 from math import gcd
 
@@ -24,7 +24,8 @@ TILES = Table(
 
 @triton.jit
 def _loses(key, index, other, other_index):
-    """1 where ``key`` is smaller, or equal and later. Keys are not negative, so the sign of the difference tells."""
+    """Returns 1 where ``key`` is smaller than ``other``, or equal and later, else 0."""
+    # Keys are not negative, so the sign of their difference compares them.
     return ((key - other - (other_index < index).to(tl.int32)) >> 31) & 1
 
 
@@ -44,7 +45,11 @@ def _nm_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """N of M in a tile of a matrix of ``units * UNIT`` columns, ``tiles`` wide; UNIT tells how rows are aligned."""
+    """Keeps N of M in a tile of a matrix.
+
+    The matrix has ``units * UNIT`` columns, so that ``UNIT`` tells the compiler how rows are aligned, and is ``tiles``
+    tiles wide.
+    """
     cols = units.to(tl.int64) * UNIT
     row0 = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
     col0 = (tl.program_id(0) % tiles).to(tl.int64) * COLS
@@ -72,7 +77,7 @@ def _nm_kernel(
             other = tl.sum(tl.where(index == j, key, 0), 1, keep_dims=True)
             losses += _loses(key, index, other, j)
         keep = tl.reshape(losses < N, [ROWS, COLS])
-    else:  # groups straddle threads and tiles: every entry reads its whole group, from the cache
+    else:  # groups cross threads and tiles: every entry loads its whole group, from the cache
         index = (col + (col0 % M).to(tl.int32)) % M
         losses = tl.zeros_like(key)
         for j in tl.static_range(M):
@@ -109,12 +114,12 @@ def _launch(
     bits: Tensor | None = None,
     pruned: Tensor | None = None,
 ) -> None:
-    """Answers from contiguous ``x`` into the outputs that are given; ``pruned`` may be ``x``."""
+    """Writes the outputs that are not None for a contiguous ``x``; ``pruned`` may be ``x`` itself."""
     if x.numel() == 0:
         return
     cols = x.shape[-1]
     rows = x.numel() // cols
-    if scale is None and cols % m == 0 and (bits is None or cols % 8 == 0):  # rows do not matter
+    if scale is None and cols % m == 0 and (bits is None or cols % 8 == 0):  # no group or byte crosses the end of a row
         rows, cols = 1, x.numel()
     with on(x):
         if (n, m) == (2, 4) and _nm24.fits(x, cols):
@@ -167,7 +172,7 @@ def nm_prune(weight: Tensor, n: int, m: int, scale: Tensor | None) -> tuple[Tens
 
 
 def nm_prune_(weight: Tensor, n: int, m: int, scale: Tensor | None) -> Tensor:
-    if not weight.is_contiguous() or m & (m - 1):  # other m read the entries of other tiles
+    if not weight.is_contiguous() or m & (m - 1):  # for other m the kernel reads entries of other tiles
         pruned, mask = nm_prune(weight, n, m, scale)
         weight.copy_(pruned)
         return mask

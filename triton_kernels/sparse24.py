@@ -1,4 +1,4 @@
-"""Pack and unpack the 2:4 format; ``prune_pack24`` ranks, selects and packs in one pass over the weight."""
+"""Packs and unpacks the 2:4 format; ``prune_pack24`` also selects what to keep, in the same pass over the weight."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from ._select import keep2of4, magnitude_key, widen
 from ._tiles import first_last, first_row, pairs, quads, row_of, tiles, unpairs, unquads
 
 _NO_FAULT = 2**63 - 1
-# A thread holds eight columns of a row in each step: 16 bytes of 16-bit weights, 8 of values, one of the bitmask.
+# A thread takes eight columns of a row at a time: 16 bytes of 16-bit weights, 8 of values and one of the bitmask.
 PACK = Table(
     "pack24",
     {
@@ -103,7 +103,7 @@ def _prune_pack24_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """The 16-bit weights of a multiple of eight columns, ranked by themselves."""
+    """Prunes and packs 16-bit weights, ranked by magnitude, whose columns are a multiple of eight."""
     row = first_row(BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
     col = row_of(BLOCK_COLS, 8)
     inside = (row < rows) & (col < cols)
@@ -162,7 +162,7 @@ def _unpack24_kernel(
 def pack24(weight: Tensor, mask: Tensor | None, check: bool) -> tuple[Tensor, Tensor]:
     fault = torch.full((1,), _NO_FAULT, dtype=torch.int64, device=weight.device) if check else None
     packed = _pack(weight, mask, None, prune=False, fault=fault)
-    if fault is not None and (first := int(fault)) != _NO_FAULT:  # asked for, so it may wait for the device
+    if fault is not None and (first := int(fault)) != _NO_FAULT:  # waits for the device, as asked for
         index, count = divmod(first, 8)
         row, group = divmod(index, weight.shape[1] // 4)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""SparseGPT's inner loop over consecutive columns, rows in registers."""
+"""SparseGPT's inner loop over consecutive columns; a program holds its rows in registers."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ TABLE = Table(
 
 @triton.jit
 def _column(x, col, index):
-    """Column ``index`` of ``[ROWS, COLS]`` as ``[ROWS, 1]``: where a row lies across threads, nothing else reads it."""
+    """Returns column ``index`` of ``[ROWS, COLS]`` as ``[ROWS, 1]``: by a sum, as a row is spread over threads."""
     return tl.sum(tl.where(col == index, x, tl.zeros_like(x)), 1, keep_dims=True)
 
 

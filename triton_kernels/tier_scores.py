@@ -1,4 +1,4 @@
-"""Scores what every block would keep in each tier, in one pass over the weight (see ``_planes``)."""
+"""Scores of what every block would keep in each tier, in one pass over the weight (see ``_planes``)."""
 
 import torch
 import triton
@@ -39,7 +39,7 @@ def _tier_scores_kernel(
     if not strip.whole:  # a tail shorter than four is kept
         sparse24 |= words_of(col >= cols // 4 * 4)
     topk = keep_topk(keys, valid, k) if TOPK else tl.zeros_like(valid)
-    entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
+    entries = tl.load(at, inside, 0)  # again, from the cache: to hold them would take too many registers
     x = magnitudes(entries, score_scale, rows, cols, strip)
     if SQUARED:
         x = x * x
@@ -67,7 +67,7 @@ def tier_scores(
         return scores
     key_bytes = weight.element_size() if scale is None else 4
     launch = program(weight, block_rows, block_cols, 4, key_bytes, SCORES.config(weight, "any"))
-    # A slice wider than a block holds several of its rows, and is added up as one.
+    # A slice wider than a block holds several rows, which the kernel could not add one after the other.
     if launch is None or launch[1].width.value > launch[1].cols.value:
         return _score_in_passes(weight, k, block_rows, block_cols, scale, score_scale, squared)
     grid, strip, warps = launch
@@ -99,7 +99,7 @@ def _score_in_passes(
     score_scale: Tensor | None,
     squared: bool,
 ) -> Tensor:
-    """Blocks that are larger than the registers, or whose slices hold several rows."""
+    """Scores blocks that do not fit the registers, or whose slices hold several rows, in one pass per tier."""
     ranked = weight if scale is None else weight.abs().float() * scale
     if squared:
         score = weight.abs().float() if score_scale is None else weight.abs().float() * score_scale

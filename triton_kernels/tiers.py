@@ -1,4 +1,4 @@
-"""Prunes every block by its tier and scores what is left, in one pass over the weight (see ``_planes``)."""
+"""Prunes every block by its tier and scores what it keeps, in one pass over the weight (see ``_planes``)."""
 
 import torch
 import triton
@@ -17,11 +17,11 @@ TIERS = Table("tier_prune", {f"{warps}-warps": {"num_warps": warps} for warps in
 
 @triton.jit
 def magnitudes(entries, scale, rows, cols, strip):
-    """Returns fp32 magnitudes ``[16, BLOCKS, WIDTH]``, times the factors of their columns where ``scale`` has them."""
+    """Returns fp32 magnitudes ``[16, BLOCKS, WIDTH]``, times the ``scale`` of their columns unless it is None."""
     x = tl.abs(widen(entries))
     if scale is not None:
         segments: tl.constexpr = row_slices(strip)
-        _, col, inside = place(rows, cols, strip, segments)  # of one row: factors repeat from row to row
+        _, col, inside = place(rows, cols, strip, segments)  # of one row, as all rows have the same factors
         factors = tl.load(scale + col, inside, 0)
         x = tl.reshape(x, [16 // segments, segments, x.shape[1], x.shape[2]]) * factors[None, :, :, :]
         x = tl.reshape(x, [16, strip.blocks, strip.width])
@@ -30,13 +30,13 @@ def magnitudes(entries, scale, rows, cols, strip):
 
 @triton.constexpr_function
 def row_slices(strip):
-    """Returns how many slices a row of the strip has; 1 where a slice has several rows."""
+    """Returns how many slices make a row of a block; 1 where a slice has several rows."""
     return max(strip.cols // strip.width, 1)
 
 
 @triton.jit
 def rank(entries, scale, rows, cols, strip):
-    """Returns the key planes by which the entries are ranked: of their magnitudes times ``scale``."""
+    """Returns the key planes of the entries' magnitudes times ``scale``, by which they are ranked."""
     if scale is None:
         keys = key_planes(entries)
     else:
@@ -53,7 +53,7 @@ def keep_floats(x, keep):
 
 @triton.jit
 def sum_blocks(x, strip):
-    """Returns ``block_scores`` of magnitudes: rows one after the other, then columns by halves; ``[1, BLOCKS, 1]``."""
+    """Sums magnitudes per block, in the order of ``block_scores``: first rows, then columns; ``[1, BLOCKS, 1]``."""
     segments: tl.constexpr = row_slices(strip)
     blocks: tl.constexpr = x.shape[1]
     rows = tl.permute(tl.reshape(x, [16 // segments, segments, blocks, x.shape[2]]), 0, 2, 1, 3)
@@ -102,7 +102,7 @@ def _tier_prune_kernel(
     kept = tl.where(tier == 0, valid, tl.where(tier > 1, topk, kept))
     store_mask(kept, mask, rows, cols, strip)
     keep = spread(kept)
-    entries = tl.load(at, inside, 0)  # from the cache: held so long, they would not leave enough registers
+    entries = tl.load(at, inside, 0)  # again, from the cache: to hold them would take too many registers
     tl.store(pruned + row * cols + col, keep_floats(entries, keep), inside)
     if strip.width <= strip.cols:
         x = magnitudes(entries, score_scale, rows, cols, strip)
@@ -149,7 +149,7 @@ def tier_prune(
             num_warps=warps,
             enable_fp_fusion=False,
         )
-    if strip.width.value > strip.cols.value:  # the rows of a column lie in several threads, and add in order
+    if strip.width.value > strip.cols.value:  # the rows of a column are in several threads, but add in order
         scores = block_scores(weight, block_rows, block_cols, score_scale, mask)
     return pruned, mask, scores
 
@@ -164,7 +164,7 @@ def _prune_in_passes(
     score_scale: Tensor | None,
     nested: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks that are larger than the registers."""
+    """Prunes and scores blocks that do not fit the registers, in several passes."""
     rows, cols = weight.shape
     score = weight if scale is None else weight.abs().float() * scale
     tier = tiers.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_cols, 1)[:, :cols]

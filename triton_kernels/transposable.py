@@ -1,4 +1,4 @@
-"""2:4 masks in both directions: the exact best pattern of every 4x4 tile."""
+"""Masks that are 2:4 along rows and along columns: the best pattern of every 4x4 tile."""
 
 from math import gcd
 
@@ -26,13 +26,13 @@ TABLE = Table(
 
 @triton.jit
 def _row(x_ptr, inside):
-    """The magnitudes of one row of the tiles, column by column."""
+    """Loads the magnitudes of one row of the tiles, as four columns."""
     return _select.split4(magnitudes(tl.load(x_ptr, mask=inside, other=0.0)))
 
 
 @triton.jit(do_not_specialize=["units"])
 def _transposable_kernel(x_ptr, mask_ptr, units, UNIT: tl.constexpr, COLS: tl.constexpr):
-    """``COLS / 4`` tiles of a row of tiles; the matrix has ``units * UNIT`` columns."""
+    """Writes the masks of ``COLS / 4`` tiles side by side; the matrix has ``units * UNIT`` columns."""
     cols = units * UNIT
     whole = cols // 4 * 4
     blocks = tl.cdiv(whole, COLS)
