@@ -32,6 +32,7 @@ LAYERS = [
         "sparsekit._installed",
         "sparsekit._native",
         "sparsekit._packages",
+        "sparsekit._table",
     ],
     ["sparsekit.ops"],
     [

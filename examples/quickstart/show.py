@@ -9,6 +9,7 @@ import matplotlib
 import torch
 
 import sparsekit as sk
+from sparsekit._table import table_lines
 from sparsekit.compress import CompressLayerReport
 
 matplotlib.use("Agg")
@@ -27,13 +28,9 @@ def heading(text: str) -> None:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Prints aligned columns: the first to the left, numbers to the right, an unnamed last one to the left."""
-    wide = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        cells = [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))]
-        if head[-1] == "":
-            cells[-1] = row[-1]
-        print("  " + "   ".join(cells).rstrip())
+    """Prints a table: the first column aligned left, the others, which are numbers, aligned right."""
+    for line in table_lines([head, *rows], "<" + ">" * (len(head) - 1)):
+        print(f"  {line}")
 
 
 def mebibytes(count: int) -> str:

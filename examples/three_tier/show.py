@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
+from sparsekit._table import table_lines
 from sparsekit.tiers import IterationReport, TierMap
 from sparsekit.tiers.tier_map import COLORS
 
@@ -34,10 +35,7 @@ def rows(dense: float, runs: list[Run]) -> list[tuple[str, ...]]:
 
 
 def print_table(dense: float, runs: list[Run]) -> None:
-    table = [COLUMNS, *rows(dense, runs)]
-    wide = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *cells in table:
-        print("  ".join([name.ljust(wide[0]), *map(str.rjust, cells, wide[1:])]))
+    print(*table_lines([COLUMNS, *rows(dense, runs)], "<" + ">" * (len(COLUMNS) - 1)), sep="\n")
 
 
 def write_log(path: Path, dense: float, runs: list[Run]) -> None:

@@ -4,8 +4,9 @@ import os
 from dataclasses import asdict, dataclass, field
 
 from .._json import write_json
+from .._table import table_lines
 from .._timing import Timing
-from .table import aligned, grouped_rows, summary
+from .table import grouped_rows, summary
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class CompressReport:
 
     def __str__(self) -> str:
         head, rows = grouped_rows(self.layers)
-        return "\n".join([*aligned(head, rows), *summary(self)])
+        return "\n".join([*table_lines([head, *rows], "<" * len(head)), *summary(self)])
 
     def __repr__(self) -> str:
         return f"<CompressReport: {len(self.swapped)} of {len(self.layers)} layers swapped; print it for the table>"

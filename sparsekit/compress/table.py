@@ -1,6 +1,5 @@
 """How a report reads: a row for all layers of one kind, and what it comes to."""
 
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,8 +8,6 @@ from ..masks import LOST_ZEROS, WAY_BACK
 
 if TYPE_CHECKING:
     from .report import CompressLayerReport, CompressReport
-
-WIDE = 118  # columns
 
 
 def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], list[list[str]]]:
@@ -27,18 +24,6 @@ def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], li
         shape = "x".join(map(str, first.shape))
         rows.append([f"{len(members)} of {shape}", first.decision, *ratios, first.why or first.reason])
     return head, rows
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of at most 118 columns: what is too long in the last column goes on below."""
-    table = [head, *rows]
-    wide = [max(len(row[column]) for row in table) for column in range(len(head) - 1)]
-    before = sum(wide) + 2 * len(wide)
-    for row in table:
-        first, *more = textwrap.wrap(row[-1], max(WIDE - before, 30)) or [""]
-        cells = [cell.ljust(width) for cell, width in zip(row, wide, strict=False)]
-        yield "  ".join([*cells, first]).rstrip()
-        yield from (" " * (before + 2) + text for text in more)
 
 
 def summary(report: "CompressReport") -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .._json import write_json
+from .._table import table_lines
 
 SHOWN = 3  # names that are shown for one reason
 
@@ -100,13 +101,7 @@ class PruneReport:
         rows.append(
             (f"{len(self.layers)} layers", f"{self.weights:,}", "", f"{self.sparsity:.2%}", _number(self.error))
         )
-        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(wide[0]), *(cell.rjust(width) for cell, width in zip(row[1:], wide[1:], strict=True))]
-            )
-            for row in rows
-        ]
+        lines = table_lines(rows, "<>>>>")
         lines.insert(-1, "-" * len(lines[0]))
         lines += [f"skipped {text}" for text in summary((each.reason, each.name) for each in self.skipped)]
         lines += summary((layer.remark, layer.name) for layer in self.layers if layer.remark)

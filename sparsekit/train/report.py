@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .._table import table_lines
 from .._timing import RATIO
 from ..nn import autocast_dtype
 from .layer import MaskedLinear
@@ -52,10 +53,7 @@ def layer_table(layers: Iterable[TrainLayerReport]) -> str:
     rows = [("layer", "shape", "product", "reason")]
     for layer in layers:
         rows.append((layer.name or "(model)", "x".join(map(str, layer.shape)), layer.product, layer.reason))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     sparse = sum(layer.product != "plain" for layer in layers)
     dense = sum(layer.product == "masked dense" for layer in layers)
-    return "\n".join(
-        [*lines, f"{sparse} of {len(layers)} layers train sparse, {dense} of them by a masked dense product"]
-    )
+    total = f"{sparse} of {len(layers)} layers train sparse, {dense} of them by a masked dense product"
+    return "\n".join([*table_lines(rows, "<<<<"), total])
