@@ -10,7 +10,7 @@ from helpers import dtype_id, sparse_linear
 from torch import nn
 from vendor import Vendor, install
 
-from sparsekit.nn import Linear24, Plan, Route, RoutedLinear24, routed
+from sparsekit.nn import Linear24, Plan, Route, RoutedLinear24, routed24
 
 SM90 = "cusparselt_sm90"
 ROUTES = (Route(4, "linear24"), Route(16, "hardware", 3), Route(64, "hardware", 1, 4, 2))
@@ -120,7 +120,7 @@ def test_a_call_with_another_weight_is_multiplied_by_that(kernel):
 
 
 def test_frozen_values_leave_gradients_of_x_to_the_libraries(monkeypatch):
-    monkeypatch.setattr(routed, "HARDWARE", torch.ops.sparsekit.hardware_linear24.default)
+    monkeypatch.setattr(routed24, "HARDWARE", torch.ops.sparsekit.hardware_linear24.default)
     linear, layer = make()
     layer.requires_grad_(False)
     x = torch.randn(16, 40).half().requires_grad_()
@@ -221,7 +221,7 @@ def test_elsewhere_it_is_a_plain_linear24(vendor, monkeypatch):
         packed = layer.hardware
         assert layer.to("cpu").hardware is packed  # nothing moved
         assert layer.to("meta")(x.half().to("meta")).shape == (16, 48) and layer.hardware is None
-    monkeypatch.setattr(routed, "device_name", lambda device: "another GPU")
+    monkeypatch.setattr(routed24, "device_name", lambda device: "another GPU")
     _, layer = make()
     assert layer.hardware is None and not layer.ready
     assert str(layer).endswith("bias=True, kernels=linear24)")
@@ -254,7 +254,7 @@ def test_rejects_inputs_that_do_not_fit():
 @compiles
 @pytest.mark.parametrize("routes", [ROUTES, DENSE], ids=["", "dense"])
 def test_compiles_whole_and_for_any_token_count(monkeypatch, routes):
-    monkeypatch.setattr(routed, "HARDWARE", torch.ops.sparsekit.hardware_linear24.default)
+    monkeypatch.setattr(routed24, "HARDWARE", torch.ops.sparsekit.hardware_linear24.default)
     torch._dynamo.reset()
     linear, layer = make(routes=routes)
     model = nn.Sequential(layer, nn.ReLU()).eval()

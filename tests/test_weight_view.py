@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
-from sparsekit.nn.weight import WeightView
+from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear, WeightView
 
 KINDS = pytest.mark.parametrize("kind", [Linear24, TieredLinear, PrepackedLinear])
 TRAINED = pytest.mark.parametrize("kind", [Linear24, TieredLinear])

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from .._layers import input_dim
 from ..masks import masked_parameters
 from ..nn import Compressed
-from ..nn.repack import dense_weight, drops, kept_entries, store_weight
-from ..nn.shared import oriented
+from ..nn.common import oriented
+from ..nn.layer_weight import dense_weight, is_sparse, kept_entries, store_weight
 
 Model = TypeVar("Model", bound=nn.Module)
 INITIAL = (True, False, "gaussian", "orthogonal")  # the initializations that do not change the weight of the layer
@@ -181,7 +181,7 @@ class _MaskedAdapter(nn.Module):
     def _product(self, x: Tensor, adapter: str) -> Tensor:
         first, second = self.lora_A[adapter], self.lora_B[adapter]
         x = self.lora_dropout[adapter](x)
-        if not drops(self.get_base_layer()):
+        if not is_sparse(self.get_base_layer()):
             return second(first(x)) * self.scaling[adapter]
         bias = second.bias * self.scaling[adapter] if self.lora_bias[adapter] else None
         return self._multiply(x, self.get_delta_weight(adapter), bias)

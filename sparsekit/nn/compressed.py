@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..ops._define import DTYPES
-from .shared import carry_mask, fx_node, oriented
-from .weight import show_weight, shows
+from .common import carry_mask, fx_node, oriented
+from .weight_view import is_view_of, view_weight
 
 
 class Compressed(nn.Module):
-    """A linear layer that stands for another one and holds its weight in a form that is smaller or faster.
+    """A linear layer that replaces another one and stores its weight in a smaller or faster form.
 
-    ``transposed`` says whether the other one keeps its weight as ``[in_features, out_features]``, as the ``Conv1D`` of
-    transformers does. A subclass says what it holds (``_parts``), how that becomes dense (``_unpack``), and how it
-    multiplies (``_multiply``).
+    ``transposed`` says whether the replaced layer has its weight as ``[in_features, out_features]``, as the ``Conv1D``
+    of transformers does. A subclass says which tensors it stores (``_parts``), how they become the dense weight
+    (``_unpack``), and how it multiplies an input (``_multiply``).
     """
 
     unsupported_reason: ClassVar[str] = "it is compressed: call decompress_ first"
@@ -27,39 +27,39 @@ class Compressed(nn.Module):
     out_features: int
     transposed: bool
     bias: nn.Parameter | None
-    frozen = False  # whether the weight would be trained, but for a form of it that would not follow an optimizer
-    called = ""  # what an error calls it; empty for its class
-    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = DTYPES  # that it computes in; None for any
+    frozen = False  # whether the replaced layer trained its weight, but this form of it cannot follow an optimizer
+    name_in_errors = ""  # empty for the name of the class
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = DTYPES  # the dtypes that it computes in; None for any
 
     @property
     def trainable(self) -> bool:
-        """Whether the weight of the layer that this one stands for is trained."""
+        """Whether the weight of the replaced layer is trained."""
         raise NotImplementedError
 
     def _parts(self) -> tuple[Tensor, ...]:
-        """The tensors that the weight is stored in; the first has its dtype."""
+        """Returns the tensors that the weight is stored in; the first one has the dtype of the weight."""
         raise NotImplementedError
 
     def _unpack(self, *parts: Tensor) -> Tensor:
-        """The weight ``[out_features, in_features]`` that is stored in ``parts``, in memory of its own."""
+        """Returns the weight ``[out_features, in_features]`` that is stored in ``parts``, as a new tensor."""
         raise NotImplementedError
 
     def _multiply(self, input: Tensor) -> Tensor:
-        """``forward`` of a plain tensor."""
+        """Computes ``forward`` for an input that is not nested."""
         raise NotImplementedError
 
-    def _refusal(self) -> str | None:
-        """Why the weight cannot be trained although it should be; None where it can, or need not."""
+    def _training_error(self) -> str | None:
+        """Returns the error message if training mode asks for a gradient that the weight cannot have; else None."""
         if not (self.training and self.frozen):
             return None
         return (
-            f"{self.called or type(self).__name__} cannot train its weight: call model.eval(), use torch.no_grad(), "
-            "or turn it back with sparsekit.decompress_"
+            f"{self.name_in_errors or type(self).__name__} cannot train its weight: call model.eval(), use "
+            "torch.no_grad(), or turn it back with sparsekit.decompress_"
         )
 
     def _check_training(self) -> None:
-        if torch.is_grad_enabled() and (refusal := self._refusal()):
-            raise RuntimeError(refusal)
+        if torch.is_grad_enabled() and (error := self._training_error()):
+            raise RuntimeError(error)
 
     def forward(self, input: Tensor) -> Tensor:
         """Computes ``input @ weight.T + bias``, as ``nn.Linear`` does.
@@ -85,7 +85,7 @@ class Compressed(nn.Module):
 
     @torch.no_grad()
     def _dense(self) -> Tensor:
-        """The weight ``[out_features, in_features]``, without a gradient, in memory of its own."""
+        """Returns the weight ``[out_features, in_features]`` as a new tensor, without a gradient."""
         return self._unpack(*(part.detach() for part in self._parts()))
 
     def _unpack_oriented(self, *parts: Tensor) -> Tensor:
@@ -93,32 +93,33 @@ class Compressed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew by whatever computes with it; writing to it raises RuntimeError.
+        """The dense weight, unpacked again by every operation that reads its values.
 
-        Its shape, dtype and device cost nothing, and its gradients reach what the layer holds.
+        Reading its shape, dtype or device unpacks nothing. Its gradients reach the tensors that the layer stores.
+        Writing to it raises RuntimeError.
         """
         rows, cols = self.out_features, self.in_features
         shape, stride = ((cols, rows), (1, max(cols, 1))) if self.transposed else ((rows, cols), (max(cols, 1), 1))
-        return show_weight(self._unpack_oriented, self._parts(), shape, stride, self._refusal())
+        return view_weight(self._unpack_oriented, self._parts(), shape, stride, self._training_error())
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        if not shows(value, self._parts()):  # its own weight is no change: PEFT hands a layer what it took from it
+        if not is_view_of(value, self._parts()):  # PEFT sets the weight that it has read, which changes nothing
             _refuse_weight("weight")
 
     @weight.deleter
     def weight(self) -> NoReturn:
         _refuse_weight("weight")
 
-    # Where torch's weight_norm, spectral_norm and prune begin.
+    # torch's weight_norm, spectral_norm and prune replace the Parameter "weight", which a compressed layer has not.
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.split("_")[0] == "weight":
             _refuse_weight(name)
         super().register_parameter(name, param)
 
-    @torch.inference_mode(False)  # what is made there could be neither trained nor used outside
+    @torch.inference_mode(False)  # tensors made in inference mode could be neither trained nor used outside it
     def to_linear(self) -> nn.Linear:
-        """The dense ``nn.Linear`` that computes the same, with the same bias Parameter and the stored mask."""
+        """Returns the dense ``nn.Linear`` that computes the same, with the same bias Parameter and stored mask."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self._dense(), requires_grad=self.trainable)
         linear.register_parameter("bias", self.bias)
@@ -127,10 +128,14 @@ class Compressed(nn.Module):
         return linear.train(self.training)
 
     def _check_state(self, given: dict[str, Tensor], assigned: bool) -> None:
-        """Rejects tensors, by name, that cannot take the place of the layer's own, which they do where ``assigned``.
+        """Rejects tensors of a state dict that do not fit the layer.
+
+        Args:
+            given: the tensors by the names of the layer's own ones.
+            assigned: whether they will replace the layer's own ones instead of being copied into them.
 
         Raises:
-            TypeError, ValueError: why not.
+            TypeError, ValueError: one does not fit.
         """
 
     def _load_from_state_dict(
@@ -148,19 +153,23 @@ class Compressed(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Compressed":
-        if (reason := self.refuses_conversion(fn)) is not None:
-            raise TypeError(f"{type(self).__name__} {reason}")
+        if (error := self.conversion_error(fn)) is not None:
+            raise TypeError(f"{type(self).__name__} {error}")
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
             if tensor.is_floating_point() or converted.dtype == tensor.dtype:
                 return converted
-            return tensor.to(converted.device)  # bits and positions are no numbers
+            return tensor.to(converted.device)  # bits and positions keep their dtype
 
         return super()._apply(convert, recurse)
 
-    def refuses_conversion(self, fn: Callable[[Tensor], Tensor]) -> str | None:
-        """Why ``fn``, which ``nn.Module.to`` and the like hand to every tensor, must not have this layer; else None."""
+    def conversion_error(self, fn: Callable[[Tensor], Tensor]) -> str | None:
+        """Returns why the layer cannot be converted by ``fn``; None if it can be.
+
+        Args:
+            fn: what ``nn.Module.to``, ``double`` and the like apply to every tensor of a model.
+        """
         stored = self._parts()[0]
         dtype = fn(torch.empty(0, dtype=stored.dtype, device=stored.device)).dtype
         if self.dtypes is None or dtype in self.dtypes:

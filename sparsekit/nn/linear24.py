@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..masks import get_mask
 from ..ops import Packed24, linear24, nm_mask, pack24, unpack_bits
 from ..ops._define import DTYPES, call_op, check_like, check_weight, is_jit_tracing
+from .common import autocast_dtype, carry_mask, oriented
 from .compressed import Compressed, weight_of
-from .shared import autocast_dtype, carry_mask, oriented
 
 UNPACK24 = torch.ops.sparsekit.unpack24.default
 LINEAR24 = torch.ops.sparsekit.linear24.default
@@ -20,22 +20,21 @@ Layer = TypeVar("Layer", bound="Linear24")
 class Linear24(Compressed):
     """A linear layer whose weight is stored and multiplied in the packed 2:4 format.
 
-    Holds the neutral form and nothing else: ``values``, a Parameter ``[out_features, 2 * (in_features // 4) +
-    in_features % 4]`` that gradients reach; ``bitmask``, a uint8 buffer ``[out_features, ceil(in_features / 8)]``; and
-    ``bias``. The state dict holds these three. A new layer draws its weight as ``nn.Linear`` does and keeps the two
-    largest magnitudes of every four. Autocast follows ``F.linear``.
+    It stores three tensors, which are also its state dict: ``values``, a Parameter ``[out_features, 2 * (in_features //
+    4) + in_features % 4]`` that gradients reach; ``bitmask``, a uint8 buffer ``[out_features, ceil(in_features / 8)]``;
+    and ``bias``. A new layer draws its weight as ``nn.Linear`` does and keeps the two largest magnitudes of every four.
+    Under autocast it computes in the dtype in which ``F.linear`` would.
 
     Args:
         in_features: columns of the weight; any number, a tail of ``in_features % 4`` columns is stored whole.
         out_features: rows of the weight.
         bias: whether a bias is added.
-        transposed: whether ``.weight`` is shown as ``[in_features, out_features]``, which is how the layer that this
-            one stands for keeps it (the ``Conv1D`` of transformers).
+        transposed: whether ``.weight`` is ``[in_features, out_features]``, as in the ``Conv1D`` of transformers.
         device: where the tensors are made.
         dtype: float32, float16 or bfloat16; None is torch's default.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: ``dtype`` is another one.
     """
 
     values: nn.Parameter
@@ -65,19 +64,19 @@ class Linear24(Compressed):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound))
 
     @classmethod
-    @torch.inference_mode(False)  # what is made there could be neither trained nor used outside
+    @torch.inference_mode(False)  # tensors made in inference mode could be neither trained nor used outside it
     def from_linear(cls: type[Layer], linear: nn.Linear, *, transposed: bool = False) -> Layer:
-        """Packs a layer whose weight is 2:4: by its stored mask where it has one, else by its non-zeros.
+        """Packs a layer whose weight is 2:4: the entries that its stored mask keeps, or without one, its non-zeros.
 
-        A stored mask may keep fewer than two of a group (1:4, say), never more; what it drops is not packed. The bias
-        is the layer's own Parameter, not a copy, and a stored mask comes along.
+        A stored mask may keep fewer than two of a group (1:4, say), but not more. The bias is the layer's own
+        Parameter, not a copy, and so is the stored mask.
 
         Args:
             linear: ``nn.Linear``, or a layer with its ``weight`` and ``bias``.
             transposed: whether ``linear.weight`` is ``[in_features, out_features]``.
 
         Raises:
-            TypeError: the weight is not float32, float16 or bfloat16, or ``linear`` is no linear layer.
+            TypeError: the weight is not float32, float16 or bfloat16, or ``linear`` is not a linear layer.
             ValueError: a group of four keeps more than two; the message names the first one.
         """
         (weight, trained), mask = weight_of(linear, transposed), get_mask(linear)
@@ -93,7 +92,7 @@ class Linear24(Compressed):
         layer.bias = linear.bias
         carry_mask(linear, layer)
         if not transposed and (bits := layer._buffers.get("weight_mask")) is not None and torch.equal(bits, bitmask):
-            layer.weight_mask = bitmask  # one buffer for both
+            layer.weight_mask = bitmask  # equal bits are stored once
         return layer.train(linear.training)
 
     @property
@@ -126,7 +125,7 @@ class Linear24(Compressed):
             check_weight("values", given["values"])
         bitmask = given.get("bitmask")
         if bitmask is None or bitmask.is_meta or bitmask.shape != self.bitmask.shape:
-            return  # which torch knows how to handle
+            return  # torch loads what is on the meta device, and reports a missing bitmask or another shape itself
         check_like("bitmask", bitmask, torch.uint8, bitmask.shape, bitmask)
         full = self.in_features // 4 * 4
         kept = unpack_bits(bitmask, self.in_features)

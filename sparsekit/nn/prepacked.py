@@ -9,30 +9,31 @@ from torch import Tensor, nn
 
 from ..ops._define import is_jit_tracing
 from ..ops.prepacked import prepack, prepacked_dense, prepacked_linear
+from .common import autocast_dtype, carry_mask, oriented
 from .compressed import Compressed, weight_of, weight_shape
-from .shared import autocast_dtype, carry_mask, oriented
 
 
 class PrepackedLinear(Compressed):
     """A dense linear layer for inference on a CPU, whose weight oneDNN has reordered once instead of at every call.
 
-    Holds the reordered weight and the bias; the state dict holds the plain dense ``weight``, and loading one reorders
-    it again, as ``to(dtype)`` does. Where oneDNN has no reordered form (another device, or a 16-bit dtype that the
-    CPU does not compute in) the weight stays plain and ``F.linear`` answers. Gradients reach ``x`` and ``bias``. The
-    weight cannot be trained: a call in training mode that would need its gradient raises.
+    It stores the reordered weight and the bias. The state dict has the dense ``weight`` in the usual order; loading it
+    reorders it again, and so does ``to(dtype)``. If oneDNN has no reordered form (on another device, or for a 16-bit
+    dtype that the CPU does not compute in), the weight stays as it is and ``F.linear`` multiplies it. Gradients reach
+    the input and ``bias``. The weight cannot be trained: a call in training mode that would need its gradient raises.
 
     Args:
         weight: ``[out_features, in_features]``.
-        bias: the layer's bias Parameter, kept as it is, or None.
-        tokens: the number of rows of ``x`` that the layout is chosen for. It is fast for fewer, less so for more.
-        transposed: whether ``.weight`` and the state dict show ``[in_features, out_features]``, as in ``Linear24``.
+        bias: the bias Parameter, which becomes the layer's without a copy, or None.
+        tokens: the number of tokens that the layout is chosen for. It is fast for fewer, less so for more.
+        transposed: whether ``.weight`` and that of the state dict are ``[in_features, out_features]``, as in
+            ``Linear24``.
 
     Raises:
-        ValueError: ``weight`` is no matrix.
+        ValueError: ``weight`` is not a matrix.
     """
 
     packed: Tensor
-    dtypes = None  # where oneDNN has no form, the plain weight takes any
+    dtypes = None  # any, because the weight stays plain in a dtype that oneDNN does not reorder
 
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None = None, *, tokens: int = 128, transposed: bool = False
@@ -44,14 +45,14 @@ class PrepackedLinear(Compressed):
         self.tokens, self.transposed = tokens, transposed
         self.frozen = weight.requires_grad
         self.register_parameter("bias", bias)
-        self._keep(weight)
+        self._prepack(weight)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, tokens: int = 128, transposed: bool = False) -> "PrepackedLinear":
-        """Reorders the weight of a layer; the bias is its own Parameter, and a stored mask comes along.
+        """Reorders the weight of a layer. The bias is the layer's own Parameter, not a copy, and so is a stored mask.
 
         Raises:
-            TypeError: ``linear`` is no linear layer.
+            TypeError: ``linear`` is not a linear layer.
         """
         weight, trained = weight_of(linear, transposed)
         layer = cls(weight, linear.bias, tokens=tokens, transposed=transposed)
@@ -63,10 +64,10 @@ class PrepackedLinear(Compressed):
     def trainable(self) -> bool:
         return self.frozen
 
-    @torch.inference_mode(False)  # what is made there could not be used outside
-    def _keep(self, dense: Tensor) -> None:
+    @torch.inference_mode(False)  # tensors made in inference mode could not be used outside it
+    def _prepack(self, dense: Tensor) -> None:
         self.packed = prepack(dense, self.tokens)
-        self.reordered = self.packed.is_mkldnn  # tracing forgets it
+        self.reordered = self.packed.is_mkldnn  # read once, because a traced tensor does not tell
 
     def _parts(self) -> tuple[Tensor, ...]:
         return (self.packed,)
@@ -88,7 +89,7 @@ class PrepackedLinear(Compressed):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrepackedLinear":
         dense = fn(self._dense())
         super()._apply(fn, recurse)
-        self._keep(dense)
+        self._prepack(dense)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -116,17 +117,17 @@ class PrepackedLinear(Compressed):
         else:
             dense = oriented(weight, self.transposed)
             assigned = local_metadata.get("assign_to_params_buffers", False)
-            self._keep(dense if assigned else dense.to(self.packed.device, self.packed.dtype, copy=True))
+            self._prepack(dense if assigned else dense.to(self.packed.device, self.packed.dtype, copy=True))
         rest = {name: tensor for name, tensor in state_dict.items() if name != key}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    # An opaque tensor can be neither copied nor pickled.
+    # A tensor that oneDNN has reordered can be neither copied nor pickled.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": self._dense()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._keep(self.packed)
+        self._prepack(self.packed)
 
     def extra_repr(self) -> str:
         form = "reordered" if self.reordered else "plain"

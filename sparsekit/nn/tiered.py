@@ -9,8 +9,8 @@ from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered
 from ..ops._define import DTYPES, call_op, is_jit_tracing
 from ..ops.tiered import block_starts, check_packed, unpack_blocks
+from .common import autocast_dtype, carry_mask, oriented
 from .compressed import Compressed, weight_of
-from .shared import autocast_dtype, carry_mask, oriented
 
 LINEAR_TIERED = torch.ops.sparsekit.linear_tiered.default
 TRAINED, FIXED = ("dense", "values", "topk"), ("tiers", "bitmask", "positions")
@@ -20,15 +20,15 @@ PARTS = (*TRAINED, *FIXED, "starts")
 class TieredLinear(Compressed):
     """A linear layer whose weight is stored and multiplied in blocks that are dense, 2:4 or top-k.
 
-    Holds the tensors of a ``TieredWeight``: the Parameters ``dense``, ``values`` and ``topk``, which gradients reach;
-    the buffers ``tiers``, ``bitmask`` and ``positions``; and ``starts``, which is computed again when ``tiers`` are
-    loaded. The state dict holds the first six and ``bias``; one with other numbers of blocks is refused. Autocast
-    follows ``F.linear``.
+    It stores the tensors of a ``TieredWeight``: the Parameters ``dense``, ``values`` and ``topk``, which gradients
+    reach; the buffers ``tiers``, ``bitmask`` and ``positions``; and ``starts``, which is computed from ``tiers``. The
+    state dict has ``bias`` and all of these but ``starts``; one with other numbers of blocks cannot be loaded. Under
+    autocast the layer computes in the dtype in which ``F.linear`` would.
 
     Args:
         packed: the weight, as ``pack_tiered`` or ``TieredWeight.from_parts`` returns it.
-        bias: the layer's bias Parameter, kept as it is, or None.
-        transposed: whether ``.weight`` is shown as ``[in_features, out_features]``, as in ``Linear24``.
+        bias: the bias Parameter, which becomes the layer's without a copy, or None.
+        transposed: whether ``.weight`` is ``[in_features, out_features]``, as in ``Linear24``.
         requires_grad: whether the weight is trained.
 
     Raises:
@@ -75,8 +75,8 @@ class TieredLinear(Compressed):
     ) -> "TieredLinear":
         """Packs a layer with any weight: each block in the smallest form that holds it.
 
-        Entries that a stored mask drops are not packed; without a mask, zeros are not. The bias is the layer's own
-        Parameter, not a copy, and a stored mask is carried over.
+        It packs the entries that the stored mask keeps, or without one, the non-zeros. The bias is the layer's own
+        Parameter, not a copy, and so is the stored mask.
 
         Args:
             linear: ``nn.Linear``, or a layer with its ``weight`` and ``bias``.
@@ -130,7 +130,8 @@ class TieredLinear(Compressed):
         tensors = dict(zip(PARTS, parts, strict=True))
         return TieredWeight(**tensors, shape=(self.out_features, self.in_features))
 
-    # linear_tiered checks for 16 us, which a small call would notice, what was checked when the layer was made.
+    # Calls the op itself: the checks of linear_tiered take 16 us, much of a small call, and the weight was checked when
+    # the layer was made.
     def _multiply(self, input: Tensor) -> Tensor:
         # A parametrization, FSDP and DataParallel turn what was registered into plain attributes.
         parameters, buffers = self._parameters, self._buffers or vars(self)
@@ -139,7 +140,7 @@ class TieredLinear(Compressed):
         tensors.insert(0, input)
         if (dtype := autocast_dtype(input)) is not None:
             tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-        if not is_jit_tracing() and not self._fits(*tensors):
+        if not is_jit_tracing() and not self._can_multiply(*tensors):
             return linear_tiered(input, self.packed, self.bias)  # raises the error
         input, dense, values, topk, bias = tensors
         return call_op(
@@ -156,7 +157,7 @@ class TieredLinear(Compressed):
             self.out_features,
         )
 
-    def _fits(self, x: Tensor, dense: Tensor, values: Tensor, topk: Tensor, bias: Tensor | None) -> bool:
+    def _can_multiply(self, x: Tensor, dense: Tensor, values: Tensor, topk: Tensor, bias: Tensor | None) -> bool:
         dtype, device, starts = x.dtype, x.device, self.starts
         return (
             x.shape[-1:] == (self.in_features,)
@@ -173,11 +174,11 @@ class TieredLinear(Compressed):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         starts, assigned = block_starts(self.tiers), local_metadata.get("assign_to_params_buffers", False)
         if any(getattr(self, name).is_meta for name in (*TRAINED, *FIXED)):
-            starts = starts.to("meta")  # forward refuses a layer that is half loaded by this
+            starts = starts.to("meta")  # so that forward rejects a layer that is only loaded in part
         if assigned or starts.device != self.starts.device:
             self.starts = starts
         else:
-            self.starts.copy_(starts)  # where a captured CUDA graph reads them
+            self.starts.copy_(starts)  # in the same memory, which a captured CUDA graph reads
 
     def _check_state(self, given: dict[str, Tensor], assigned: bool) -> None:
         own = self.packed._asdict()
@@ -190,7 +191,7 @@ class TieredLinear(Compressed):
                 )
         new = {name: own[name] for name in (*TRAINED, *FIXED)} | given
         if given and not any(tensor.is_meta for tensor in new.values()):
-            device = next(iter(given.values())).device  # on a GPU, a part of a file meets parts that are there
+            device = next(iter(given.values())).device  # the layer's other tensors may be on a GPU already
             TieredWeight.from_parts(
                 **{name: tensor.to(device) for name, tensor in new.items()}, shape=self.packed.shape
             )

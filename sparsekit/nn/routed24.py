@@ -1,4 +1,4 @@
-"""The 2:4 linear layer on a GPU: the kernel that was measured fastest for each number of tokens."""
+"""The 2:4 linear layer for GPUs, which runs the kernel that was measured fastest for each number of tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from ..ops import pack_hardware24
 from ..ops._define import call_op, is_jit_tracing
 from ..ops.hardware_linear24 import padded_shape
 from ..ops.layouts import device_name
+from .common import Stamp, autocast_dtype, has_changed, stamp_of
 from .linear24 import LINEAR24, Linear24
-from .shared import Stamp, autocast_dtype, has_changed, stamp_of
 
 HARDWARE = torch.ops.sparsekit.hardware_linear24.default
 
 
 class Route(NamedTuple):
-    """What multiplies calls of up to ``max_tokens`` tokens.
+    """The kernel that multiplies up to a number of tokens.
 
     Args:
-        max_tokens: the last route of a plan takes any number of them.
-        kernel: the op ``"linear24"``; ``"hardware"``, which is the op ``hardware_linear24``; or ``"dense"``, which is
+        max_tokens: the most tokens that it multiplies; the last route of a plan takes any number.
+        kernel: ``"linear24"``, the op of this name; ``"hardware"``, the op ``hardware_linear24``; or ``"dense"``,
             ``F.linear`` with a dense copy of the weight.
-        alg_id, split_k, split_k_mode: for ``hardware_linear24``.
+        alg_id, split_k, split_k_mode: arguments of ``hardware_linear24``.
     """
 
     max_tokens: int
@@ -37,12 +37,12 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer multiplies, as it was measured: on one model of GPU, in one dtype.
+    """The routes of a layer, which were measured on one model of GPU in one dtype.
 
     Args:
-        device: the model, as ``ops.layouts.device_name`` gives it.
+        device: the model of GPU, as ``ops.layouts.device_name`` returns it.
         dtype: the dtype of the weight.
-        layout: the layout of ``hardware_layouts`` that the weight is packed in; None where no route needs one.
+        layout: the layout of ``hardware_layouts`` that the weight is packed in; None if no route needs one.
         routes: by rising ``max_tokens``.
     """
 
@@ -58,29 +58,30 @@ class Plan:
 
 
 class RoutedLinear24(Linear24):
-    """A ``Linear24`` that multiplies by a plan: other kernels for other numbers of tokens.
+    """A ``Linear24`` that multiplies different numbers of tokens by different kernels, as its plan says.
 
-    The state dict is that of ``Linear24``. On the device and in the dtype of its plan the layer holds ``hardware``, the
-    weight as the GPU's tensor cores read it. ``values`` is a view of its head, so they are stored once; beside it is
-    the ``bitmask``, 1/16 of the dense 16-bit weight. Loading, copying and moving rebuild it from these two; loading, in
-    the same memory, so that a captured CUDA graph goes on with the new weight. Elsewhere, where autocast asks for
-    another dtype, and where gradients reach ``values``, the layer is a plain ``Linear24``.
+    The state dict is that of ``Linear24``. On the device and in the dtype of its plan, the layer stores ``hardware``,
+    the weight in the layout that the GPU's tensor cores read. ``values`` is a view of the beginning of ``hardware``, so
+    the values are stored once; the ``bitmask`` beside them takes 1/16 of the bytes of the dense 16-bit weight. Loading,
+    copying and moving make ``hardware`` again from these two. Loading does so in the same memory, so that a captured
+    CUDA graph computes with the new weight. On another device, in another dtype, also that of autocast, and if
+    gradients reach ``values``, the layer multiplies as a plain ``Linear24`` does.
 
-    A plan with dense routes keeps a dense copy of the weight, which would not follow an optimizer: ``values`` gets no
-    gradient then, and a call in training mode that would need it raises.
+    If a route is dense, the layer also stores a dense copy of the weight. Making it at every step of an optimizer would
+    cost too much, so ``values`` gets no gradient, and a call in training mode that would need one raises.
     """
 
     plan: Plan | None = None
     hardware: Tensor | None = None
     dense: Tensor | None = None
-    layout = ""  # that ``hardware`` has
+    layout = ""  # the layout of ``hardware``
     device_type = ""
-    stamp: Stamp = ()  # of the weight that was packed
-    called = "a Linear24 with a dense copy"
-    ready = False  # whether the plan is followed
+    stamp: Stamp = ()  # of ``values`` when it was packed
+    name_in_errors = "a Linear24 with a dense copy"
+    ready = False  # whether the layer is packed for its plan
 
     def follow(self, plan: Plan) -> "RoutedLinear24":
-        """Multiplies by ``plan`` from now on; returns the layer itself."""
+        """Packs the weight for ``plan``, by which the layer multiplies from then on; returns the layer itself."""
         trainable = self.trainable
         self.plan, self.frozen = plan, trainable and plan.keeps_dense
         self.values.requires_grad_(trainable and not self.frozen)
@@ -92,33 +93,33 @@ class RoutedLinear24(Linear24):
         return self.frozen or self.values.requires_grad
 
     @property
-    def on_plan(self) -> bool:
-        """Whether the layer is where and what its plan was measured for."""
+    def matches_plan(self) -> bool:
+        """Whether the layer has the device and the dtype of its plan."""
         plan, values = self.plan, self.values
         return plan is not None and plan.dtype == values.dtype and plan.device == device_name(values.device)
 
-    @torch.inference_mode(False)  # what is made there could not be used outside
+    @torch.inference_mode(False)  # tensors made in inference mode could not be used outside it
     @torch.no_grad()
     def _pack(self) -> None:
         hardware, dense = self.hardware, self.dense
         self.hardware = self.dense = None
-        self.ready = self.on_plan
+        self.ready = self.matches_plan
         if self.plan is None or not self.ready:
             return
         self.device_type = self.values.device.type
         if self.plan.layout is not None:
             self.layout = self.plan.layout
             new = pack_hardware24(self.packed._replace(values=self.values.detach()), self.layout)
-            self.hardware = _kept(hardware, new)
+            self.hardware = _in_memory_of(hardware, new)
             rows, cols = padded_shape(self.out_features, self.in_features, self.layout)
             head = self.hardware[: rows * cols // 2].view(rows, cols // 2)
             self.values.data = head[: self.out_features, : self.values.shape[1]]
         if self.plan.keeps_dense:
-            self.dense = _kept(dense, self._dense())
+            self.dense = _in_memory_of(dense, self._dense())
         self.stamp = stamp_of(self.values)
 
-    # On a GPU a small call waits for the host, to which `nn.Linear` costs 3 us: what is read here comes from
-    # dictionaries, and what linear24 and hardware_linear24 check of a weight was checked when it was packed.
+    # A small call on a GPU takes as long as the host needs to start it, which is 3 us for `nn.Linear`. So `run` reads
+    # parameters from their dictionary, and calls the ops without checking the weight, which was checked when packed.
     def _multiply(self, input: Tensor) -> Tensor:
         plan = self.plan
         if (
@@ -129,22 +130,22 @@ class RoutedLinear24(Linear24):
             or torch.is_autocast_enabled(self.device_type)
             or is_jit_tracing()
         ):
-            return self._multiply_elsewhere(input)
-        return self._route(plan, input)
+            return self._multiply_slow_path(input)
+        return self._multiply_by_plan(plan, input)
 
-    def _multiply_elsewhere(self, input: Tensor) -> Tensor:
-        """The same with gradients, under autocast, or off the plan."""
+    def _multiply_slow_path(self, input: Tensor) -> Tensor:
+        """Multiplies with gradients, under autocast, in a trace, or on a device or in a dtype without a plan."""
         self._check_training()
         dtype = autocast_dtype(input) or input.dtype
         trained = self.values.requires_grad and torch.is_grad_enabled()
         if self.plan is None or not self.ready or trained or dtype != self.plan.dtype or is_jit_tracing():
             return super()._multiply(input)
-        return self._route(self.plan, input.to(dtype))
+        return self._multiply_by_plan(self.plan, input.to(dtype))
 
-    def _route(self, plan: Plan, x: Tensor) -> Tensor:
+    def _multiply_by_plan(self, plan: Plan, x: Tensor) -> Tensor:
         shape = x.shape
         if shape[-1:] != (self.in_features,) or self.in_features == 0:
-            return super()._multiply(x)  # which rejects it: padded, it might fit
+            return super()._multiply(x)  # rejects a wrong shape, which might fit the padded weight of ``hardware``
         tokens = x.numel() // self.in_features
         for route in plan.routes:
             if tokens <= route.max_tokens:
@@ -152,14 +153,17 @@ class RoutedLinear24(Linear24):
         return self.run(route, x)
 
     def run(self, route: Route, x: Tensor) -> Tensor:
-        """Multiplies by one route, whatever the number of tokens; ``x`` is of the weight's dtype and columns."""
+        """Multiplies ``x``, which has the weight's dtype and columns, by the kernel of one route.
+
+        The number of tokens may be larger than that of the route.
+        """
         parameters = self._parameters
         bias: Tensor | None = parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         kernel, values = route.kernel, parameters["values"]
         if not torch.compiler.is_compiling() and values is not self.stamp[0][0]:
-            kernel = "linear24"  # the weight is another for this call, as functional_call makes it
+            kernel = "linear24"  # functional_call has put another weight in place of the packed one for this call
         if kernel == "dense" and self.dense is not None:
             if has_changed(self.stamp, self.values):
                 self._pack()
@@ -169,7 +173,7 @@ class RoutedLinear24(Linear24):
             return call_op(HARDWARE, x, self.hardware, bias, self.out_features, self.layout, alg_id, split_k, mode)
         return call_op(LINEAR24, x, values, self._buffers["bitmask"], bias)
 
-    # Which copies parameters and buffers to another GPU, but no other tensor.
+    # DataParallel copies parameters and buffers to another GPU, but not these tensors.
     def _replicate_for_data_parallel(self) -> "RoutedLinear24":
         replica = super()._replicate_for_data_parallel()
         replica.hardware, replica.dense, replica.ready = None, None, False
@@ -186,7 +190,7 @@ class RoutedLinear24(Linear24):
         super()._load_from_state_dict(*args, **kwargs)
         self._pack()
 
-    # Copied or pickled, ``values`` is no longer the head of ``hardware``.
+    # ``hardware`` is made again, because the ``values`` of a copy would not be a view of its ``hardware``.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "hardware": None, "dense": None, "stamp": ()}
 
@@ -199,8 +203,8 @@ class RoutedLinear24(Linear24):
         return f"{super().extra_repr()}, kernels={'/'.join(dict.fromkeys(route.kernel for route in routes))}"
 
 
-def _kept(old: Tensor | None, new: Tensor) -> Tensor:
-    """What ``new`` holds, in the memory of ``old`` where it fits: there a captured CUDA graph reads it."""
+def _in_memory_of(old: Tensor | None, new: Tensor) -> Tensor:
+    """Copies ``new`` into ``old``, which a captured CUDA graph reads, and returns it; returns ``new`` if it differs."""
     if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
         return new
     return old.copy_(new)

@@ -1,4 +1,4 @@
-"""Refuses what converts a model to a dtype that its compressed layers do not compute in, before any of it changes."""
+"""A guard against converting a model to a dtype that its compressed layers do not compute in."""
 
 import weakref
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from .compressed import Compressed
 
 
 class ConversionGuard:
-    """Stands for the ``_apply`` of a module, through which ``to``, ``double`` and the like convert it.
+    """A replacement for the ``_apply`` of a module, through which ``to``, ``double`` and the like convert it.
 
-    ``nn.Module._apply`` goes from layer to layer: when a compressed one refuses, those before it are converted. This
-    asks all of them first. It belongs to one module, and to its copy once that is copied or pickled.
+    ``nn.Module._apply`` converts layer after layer, so when a compressed layer raises an error, the layers before it
+    are converted already. The guard asks all compressed layers before any layer is converted. It is an attribute of one
+    module; a copied or unpickled module gets a guard of its own.
     """
 
     def __init__(self, module: nn.Module):
@@ -23,13 +24,13 @@ class ConversionGuard:
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         module = self._guarded()
         for name, layer in module.named_modules():
-            if isinstance(layer, Compressed) and (reason := layer.refuses_conversion(fn)) is not None:
-                raise TypeError(f"layer {name!r} {reason}")
+            if isinstance(layer, Compressed) and (error := layer.conversion_error(fn)) is not None:
+                raise TypeError(f"layer {name!r} {error}")
         return type(module)._apply(module, fn, recurse)
 
     def _guarded(self) -> nn.Module:
         module = self._module()
-        assert module is not None  # whose attribute this is
+        assert module is not None  # the guard is its attribute, and does not outlive it
         return module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ConversionGuard":
@@ -40,7 +41,7 @@ class ConversionGuard:
 
 
 def guard_conversions(model: nn.Module) -> None:
-    """Guards every module of ``model`` that holds a compressed layer, and no other one."""
+    """Puts a guard on every module of ``model`` that holds a compressed layer, and removes it from the others."""
     for module in model.modules():
         if isinstance(module, Compressed):
             continue

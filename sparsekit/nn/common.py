@@ -1,4 +1,4 @@
-"""What the layers of this package share: autocast, orientation, stored masks, and how torch.fx sees them."""
+"""Helpers of all compressed layers: autocast, transposed weights, stored masks, torch.fx, and changes of weights."""
 
 from typing import Any
 
@@ -11,29 +11,27 @@ from ..ops._define import DTYPES
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes a linear layer on ``x`` in; None where it is off, or leaves ``x`` as it is."""
+    """Returns the dtype in which autocast computes a linear layer on ``x``; None if it is off or ignores ``x``."""
     device = x.device.type
     enabled = device != "meta" and torch.is_autocast_enabled(device) and x.dtype in DTYPES
     return torch.get_autocast_dtype(device) if enabled else None
 
 
-Stamp = tuple[tuple[Tensor, int, int], ...]
+Stamp = tuple[tuple[Tensor, int, int], ...]  # of each weight: the tensor, its address, and how often it was written to
 
 
 def stamp_of(*weights: Tensor) -> Stamp:
-    """What ``has_changed`` compares: each weight itself, its address, and how often it was written to.
+    """Returns a record of weights that tells ``has_changed`` whether they were replaced or written to since.
 
-    Inference tensors do not count their writes, and a write through ``.data`` leaves no trace in any.
+    It misses writes through ``.data``, and writes to inference tensors, which do not count them.
     """
     return tuple((weight, weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
 
 
 def has_changed(stamp: Stamp, *weights: Tensor) -> bool:
-    """Whether other weights are there than at ``stamp``, or one was written to; a compiled graph takes them for
-    constants.
-    """
+    """Returns whether weights were replaced or written to since ``stamp`` was made."""
     if torch.compiler.is_compiling():
-        return False
+        return False  # a compiled graph treats what was made of the weights as a constant
     return any(
         one is not other or counts != other_counts
         for (one, *counts), (other, *other_counts) in zip(stamp, stamp_of(*weights), strict=True)
@@ -41,22 +39,22 @@ def has_changed(stamp: Stamp, *weights: Tensor) -> bool:
 
 
 def oriented(weight: Tensor, transposed: bool) -> Tensor:
-    """The weight as ``[outputs, inputs]``, or back as the layer keeps it."""
+    """Transposes a weight if ``transposed``: from the way its layer stores it to ``[outputs, inputs]``, or back."""
     return weight.t() if transposed else weight
 
 
 def carry_mask(source: nn.Module, target: nn.Module) -> None:
-    """Gives ``target`` the stored mask of ``source``: the same buffer, not a copy."""
+    """Gives ``target`` the stored mask of ``source``, if there is one: the same buffer, not a copy."""
     bits, info = get_mask_bits(source), get_mask_info(source)
     if bits is not None and info is not None:
         set_mask_bits(target, bits, info)
 
 
 def fx_node(layer: nn.Module, input: torch.fx.Proxy) -> Any:
-    """A call of ``layer`` in the graph that ``torch.fx`` traces: a leaf, as ``nn.Linear`` is.
+    """Adds a call of ``layer`` to the graph that ``torch.fx`` traces, as a single node, which ``nn.Linear`` is too.
 
     Raises:
-        ValueError: the layer itself is what is traced.
+        ValueError: the layer is traced alone, not as a part of a model.
     """
     tracer: Any = input.tracer
     if tracer.root is layer:

@@ -1,4 +1,4 @@
-"""The dense weight of a compressed layer: shown, computed with, but neither stored nor written to."""
+"""The dense weight of a compressed layer as a tensor that is not stored: it is unpacked whenever it is read."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -13,22 +13,22 @@ Unpack = Callable[..., Tensor]
 
 
 class WeightView(Tensor):
-    """The dense weight of a compressed layer, which is made anew by whatever computes with it.
+    """The dense weight of a compressed layer, read-only, which every operation that reads its values unpacks again.
 
-    Shape, dtype, device and the like cost nothing, and so does a view of it, such as ``weight.T`` or ``weight.data``.
-    Everything else (``clone()``, a product) returns plain tensors. A write into it would be lost, so it raises
+    Reading its shape, dtype, device and the like unpacks nothing, and neither does a view such as ``weight.T`` or
+    ``weight.data``. Everything else (``clone()``, a product) returns plain tensors. A write would be lost, so it raises
     RuntimeError. Gradients reach the tensors that the weight is packed in.
     """
 
-    _make: Callable[[], Tensor]  # the plain tensor that this one shows
-    _meta: Tensor | None  # the same without data: of which shape and strides a view is
-    _parts: tuple[Tensor, ...] = ()  # of the layer whose weight it is; a view of that has none
+    _make: Callable[[], Tensor]  # makes the plain tensor
+    _meta: Tensor | None  # the same on the meta device, from which torch computes the shape and strides of views
+    _parts: tuple[Tensor, ...] = ()  # the tensors that the layer stores; a view such as weight.T has none
 
     @staticmethod
     def of(
         shape: Sequence[int], stride: Sequence[int], offset: int, like: Tensor, make: Callable[[], Tensor]
     ) -> "WeightView":
-        """Makes one with the dtype and device of ``like``, of what ``make`` returns."""
+        """Returns a view of what ``make`` returns, with the dtype and device of ``like``."""
         view: WeightView = Tensor._make_wrapper_subclass(
             WeightView, shape, strides=stride, storage_offset=offset, dtype=like.dtype, device=like.device
         )
@@ -48,7 +48,7 @@ class WeightView(Tensor):
             _refuse()
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
 
-    # Here every call arrives as an op whose schema says what it writes to and what is a view.
+    # Every op arrives here; its schema says which arguments it writes to and whether it returns a view.
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -74,7 +74,7 @@ class WeightView(Tensor):
         ]
 
     @staticmethod
-    @torch.inference_mode(False)  # torch wants a view of a normal tensor to be one
+    @torch.inference_mode(False)  # torch rejects a view of an ordinary tensor that is an inference tensor
     def _view(meta: Tensor, base: "WeightView", make: Callable[[], Tensor]) -> "WeightView":
         view = WeightView.of(meta.shape, meta.stride(), int(meta.storage_offset()), base, make)
         view._meta = meta
@@ -98,7 +98,7 @@ class WeightView(Tensor):
         return self.plain().tolist()
 
     def data_ptr(self) -> NoReturn:
-        """Raises: there is no memory to point to."""
+        """Raises RuntimeError, because there is no memory to point to."""
         raise RuntimeError("the weight of a compressed layer is not stored dense: weight.clone() returns one that is")
 
     const_data_ptr = untyped_storage = storage = _typed_storage = __dlpack__ = data_ptr  # type: ignore[assignment]
@@ -121,49 +121,60 @@ class WeightView(Tensor):
         return f"WeightView({self.plain()!r})"
 
 
-def show_weight(
-    unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int], refusal: str | None
+def view_weight(
+    unpack: Unpack,
+    parts: tuple[Tensor, ...],
+    shape: tuple[int, int],
+    stride: tuple[int, int],
+    training_error: str | None,
 ) -> Tensor:
-    """Returns the dense weight that ``unpack(*parts)`` makes, without making it.
+    """Returns a ``WeightView`` of ``unpack(*parts)``.
 
-    Gradients reach those of ``parts`` that require one. Where a graph is traced or transformed (``torch.compile``,
-    ``torch.export``, ``torch.jit.trace``, ``torch.func``) it is made at once, a plain tensor.
+    Gradients reach those of ``parts`` that require one. While a graph is traced or transformed (``torch.compile``,
+    ``torch.export``, ``torch.jit.trace``, ``torch.func``), the result is the plain tensor.
 
     Args:
-        unpack: makes the weight of ``parts``; differentiable.
-        parts: the tensors it is packed in; the first has the weight's dtype and device.
-        shape: of the weight.
-        stride: of the weight.
-        refusal: why a gradient of the weight is an error; None where it is none.
+        unpack: makes the dense weight of ``parts``; differentiable.
+        parts: the tensors that the weight is packed in; the first one has its dtype and device.
+        shape: the shape of the weight.
+        stride: the strides of the weight.
+        training_error: the message of the error that computing a gradient of the weight raises; None if it raises none.
     """
     if torch.compiler.is_compiling() or is_jit_tracing() or torch._C._are_functorch_transforms_active():
         return unpack(*parts)
-    view = _show_trained(unpack, parts, shape, stride, refusal)
+    view = _differentiable_view(unpack, parts, shape, stride, training_error)
     view._parts = parts
     return view
 
 
-def shows(value: object, parts: tuple[Tensor, ...]) -> bool:
-    """Whether ``value`` is the weight that is packed in these very tensors."""
+def is_view_of(value: object, parts: tuple[Tensor, ...]) -> bool:
+    """Returns whether ``value`` is the ``WeightView`` of the weight that is packed in these very tensors."""
     known = value._parts if isinstance(value, WeightView) else ()
     return len(known) == len(parts) and all(one is other for one, other in zip(known, parts, strict=True))
 
 
-# Under no_grad too, as a Parameter does, the weight says that it is trained, and takes a gradient later. By decorators,
-# for an interrupt may come just before a `with` block is left.
+# Gradients are on even under no_grad, so that the weight requires a gradient there too, as a Parameter does. Both modes
+# are set by decorators, because an interrupt may come just before a `with` block is left.
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _show_trained(
-    unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int], refusal: str | None
+def _differentiable_view(
+    unpack: Unpack,
+    parts: tuple[Tensor, ...],
+    shape: tuple[int, int],
+    stride: tuple[int, int],
+    training_error: str | None,
 ) -> WeightView:
-    if refusal is None and not any(part.requires_grad for part in parts):
-        return _show(unpack, parts, shape, stride)
-    wanted = None if refusal is None else torch.empty(0, device=parts[0].device, requires_grad=True)
-    return _Unpack.apply(unpack, shape, stride, refusal, wanted, *parts)
+    if training_error is None and not any(part.requires_grad for part in parts):
+        return _view_of_parts(unpack, parts, shape, stride)
+    # With an input that requires a gradient, the backward pass calls _Unpack.backward, which raises the error.
+    wanted = None if training_error is None else torch.empty(0, device=parts[0].device, requires_grad=True)
+    return _Unpack.apply(unpack, shape, stride, training_error, wanted, *parts)
 
 
-def _show(unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int]) -> WeightView:
-    held = [part.detach() for part in parts]  # a Parameter may get other data
+def _view_of_parts(
+    unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int]
+) -> WeightView:
+    held = [part.detach() for part in parts]  # the data of a Parameter may be replaced later
     return WeightView.of(shape, stride, 0, parts[0], lambda: unpack(*held))
 
 
@@ -174,18 +185,18 @@ class _Unpack(torch.autograd.Function):
         unpack: Unpack,
         shape: tuple[int, int],
         stride: tuple[int, int],
-        refusal: str | None,
+        training_error: str | None,
         _: Tensor | None,
         *parts: Tensor,
     ) -> Tensor:
-        ctx.unpack, ctx.refusal = unpack, refusal
+        ctx.unpack, ctx.training_error = unpack, training_error
         ctx.save_for_backward(*parts)
-        return _show(unpack, parts, shape, stride)
+        return _view_of_parts(unpack, parts, shape, stride)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if ctx.refusal is not None:
-            raise RuntimeError(ctx.refusal)
+        if ctx.training_error is not None:
+            raise RuntimeError(ctx.training_error)
         parts = [part.detach().requires_grad_(part.requires_grad) for part in ctx.saved_tensors]
         with torch.enable_grad():
             dense = ctx.unpack(*parts)
@@ -195,7 +206,10 @@ class _Unpack(torch.autograd.Function):
 
 
 def _changes(func: Any, weight: Any, value: Any = None) -> bool:
-    """Whether a function of Tensor changes ``weight``, its first argument; torch refuses some before they are ops."""
+    """Returns whether ``func``, a function of Tensor, would change ``weight``, its first argument.
+
+    Some of these functions raise other errors of torch's own before they reach ``__torch_dispatch__``.
+    """
     if not isinstance(weight, WeightView):
         return False
     name = getattr(func, "__name__", "")

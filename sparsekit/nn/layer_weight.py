@@ -1,45 +1,45 @@
-"""What a layer keeps of its weight, and how a compressed one takes other numbers in the same form."""
+"""Reads the weight and mask of a plain or compressed layer, and stores another weight in a compressed one."""
 
 import torch
 from torch import Tensor, nn
 
 from ..masks import MaskInfo, Pattern, get_mask, get_mask_bits, get_mask_info, set_mask
 from ..ops.bits import nonzero
+from .common import oriented
 from .compressed import Compressed
 from .linear24 import Linear24
 from .prepacked import PrepackedLinear
-from .shared import oriented
 from .tiered import TieredLinear
 
 
-def drops(layer: nn.Module) -> bool:
-    """Whether a layer keeps only some entries of its weight."""
+def is_sparse(layer: nn.Module) -> bool:
+    """Returns whether a layer keeps only some entries of its weight."""
     return get_mask_bits(layer) is not None or isinstance(layer, Linear24 | TieredLinear)
 
 
 def kept_entries(layer: nn.Module) -> Tensor | None:
-    """Which entries of its weight a layer keeps, bool in the weight's shape; None where it keeps all."""
+    """Returns which entries of its weight a layer keeps, bool in the weight's shape; None if it keeps all."""
     mask = get_mask(layer)
-    if mask is not None or not drops(layer):
+    if mask is not None or not is_sparse(layer):
         return mask
     if isinstance(layer, Linear24):
         return oriented(layer._unpack(torch.ones_like(layer.values), layer.bitmask) != 0, layer.transposed)
-    return nonzero(dense_weight(layer))  # which is what TieredLinear packs of a weight without a mask
+    return nonzero(dense_weight(layer))  # TieredLinear packs the non-zeros of a weight without a mask
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as a dense tensor, without a gradient."""
+    """Returns the weight of a layer as a dense tensor, without a gradient."""
     if isinstance(layer, Compressed):
         return oriented(layer._dense(), layer.transposed)
     return layer.get_parameter("weight").detach()
 
 
 def store_weight(layer: Compressed, weight: Tensor) -> None:
-    """Stores another dense weight in a compressed layer, in the same form: its zeros are those of the layer.
+    """Stores another weight in a compressed layer, in the layer's form and with its mask.
 
     Args:
-        layer: keeps its tensors, which get new values.
-        weight: in the shape of ``layer.weight``.
+        layer: gets new values in the tensors that it has.
+        weight: a dense tensor of the shape of ``layer.weight``; entries that the layer does not keep are not stored.
     """
     state = {"weight": weight}
     if not isinstance(layer, PrepackedLinear):
