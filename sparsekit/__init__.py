@@ -1,48 +1,164 @@
-"""Kernels for sparse neural networks: fast to make sparse, never slower to run."""
+"""Kernels for sparse neural networks: fast to make sparse, never slower to run.
 
-from . import _installed as _installed
-from . import nn as nn
-from . import ops as ops
-from . import tiers as tiers
-from ._config import show_config as show_config
-from ._version import VERSION as _VERSION
-from .checkpoint import load as load
-from .checkpoint import save as save
-from .compress import CompressReport as CompressReport
-from .compress import Measure as Measure
-from .compress import compress_ as compress_
-from .compress import decompress_ as decompress_
-from .ops import Packed24 as Packed24
-from .ops import TieredWeight as TieredWeight
-from .ops import block_scores as block_scores
-from .ops import block_topk_mask as block_topk_mask
-from .ops import linear24 as linear24
-from .ops import linear_tiered as linear_tiered
-from .ops import nm_mask as nm_mask
-from .ops import nm_mask_bits as nm_mask_bits
-from .ops import nm_prune as nm_prune
-from .ops import nm_prune_ as nm_prune_
-from .ops import pack24 as pack24
-from .ops import pack_tiered as pack_tiered
-from .ops import prune_pack24 as prune_pack24
-from .ops import tier_prune as tier_prune
-from .ops import tier_scores as tier_scores
-from .ops import transposable_mask24 as transposable_mask24
-from .prune import ADMM as ADMM
-from .prune import RIA as RIA
-from .prune import Calibration as Calibration
-from .prune import LeastSquares as LeastSquares
-from .prune import Magnitude as Magnitude
-from .prune import PruneReport as PruneReport
-from .prune import SparseGPT as SparseGPT
-from .prune import Swaps as Swaps
-from .prune import Wanda as Wanda
-from .prune import keep_masks as keep_masks
-from .prune import prune_ as prune_
-from .prune import reestimate_batchnorm_ as reestimate_batchnorm_
-from .semi_structured import from_sparse_semi_structured as from_sparse_semi_structured
-from .semi_structured import to_sparse_semi_structured as to_sparse_semi_structured
-from .train import SparseTraining as SparseTraining
-from .train import sparse_training_ as sparse_training_
+Imported as ``sk``. A name that ends in ``_`` changes what it is given, in place::
 
-__version__ = _VERSION
+    report = sk.prune_(model, sk.Wanda("2:4"), batches)
+    with sk.keep_masks(model, optimizer):
+        train(model, optimizer)
+    sk.compress_(model.eval(), batches)
+    sk.save(model, "model.sparsekit")
+
+Prune a model
+    prune_                       Prunes the layers of a model and stores their masks.
+    Magnitude                    The method that keeps the largest weights; it needs no batches.
+    Wanda                        The method that keeps the largest products of weight and input norm.
+    RIA                          The method that keeps the largest weights relative to their row and column.
+    SparseGPT                    The method that drops weights column by column and updates the others.
+    ADMM                         The method that finds masks and weights together.
+    Swaps                        A refinement of any method: swaps kept weights for dropped ones.
+    LeastSquares                 A refinement of any method: solves for the kept weights.
+    Calibration                  Options: how the model is run on its calibration batches.
+    PruneReport                  What ``prune_`` did to each layer.
+    reestimate_batchnorm_        Gives BatchNorm layers the statistics of the pruned model.
+
+Train a sparse model
+    keep_masks                   Keeps dropped weights at zero while an optimizer trains the others.
+    sparse_training_             Makes linear layers train with 2:4 weights whose masks still move.
+    SparseTraining               The training that ``sparse_training_`` began: its layers, and how it ends.
+
+Run it faster
+    compress_                    Swaps each layer for the fastest form that was measured, never a slower one.
+    decompress_                  Undoes ``compress_``.
+    Measure                      Options: how ``compress_`` measures.
+    CompressReport               What ``compress_`` did to each layer, and what it measured.
+
+Store it
+    save                         Writes a model with its masks and packed weights to a safetensors file.
+    load                         Reads such a file into a model.
+
+Masks and scores, as functions on tensors
+    nm_mask                      Marks the n largest magnitudes of every m.
+    nm_mask_bits                 The same mask, with one bit for each entry.
+    nm_prune                     Returns a weight with all but the n best of every m set to zero, and the mask.
+    nm_prune_                    The same on the weight itself; returns the mask.
+    transposable_mask24          Marks the best 2:4 mask that is 2:4 along rows and along columns.
+    block_scores                 Sums magnitudes, or magnitudes times a scale, over blocks.
+    block_topk_mask              Marks the k largest magnitudes of every block.
+    tier_scores                  Sums what each block would keep of its score as dense, 2:4 and top-k.
+    tier_prune                   Prunes each block by its tier.
+
+Packed weights and their products
+    pack24                       Packs a 2:4 weight.
+    prune_pack24                 Prunes a weight to 2:4 and packs it.
+    Packed24                     A packed 2:4 weight.
+    linear24                     Multiplies by a packed 2:4 weight, with gradients.
+    pack_tiered                  Packs a weight whose blocks are dense, 2:4 or top-k.
+    TieredWeight                 A packed weight of such blocks.
+    linear_tiered                Multiplies by a packed weight of such blocks, with gradients.
+    to_sparse_semi_structured    Converts a packed 2:4 weight to a 2:4 tensor of ``torch.sparse``.
+    from_sparse_semi_structured  Converts a 2:4 tensor of ``torch.sparse`` to a packed 2:4 weight.
+
+Packages
+    ops                          All functions on tensors, and which kernel runs each of them.
+    nn                           The modules that ``compress_`` puts into a model.
+    tiers                        Progressive pruning in which each block is dense, 2:4 or top-k.
+    prune                        What a pruning method of your own is made of: ``Method`` and the statistics.
+    compress                     The entries of a ``CompressReport``.
+    train                        The entries of a ``SparseTraining``.
+
+About this installation
+    show_config                  Prints versions, which kernel runs each op, and what is missing.
+    __version__                  The version, a string.
+
+``sparsekit.integrations.transformers`` and ``sparsekit.integrations.peft`` are imported only when asked for.
+"""
+
+from . import _installed as _installed  # refuses to run beside another project that is called sparsekit
+from . import compress, nn, ops, prune, tiers, train
+from ._config import show_config
+from ._version import VERSION as __version__
+from .checkpoint import load, save
+from .compress import CompressReport, Measure, compress_, decompress_
+from .ops import (
+    Packed24,
+    TieredWeight,
+    block_scores,
+    block_topk_mask,
+    linear24,
+    linear_tiered,
+    nm_mask,
+    nm_mask_bits,
+    nm_prune,
+    nm_prune_,
+    pack24,
+    pack_tiered,
+    prune_pack24,
+    tier_prune,
+    tier_scores,
+    transposable_mask24,
+)
+from .prune import (
+    ADMM,
+    RIA,
+    Calibration,
+    LeastSquares,
+    Magnitude,
+    PruneReport,
+    SparseGPT,
+    Swaps,
+    Wanda,
+    keep_masks,
+    prune_,
+    reestimate_batchnorm_,
+)
+from .semi_structured import from_sparse_semi_structured, to_sparse_semi_structured
+from .train import SparseTraining, sparse_training_
+
+__all__ = [
+    "ADMM",
+    "RIA",
+    "Calibration",
+    "CompressReport",
+    "LeastSquares",
+    "Magnitude",
+    "Measure",
+    "Packed24",
+    "PruneReport",
+    "SparseGPT",
+    "SparseTraining",
+    "Swaps",
+    "TieredWeight",
+    "Wanda",
+    "__version__",
+    "block_scores",
+    "block_topk_mask",
+    "compress",
+    "compress_",
+    "decompress_",
+    "from_sparse_semi_structured",
+    "keep_masks",
+    "linear24",
+    "linear_tiered",
+    "load",
+    "nm_mask",
+    "nm_mask_bits",
+    "nm_prune",
+    "nm_prune_",
+    "nn",
+    "ops",
+    "pack24",
+    "pack_tiered",
+    "prune",
+    "prune_",
+    "prune_pack24",
+    "reestimate_batchnorm_",
+    "save",
+    "show_config",
+    "sparse_training_",
+    "tier_prune",
+    "tier_scores",
+    "tiers",
+    "to_sparse_semi_structured",
+    "train",
+    "transposable_mask24",
+]

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 class VerbPackage(ModuleType):
     """The class of a package whose name reads as a function: ``sk.prune(model)`` instead of ``sk.prune_(model)``."""
 
-    functions: str
+    _functions: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"{self.__name__} is a package and cannot be called: call {self.functions}")
+        raise TypeError(f"{self.__name__} is a package and cannot be called: call {self._functions}")
 
 
 def name_functions(package: str, functions: str) -> None:
@@ -21,4 +21,4 @@ def name_functions(package: str, functions: str) -> None:
     """
     module = sys.modules[package]
     module.__class__ = VerbPackage
-    module.functions = functions  # type: ignore[attr-defined]
+    module._functions = functions  # type: ignore[attr-defined]

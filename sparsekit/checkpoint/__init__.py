@@ -1,7 +1,11 @@
 """Checkpoints: one safetensors file with weights, packed weights and masks, and their structure in its metadata."""
 
 from .._packages import name_functions as _name_functions
-from .checkpoint import load as load
-from .checkpoint import save as save
+from .checkpoint import load, save
+
+__all__ = [
+    "load",
+    "save",
+]
 
 _name_functions(__name__, "sk.save(model, path) or sk.load(model, path)")
