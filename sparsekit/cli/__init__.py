@@ -31,6 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("sparsekit: interrupted\n")
         return 130
-    except BrokenPipeError:  # who reads stdout has seen enough, as head has; what is left in it goes nowhere
+    except BrokenPipeError:  # the program that reads stdout, such as head, has closed it: what is left is discarded
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,4 +1,4 @@
-"""From arguments to an exit code: which command runs, and how its errors are told."""
+"""Runs the command that the arguments name, prints its warnings and errors, and returns the exit code."""
 
 import sys
 import traceback
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
             sys.stdout.flush()
             return code
         except BrokenPipeError:
-            raise  # stdout was closed by who reads it, as head does
+            raise  # the program that reads stdout, such as head, has closed it
         except Exception as error:
             if debug:
                 terminal.say(traceback.format_exc())
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _line(error: Exception) -> str:
-    """The first line that says something, with the class of errors whose message alone may not."""
+    """Returns the first line of an error's message, with the error's class if the message may not be clear alone."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = isinstance(error, ValueError | OSError | RuntimeError) and lines
     return lines[0] if told else ": ".join([type(error).__name__, *lines[:1]])

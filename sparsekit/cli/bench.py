@@ -80,7 +80,7 @@ class Bench:
         return 0
 
     def models(self) -> dict[str, Any]:
-        """The plain model, the one that oneDNN prepacks where it does, and the compressed one."""
+        """Loads the plain model and the compressed one, and makes one with oneDNN's prepacked layers if any can be."""
         check_folder(self.folder)
         if self.report:
             try_folder(self.folder)
@@ -114,7 +114,7 @@ def _with_rates(timings: Mapping[str, Timing], count: int) -> dict[str, dict[str
 
 
 def show(found: dict[str, Any]) -> None:
-    """The tables of a person, and a plain word where nothing is gained."""
+    """Prints tables of the models and the layers, and says where the compressed model is slower than dense."""
     whole = found["models"]
     names = list(next(iter(whole.values())))
     rows = [

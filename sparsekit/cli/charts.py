@@ -14,7 +14,10 @@ KINDS = 8  # colors in the style sheet
 
 
 def bars(values: Sequence[float | None], names: Sequence[str], label: str, *, percent: bool = False) -> str:
-    """A bar for every layer, colored by the last part of its name, with a tooltip; from zero to a round maximum."""
+    """Returns a bar chart with one bar per layer, whose color follows from the last part of the layer's name.
+
+    The axis goes from zero to a round maximum. Each bar has a tooltip. A value that is None or not finite has no bar.
+    """
     values = [value if value is not None and math.isfinite(value) else None for value in values]
     largest = max((value for value in values if value is not None), default=0.0)
     top = _round_up(largest)
@@ -41,14 +44,14 @@ def bars(values: Sequence[float | None], names: Sequence[str], label: str, *, pe
 
 
 def legend(names: Sequence[str]) -> str:
-    """Which color is which kind of layer."""
+    """Returns the legend of ``bars``: which color stands for which kind of layer."""
     kinds = list(dict.fromkeys(_kind(name) for name in names))
     items = (f'<span><i class="k{index % KINDS}"></i>{escape(kind)}</span>' for index, kind in enumerate(kinds[:24]))
     return f'<p class="legend">{"".join(items)}</p>'
 
 
 def speeds(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
-    """Groups of horizontal bars: every group is scaled to its own longest, the value is written on each."""
+    """Returns a chart of groups of horizontal bars with their values; each group is scaled to its longest bar."""
     shown, y = [], 14
     for title, values in rows:
         shown.append(f'<text class="strong" x="0" y="{y}">{escape(title)}</text>')
@@ -64,7 +67,7 @@ def speeds(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
 
 
 def png(picture: Tensor) -> str:
-    """A uint8 ``[height, width, 3]`` as an image tag's source."""
+    """Returns a picture, uint8 ``[height, width, 3]``, as the source of an HTML image tag."""
     from PIL import Image
 
     height, width, _ = picture.shape
@@ -75,7 +78,7 @@ def png(picture: Tensor) -> str:
 
 
 def shades(share: Tensor) -> Tensor:
-    """A picture of shares from 0 to 1: nothing kept is light, all kept is dark blue."""
+    """Draws shares from 0 to 1 as a picture: nothing kept is light, everything kept is dark blue."""
     light, dark = torch.tensor((240.0, 243, 248)), torch.tensor((24.0, 45, 92))
     return (light + (dark - light) * share.float().unsqueeze(-1)).round().to(torch.uint8)
 
@@ -85,7 +88,7 @@ def _kind(name: str) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of a few round steps of a power of ten."""
+    """Rounds up to a multiple of a power of ten: 1, 1.5, 2, 3, 4, 5, 6, 8 or 10 times."""
     if not 0 < value < math.inf:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))

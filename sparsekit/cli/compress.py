@@ -98,7 +98,7 @@ class Compress:
         return 0
 
     def write(self, model: Any, folder: Path, found: dict[str, Any]) -> None:
-        """The packed model and what was measured."""
+        """Writes the packed model and the measurements."""
         save(model, folder / COMPRESSED)
         write_json(folder / COMPRESS_REPORT, found)
         if self.report:
@@ -106,7 +106,7 @@ class Compress:
 
 
 def readme(model: Any, report: CompressReport) -> str:
-    """How to load the folder."""
+    """Returns the text of README.md, which says how to load the folder."""
     load, path = f"transformers.{type(model).__name__}(config)", f'FOLDER + "/{COMPRESSED}"'
     fill = f"sparsekit.load(model, {path})"
     if model.device.type != "cpu":  # a file does not say which kernel is fastest on a GPU
@@ -116,10 +116,10 @@ def readme(model: Any, report: CompressReport) -> str:
 
 @torch.no_grad()
 def compressed(model: Any, counts: tuple[int, ...], budget: float, objective: Objective = "speed") -> CompressReport:
-    """Compresses a model for passes of these numbers of tokens, and checks that it computes what it did.
+    """Compresses a model for passes of these numbers of tokens, and checks that its outputs stay the same.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: they differ by more than rounding.
     """
     tokens = random_tokens(model, max(counts))
     expected = output_of(model, tokens)
@@ -132,7 +132,7 @@ def compressed(model: Any, counts: tuple[int, ...], budget: float, objective: Ob
 
 
 def show(report: CompressReport) -> None:
-    """The report as a terminal shows it."""
+    """Prints the report."""
     head, rows = grouped_rows(report.layers)
     terminal.table(head, rows, left=("now", "why"))
     for line in summary(report):

@@ -21,7 +21,7 @@ from .roles import names_in, roles_of
 
 FORMAT, METHOD = "sparse-24-bitmask", "compressed-tensors"
 CONFIG = "config.json"
-KEYS = ("quantization_config", "compression_config")  # where config.json tells of a format; the second is the older one
+KEYS = ("quantization_config", "compression_config")  # of config.json, for the format; the second one is older
 READ = ("dense", FORMAT, "sparse-bitmask", "float-quantized", "int-quantized", "naive-quantized")
 INFO = MaskInfo(Pattern.parse("2:4"), 1)
 
@@ -77,13 +77,13 @@ class Convert:
 
 
 def to_dense(shards: Shards, folder: Path, config: dict[str, Any]) -> int:
-    """Writes all tensors dense, with the masks of those that were packed; how many were."""
+    """Writes all tensors dense, with the masks of the packed 2:4 ones; returns how many tensors were packed."""
     packed = find_packed(shards)
     masks = dict[str, Tensor]()
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in unpack_all(shards):
-            # Float8 and int8 have been multiplied by scales: what was zero still is.
+            # Float8 and int8 weights have been multiplied by their scales, which leaves zeros as they are.
             if name in packed and is_24(tensor):
                 masks[name.removesuffix(".weight")] = shards[packed[name]["bitmask"]]
             yield name, tensor
@@ -98,10 +98,10 @@ def to_dense(shards: Shards, folder: Path, config: dict[str, Any]) -> int:
 
 
 def to_packed(shards: Shards, source: Path, folder: Path, config: dict[str, Any]) -> int:
-    """Writes all tensors, the 2:4 weights of linear layers packed; how many are.
+    """Writes all tensors, with the 2:4 weights of linear layers packed; returns how many are packed.
 
     Raises:
-        UsageError: they are packed already.
+        UsageError: some are packed already.
         ValueError: no layer is 2:4.
     """
     if find_packed(shards):
@@ -135,7 +135,7 @@ def read_config_json(path: Path) -> dict[str, Any]:
     """Reads the configuration of a folder.
 
     Raises:
-        UsageError: there is none, or it tells of a format that is not read.
+        UsageError: there is none, or it names a format that cannot be read.
     """
     try:
         config = parse_json(path.read_text("utf-8"))
@@ -155,7 +155,7 @@ def read_config_json(path: Path) -> dict[str, Any]:
 
 
 def copy_others(source: Path, folder: Path) -> None:
-    """Copies what lies beside the weights: the configurations, the tokenizer, the README, stored masks."""
+    """Copies the files beside the weights: the configurations, the tokenizer, the README and stored masks."""
     for path in source.iterdir():
         weights = (path.suffix == ".safetensors" and path.name != MASKS) or path.name == INDEX
         if path.is_file() and is_written(path) and not weights:

@@ -1,4 +1,4 @@
-"""Errors that are the caller's: found before anything is done."""
+"""Errors in the arguments of a command, which are reported before the command does anything."""
 
 import re
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 
 class UsageError(ValueError):
-    """An argument that cannot be; the exit code is 2."""
+    """An argument that the command cannot accept; the exit code is 2."""
 
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Turns what the library says of a value into a ``UsageError``: the block only makes objects of arguments."""
+    """Turns an error of the library inside the ``with`` into a ``UsageError``, where only arguments can be wrong."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -19,14 +19,18 @@ def usage() -> Iterator[None]:
 
 
 def check_positive(**options: float) -> None:
-    """Rejects numbers that are not above zero, by the names of their options."""
+    """Rejects numbers that are not above zero; the names are those of the options."""
     for name, value in options.items():
         if not value > 0:
             raise UsageError(f"--{name} must be positive, got {value}")
 
 
 def regex(text: str) -> re.Pattern[str]:
-    """The regular expression of an option."""
+    """Compiles the regular expression that an option gives.
+
+    Raises:
+        UsageError: it is not a regular expression.
+    """
     try:
         return re.compile(text)
     except re.error as error:

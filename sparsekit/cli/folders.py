@@ -1,4 +1,4 @@
-"""What the commands write, and how: a folder appears whole or not at all."""
+"""The files that commands write, and the checks of the folders that they read and write."""
 
 import os
 from pathlib import Path
@@ -11,25 +11,25 @@ from .stored import is_ours
 MASKS, COMPRESSED = "masks.safetensors", "compressed.safetensors"  # as sparsekit.save writes them
 REPORT, COMPRESS_REPORT, BENCH_REPORT, PAGE = "report.json", "compress.json", "bench.json", "report.html"
 OWN = {MASKS, COMPRESSED}
-# What stands beside them: configurations, reports, weights, and what a tokenizer of transformers writes.
+# The names of the other files that commands write: configurations, reports, weights, and the files of a tokenizer.
 SUFFIXES, NAMES = {".json", ".safetensors", ".jinja", ".model"}, {"vocab.txt", "merges.txt", "README.md", PAGE}
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The safetensors files with the dense weights, as transformers writes them."""
+    """Returns the safetensors files with the dense weights, as transformers writes them."""
     return sorted(path for path in folder.glob("*.safetensors") if path.name not in OWN)
 
 
 def is_written(path: Path) -> bool:
-    """Whether a file has a name that commands, or transformers, give to what they write."""
+    """Returns whether a file has a name that sparsekit's commands or transformers give to the files they write."""
     return path.suffix in SUFFIXES or path.name in NAMES
 
 
 def check_folder(folder: Path) -> None:
-    """Rejects what is no folder, and one whose weights are all pickled.
+    """Rejects a folder that does not exist or has no safetensors file.
 
     Raises:
-        UsageError: it is not there, or holds nothing that can be read.
+        UsageError: says why.
     """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
@@ -41,11 +41,12 @@ def check_folder(folder: Path) -> None:
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Rejects a folder that must not be replaced, or cannot be made: ``overwrite`` is for what sparsekit has written,
-    and no more.
+    """Rejects an output folder that cannot be made, or whose content must not be replaced.
+
+    With ``overwrite``, a folder in which sparsekit wrote everything may be replaced, and no other.
 
     Raises:
-        UsageError: there is something in it, or it cannot be written.
+        UsageError: says why.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, a folder is needed")
@@ -61,7 +62,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise UsageError(f"{out} is not empty: name another folder, or --overwrite")
     pruned = (out / MASKS).exists() and is_ours(out / MASKS)
-    # compress adds its file to any folder: beside dense weights it does not show whose those are
+    # compress adds its file to any folder, so beside dense weights it does not prove that sparsekit wrote those
     packed = (out / COMPRESSED).exists() and is_ours(out / COMPRESSED) and not model_files(out)
     strange = [path for path in out.iterdir() if path.is_dir() or not is_written(path)]
     if strange or not (pruned or packed):

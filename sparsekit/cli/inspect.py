@@ -1,4 +1,4 @@
-"""``sparsekit inspect``: what a stored model really holds."""
+"""``sparsekit inspect``: shows and checks the weights in the files of a model."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.shards import Shards
 from ..masks import Pattern, grouped
+from ..ops.bits import nonzero
 from . import terminal
 from .errors import UsageError, regex, usage
 from .folders import COMPRESSED, MASKS, REPORT, check_folder, model_files
@@ -21,29 +22,31 @@ from .roles import names_in, roles_of
 from .stored import (
     Matrix,
     Role,
+    exempt_roles,
     is_ours,
     matrices,
     model_matrices,
     not_understood,
     own_matrices,
     read_masks,
-    roles_without,
 )
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """One layer.
+    """The findings about one layer.
 
     Args:
-        name, shape, dtype: its weight.
-        sparsity: the share of its weights that is zero.
-        pattern: what it really has.
-        exempt: why ``--expect`` does not ask it, if so.
-        asked: what it should have, by its stored mask or by ``--expect``; None where nothing is asked of it.
-        problem: where it breaks that; None where it does not.
-        dense_bytes, stored_bytes: of the weight, dense and as it is in the file.
-        packed_bytes: in the form that the library packs it in; None where it has none.
+        name: the name of the layer.
+        shape, dtype: those of its weight.
+        zeros: the number of zero weights.
+        sparsity: the share of zero weights.
+        pattern: the pattern that the weight has.
+        exempt: why ``--expect`` does not apply to the layer; None if it does.
+        asked: the pattern that the layer must have, by its stored mask or by ``--expect``; None without either.
+        problem: where the weight breaks that pattern; None if it does not.
+        dense_bytes, stored_bytes: bytes of the dense weight, and of the weight in the file.
+        packed_bytes: bytes of the packed weight; None if the library has no packed form for it.
     """
 
     name: str
@@ -118,11 +121,11 @@ class Inspect:
 
 
 def stored_layers(path: Path) -> tuple[Iterator[Matrix], list[str]]:
-    """The layers of a folder or of a file, and the names of the matrices in it that are not understood.
+    """Reads the layers of a folder or of a file, and the names of the matrices in it whose form is not known.
 
     Raises:
-        UsageError: there is no such thing.
-        ValueError: a file is broken.
+        UsageError: there is no such folder or safetensors file.
+        ValueError: a file is damaged.
     """
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -137,22 +140,22 @@ def stored_layers(path: Path) -> tuple[Iterator[Matrix], list[str]]:
     left = _left_out(path)
     roles: dict[str, Role | None] = {**roles_of(path, set() if ours else names_in(files))}
     if ours:
-        roles.update(roles_without(roles, roles, left or {}))
+        roles.update(exempt_roles(roles, roles, left or {}))
         return own_matrices(ours[0], roles), []
     masks = read_masks(path / MASKS) if (path / MASKS).exists() else {}
     names = names_in(files)
-    if left is None and masks:  # prune_ gives every layer that it prunes a mask
+    if left is None and masks:  # every layer that prune_ prunes has a mask
         left = {name: "no stored mask" for name in names | roles.keys() if name not in masks}
     if masks.keys() - names:  # transformers 5 writes some models, ViT for one, under other names than their modules'
-        roles.update(roles_without(roles, roles, left or {}))
+        roles.update(exempt_roles(roles, roles, left or {}))
         return model_matrices(load_dense(str(path), "cpu", masks=False), roles, masks), []
     tensors = Shards(files)
-    roles.update(roles_without(roles, names | roles.keys(), left or {}))
+    roles.update(exempt_roles(roles, names | roles.keys(), left or {}))
     return matrices(tensors, roles, masks), not_understood(tensors, roles)
 
 
 def _left_out(folder: Path) -> dict[str, str] | None:
-    """What the report of ``sparsekit prune`` says it left out, with the reasons; None where there is no such report."""
+    """Returns why ``sparsekit prune`` left layers out, by name, as its report says; None if there is no report."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         return {each["name"]: f"left out: {each['reason']}" for each in report["skipped"]}
@@ -161,17 +164,16 @@ def _left_out(folder: Path) -> dict[str, str] | None:
 
 
 def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
-    """Looks at one layer; the mask that it was stored with is checked even where nothing is expected."""
+    """Inspects one layer; a stored mask is checked even if no pattern is expected."""
     weight, axis = matrix.weight, matrix.role.axis
-    small = weight.is_floating_point() and weight.element_size() == 1  # float8 cannot be compared
-    kept = _rows(grouped((weight.float() if small else weight) != 0, axis), matrix.role)
+    kept = _rows(grouped(_nonzero(weight), axis), matrix.role)
     flat = kept.flatten(1) if weight.dim() > 2 else kept
     dense = grouped(weight, axis)
     pattern, asked, problem = found_pattern(kept), None, None
     stored = matrix.info.pattern if matrix.info else None
     if stored is not None:
         assert matrix.mask is not None
-        asked, problem = str(stored), _stale(kept, _rows(grouped(matrix.mask, axis), matrix.role), stored)
+        asked, problem = str(stored), _first_break_of_mask(kept, _rows(grouped(matrix.mask, axis), matrix.role), stored)
         if stored.tiers:
             pattern = tier_shares(flat, stored)[1]
     exempt = matrix.role.exempt
@@ -196,13 +198,19 @@ def inspected(matrix: Matrix, expected: Pattern | None) -> Inspected:
     )
 
 
+def _nonzero(weight: Tensor) -> Tensor:
+    if not weight.is_floating_point():
+        return weight != 0
+    return nonzero(weight.float() if weight.element_size() == 1 else weight)  # float8 is compared as float32
+
+
 def _rows(kept: Tensor, role: Role) -> Tensor:
-    """The rows of all experts as those of one matrix; another layer's as they are."""
+    """Joins the matrices of experts to one with the rows of all; leaves another layer's matrix as it is."""
     return kept.flatten(0, 1) if role.experts else kept
 
 
-def _stale(kept: Tensor, mask: Tensor, stored: Pattern) -> str | None:
-    """Where a weight is not what its stored mask says, or the mask not what its pattern says."""
+def _first_break_of_mask(kept: Tensor, mask: Tensor, stored: Pattern) -> str | None:
+    """Returns where a weight first breaks its stored mask, or the mask its pattern; None if neither does."""
     wrong = kept & ~mask
     if not bool(wrong.any()):
         return first_break(mask, stored)
@@ -211,7 +219,7 @@ def _stale(kept: Tensor, mask: Tensor, stored: Pattern) -> str | None:
 
 
 def totals(layers: list[Inspected]) -> dict[str, Any]:
-    """Sums over the layers; what cannot be packed counts dense."""
+    """Sums up the sparsity and bytes of all layers; a layer without a packed form counts as dense."""
     weights = sum(math.prod(layer.shape) for layer in layers)
     packed = sum(layer.dense_bytes if layer.packed_bytes is None else layer.packed_bytes for layer in layers)
     return {

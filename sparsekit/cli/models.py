@@ -1,4 +1,4 @@
-"""Any transformers model from a folder or a hub id: the class is what its configuration names."""
+"""Loads transformers models from a folder or by their id on the hub, and calls them on tokens."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def transformers() -> Any:
-    """The package, imported when it is needed (seconds) and told to leave the terminal to us."""
+    """Imports transformers, which takes seconds, and silences its messages and progress bars; returns the package."""
     import huggingface_hub
     import transformers as package
 
@@ -30,17 +30,21 @@ def transformers() -> Any:
 
 
 def device_of(name: str) -> torch.device:
-    """``"auto"`` is the GPU where there is one."""
+    """Returns the device of this name; ``"auto"`` is the GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch's word for a CUDA that was not compiled in
+    except (RuntimeError, AssertionError) as error:  # the latter if torch was built without CUDA
         raise UsageError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
 
 
 def read_config(source: str) -> Any:
-    """The configuration of a model.
+    """Reads the configuration of a model from a folder or the hub.
 
     Raises:
         UsageError: there is no such folder.
@@ -60,7 +64,7 @@ def read_config(source: str) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """The class that the configuration names; without a name, or with one of another package, a causal LM."""
+    """Returns the class that the configuration names; a causal LM if transformers has no such class."""
     package = transformers()
     for name in config.architectures or ():
         if hasattr(package, name):
@@ -69,7 +73,13 @@ def model_class(config: Any) -> Any:
 
 
 def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto", *, masks: bool = True) -> nn.Module:
-    """A model with dense weights, in eval mode, with the masks that ``prune`` stored, if wanted; nothing is unpickled.
+    """Loads a model with dense weights, in evaluation mode; nothing is unpickled.
+
+    Args:
+        source: a folder, or an id on the hub.
+        device: as for ``device_of``.
+        dtype: ``"auto"`` is the checkpoint's own.
+        masks: whether to load the masks that ``sparsekit prune`` stored.
 
     Raises:
         UsageError: there is no such folder.
@@ -95,7 +105,7 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto", *, mask
 
 
 def empty_model(config: Any) -> Any:
-    """A model of a configuration for ``sparsekit.load`` to fill, in eval mode on the CPU."""
+    """Makes a model of a configuration for ``sparsekit.load`` to fill, in evaluation mode on the CPU."""
     kind = model_class(config)
     if hasattr(kind, "_from_config"):
         return kind._from_config(config).eval()
@@ -106,8 +116,8 @@ def load_tokenizer(source: str, config: Any) -> Any:
     """Loads the model's own tokenizer.
 
     Raises:
-        UsageError: it has none that can be loaded, or one that is not the model's: without the files of a tokenizer,
-            transformers makes one up that knows a handful of tokens.
+        UsageError: none can be loaded, or it is not the model's: if a folder has no files of a tokenizer, transformers
+            returns one that knows a handful of tokens.
     """
     try:
         tokenizer = transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -124,22 +134,22 @@ def load_tokenizer(source: str, config: Any) -> Any:
 
 
 def copy_tokenizer(source: str, config: Any, folder: Path) -> None:
-    """Writes the model's tokenizer to a folder, where it has one."""
+    """Writes the model's tokenizer, if it has one, to a folder."""
     with suppress(UsageError):
         load_tokenizer(source, config).save_pretrained(folder)
 
 
 def head_of(model: Any) -> nn.Module | None:
-    """The layer that gives the logits, where the model has one."""
+    """Returns the layer that computes the logits; None if the model has none."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None
 
 
 def longest(model: Any, tokenizer: Any = None) -> int | None:
-    """Finds the most tokens that a model reads at once; None where nothing says so.
+    """Returns the most tokens that a model can read at once; None if there is no known limit.
 
-    The least of what the configuration, the tokenizer and the tables of positions allow. A table with a padding index,
-    as RoBERTa's, begins to count after it.
+    This is the least of the limits of the configuration, the tokenizer and the tables of positions. A table with a
+    padding index, as RoBERTa has, counts positions from the index after it.
     """
     said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [said, getattr(tokenizer, "model_max_length", None)]
@@ -151,7 +161,7 @@ def longest(model: Any, tokenizer: Any = None) -> int | None:
 
 
 def batch_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """Makes what the model is called with to read ``tokens`` ``[batch, length]``.
+    """Returns the arguments with which the model reads ``tokens`` ``[batch, length]``.
 
     Raises:
         UsageError: the model reads something else than text.
@@ -167,14 +177,14 @@ def batch_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def output_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The logits, or the first thing that the model gives."""
+    """Runs the model on ``tokens``, and returns the logits, or its first output if it has no logits."""
     output = model(**batch_of(model, tokens))
     return output.logits if hasattr(output, "logits") else output[0]
 
 
 @contextmanager
 def without_cache(model: Any) -> Iterator[None]:
-    """No key-value cache, which only costs memory where whole texts are read; the configuration is as before after."""
+    """Turns off the key-value cache inside the ``with``: it only takes memory when whole texts are read at once."""
     config = model.config.get_text_config()
     before = getattr(config, "use_cache", None)
     if before is not None:

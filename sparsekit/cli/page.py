@@ -1,4 +1,4 @@
-"""The HTML report of a folder: one file that needs no other, from what the commands have written there."""
+"""The HTML report of a folder: one file that needs no other, made of the files that the commands wrote there."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -158,7 +158,10 @@ def _packed(packed: dict[str, Any]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = ()) -> str:
-    """An HTML table of plain text; numbers stand to the right, the columns ``left`` break lines where they must."""
+    """Returns an HTML table of plain text.
+
+    The first column and those at the indices ``left`` are aligned to the left, and the latter break long lines.
+    """
     style = [' class="left"' if index in left else "" for index in range(len(head))]
     top = "".join(f"<th{style[index]}>{escape(cell)}</th>" for index, cell in enumerate(head))
     body = "".join(

@@ -1,4 +1,4 @@
-"""Which pattern a weight really has, and where it breaks one."""
+"""Finds the pattern that a weight has, where it breaks an expected one, and how many bytes it takes packed."""
 
 from torch import Tensor
 
@@ -11,7 +11,9 @@ GROUPS = (2, 4, 8, 16, 32)
 
 
 def found_pattern(kept: Tensor) -> str:
-    """What a bool ``[outputs, ..., inputs]`` keeps: ``"dense"``, the closest ``"n:m"``, ``"p%"`` of every row, or
+    """Returns the pattern of a mask, bool ``[outputs, ..., inputs]``.
+
+    It is ``"dense"``, ``"all zero"``, the tightest ``"n:m"``, ``"p%"`` if all rows drop the same share, or
     ``"unstructured"``.
     """
     if bool(kept.all()):
@@ -23,7 +25,7 @@ def found_pattern(kept: Tensor) -> str:
     fits = []
     for size in (size for size in GROUPS if size <= rows.shape[1]):
         most = int(_per_group(rows, size).max())
-        # 2:4 is what kernels read; another rule must be about as tight as the weight, or chance has made it
+        # Kernels read 2:4. Another n:m is taken only if about as many weights are kept as it allows: else it is chance.
         if most < size and (density > 0.9 * most / size or (most, size) == (2, 4)):
             fits.append((most / size, size, most))
     if fits:
@@ -36,8 +38,9 @@ def found_pattern(kept: Tensor) -> str:
 
 
 def first_break(kept: Tensor, pattern: Pattern) -> str | None:
-    """Where a bool ``[outputs, ..., inputs]`` keeps more than a pattern allows: the first row and group; None where it
-    does not. A tier pattern allows dense blocks, so nothing breaks it.
+    """Returns where a mask, bool ``[outputs, ..., inputs]``, first keeps more than a pattern allows; None if nowhere.
+
+    A tier pattern allows dense blocks, so no mask breaks it.
     """
     if pattern.tiers:
         return None
@@ -55,7 +58,7 @@ def first_break(kept: Tensor, pattern: Pattern) -> str | None:
 
 
 def _first_break_of_share(rows: Tensor, pattern: Pattern) -> str | None:
-    """A share of every row, of the layer, or of its blocks that are all zero."""
+    """Does the same for a pattern that drops a share of every row, of the layer, or of its blocks."""
     if pattern.unit == "row":
         zeros, size, what = (~rows).sum(1), rows.shape[1], "weights"
     elif pattern.unit == "layer":
@@ -72,13 +75,13 @@ def _first_break_of_share(rows: Tensor, pattern: Pattern) -> str | None:
 
 
 def _per_group(rows: Tensor, size: int) -> Tensor:
-    """Kept entries of every full group; a shorter tail belongs to none."""
+    """Counts the kept entries of every full group; a shorter one at the end is left out."""
     full = rows.shape[1] // size * size
     return rows[:, :full].reshape(len(rows), -1, size).sum(-1)
 
 
 def packed_bytes(weight: Tensor, kept: Tensor, pattern: Pattern | None) -> int | None:
-    """What a matrix ``[outputs, inputs]`` takes in the form that the library packs it in; None where it has none."""
+    """Returns the bytes that a matrix ``[outputs, inputs]`` takes packed; None if the library has no form for it."""
     if weight.dim() != 2 or not weight.is_floating_point() or weight.element_size() > 4:
         return None
     rows, cols = weight.shape
@@ -92,7 +95,7 @@ def packed_bytes(weight: Tensor, kept: Tensor, pattern: Pattern | None) -> int |
 
 
 def tier_shares(kept: Tensor, pattern: Pattern) -> tuple[Tensor, str]:
-    """The tier of every block of a bool ``[outputs, inputs]``, and their shares in words."""
+    """Returns the tier of every block of a mask, bool ``[outputs, inputs]``, and the shares of the tiers in words."""
     assert isinstance(pattern.unit, tuple)
     tiers = smallest_tiers(kept, pattern.unit, pattern.n)
     dense, middle, few = (float((tiers == tier).float().mean()) for tier in range(3))

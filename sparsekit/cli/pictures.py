@@ -1,4 +1,4 @@
-"""Thumbnails of masks: a corner of an n:m mask entry by entry, tiers block by block, any other as shares kept."""
+"""Pictures of masks: a corner of an n:m mask entry by entry, the tier of every block, or the shares that are kept."""
 
 from html import escape
 from pathlib import Path
@@ -12,11 +12,13 @@ from .charts import png, shades
 from .patterns import tier_shares
 from .stored import read_masks
 
-CORNER, CELLS, MOST = 64, 96, 12  # entries and cells a side; pictures in a report
+CORNER = 64  # entries per side of the corner of an n:m mask
+CELLS = 96  # cells per side of a picture of shares
+MOST = 12  # pictures in a report
 
 
 def mask_pictures(path: Path) -> str:
-    """A section with pictures of up to twelve masks, drawn evenly from all layers; nothing without a file of masks."""
+    """Returns the HTML section with pictures of up to twelve masks of evenly spaced layers; empty without the file."""
     masks = read_masks(path) if path.exists() else {}
     chosen = list(masks)[:: max(-(-len(masks) // MOST), 1)]
     figures = []
@@ -28,7 +30,7 @@ def mask_pictures(path: Path) -> str:
 
 
 def thumbnail(mask: Tensor, info: MaskInfo) -> tuple[Tensor, str]:
-    """A uint8 ``[height, width, 3]`` of a mask in its weight's shape, and what it shows."""
+    """Draws a mask, which has its weight's shape: returns a uint8 ``[height, width, 3]`` and a caption."""
     pattern = info.pattern
     rows = grouped(mask, info.axis).flatten(1)
     if pattern.tiers and isinstance(pattern.unit, tuple):

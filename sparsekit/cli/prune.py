@@ -1,4 +1,4 @@
-"""``sparsekit prune``: a sparse model in a folder of its own."""
+"""``sparsekit prune``: prunes a model and writes it to a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,20 +123,20 @@ class Prune:
         return 0
 
     def texts(self, model: Any) -> tuple[int, list[dict[str, Tensor]] | None, Tensor | None]:
-        """The tokens in a window; and the calibration batches and the held-out windows, where they are wanted."""
+        """Returns the tokens in a window, the calibration batches and the held-out windows; None if not wanted."""
         tokenizer = load_tokenizer(self.model, model.config) if self.calibration != "none" or self.eval else None
         window = min(self.window, longest(model, tokenizer) or self.window)
         calibration = held_out = None
         if self.calibration != "none":
             tokens = text.windows(tokenizer, self.calibration, window, self.nsamples)
-            calibration = [batch_of(model, batch) for batch in text.sample(tokens, self.nsamples, self.seed)]
+            calibration = [batch_of(model, batch) for batch in text.draw_batches(tokens, self.nsamples, self.seed)]
         if self.eval is not None:
             text.check_causal(model)
             held_out = text.windows(tokenizer, str(self.eval), window, 1)[: self.nsamples]
         return window, calibration, held_out
 
     def where(self, model: nn.Module) -> tuple[Where, list[dict[str, str]]]:
-        """Which layers are pruned, and what is to be said of the output head."""
+        """Returns the function that selects layers, and the entry of the report if the output head stays dense."""
         only, head = regex(self.only), None if self.head else head_of(model)
         if head is not None and (head, "weight") in shared_weight_reasons(model, fast_paths=False):
             head = None
@@ -148,10 +148,10 @@ class Prune:
         )
 
     def checked(self) -> Method:
-        """The method, after everything was looked at that needs no model.
+        """Checks all arguments, as far as that needs no model, and returns the pruning method.
 
         Raises:
-            UsageError: an argument cannot be.
+            UsageError: an argument is wrong.
         """
         check_out(self.out, overwrite=self.overwrite)
         if self.nsamples < 1 or self.window < 2:
@@ -172,12 +172,12 @@ class Prune:
 
 
 def quality(model: nn.Module, held_out: Tensor | None, what: str) -> float | None:
-    """Perplexity, where there is a text for it."""
+    """Returns the perplexity on the held-out text; None without one."""
     return None if held_out is None else text.perplexity(model, held_out, terminal.progress(what))
 
 
 def report_of(model: Any, report: PruneReport) -> dict[str, Any]:
-    """What ``prune_`` tells, with the bytes of every layer."""
+    """Returns the report of ``prune_`` as JSON, with the bytes of every layer added."""
     found, modules = report.to_json(), dict(model.named_modules())
     for layer in found["layers"]:
         name, key = layer["name"], "weight"
@@ -192,7 +192,7 @@ def report_of(model: Any, report: PruneReport) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], out: Path) -> None:
-    """The table of a person."""
+    """Prints a table of the layers, what was left dense, and the perplexity."""
     rows = [
         (
             layer["name"],

@@ -1,4 +1,4 @@
-"""What the modules of a transformers folder are, from the configuration alone: no weight is read."""
+"""Finds out what the modules of a stored model are, from its configuration alone: no weight is read."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from .stored import Role
 
 
 def names_in(files: Iterable[Path]) -> set[str]:
-    """The names of all modules that have a tensor in the files."""
+    """Returns the names of all modules that have a tensor in the files."""
     names = set[str]()
     for path in files:
         with safe_open(path, "pt") as file:
@@ -22,17 +22,17 @@ def names_in(files: Iterable[Path]) -> set[str]:
 
 
 def roles_of(folder: Path, names: set[str]) -> Mapping[str, Role | None]:
-    """What every module is, by the ``names`` in the files: None for one that is neither linear nor a convolution; and
-    what the parameters of experts are, by their own names.
+    """Returns the role of every module, by the ``names`` in the files: None unless it is linear or a convolution.
 
-    Empty where the folder does not tell.
+    Parameters that hold the matrices of experts have a role as well, by their own names. Empty if the folder has no
+    configuration, or one of a model that transformers does not know.
     """
     if not (folder / "config.json").exists():
         return {}
     try:
         with torch.device("meta"):
             model = empty_model(read_config(str(folder)))
-    except ValueError:  # a kind of model that transformers does not know
+    except ValueError:  # transformers does not know this kind of model
         return {}
     held, head = shared_weight_reasons(model, fast_paths=False), head_of(model)
     roles: dict[str, Role | None] = {}
@@ -46,7 +46,7 @@ def roles_of(folder: Path, names: set[str]) -> Mapping[str, Role | None]:
         roles[name] = None if axis is None else Role(axis, exempt)
         for key, along in expert_axes(module).items():
             roles[f"{name}.{key}".lstrip(".")] = Role(along, experts=True)
-    prefix = f"{model.base_model_prefix}."  # a checkpoint of the base model lacks it, or alone has it
+    prefix = f"{model.base_model_prefix}."  # only one of the two may have it: the names in the files or the modules'
     for name in list(roles):
         for other in (name.removeprefix(prefix), prefix + name):
             if name not in names and other in names:

@@ -1,4 +1,4 @@
-"""Whole models and their layers against dense, by the clocks of ``compress_``; what is timed was checked first."""
+"""Times compressed models and their layers against dense ones, with the clocks of ``compress_``, after a check."""
 
 import copy
 import statistics
@@ -39,7 +39,7 @@ def check_tokens(model: Any, counts: Sequence[int]) -> None:
 
 
 def random_tokens(model: Any, count: int) -> Tensor:
-    """Token ids ``[1, count]``, the same ones in every run."""
+    """Returns random token ids ``[1, count]``, the same ones in every run."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(len(model.get_input_embeddings().weight), (1, count), generator=generator).to(model.device)
 
@@ -58,7 +58,7 @@ def check_same(model: nn.Module, expected: Tensor, tokens: Tensor, what: str) ->
 
 
 def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
-    """A copy with oneDNN's prepacked layers, which is often the best dense on a CPU; None where no layer can be."""
+    """Returns a copy with prepacked layers, often the fastest dense model on a CPU; None if no layer can be one."""
     dense = next(candidate for candidate in CANDIDATES if candidate.dense)
     shared = shared_weight_reasons(model)
     layers = [
@@ -80,10 +80,12 @@ def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
 
 @torch.no_grad()
 def model_speeds(models: Mapping[str, nn.Module], tokens: Tensor, budget: float) -> dict[str, Timing]:
-    """Every model against ``"plain"`` on the same tokens, in turns; one that has two names is timed once.
+    """Times every model in turns with the one named ``"plain"``, on the same tokens.
+
+    A model that is given under two names is timed once.
 
     Raises:
-        RuntimeError: one computes something else.
+        RuntimeError: a model computes something else than the plain one.
     """
     plain = models["plain"]
     expected = output_of(plain, tokens)
@@ -106,7 +108,7 @@ def model_speeds(models: Mapping[str, nn.Module], tokens: Tensor, budget: float)
 def layer_speeds(
     model: nn.Module, counts: Sequence[int], *, evict_cache: bool, budget: float, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Every kind of compressed layer against the dense layer that it stands for."""
+    """Times one layer of every kind of compressed layer against the dense layer that it replaces."""
     kinds: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Compressed):
@@ -137,7 +139,10 @@ def layer_speeds(
 
 
 def _tiers(layer: nn.Module) -> tuple[Any, ...]:
-    """What the time of a tiered layer depends on besides its shape: shares of tiers to a twentieth; else nothing."""
+    """Returns what the time of a tiered layer depends on besides its shape; nothing for another layer.
+
+    Tiered layers are of the same kind if the shares of their tiers agree to a twentieth.
+    """
     if not isinstance(layer, TieredLinear):
         return ()
     dense, middle = (len(part) / max(layer.tiers.numel(), 1) for part in (layer.dense, layer.values))

@@ -1,4 +1,4 @@
-"""The weights and masks in safetensors files, one after the other; nothing is unpickled."""
+"""Reads the weights and masks in safetensors files, one after the other; nothing is unpickled."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,12 +23,12 @@ INFO24 = MaskInfo(Pattern.parse("2:4"), 1)
 
 @dataclass(frozen=True)
 class Role:
-    """What a layer is in its model.
+    """The role of a layer in its model.
 
     Args:
-        axis: the dimension of its inputs.
-        exempt: why no pattern is asked of it, if so.
-        experts: whether it is the matrices of experts, ``[experts, ...]``.
+        axis: the dimension of the weight that the inputs run along.
+        exempt: why an expected pattern does not apply to the layer; empty if it does.
+        experts: whether the weight holds the matrices of experts, ``[experts, ...]``.
     """
 
     axis: Axis
@@ -36,8 +36,8 @@ class Role:
     experts: bool = False
 
 
-def roles_without(roles: Mapping[str, Role | None], names: Iterable[str], left: Mapping[str, str]) -> dict[str, Role]:
-    """The roles of those of the ``names`` that nothing is asked of, since ``left`` has the reason why they are left."""
+def exempt_roles(roles: Mapping[str, Role | None], names: Iterable[str], left: Mapping[str, str]) -> dict[str, Role]:
+    """Returns the roles of those ``names`` that are in ``left``, exempt for the reasons that ``left`` gives."""
     found = {}
     for name in names:
         role = roles.get(name, Role(1))
@@ -48,7 +48,7 @@ def roles_without(roles: Mapping[str, Role | None], names: Iterable[str], left: 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weight of one layer as it is stored, in the layer's own shape; ``stored`` in bytes, without its mask."""
+    """The weight of one layer in the layer's own shape; ``stored`` is its bytes in the file, without the mask."""
 
     name: str
     weight: Tensor
@@ -59,10 +59,10 @@ class Matrix:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether ``sparsekit.save`` wrote the file.
+    """Returns whether ``sparsekit.save`` wrote the file.
 
     Raises:
-        ValueError: it is no safetensors file.
+        ValueError: it is not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -72,10 +72,10 @@ def is_ours(path: Path) -> bool:
 
 
 def read_masks(path: Path) -> dict[str, tuple[Tensor, MaskInfo]]:
-    """The masks of a file that ``sparsekit.save`` wrote, by layer.
+    """Reads the masks in a file that ``sparsekit.save`` wrote, by layer.
 
     Raises:
-        ValueError: it is another file, or was altered.
+        ValueError: something else wrote the file, or it was altered.
     """
     try:
         structure, tensors = read_tensors(path)
@@ -93,11 +93,11 @@ def read_masks(path: Path) -> dict[str, tuple[Tensor, MaskInfo]]:
 
 
 def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matrix]:
-    """The layers that are compressed or pruned in a file that ``sparsekit.save`` wrote, unpacked; then the plain ones.
+    """Yields the layers in a file that ``sparsekit.save`` wrote: the compressed and pruned ones, then the plain ones.
 
     Args:
         path: the file.
-        roles: what the modules of the model are; a plain weight is a layer's only where they say so.
+        roles: the roles of the model's modules; a plain weight is yielded only if its module has one.
 
     Raises:
         ValueError: the file was altered, or its layers are not what it says.
@@ -131,16 +131,17 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
 
 
 def matrices(tensors: Shards, roles: Mapping[str, Role | None], masks: Masks) -> Iterator[Matrix]:
-    """The weights of layers in ordinary safetensors files, and in those that llm-compressor packed.
+    """Yields the layers in ordinary safetensors files, and in those that llm-compressor packed.
 
     Args:
-        tensors: those of one model.
-        roles: what the modules of the model are, None for one that is no layer. A tensor of two dimensions and more
-            whose name ends in ``weight`` and is no module's is taken for a layer: better asked than overlooked.
+        tensors: the tensors of one model.
+        roles: the roles of the model's modules, None for a module that is not a layer. A tensor of at least two
+            dimensions whose name ends in ``weight`` is taken for a layer too if no module has its name, so that none is
+            overlooked.
         masks: stored masks, by layer.
 
     Raises:
-        ValueError: a file is broken, or a packed weight malformed.
+        ValueError: a file is damaged, or a packed weight malformed.
     """
     packed = find_packed(tensors)
     for key in (*tensors, *packed):
@@ -150,7 +151,7 @@ def matrices(tensors: Shards, roles: Mapping[str, Role | None], masks: Masks) ->
             continue
         role = roles.get(name, Role(1))
         mask, info = masks.get(name, (None, None))
-        if info is not None and mask is not None and mask.dim() == 3:  # experts that only a pass showed to be some
+        if info is not None and mask is not None and mask.dim() == 3:  # experts, which a calibration pass has found
             role = Role(info.axis, experts=True)
         if part != "weight" or role is None:
             continue
@@ -169,7 +170,7 @@ def matrices(tensors: Shards, roles: Mapping[str, Role | None], masks: Masks) ->
 
 
 def not_understood(tensors: Shards, roles: Mapping[str, Role | None]) -> list[str]:
-    """The names of the matrices that are neither a layer's weight nor what some other module of the model holds."""
+    """Returns the names of the matrices that are neither the weight of a layer nor a parameter of another module."""
     parts = {key for each in find_packed(tensors).values() for key in each.values()}
 
     def strange(key: str) -> bool:
@@ -180,11 +181,11 @@ def not_understood(tensors: Shards, roles: Mapping[str, Role | None]) -> list[st
 
 
 def model_matrices(model: nn.Module, roles: Mapping[str, Role | None], masks: Masks) -> Iterator[Matrix]:
-    """The weights of the layers of a model in memory.
+    """Yields the layers of a model in memory.
 
     Args:
-        model: it has a weight of its own wherever ``roles`` has a layer.
-        roles: what its modules are, None for one that is no layer.
+        model: has a weight of its own in every module that has a role.
+        roles: the roles of its modules, None for a module that is not a layer.
         masks: stored masks, by layer.
     """
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What a person sees: tables on stdout; progress, remarks and errors on stderr. With ``--json``, JSON on stdout."""
+"""Output of the commands: results on stdout, as tables or with ``--json`` as JSON; all the rest on stderr."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,11 +12,11 @@ from rich.text import Text
 from .._batches import Progress as Wrapper
 from .._json import to_json
 
-WIDE = 10_000  # a file or a pipe gets every table in full
+WIDE = 10_000  # columns of a table in a file or a pipe, where nothing is folded
 
 
 def progress(what: str) -> Wrapper:
-    """Wraps a loop with a bar on stderr, where that is a terminal."""
+    """Returns a function that wraps a loop with a progress bar on stderr, if that is a terminal."""
 
     def wrap(items: Iterable[Any]) -> Iterable[Any]:
         console = Console(stderr=True)
@@ -39,32 +39,32 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[
 
 
 def write(text: str) -> None:
-    """A line of results on stdout."""
+    """Writes a line of results to stdout."""
     sys.stdout.write(printable(text) + "\n")
 
 
 def write_json(data: Any) -> None:
-    """The results on stdout, for a program to read."""
+    """Writes the results to stdout as JSON, for a program to read."""
     sys.stdout.write(to_json(data) + "\n")
 
 
 def say(text: str) -> None:
-    """A remark on stderr."""
+    """Writes a remark to stderr."""
     sys.stderr.write(text.rstrip("\n") + "\n")
 
 
 def fail(text: str) -> None:
-    """The one line that says why there is no result."""
+    """Writes to stderr, in one line, why the command failed."""
     say(f"sparsekit: {printable(text)}")
 
 
 def printable(text: str) -> str:
-    """Without control characters: a name in a file may hold any, and a terminal obeys them."""
+    """Replaces control characters, which a name in a file may hold and a terminal would obey."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def size(count: float) -> str:
-    """Bytes for a person."""
+    """Formats a number of bytes in a unit that is easy to read."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

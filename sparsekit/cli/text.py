@@ -1,4 +1,4 @@
-"""Windows of text for calibration, and perplexity on text held out."""
+"""Windows of text for calibration, and perplexity on held-out text."""
 
 import math
 import pydoc_data.topics
@@ -14,11 +14,11 @@ from .errors import UsageError
 from .models import output_of
 
 SEPARATOR = "<|endoftext|>"
-TOKENS = 2048  # in a batch
+TOKENS = 2048  # tokens in a batch
 
 
 def read_text(source: str) -> str:
-    """A UTF-8 file, or ``"builtin"``: the documentation of Python, 450,000 characters that every Python brings.
+    """Reads a UTF-8 file; ``"builtin"`` is the documentation that comes with Python, 450,000 characters.
 
     Raises:
         UsageError: there is no such file, or it is not UTF-8.
@@ -35,10 +35,12 @@ def read_text(source: str) -> str:
 
 
 def windows(tokenizer: Any, source: str, length: int, at_least: int) -> Tensor:
-    """The text as token ids ``[windows, length]``; documents end at ``<|endoftext|>``, the rest at the end is dropped.
+    """Cuts a text into windows of token ids, ``[windows, length]``; what is left at the end is dropped.
+
+    ``<|endoftext|>`` separates documents, which are tokenized one by one.
 
     Raises:
-        UsageError: there are fewer than ``at_least``, or the tokenizer does not know most of the text.
+        UsageError: there are fewer windows than ``at_least``, or the tokenizer does not know most of the text.
     """
     documents = [document.strip() for document in read_text(source).split(SEPARATOR)]
     rows = tokenizer([document for document in documents if document] or [""], verbose=False)["input_ids"]
@@ -58,22 +60,22 @@ def windows(tokenizer: Any, source: str, length: int, at_least: int) -> Tensor:
     return tokens[: count * length].view(count, length)
 
 
-def sample(tokens: Tensor, count: int, seed: int) -> list[Tensor]:
-    """``count`` of the windows, drawn evenly without repetition, in batches."""
-    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:count]
-    return batches(tokens[chosen])
+def draw_batches(windows: Tensor, count: int, seed: int) -> list[Tensor]:
+    """Draws ``count`` windows at random, none twice, and returns them in batches."""
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]
+    return in_batches(windows[chosen])
 
 
-def batches(tokens: Tensor) -> list[Tensor]:
-    """Windows in batches of about 2048 tokens."""
+def in_batches(tokens: Tensor) -> list[Tensor]:
+    """Splits windows into batches of about 2048 tokens."""
     return list(tokens.split(max(TOKENS // tokens.shape[1], 1)))
 
 
 def check_causal(model: Any) -> None:
-    """Rejects a model whose perplexity is not that of the next token.
+    """Rejects a model that does not predict the next token, on which perplexity is defined.
 
     Raises:
-        UsageError: it does not predict the next token.
+        UsageError: the model is such a one.
     """
     generates = getattr(model, "can_generate", None)
     if not (callable(generates) and generates()) or model.config.is_encoder_decoder:
@@ -81,10 +83,13 @@ def check_causal(model: Any) -> None:
 
 
 def perplexity(model: nn.Module, tokens: Tensor, progress: Progress) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each window, given those before it."""
+    """Computes the exponential of the mean negative log-likelihood of the tokens of all windows.
+
+    Each token is predicted from the tokens before it in its window; the first one of a window does not count.
+    """
     total = 0.0
     with evaluating(model):
-        for batch in progress(batches(tokens)):
+        for batch in progress(in_batches(tokens)):
             logits = output_of(model, batch)[:, :-1].float()
             target = batch[:, 1:].to(logits.device)
             total += F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
