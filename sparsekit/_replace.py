@@ -7,7 +7,8 @@ from torch import nn
 from ._layers import hooks_reason
 from ._state import SAVE_PRETRAINED, get_attribute, get_original, remove_attribute, set_attribute
 from .masks import remove_mask
-from .nn import Compressed, carry_mask, guard_conversions
+from .nn import Compressed, guard_conversions
+from .nn.common import carry_mask
 
 Slots = list[tuple[nn.Module, str]]  # the parents of a module, and the name that each has for it
 

@@ -15,7 +15,8 @@ from .._replace import release_weight
 from .._safetensors import check_holds_data, read_tensors, seal, unique_tensors, write_tensors
 from .._state import get_original
 from .._undo import Undo, change, restoring
-from ..nn import Compressed, weight_shape
+from ..nn import Compressed
+from ..nn.compressed import weight_shape
 from .bitmask import from_bitmask24, to_bitmask24
 from .mask_file import assign_masks, collect_masks, holds_only_masks
 from .rebuild import rebuild

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .._json import parse_json
 from ..masks import Axis, MaskInfo, Pattern, check_masks, get_mask_bits, get_mask_info, masked_parameters
-from ..nn import Linear24, PrepackedLinear, TieredLinear, weight_shape
+from ..nn import Linear24, PrepackedLinear, TieredLinear
+from ..nn.compressed import weight_shape
 from ..ops import Packed24, TieredWeight
 
 VERSION = 1

@@ -12,7 +12,8 @@ from .._layers import (
     shared_weight_reasons,
     unsupported_reason,
 )
-from ..nn import Compressed, weight_shape
+from ..nn import Compressed
+from ..nn.compressed import weight_shape
 from .layer import MaskedLinear
 from .report import TrainLayerReport
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._state import CALLED, RAN_SPARSE, RECIPE, get_attribute, remove_attribute, set_attribute
 from ..masks import MaskInfo, get_mask_bits, get_mask_info, remove_mask, set_mask_bits
-from ..nn import autocast_dtype, fx_node
+from ..nn.common import autocast_dtype, fx_node
 from . import layouts
 from .layouts import hardware_layout, traced_as_constant
 from .product import Recipe, multiply

@@ -6,7 +6,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn import autocast_dtype
+from ..nn.common import autocast_dtype
 from ..ops import nm_mask, transposable_mask24
 from ..ops.train24 import train_linear24, train_prune24
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from .._table import table_lines
 from .._timing import RATIO
-from ..nn import autocast_dtype
+from ..nn.common import autocast_dtype
 from .layer import MaskedLinear
 from .layouts import RATIOS, StepKind, hardware_layout
 
