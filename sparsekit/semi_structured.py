@@ -1,4 +1,4 @@
-"""To the 2:4 tensors of ``torch.sparse`` and back, without its compressor."""
+"""Converts packed 2:4 weights to the 2:4 tensors of ``torch.sparse`` and back."""
 
 import torch
 from torch.sparse import (
@@ -14,13 +14,13 @@ from .ops.hardware_linear24 import UNKNOWN, padded_shape
 def to_sparse_semi_structured(
     packed: Packed24, *, layout: str | None = None, alg_id: int = 0
 ) -> SparseSemiStructuredTensor:
-    """Makes the tensor that ``torch.sparse.to_sparse_semi_structured`` makes, from a packed weight.
+    """Converts a packed weight to the tensor that ``torch.sparse.to_sparse_semi_structured`` makes of a dense one.
 
-    One kernel packs it; torch itself runs about thirty for CUTLASS, and reads the dense weight for cuSPARSELt.
+    This runs one kernel; torch itself runs about thirty for CUTLASS, and reads the dense weight for cuSPARSELt.
 
     Args:
         packed: a 2:4 weight as ``pack24`` returns it, or the ``packed`` of a ``Linear24``; float16 or bfloat16.
-        layout: a layout of ``ops.to_hardware24``; None is the first that the weight's device computes with.
+        layout: a layout of ``ops.to_hardware24``; None takes the first of ``ops.hardware_layouts`` of its device.
         alg_id: the algorithm by which cuSPARSELt multiplies.
 
     Returns:
@@ -51,11 +51,14 @@ def to_sparse_semi_structured(
 
 
 def from_sparse_semi_structured(tensor: SparseSemiStructuredTensor, *, layout: str | None = None) -> Packed24:
-    """Unpacks a 2:4 tensor of ``torch.sparse``, which itself can only multiply by the identity.
+    """Converts a 2:4 tensor of ``torch.sparse`` to a packed weight.
+
+    ``torch.sparse`` itself can only multiply it by an identity matrix.
 
     Args:
         tensor: float16 or bfloat16, not transposed.
-        layout: the layout that it has; None is ``"cutlass_sm80"`` for CUTLASS, and for cuSPARSELt that of its device.
+        layout: the layout of the tensor; None means ``"cutlass_sm80"`` for CUTLASS, and the layout of its device for
+            cuSPARSELt.
 
     Returns:
         The weight as ``pack24`` packs it.

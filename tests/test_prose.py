@@ -14,7 +14,6 @@ LATER = (
     "sparsekit/compress",
     "sparsekit/integrations",
     "sparsekit/nn",
-    "sparsekit/ops",
     "sparsekit/prune",
     "sparsekit/tiers",
     "bench/gpu",

@@ -1,4 +1,4 @@
-"""Declares an op: schema, reference, fake and gradient, under the ``sparsekit`` namespace."""
+"""Declares ops in torch's namespace ``sparsekit``: their schema, reference, fake and gradient; checks arguments."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,19 +29,19 @@ def define(
 ) -> Any:
     """Declares the op ``x``, whose reference is the function ``x_reference``, and returns its overload.
 
-    The annotations of the reference are the op's schema. The reference answers on every device that has no kernel of
-    its own. ``Library.define`` costs 2.6 us a call, ``torch.library.custom_op`` 7.3 us.
+    The annotations of the reference are the op's schema. The reference runs on every device without a kernel of its
+    own. A call of an op of ``Library.define`` costs 2.6 us, of ``torch.library.custom_op`` 7.3 us.
 
     Args:
         reference: the op in plain PyTorch. Of an op that writes to an argument it is named ``x_inplace_reference``,
             and the op ``x_``.
         fake: takes the same arguments and returns empty tensors of the result's shapes and dtypes.
-        mutates: names of the arguments that the op writes to; their versions are raised, so that autograd sees it.
+        mutates: names of the arguments that the op writes to; their version counters go up, so that autograd notices.
         compiled: whether the op has a compiled CPU kernel in ``csrc/``; without one, the reference is all there is.
     """
     name = reference.__name__.removesuffix("_reference")
     name = name.removesuffix("_inplace") + "_" if mutates else name
-    # An op's int is no SymInt: the kernels take plain numbers, and a graph is compiled anew for other ones.
+    # The schema says int, not SymInt: the kernels take plain numbers, and a graph is compiled again for others.
     schema = torch.library.infer_schema(reference, mutates_args=mutates).replace("SymInt", "int")
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     stem = reference.__module__.rpartition(".")[2]
@@ -67,7 +67,7 @@ def is_jit_tracing() -> bool:
 
 
 def define_gradient(op: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives an op its gradient, which is computed in the dtypes of its tensors, under autocast as well.
+    """Gives an op its gradient, which is computed without autocast, in the dtypes of its tensors.
 
     Args:
         op: what ``define`` returned.
@@ -78,7 +78,7 @@ def define_gradient(op: Any, setup: Callable[..., None], backward: Callable[...,
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function so that autocast is off in it: an op has chosen its dtypes already."""
+    """Wraps a function so that it runs without autocast: an op computes in the dtypes of its tensors."""
 
     @wraps(function)
     def run(*args: Any) -> Any:
@@ -107,7 +107,7 @@ def _raising_versions(op: Any, written: list[int]) -> Callable[..., Any]:
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes ``F.linear`` in at least fp32's precision, and rounds the result once, to the dtype of ``x``.
 
-    Computes in float64 where PyTorch is set to multiply float32 in TF32 or bfloat16, a setting of all threads.
+    Computes in float64 if PyTorch is set to multiply float32 in TF32 or bfloat16; that setting holds for all threads.
     """
     cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
     settings: tuple[Any, ...] = (cuda.matmul, mkldnn.matmul, mkldnn, torch.backends)  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
     """Calls a differentiable op whose arguments have been checked.
 
-    ``torch.func`` cannot transform an op that has a gradient of its own, so there the reference answers.
+    ``torch.func`` cannot transform an op that has a gradient of its own, so the reference runs there instead.
     """
     if torch._C._are_functorch_transforms_active():
         return reference_of(op)(*args)
@@ -154,7 +154,7 @@ def check_like(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, 
 
 
 def check_ints(**values: int) -> None:
-    """Raises unless every value is an int, or stands for one while a graph is traced."""
+    """Raises unless every value is an int, or a symbol of one while a graph is traced."""
     for name, value in values.items():
         if not isinstance(value, int | torch.SymInt) and not is_jit_tracing():
             raise TypeError(f"{name} must be an int, got {value!r}")

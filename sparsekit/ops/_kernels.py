@@ -1,4 +1,4 @@
-"""Joins the ops to their kernels; no other file does."""
+"""Registers the kernels of the ops. No other file knows both."""
 
 import re
 import sys
@@ -22,10 +22,11 @@ _FUNCTION = re.compile(r"^def (\w+)\(", re.MULTILINE)
 
 
 def register_kernels() -> None:
-    """Joins the declared ops to their kernels on GPUs, and to a warning where the compiled extension is missing.
+    """Registers the GPU kernels of the declared ops, and a warning on the CPU if the compiled extension is missing.
 
-    On GPUs an op is answered by the function of its name in ``ops/_vendor.py``, a library that comes with PyTorch, or
-    by the launcher of its name in ``triton_kernels/``, where Triton is installed. The extension registers itself.
+    The GPU kernel of an op is the function of its name in ``ops/_vendor.py``, which calls a library that comes with
+    PyTorch, or the launcher of its name in ``triton_kernels/``, if Triton is installed. The compiled extension
+    registers its CPU kernels itself.
     """
     launchers, vendor = find_launchers(), import_module("sparsekit.ops._vendor")
     for op, declared in DECLARED.items():
@@ -59,7 +60,7 @@ def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def warn_slow() -> None:
-    """Warns, once per process, that the compiled extension is missing: in the line that called this package."""
+    """Warns once per process that the compiled extension is missing; the warning points to the caller's line."""
     warnings.warn(
         f"sparsekit computes in plain PyTorch, many times slower: the compiled extension is {missing_kernels()}, "
         "or set SPARSEKIT_NATIVE=0 to do without it",
@@ -69,7 +70,7 @@ def warn_slow() -> None:
 
 
 def missing_kernels() -> str:
-    """Returns why the compiled kernels do not answer on the CPU, and how to get them; empty where they answer."""
+    """Returns why the compiled CPU kernels are missing, and how to get them; an empty string if they are there."""
     if NATIVE == "loaded":
         return ""
     if NATIVE == _native.SWITCHED_OFF:
@@ -99,10 +100,10 @@ def _launcher(stem: str, op: str) -> Callable[..., Any]:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Says which kernel answers each op on each device: ``{"nm_mask": {"cpu": "avx2", "cuda": "triton"}, ...}``.
+    """Returns which kernel runs each op on each device: ``{"nm_mask": {"cpu": "avx2", "cuda": "triton"}, ...}``.
 
-    On the CPU a compiled kernel is named by its SIMD level. On GPUs it is ``"triton"``, or ``"vendor"`` for a library
-    that comes with PyTorch. ``"reference"`` is plain PyTorch.
+    A compiled CPU kernel is named by its SIMD level. A GPU kernel is ``"triton"``, or ``"vendor"`` for a library that
+    comes with PyTorch. ``"reference"`` is plain PyTorch.
     """
     return {op: {"cpu": _answers(op, "CPU"), "cuda": _answers(op, "CUDA")} for op in DECLARED}
 
@@ -127,7 +128,7 @@ def simd_level() -> str:
 
 @contextmanager
 def force_simd(level: str) -> Iterator[None]:
-    """Runs the CPU kernels of this process at one SIMD level, for tests and measurements.
+    """Runs the CPU kernels of the whole process at one SIMD level, for tests and measurements.
 
     Raises:
         ValueError: ``level`` is not one of ``simd_levels()``.

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .hardware_linear24 import padded_shape
 
-TOKEN_MULTIPLE = 8  # of the dense operand, in 16-bit dtypes
+TOKEN_MULTIPLE = 8  # the tokens of a 16-bit dense operand must be a multiple of this
 ALIGNMENT = 16  # bytes, declared to both libraries for every operand
-ONE_KERNEL, TWO_KERNELS = 1, 2  # cuSPARSELt's ways of adding up what split-K computed in parts
+ONE_KERNEL, TWO_KERNELS = 1, 2  # how cuSPARSELt adds up the partial sums of split-K
 
 
 def hardware_linear24(
@@ -34,19 +34,19 @@ def hardware_linear24(
 
 
 def compress(dense: Tensor) -> Tensor:
-    """Packs a 2:4 weight as this device's cuSPARSELt wants it, in whichever order that is."""
+    """Packs a 2:4 weight in the layout that cuSPARSELt reads on this device."""
     return torch._cslt_compress(dense.contiguous()).flatten()
 
 
 def suggest(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, layout: str) -> tuple[int, int, int] | None:
-    """The ``(alg_id, split_k, split_k_mode)`` that cuSPARSELt's own search finds, where this torch offers it."""
+    """Returns the ``(alg_id, split_k, split_k_mode)`` that cuSPARSELt's own search finds; None if torch lacks it."""
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     if search is None:
         return None
     padded_rows, padded_cols = padded_shape(rows, x.shape[-1], layout)
     x2d = _padded(x, -len(x) % TOKEN_MULTIPLE, padded_cols - x.shape[-1])
     bias = None if bias is None else _padded(bias, padded_rows - rows)
-    with torch.cuda.device_of(x):  # it is no op, which would see to that
+    with torch.cuda.device_of(x):  # an op would set the current device itself; this is none
         alg_id, split_k, mode, *_ = search(packed.view(padded_rows, -1), x2d.t(), bias, None, None, True)
     if isinstance(mode, bool):
         mode = ONE_KERNEL if mode else TWO_KERNELS
@@ -63,7 +63,7 @@ def _cutlass(x2d: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Ten
 
 
 def _padded(tensor: Tensor, *after: int) -> Tensor:
-    """Contiguous, aligned, and with this many zeros after each of its dimensions."""
+    """Returns a contiguous, aligned tensor with ``after`` zeros appended to each dimension."""
     if any(after):
         return F.pad(tensor, [size for last in reversed(after) for size in (0, last)])
     tensor = tensor.contiguous()
@@ -78,5 +78,5 @@ def _split_k(split_k: int, mode: int) -> dict[str, Any]:
 
 @cache
 def _takes_mode() -> bool:
-    """Whether this torch calls the last argument ``split_k_mode``; before, it was the bool ``split_k_one_kernel``."""
+    """Returns whether this torch has the argument ``split_k_mode``; older ones have the bool ``split_k_one_kernel``."""
     return any(argument.name == "split_k_mode" for argument in torch.ops.aten._cslt_sparse_mm.default._schema.arguments)

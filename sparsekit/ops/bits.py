@@ -1,4 +1,4 @@
-"""Masks as bits: eight along the last dimension to a byte, the first in the lowest bit."""
+"""Masks as bits: each byte holds eight entries along the last dimension, the first one in the lowest bit."""
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,15 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def nonzero(tensor: Tensor) -> Tensor:
-    """Where a float tensor is neither 0.0 nor -0.0, by its bits: comparisons that flush denormals take them for 0."""
+    """Returns a bool mask of the entries of a float tensor that are neither 0.0 nor -0.0.
+
+    Looks at the bits, because a thread that flushes denormals would compare them as equal to 0.
+    """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().view(integer) & torch.iinfo(integer).max != 0
 
 
 def unpack_bits(bits: Tensor, cols: int) -> Tensor:
-    """The bool mask ``[..., cols]`` of ``pack_bits``."""
+    """Returns the bool mask ``[..., cols]`` that ``pack_bits`` packed."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.unsqueeze(-1) >> shifts & 1).flatten(-2)[..., :cols].to(torch.bool)

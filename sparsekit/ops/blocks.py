@@ -9,7 +9,7 @@ from .nm import magnitude_key
 
 
 def split_blocks(matrix: Tensor, block_rows: int, block_cols: int, fill: float = 0) -> Tensor:
-    """``[rows, cols]`` to ``[R, block_rows, C, block_cols]``, padded at the right and the bottom with ``fill``."""
+    """Views ``[rows, cols]``, padded at the right and bottom with ``fill``, as ``[R, block_rows, C, block_cols]``."""
     rows, cols = matrix.shape
     padded = F.pad(matrix, (0, -cols % block_cols, 0, -rows % block_rows), value=fill)
     return padded.view(-(-rows // block_rows), block_rows, -(-cols // block_cols), block_cols)
@@ -24,7 +24,7 @@ def block_scores_reference(
 
 
 def sum_blocks(score: Tensor, block_rows: int, block_cols: int) -> Tensor:
-    """The sum of every block of an fp32 matrix, in the order that ``block_scores`` documents."""
+    """Sums every block of an fp32 matrix, in the order of additions that ``block_scores`` documents."""
     rows, cols = -(-score.shape[0] // block_rows), -(-score.shape[1] // block_cols)
     if rows * cols == 0:
         return score.new_zeros((rows, cols))
@@ -34,7 +34,7 @@ def sum_blocks(score: Tensor, block_rows: int, block_cols: int) -> Tensor:
         total = total + blocks[:, row]
     width = 1 << (block_cols - 1).bit_length()
     total = F.pad(total, (0, width - block_cols))
-    while width > 1:  # then columns by halves: c and c + width / 2
+    while width > 1:  # then column c and column c + width / 2
         width //= 2
         total = total[..., :width] + total[..., width:]
     return total.squeeze(-1)
@@ -129,9 +129,9 @@ def check_block(block: tuple[int, int]) -> None:
 
 
 def fit_block(block: tuple[int, int], matrix: Tensor) -> tuple[int, int]:
-    """The block, or a smaller one that gives the same where it is far larger than the matrix: kernels make room for it.
+    """Returns a block that gives the same result, and is not much larger than the matrix, for which kernels allocate.
 
-    What is left of it beyond the matrix keeps the order of the additions: a row of zeros below, and a half of columns.
+    The smaller block covers the matrix and enough zeros beyond it that the fp32 sums are added in the same order.
     """
     rows, cols = matrix.shape
     return (block[0] if block[0] <= rows + 1 else rows + 1), (block[1] if block[1] <= 4 * cols + 4 else 4 * cols + 4)

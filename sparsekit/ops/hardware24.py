@@ -7,19 +7,19 @@ from ._define import check_ints, check_like, check_weight, define
 from .bits import pack_bits, unpack_bits
 from .sparse24 import Packed24, check_packed24, prune_pack24_reference
 
-# What rows and columns must be multiples of, by layout.
+# The numbers that rows and columns must be multiples of.
 MULTIPLES = {"cusparselt_sm80": (128, 128), "cusparselt_sm90": (64, 32), "cutlass_sm80": (32, 64)}
 
 
 def _nibble_index(rows: int, cols: int, layout: str, device: torch.device) -> Tensor:
-    """Where the metadata of each group is stored, in nibbles, the low one of a byte first: ``[rows, cols / 4]``."""
+    """Returns, for each group, the index of the nibble of its metadata: ``[rows, cols / 4]``, low nibbles first."""
     r = torch.arange(rows, device=device).unsqueeze(1)
     g = torch.arange(cols // 4, device=device)
     if layout == "cusparselt_sm90":  # 64 rows by 32 columns in 256 bytes; rows r and r + 8 share a byte
         byte = r // 64 * 8 * cols + g // 8 * 256 + r % 64 // 16 * 64 + r % 8 * 8 + 2 * (g % 4) + g % 8 // 4
         return 2 * byte + r // 8 % 2
-    # Words of 16 bits, four groups each. In 32 rows by two words the rows are dealt out to eight lanes, then every
-    # two rows by two words are transposed.
+    # A word of 16 bits holds four groups. In a tile of 32 rows by two words, the rows go to eight lanes in turn; then
+    # each square of two rows by two words is transposed.
     lane, word = r % 8 * 4 + r % 32 // 8, g // 4
     row, side = lane - lane % 2 + word % 2, lane % 2
     inside = 2 * row + side
@@ -31,7 +31,7 @@ def _nibble_index(rows: int, cols: int, layout: str, device: torch.device) -> Te
 
 
 def _codes(kept: Tensor) -> Tensor:
-    """The nibble of each group: the index of its first kept entry, and of its last two bits up."""
+    """Returns the nibble of each group: the index of its first kept entry in the low two bits, of its last above."""
     b0, b1, b2, b3 = kept.unflatten(1, (kept.shape[1] // 4, 4)).to(torch.uint8).unbind(-1)
     first = (1 - b0) * (2 - b1)
     last = 3 - (1 - b3) * (2 - b2)

@@ -1,4 +1,4 @@
-"""2:4 along rows and columns at once: a weight and its transpose in a hardware layout."""
+"""Packs a weight that is 2:4 along rows and columns, and its transpose, into a hardware layout."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ def prune_both_to_hardware24(weight: Tensor, layout: str) -> tuple[Tensor, Tenso
 
     Args:
         weight: ``[rows, cols]``, float16 or bfloat16, any strides. Outside autograd.
-        layout: a layout of ``to_hardware24``; rows and columns must both be multiples of both of its sizes.
+        layout: a layout of ``to_hardware24``; rows and columns must both be multiples of the larger number of
+            ``hardware_multiple(layout)``.
 
     Returns:
         ``(packed, packed_t, bitmask)``: ``weight`` and ``weight.T`` in the layout, and the bits of the mask, uint8

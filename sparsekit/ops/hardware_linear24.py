@@ -7,12 +7,12 @@ from ._define import call_op, check_ints, check_like, check_weight, define, defi
 from .hardware24 import from_hardware24_reference, hardware_multiple
 from .sparse24 import _unpack24, unpack24_reference
 
-# Packed by `torch._cslt_compress`, where the order of the metadata is not known: nothing else reads it.
+# The layout that `torch._cslt_compress` writes where its order of metadata is unknown: only its product can read it.
 UNKNOWN = "cusparselt"
 
 
 def padded_shape(rows: int, cols: int, layout: str) -> tuple[int, int]:
-    """The shape that a weight has in a hardware layout: zeros are added where it is no multiple."""
+    """Returns the shape of a weight padded to the multiples of a hardware layout."""
     row_multiple, col_multiple = (128, 128) if layout == UNKNOWN else hardware_multiple(layout)
     return -(-rows // row_multiple) * row_multiple, -(-cols // col_multiple) * col_multiple
 
@@ -20,7 +20,7 @@ def padded_shape(rows: int, cols: int, layout: str) -> tuple[int, int]:
 def hardware_linear24_reference(
     x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, layout: str, alg_id: int, split_k: int, split_k_mode: int
 ) -> Tensor:
-    hardware_multiple(layout)  # nothing here can read another
+    hardware_multiple(layout)  # raises for a layout that cannot be decoded here
     shape = padded_shape(rows, x.shape[-1], layout)
     weight = unpack24_reference(*from_hardware24_reference(packed, *shape, layout), shape[1])[:rows, : x.shape[-1]]
     return linear_fp32(x, weight, bias)
@@ -51,7 +51,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 def _dense(packed: Tensor, rows: int, cols: int, layout: str) -> Tensor:
-    if layout == UNKNOWN:  # only the product itself reads it
+    if layout == UNKNOWN:  # only the product can read it
         identity = torch.eye(cols, dtype=packed.dtype, device=packed.device)
         return _hardware_linear24(identity, packed, None, rows, layout, 0, 1, -1).t()
     shape = padded_shape(rows, cols, layout)
@@ -85,8 +85,9 @@ def hardware_linear24(
         bias: ``[rows]`` of ``x``'s dtype, or None.
         rows: outputs of the layer.
         layout: a layout of ``to_hardware24``, which must be one of this GPU's ``hardware_layouts``.
-        alg_id, split_k, split_k_mode: how cuSPARSELt computes, see ``torch._cslt_sparse_mm``; some are faster for a
-            shape, and some were wrong (https://github.com/pytorch/pytorch/issues/155333). CUTLASS has one way.
+        alg_id, split_k, split_k_mode: how cuSPARSELt computes, see ``torch._cslt_sparse_mm``; which is
+            fastest depends on the shape, and some gave wrong results
+            (https://github.com/pytorch/pytorch/issues/155333). CUTLASS ignores them.
 
     Returns:
         ``[..., rows]`` in ``x``'s dtype.

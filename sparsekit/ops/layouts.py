@@ -1,4 +1,4 @@
-"""Which hardware layouts a GPU multiplies in, found out by asking its libraries once."""
+"""Finds the hardware layouts that a GPU can multiply in, by trying its libraries once."""
 
 from typing import NamedTuple
 
@@ -18,31 +18,31 @@ PROBES = ((128, 128), (256, 384), (384, 128))  # more than one tile of every lay
 
 
 class Layouts(NamedTuple):
-    """The layouts of one device, the best supported first, and what there is to say about them."""
+    """The hardware layouts of one device, the best supported first, and a remark on them."""
 
     names: tuple[str, ...]
     remark: str
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU; the type of any other device."""
+    """Returns the model of a GPU, or the type of any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def hardware_layouts(device: torch.device) -> Layouts:
-    """The layouts that ``hardware_linear24`` computes with on a device.
+    """Returns the layouts that ``hardware_linear24`` computes with on a device.
 
-    cuSPARSELt is asked once per process: it must multiply, and its compressor must write some small weights as
-    ``to_hardware24`` does, byte for byte. It may work on one GPU only of a process, the first that a thread calls it
-    for (https://github.com/pytorch/pytorch/pull/189048). Where only the order of the metadata differs, the layout is
-    ``"cusparselt"``, which ``pack_hardware24`` has that compressor pack. While a CUDA graph is captured, a device that
-    was not asked yet has none.
+    cuSPARSELt is tried once per process and device: it must multiply, and its compressor must write some small weights
+    byte for byte as ``to_hardware24`` does. If only the order of the metadata differs, the layout is ``"cusparselt"``,
+    and ``pack_hardware24`` packs with cuSPARSELt's compressor. cuSPARSELt may work on only one GPU of a process, the
+    first one that a thread uses it on (https://github.com/pytorch/pytorch/pull/189048). While a CUDA graph is captured
+    nothing can be tried, so a device that has not been tried before has no layouts then.
 
     Args:
         device: with an index, as ``tensor.device`` has it.
 
     Returns:
-        ``(names, remark)``; the remark says why there is none, or what is unusual.
+        ``(names, remark)``; the remark says why there is no layout, or what is unusual about it.
     """
     if device not in _found:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -67,8 +67,8 @@ def pack_hardware24(packed: Packed24, layout: str) -> Tensor:
     Runs outside autograd.
 
     Args:
-        packed: as ``pack24`` returns it, float16 or bfloat16; ``cols % 4`` is not 3, because a group of the hardware
-            holds two.
+        packed: as ``pack24`` returns it, float16 or bfloat16; ``cols % 4`` must not be 3, because a
+            hardware group holds only two values.
         layout: a layout of ``to_hardware24``, or ``"cusparselt"``.
 
     Returns:
@@ -94,7 +94,8 @@ def pack_hardware24(packed: Packed24, layout: str) -> Tensor:
         values, bitmask, _ = pack24(dense, kept, check=False)
     if layout != UNKNOWN:
         return _to_hardware24(values, bitmask, shape[1], layout)
-    ones = Packed24(torch.ones_like(values), bitmask, shape)  # the compressor would lose the place of a kept zero
+    # Packs ones instead of the values, among which the compressor could not tell a kept zero from a dropped entry.
+    ones = Packed24(torch.ones_like(values), bitmask, shape)
     data = compress(ones.to_dense())
     data[: values.numel()] = values.flatten()
     return data

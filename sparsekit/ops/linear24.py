@@ -42,14 +42,14 @@ define_gradient(_linear24, _setup, _backward)
 
 
 def linear24(x: Tensor, packed: Packed24, bias: Tensor | None = None) -> Tensor:
-    """Computes ``x @ W.T + bias`` straight from the packed form of ``W``.
+    """Computes ``x @ W.T + bias`` where ``W`` is given in its packed 2:4 form.
 
     Sums run in fp32 whatever the dtype. Differentiable in ``x``, ``packed.values`` and ``bias``. A dropped weight
     counts as 0, as in the dense product: times an input that is Inf or NaN it is NaN.
 
-    A token's result has the same bits whatever other tokens come with it and however many threads run, as long as the
-    same kernel computes it. The kernel changes at 16 tokens on a CPU, and above 64 on a GPU, where PyTorch's dense
-    product takes the unpacked weight.
+    The result of a token does not depend on the other tokens or on the number of threads, bit for bit, as long as the
+    same kernel computes it. On a CPU another kernel runs from 16 tokens on; on a GPU, above 64 tokens, the weight is
+    unpacked and PyTorch's dense product runs.
 
     Args:
         x: ``[..., cols]``, float32, float16 or bfloat16, any strides.

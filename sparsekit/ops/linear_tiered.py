@@ -1,4 +1,4 @@
-"""The linear layer on the tiered format."""
+"""The linear layer on a weight in tiers."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    # Read once: activation checkpointing frees them.
+    # Read only once, because activation checkpointing frees them after that.
     x, tiers, dense, values, bitmask, topk, positions, starts = ctx.saved_tensors
     shape = ctx.out_features, ctx.cols
     packed = TieredWeight(tiers, dense, values, bitmask, topk, positions, starts, shape)
@@ -67,16 +67,16 @@ define_gradient(_linear_tiered, _linear_setup, _linear_backward)
 
 
 def linear_tiered(x: Tensor, packed: TieredWeight, bias: Tensor | None = None) -> Tensor:
-    """Computes ``x @ W.T + bias`` straight from the packed form of ``W``.
+    """Computes ``x @ W.T + bias`` where ``W`` is given in its tiered form.
 
     Sums run in fp32 whatever the dtype. Differentiable in ``x``, ``packed.dense``, ``packed.values``, ``packed.topk``
     and ``bias``; the padding of ``topk``, which is value 0 at position 0, has no gradient. Entries that are not stored
     count as 0, as in the dense product: times an input that is Inf or NaN they are NaN. The top-k blocks on a GPU are
     an exception: there an Inf or NaN may reach other rows of its block than in the dense product.
 
-    A token's result has the same bits whatever other tokens come with it and however many threads run, as long as the
-    same kernel computes it. The kernel changes on a CPU at 16 tokens with AVX-512 and at 7 without, and on a GPU past
-    32 (64 where blocks are 32 rows high), where PyTorch's dense product takes the unpacked weight.
+    The result of a token does not depend on the other tokens or on the number of threads, bit for bit, as long as the
+    same kernel computes it. On a CPU another kernel runs from 16 tokens on with AVX-512, and from 7 without; on a GPU,
+    above 32 tokens (64 for blocks of 32 rows), the weight is unpacked and PyTorch's dense product runs.
 
     Args:
         x: ``[..., cols]``, float32, float16 or bfloat16, any strides.

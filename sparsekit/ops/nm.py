@@ -10,7 +10,7 @@ MAX_M = 32
 
 
 def magnitude_key(score: Tensor) -> Tensor:
-    """int32 keys in magnitude order: the fp32 bits without the sign; every NaN gets the same key, above Inf."""
+    """Returns int32 keys in the order of magnitude: fp32 bits without the sign. All NaNs share one key, above Inf."""
     bits = score.float().view(torch.int32) & 0x7FFFFFFF
     return bits.clamp(max=0x7F800001)
 
@@ -94,7 +94,7 @@ def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def nm_mask_bits(score: Tensor, n: int, m: int) -> Tensor:
-    """The mask of ``nm_mask`` as bits, made in one pass: an eighth of the memory of the bool mask.
+    """Marks what ``nm_mask`` marks, but as bits, in one pass: an eighth of the memory of the bool mask.
 
     Args:
         score: ``[..., cols]``, float32, float16 or bfloat16, any strides; the sign does not matter.
@@ -140,9 +140,9 @@ def nm_prune(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) -> 
 
 @torch.no_grad()
 def nm_prune_(weight: Tensor, n: int, m: int, *, scale: Tensor | None = None) -> Tensor:
-    """Like ``nm_prune``, but writes the zeros into ``weight`` itself and returns the mask.
+    """Writes the zeros of ``nm_prune`` into ``weight`` itself and returns the mask.
 
-    Runs outside autograd, as ``torch.nn.init`` does, so it takes a Parameter as it is.
+    Runs outside autograd, as ``torch.nn.init`` does, so a Parameter can be given as it is.
 
     Args:
         weight: ``[..., cols]``, float32, float16 or bfloat16, any strides without overlap.

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ._define import call_op, define, define_gradient
 
-# Inductor insists that the weight of torch's own op is a constant of the graph, and that op has no gradient: hence
-# `prepacked_linear`. Tracing takes a reordered weight for a plain one and drops its conversion: hence
-# `prepacked_dense`.
+# Why torch's own ops are wrapped. Inductor compiles torch's product only if the weight is a constant of the graph, and
+# that product has no gradient: `prepacked_linear` has neither limit. A traced `to_dense` is lost, because tracing takes
+# the reordered weight for a plain one: `prepacked_dense` is kept.
 
 
 def prepacked_linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,7 +67,7 @@ def prepack(weight: Tensor, tokens: int) -> Tensor:
 
 
 def prepacked_dense(packed: Tensor) -> Tensor:
-    """The plain dense weight of a reordered one, bit for bit."""
+    """Returns the plain dense weight of a reordered one, bit for bit."""
     return _prepacked_dense(packed)
 
 

@@ -1,4 +1,4 @@
-"""The packed 2:4 format: two values and four bits for every group of four weights."""
+"""The packed 2:4 format: two values and four mask bits for every group of four weights."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Packed24(NamedTuple):
     Attributes:
         values: ``[rows, 2 * (cols // 4) + cols % 4]`` in the dtype of the weight: the kept values, row by row.
         bitmask: uint8 ``[rows, ceil(cols / 8)]``, a set bit for every kept entry, the lowest bit first; bits past the
-            last column are 0. Two bits are set in every full group of four; with others, results mean nothing.
+            last column are 0. Two bits are set in every full group of four; otherwise results are undefined.
         shape: rows and columns of the dense weight.
     """
 
@@ -37,7 +37,7 @@ class Packed24(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """The bytes of the tensors."""
         return self.values.nbytes + self.bitmask.nbytes
 
     def to(self, device: torch.device | str) -> "Packed24":
@@ -157,8 +157,7 @@ def pack24(weight: Tensor, mask: Tensor | None = None, *, check: bool | None = N
 
     Args:
         weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides. Differentiable.
-        mask: bool ``[rows, cols]`` with exactly two True in every full group of four; entries that it drops are not
-            stored.
+        mask: bool ``[rows, cols]`` with exactly two True in every full group of four; dropped entries are not stored.
         check: whether to check the 2:4 pattern. None, the default, checks on the CPU, where it is free, and not on a
             GPU, where it would wait for the device.
 
@@ -202,7 +201,7 @@ def prune_pack24(weight: Tensor, *, scale: Tensor | None = None) -> Packed24:
 def check_packed24(packed: Packed24, x: Tensor | None = None) -> None:
     """Rejects anything but a ``Packed24`` whose tensors have the dtypes and shapes that its shape asks for.
 
-    The bits are not read. If ``x`` is given, the tensors must be on its device, and the values have its dtype.
+    Does not read the bits. If ``x`` is given, the tensors must be on its device, and the values must have its dtype.
     """
     if not isinstance(packed, Packed24):
         raise TypeError(f"packed must be a Packed24, as pack24 returns it, got {type(packed).__name__}")

@@ -1,4 +1,4 @@
-"""The inner loop of SparseGPT: choose and drop weights column by column, and make up for each in the later columns."""
+"""The inner loop of SparseGPT, which drops weights column by column and updates the later columns to compensate."""
 
 import torch
 from torch import Tensor
@@ -33,24 +33,24 @@ _sparsegpt_columns = define(sparsegpt_columns_reference, _fake)
 def sparsegpt_columns(
     weight: Tensor, factor: Tensor, *, mask: Tensor | None = None, n: int = 2, m: int = 4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prunes consecutive columns and updates, in each row, what is kept to the right of every dropped weight.
+    """Prunes consecutive columns from left to right, and updates the weights to the right of each dropped one.
 
-    Going from left to right, the weight ``w`` of a dropped column ``j`` leaves the error ``e = w / factor[j, j]``, and
-    ``e * factor[j, j:]`` is taken from the rest of its row. Without a mask, each group of ``m`` columns keeps the ``n``
-    largest ``abs(w / factor[j, j])`` of the weights as they are by then, with the order and ties of ``nm_mask``; a tail
-    shorter than ``m`` is kept. (SparseGPT, https://arxiv.org/abs/2301.00774)
+    A dropped weight ``w`` in column ``j`` leaves the error ``e = w / factor[j, j]``, and ``e * factor[j, j:]`` is
+    subtracted from the rest of its row. Without a mask, a group of ``m`` columns keeps the ``n`` entries with the
+    largest ``abs(w / factor[j, j])`` once the columns before the group are done, with the order and ties of
+    ``nm_mask``; a tail shorter than ``m`` is kept. (SparseGPT, https://arxiv.org/abs/2301.00774)
 
     Args:
         weight: float32 ``[rows, cols]``.
-        factor: float32 ``[cols, cols]``, the part of the upper factor ``U`` of the inverse second moments, whose
-            ``U^T U`` is the inverse.
-        mask: bool ``[rows, cols]``, what to keep; None chooses ``n`` of every ``m``.
+        factor: float32 ``[cols, cols]``, the part of the upper Cholesky factor ``U`` that belongs to these columns; the
+            inverse of the second moments is ``U^T U``.
+        mask: bool ``[rows, cols]``, True where kept; None chooses ``n`` of every ``m``.
         n: entries kept of each group.
         m: group size; ``0 < n <= m <= 32``.
 
     Returns:
-        ``(pruned, error, mask)``: the updated weights with zeros where dropped; the errors, which the columns after
-        these still have to make up for (``rest -= error @ U[columns, rest]``); and what was kept.
+        ``(pruned, error, mask)``: the updated weights with zeros where dropped; the errors, by which the caller updates
+        the columns after these (``rest -= error @ U[columns, rest]``); and the bool mask of what was kept.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or pattern.

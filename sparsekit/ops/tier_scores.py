@@ -1,4 +1,4 @@
-"""Scores of what every block of a matrix would keep in each tier."""
+"""The scores that every block of a matrix would keep in each tier."""
 
 import torch
 from torch import Tensor
@@ -56,21 +56,21 @@ def tier_scores(
 ) -> Tensor:
     """Sums the score that every block of a matrix would keep in each tier, in one pass and without a mask.
 
-    What a block loses by a demotion is the difference of two of these sums. The same entries stay as in ``tier_prune``
-    with all blocks in that tier, and the additions have ``block_scores``'s order: without ``squared`` each sum is one
-    of its ``scores``.
+    The difference of two of these sums is what a block loses when it is demoted. Without ``squared``, each sum has the
+    bits of the ``scores`` that ``tier_prune`` returns when all blocks are in that tier.
 
     Args:
         weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides.
-        k: entries kept of a block of top-k, ``0 <= k <= block[0] * block[1]``; 0 saves the search for them.
+        k: entries kept of a top-k block, ``0 <= k <= block[0] * block[1]``; 0 skips that tier, whose sums are then 0.
         block: rows and columns of a block; the columns are a multiple of 4.
         scale: float32 ``[cols]``, one factor per input column, for the choice inside a block; None ranks by magnitude.
         score_scale: float32 ``[cols]``, the factors of the scores ``abs(weight) * score_scale``; None means 1.
-        squared: sums the squares of the scores, fp32 products. With Wanda's input norms that is what the output's
-            squared error grows by when an entry is dropped, if inputs are uncorrelated.
+        squared: whether to sum the squares of the scores, which are fp32 products. With Wanda's input norms, the square
+            is what dropping an entry adds to the squared error of the output, if the inputs are uncorrelated.
 
     Returns:
-        float32 ``[3, ceil(rows / block[0]), ceil(cols / block[1])]``: what stays of a dense, a 2:4 and a top-k block.
+        float32 ``[3, ceil(rows / block[0]), ceil(cols / block[1])]``: what a block keeps as dense, as 2:4
+        and as top-k.
 
     Raises:
         TypeError: a wrong dtype.

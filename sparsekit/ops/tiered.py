@@ -15,10 +15,11 @@ from .tiers import DENSE, SPARSE24, TOPK
 
 
 class TieredWeight(NamedTuple):
-    """A weight in ``R x C`` blocks, zero-padded to whole ones, each stored in the form that its tier names.
+    """A weight in ``R x C`` blocks, each stored in the form that its tier names.
 
-    The blocks of a form are in row-major order of the map. ``dense``, ``values`` and ``topk`` have the dtype of the
-    weight. The tensors are plain ones: ``deepcopy``, ``torch.compile`` and pytrees see them.
+    Blocks at the edges are padded with zeros. The blocks of one form are stored row by row. ``dense``, ``values`` and
+    ``topk`` have the dtype of the weight. The tensors are plain ones: ``deepcopy``, ``torch.compile`` and pytrees see
+    them.
 
     Attributes:
         tiers: uint8 ``[R, C]``: 0 dense, 1 2:4, 2 top-k.
@@ -62,7 +63,7 @@ class TieredWeight(NamedTuple):
         """
         if not isinstance(tiers, Tensor) or tiers.dim() != 2:
             raise TypeError(f"tiers must be a matrix, got {tiers!r:.60}")
-        check_like("tiers", tiers, torch.uint8, tiers.shape, tiers)  # not every dtype can be counted
+        check_like("tiers", tiers, torch.uint8, tiers.shape, tiers)  # block_starts cannot count every dtype
         packed = cls(tiers, dense, values, bitmask, topk, positions, block_starts(tiers), shape)
         check_packed(packed)
         counts, held = packed.starts[-1].tolist(), [len(dense), len(values), len(topk)]
@@ -77,12 +78,12 @@ class TieredWeight(NamedTuple):
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows and columns of a block."""
+        """The rows and columns of a block."""
         return self.dense.shape[1], self.dense.shape[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """The bytes of the tensors."""
         return sum(part.nbytes for part in self.tensors)
 
     @property
@@ -114,14 +115,14 @@ class TieredWeight(NamedTuple):
 
 
 def block_starts(tiers: Tensor) -> Tensor:
-    """Counts the blocks of each form before each row of blocks of a map: int32 ``[R + 1, 3]``."""
+    """Counts the blocks of each form that come before each row of blocks: int32 ``[R + 1, 3]``."""
     forms = torch.arange(3, dtype=torch.uint8, device=tiers.device)
     counts = (tiers.unsqueeze(-1) == forms).sum(1)
     return F.pad(counts.cumsum(0), (0, 0, 1, 0)).to(torch.int32)
 
 
 def smallest_tiers(kept: Tensor, block: tuple[int, int], k: int) -> Tensor:
-    """Finds the smallest form that holds each block of a bool mask ``[rows, cols]``: uint8 tiers ``[R, C]``."""
+    """Returns the tier of the smallest form for each block of a bool mask ``[rows, cols]``: uint8 ``[R, C]``."""
     kept = F.pad(kept, (0, -kept.shape[1] % 4)).float()  # nm_mask keeps a whole tail, but 2:4 stores only two of it
     crowded = block_scores(kept.masked_fill(nm_mask(kept, 2, 4), 0), block) > 0
     fits_topk = block_scores(kept, block) <= k
@@ -134,7 +135,7 @@ def to_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def order_of(packed: TieredWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the places of the blocks of each form in the map.
+    """Returns the indices of the dense, the 2:4 and the top-k blocks among all blocks, row by row.
 
     The lengths come from the stored tensors, so that ``torch.compile`` knows them without reading ``tiers``.
     """
@@ -144,16 +145,16 @@ def order_of(packed: TieredWeight) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _spread(topk: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Spreads top-k entries to ``[n_topk, size]``, each at its position, also -0.0; padding gets no gradient."""
+    """Writes the entries of top-k blocks, also -0.0, to their places in ``[n_topk, size]``; padding has no gradient."""
     stored = (positions != 0) | (topk != 0)
-    first = torch.arange(topk.shape[1], device=topk.device) == 0  # positions ascend: behind it, 0 is padding
+    first = torch.arange(topk.shape[1], device=topk.device) == 0  # positions ascend: elsewhere, 0 is padding
     target = torch.where(stored | first, positions.long(), size)
     values = torch.where(stored, topk, topk.detach())
     return topk.new_zeros(len(topk), size + 1).scatter(1, target, values)[:, :size]
 
 
 def unpack_blocks(packed: TieredWeight) -> Tensor:
-    """Does the work of ``TieredWeight.to_dense``, without its checks."""
+    """Rebuilds the dense weight as ``TieredWeight.to_dense`` does, without checks."""
     tiers, dense, values, bitmask, topk, positions, _, (rows, cols) = packed
     block_rows, block_cols = packed.block
     sparse24 = call_op(_unpack24, values.flatten(0, 1), bitmask.flatten(0, 1), block_cols)
@@ -168,10 +169,11 @@ def unpack_blocks(packed: TieredWeight) -> Tensor:
 def pack_tiered(
     weight: Tensor, mask: Tensor | None = None, *, k: int = 10, block: tuple[int, int] = (16, 16)
 ) -> TieredWeight:
-    """Packs any weight without loss: every block takes the smallest form that holds what it keeps.
+    """Packs any weight without loss: each block is stored in the smallest form that holds what it keeps.
 
-    A block that keeps at most ``k`` entries becomes top-k; else, where every four consecutive columns keep at most two,
-    2:4; else dense. At shares of .35, .45 and .20 an fp32 weight takes 0.60 of its dense bytes, a 16-bit weight 0.62.
+    A block that keeps at most ``k`` entries becomes top-k; one that keeps at most two of every four consecutive columns
+    becomes 2:4; any other is dense. With 35 % of the blocks dense, 45 % 2:4 and 20 % top-k, an fp32 weight takes 0.60
+    of its dense bytes, a 16-bit weight 0.62.
 
     Args:
         weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides. Differentiable.
@@ -206,7 +208,7 @@ def _pack(weight: Tensor, mask: Tensor, k: int, block: tuple[int, int]) -> Tiere
     kept, blocks = to_blocks(mask, block), to_blocks(weight, block)
     dense, sparse24, topk = ((tiers.flatten() == tier).nonzero().squeeze(1) for tier in (DENSE, SPARSE24, TOPK))
 
-    _, bits = _pack24(kept[sparse24].to(weight.dtype).flatten(0, 1), None, False)  # completes to two of every four
+    _, bits = _pack24(kept[sparse24].to(weight.dtype).flatten(0, 1), None, False)  # completes each group to two entries
     values, bitmask = _pack24(blocks[sparse24].flatten(0, 1), unpack_bits(bits, block[1]), False)
     count = kept[topk].sum((1, 2))
     which, position = kept[topk].flatten(1).nonzero(as_tuple=True)

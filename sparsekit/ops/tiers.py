@@ -78,26 +78,26 @@ def tier_prune(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prunes every block of a matrix by its tier, and scores what is left of it, in one pass.
 
-    A block of tier 0 stays dense. Of a block of tier 1 the 2 best of every 4 consecutive columns stay, as ``nm_prune``
-    keeps them. Of a block of any higher tier the ``k`` best entries stay, as ``block_topk_mask`` keeps them. Entries
-    are ranked by ``abs(weight) * scale``, one fp32 product; the order and the ties are ``nm_mask``'s.
+    A block of tier 0 stays dense. A block of tier 1 keeps the 2 best of every 4 consecutive columns, as ``nm_prune``
+    does. A block of any higher tier keeps its ``k`` best entries, as ``block_topk_mask`` does. Entries are ranked by
+    ``abs(weight) * scale``, one fp32 product, with the order and ties of ``nm_mask``.
 
-    The scores are those that decide which blocks sink to the next tier: ``block_scores(weight, block,
+    The scores, which decide which blocks are demoted next, are those of ``block_scores(weight, block,
     scale=score_scale, mask=mask)``, bit for bit.
 
     Args:
         weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides. Gradients of ``pruned`` pass where the mask
             is True; the mask and the scores have none.
-        tiers: uint8 ``[ceil(rows / block[0]), ceil(cols / block[1])]``: 0 dense, 1 2:4, 2 and above top-k.
-        k: entries kept of a block of top-k, ``0 <= k <= block[0] * block[1]``; a block at the edge that has fewer
+        tiers: uint8 ``[ceil(rows / block[0]), ceil(cols / block[1])]``: 0 is dense, 1 is 2:4, 2 and above are top-k.
+        k: entries kept of a top-k block, ``0 <= k <= block[0] * block[1]``; a block at the edge that has fewer
             keeps them all.
         block: rows and columns of a block; the columns are a multiple of 4, so that no group of 2:4 spans two blocks.
             16x16 is what the three-tier pruner uses.
         scale: float32 ``[cols]``, one factor per input column, for the choice inside a block; None ranks by magnitude.
         score_scale: float32 ``[cols]``, the factors of the scores; None means 1. With ``scale`` None and Wanda's input
             norms here, blocks are chosen by Wanda's score and entries by magnitude, as the three-tier pruner does.
-        nested: blocks of top-k keep the best of what 2:4 keeps of them, and nothing that is 0, as in the three-tier
-            pruner, whose blocks are 2:4 before they are top-k.
+        nested: whether a top-k block keeps only entries that 2:4 would keep and that are not 0, as in the three-tier
+            pruner, whose blocks are 2:4 before they become top-k.
 
     Returns:
         ``(pruned, mask, scores)``: a copy of ``weight`` with zeros where dropped, and the bool mask, both contiguous;

@@ -1,4 +1,4 @@
-"""The two steps of a linear layer in sparse training: prune the weight, multiply by its packed forms."""
+"""The two steps of a linear layer in sparse training: pruning its weight, and multiplying by the packed weight."""
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def _linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, ctx.transposable, ctx.layout = inputs
     ctx.cols = x.shape[-1]
     ctx.mark_non_differentiable(output[1])
-    # The gradient of the one wants the other: beside a frozen weight, activations are not kept for it.
+    # The gradient of each needs the other: for a frozen weight, no activations are kept.
     wants_x, wants_weight = ctx.needs_input_grad[:2]
     other = output[1] if ctx.transposable else weight
     ctx.save_for_backward(x if wants_weight else None, other if wants_x else None)
@@ -91,12 +91,12 @@ define_gradient(_train_linear24, _linear_setup, _linear_backward)
 
 
 def train_prune24(weight: Tensor, *, transposable: bool = False, decay: float = 0.0) -> Tensor:
-    """Zeroes what the 2:4 mask of a weight drops; the gradient passes everywhere, as if nothing were dropped.
+    """Zeroes what the 2:4 mask of a weight drops; the gradient also reaches the dropped entries.
 
     Args:
         weight: ``[rows, cols]``, float32, float16 or bfloat16, any strides.
         transposable: whether the mask is that of ``transposable_mask24``; else that of ``nm_mask(weight, 2, 4)``.
-        decay: what the gradient is increased by: ``decay * weight`` where dropped (SR-STE,
+        decay: ``decay * weight`` is added to the gradient of dropped entries (SR-STE,
             https://arxiv.org/abs/2102.04010).
 
     Returns:
@@ -115,8 +115,8 @@ def train_linear24(
 
     Args:
         x: ``[..., cols]``, float16 or bfloat16, any strides.
-        weight: ``[rows, cols]`` of ``x``'s dtype, multiples of ``hardware_multiple(layout)``, of the larger of both
-            where the mask is transposable; 2:4 already where it is not.
+        weight: ``[rows, cols]`` of ``x``'s dtype, whose sides are multiples of ``hardware_multiple(layout)``, or of
+            the larger of both numbers if the mask is transposable. If it is not, the weight must already be 2:4.
         bias: ``[rows]`` of ``x``'s dtype, or None.
         transposable: as in ``train_prune24``.
         layout: a layout of ``to_hardware24`` that is one of the device's ``hardware_layouts``.

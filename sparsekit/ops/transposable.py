@@ -1,4 +1,4 @@
-"""2:4 masks in both directions: the mask of a weight that serves its transpose as well."""
+"""2:4 masks in both directions: a weight that is pruned with one is 2:4, and so is its transpose."""
 
 from itertools import combinations, product
 
@@ -18,7 +18,7 @@ PATTERNS = tuple(
 
 
 def tile_masks(device: torch.device) -> Tensor:
-    """bool ``[90, 4, 4]``: every pattern as the mask of its tile."""
+    """Returns every pattern as the mask of a tile: bool ``[90, 4, 4]``."""
     kept = [[[column in PAIRS[pair] for column in range(4)] for pair in rows] for rows in PATTERNS]
     return torch.tensor(kept, device=device)
 
@@ -48,20 +48,20 @@ _transposable_mask24 = define(transposable_mask24_reference, _mask_fake)
 
 
 def transposable_mask24(score: Tensor) -> Tensor:
-    """Marks, in every 4x4 tile, the best two of each row that are two of each column as well: exactly, not greedily.
+    """Marks two entries of each row and of each column of every 4x4 tile, so that their magnitudes sum to the most.
 
     A weight pruned with this mask is 2:4 and so is its transpose: the forward and the backward pass of a linear layer
     can both use the sparse tensor cores.
 
-    The best of the 90 such patterns keeps the largest sum of magnitudes, in float32: each row adds its two, lower
-    column first, then (row 0 + row 1) + (row 2 + row 3). NaN counts as Inf. Ties keep the earlier pattern: patterns
-    are ordered by the kept columns of row 0, then of row 1, 2, 3, pairs of columns as (0, 1), (0, 2), (0, 3), (1, 2),
-    (1, 3), (2, 3). The mask is the same, bit for bit, on every device.
+    All 90 such patterns of a tile are compared, by the float32 sum of what they keep: the two entries of each row are
+    added, lower column first, then (row 0 + row 1) + (row 2 + row 3). NaN counts as Inf. Ties keep the earlier pattern:
+    patterns are ordered by the kept columns of row 0, then of row 1, 2 and 3, where pairs of columns have the order
+    (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3). The mask is the same, bit for bit, on every device.
 
     Args:
         score: ``[rows, cols]``, float32, float16 or bfloat16, any strides; the sign does not matter. Rows past the
-            last full tile are plain 2:4 along the columns, columns past it plain 2:4 along the rows, both as in
-            ``nm_mask``; the corner that is past both is kept.
+            last full tile are 2:4 along the columns, and columns past it are 2:4 along the rows, as in ``nm_mask``; the
+            corner that is past both is kept.
 
     Returns:
         bool mask of ``score``'s shape, contiguous, True where kept.
@@ -70,7 +70,7 @@ def transposable_mask24(score: Tensor) -> Tensor:
         TypeError: ``score`` is not one of the dtypes above.
         ValueError: ``score`` is not two-dimensional.
 
-    Source: the problem is that of Hubara et al., https://arxiv.org/abs/2102.08124, who approximate it.
+    Source: Hubara et al. state the problem and approximate its solution, https://arxiv.org/abs/2102.08124.
     """
     check_weight("score", score, dim=2)
     return _transposable_mask24(score)
