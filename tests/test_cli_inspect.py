@@ -171,6 +171,18 @@ def test_a_checkpoint_of_the_base_model(pruned, tmp_path, capsys):
     assert len(found["layers"]) == 15 and "embed_tokens" not in {layer["name"] for layer in found["layers"]}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_a_denormal_weight_is_not_zero(dtype, tmp_path, capsys):
+    tiny = {torch.float32: 1e-40, torch.bfloat16: 1e-40, torch.float8_e5m2: 2.0**-16}[dtype]
+    save_file({"layer.weight": torch.tensor([[tiny, -tiny, 0.0, -0.0]]).to(dtype)}, tmp_path / "one.safetensors")
+    torch.set_flush_denormal(True)
+    try:
+        (layer,) = results(["inspect", tmp_path / "one.safetensors"], capsys)["layers"]
+    finally:
+        torch.set_flush_denormal(False)
+    assert (layer["zeros"], layer["pattern"]) == (2, "2:4")
+
+
 def test_files_alone(pruned, tmp_path, capsys):
     found = results(["inspect", pruned / "model.safetensors", "--only", "proj", "--expect", "2:4"], capsys)
     assert len(found["layers"]) == 14

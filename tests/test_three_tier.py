@@ -213,8 +213,8 @@ def test_the_learning_rate_is_that_of_one_shot_at_every_update(modules):
     once = modules.finetune.FineTune(
         torch.zeros(8, 1), (whole,), accelerator, rate=1.0, batch=4, epoch=20, moments=Path, seed=0
     )
-    shares = [steps.share(update) for update in range(55)]
-    assert shares == [once.share(update) for update in range(55)]
+    shares = [steps.rate_share(update) for update in range(55)]
+    assert shares == [once.rate_share(update) for update in range(55)]
     assert shares[0] == 0.05 and shares[19:28] == [1.0] * 9
     assert shares[28:] == sorted(shares[28:], reverse=True) and 0 < shares[-1] < 0.05
 

@@ -49,6 +49,6 @@ class GPT(nn.Module):
 
 
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """``[B, T, vocabulary]``, from a plain tensor or from the output object of transformers."""
+    """Returns the model's logits ``[B, T, vocabulary]``, also if it returns an output object of transformers."""
     output = model(tokens)
     return output if isinstance(output, Tensor) else output.logits

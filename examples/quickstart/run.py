@@ -1,11 +1,12 @@
 """Makes a language model 2:4 sparse, and shows what that does to its quality, its size and its speed on this CPU.
 
-    python examples/quickstart/run.py                             # trains its own small model first, for a minute
+    python examples/quickstart/run.py                             # trains a small model first, for a minute
     python examples/quickstart/run.py --model PATH --text FILE    # a transformers causal LM, and text to test it on
-    python examples/quickstart/run.py --short                     # the same path in about a minute
+    python examples/quickstart/run.py --short                     # the same steps in about a minute
 
-Prune by magnitude and by Wanda, fine-tune with the masks kept, compress, save, load, compare. Then the speed of a model
-of realistic size. Figures go to the terminal, a picture and the checkpoint to ``out/`` beside this file.
+It prunes by magnitude and by Wanda, fine-tunes with the masks kept, compresses, saves, loads and compares; then it
+times a model of realistic size. It prints all figures, and writes a picture and the checkpoint to ``out/`` beside this
+file.
 """
 
 import copy
@@ -38,20 +39,20 @@ class Config:
     model: Path | None = None  # a folder that transformers can load; without it a small model is trained
     text: Path | None = None  # UTF-8, documents separated by <|endoftext|>; without it Python's own documentation
     out: Path = Path(__file__).parent / "out"
-    held_out: int = 100  # documents (windows of our own text) that only the perplexity sees
+    held_out: int = 100  # documents (or windows of the built-in text) that only perplexity is measured on
     train_seconds: float = 60
     finetune_seconds: float = 20
-    calibration: int = 32  # windows of text that Wanda looks at
+    calibration: int = 32  # windows of text that the methods are calibrated on
     window: int = 128  # tokens in a window
     batch: int = 4  # windows in a training step: in a minute, many small steps learn more than a few large ones
-    layers: int = 4  # of the model that is trained
+    layers: int = 4  # of the small model that is trained
     dim: int = 256
-    big_layers: int = 12  # of the random model of realistic size: GPT-2 small, BERT base
+    big_layers: int = 12  # of the model of realistic size, as in GPT-2 small and BERT base; its weights are random
     big_dim: int = 768
-    token_counts: tuple[int, ...] = (1, 16, 128)  # tokens per forward pass that speed is measured at
+    token_counts: tuple[int, ...] = (1, 16, 128)  # tokens in a forward pass for which speed is measured
     seconds_per_timing: float = 3
-    tune_budget: float = 0.5  # seconds per layer shape and token count that compress_ may measure
-    short: bool = False  # a rehearsal: the same path with little training
+    tune_budget: float = 0.5  # seconds that compress_ may measure a layer shape at a token count
+    short: bool = False  # the same steps with little training, to try the example
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ Documents = list[Tensor]  # each a row of token ids
 
 
 def own_model_and_text(config: Config) -> tuple[nn.Module, Documents, Documents]:
-    """An untrained byte-level GPT; windows to score, windows to learn from. One token is one byte of UTF-8."""
+    """Makes an untrained GPT whose tokens are bytes; returns it, windows to score and windows to learn from."""
     topics = pydoc_data.topics.topics
     text = config.text.read_text("utf-8") if config.text else "\n\n".join(topics[name] for name in sorted(topics))
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
@@ -77,7 +78,10 @@ def own_model_and_text(config: Config) -> tuple[nn.Module, Documents, Documents]
 
 
 def given_model_and_text(config: Config) -> tuple[nn.Module, Documents, Documents]:
-    """A trained transformers model; documents to score, each after a bos token; windows of the rest to learn from."""
+    """Loads a trained transformers model; returns it, documents to score and windows of the others to learn from.
+
+    Documents begin with the tokenizer's bos token, if it has one.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -94,14 +98,14 @@ def given_model_and_text(config: Config) -> tuple[nn.Module, Documents, Document
         torch.tensor(start + tokenizer(text.strip(), add_special_tokens=False, verbose=False).input_ids)
         for text in tqdm(texts, "tokenize", leave=False, disable=None)
     ]
-    if len(documents) <= config.held_out:  # one long text: its windows stand for documents
+    if len(documents) <= config.held_out:  # too few, as in one long text: windows of the text take their place
         documents = windows_of(torch.cat(documents), config, config.held_out + config.calibration)
     rest = torch.cat(documents[config.held_out :])
     return model, documents[: config.held_out], windows_of(rest, config, config.calibration)
 
 
 def windows_of(tokens: Tensor, config: Config, at_least: int) -> Documents:
-    """Cuts a text into windows of one token more than the model sees, dropping the rest at the end."""
+    """Cuts a text into windows, each with one token more than the model reads, and drops what is left at the end."""
     windows = [window for window in tokens.split(config.window + 1) if len(window) > config.window]
     if len(windows) < at_least:
         raise SystemExit(f"the text gives {len(windows)} windows of {config.window} tokens, {at_least} are needed")
@@ -112,15 +116,15 @@ def windows_of(tokens: Tensor, config: Config, at_least: int) -> Documents:
 
 
 def loss(model: nn.Module, tokens: Tensor, reduction: str = "mean") -> Tensor:
-    """Negative log-likelihood of every token but the first of each row, given those before it."""
+    """Computes the negative log-likelihood of every token but the first of each row, given those before it."""
     return F.cross_entropy(logits(model, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction=reduction)
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, documents: Documents) -> tuple[float, int]:
-    """exp of the mean negative log-likelihood, over all tokens of all documents alike; and how many tokens that is.
+    """Computes the exponential of the mean negative log-likelihood of all tokens; returns it and their number.
 
-    Each document is scored by itself, every token but its first.
+    Each document is scored by itself; its first token does not count.
     """
     total, count = 0.0, 0
     with tqdm(total=len(documents), desc="perplexity", leave=False, disable=None) as bar:
@@ -135,7 +139,10 @@ def perplexity(model: nn.Module, documents: Documents) -> tuple[float, int]:
 
 
 def train(model: nn.Module, windows: Documents, seconds: float, rate: float, config: Config, what: str) -> int:
-    """AdamW for a given time, the learning rate warming up, then falling by a cosine. Stored masks are kept."""
+    """Trains by AdamW for a given time and returns the number of steps; stored masks are kept.
+
+    The learning rate rises over 20 steps, and then falls as a cosine.
+    """
     pruned = any("weight_mask" in module._buffers for module in model.modules())
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0 if pruned else 0.1)
     keeper = sk.keep_masks(model, optimizer) if pruned else None
@@ -197,7 +204,7 @@ def main(config: Config) -> None:
         "Wanda": perplexity(wanda, held_out)[0],
     }
     rate = 5e-4
-    sparse, longer = wanda, copy.deepcopy(dense)  # the dense model trains on too: else more training looks like a gain
+    sparse, longer = wanda, copy.deepcopy(dense)  # the dense model trains as long, so that the comparison is fair
     train(sparse, learn, config.finetune_seconds, rate, config, "fine-tune with the masks kept")
     train(longer, learn, config.finetune_seconds, rate, config, "train the dense model as long")
     quality_of |= {"dense, tuned": perplexity(longer, held_out)[0], "Wanda, tuned": perplexity(sparse, held_out)[0]}

@@ -17,7 +17,7 @@ from sparsekit.nn import PrepackedLinear
 
 @torch.no_grad()
 def tokens_per_second(models: dict[str, nn.Module], count: int, vocabulary: int, seconds: float) -> dict[str, float]:
-    """By model: the tokens of a forward pass over its median time, the models in random turns."""
+    """Returns the tokens per second of each model, by the median time of a forward pass; models take random turns."""
     x = torch.randint(vocabulary, (1, count))
     times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
@@ -25,7 +25,7 @@ def tokens_per_second(models: dict[str, nn.Module], count: int, vocabulary: int,
     end = time.perf_counter() + seconds
     with tqdm(desc=f"time {count} tokens", leave=False, disable=None, bar_format="{desc}: {n} rounds") as bar:
         while min(map(len, times.values())) < 7 or time.perf_counter() < end:
-            for name in random.sample(list(models), len(models)):  # nobody always runs after the same one
+            for name in random.sample(list(models), len(models)):  # so that no model always runs after the same one
                 begin = time.perf_counter()
                 logits(models[name], x)
                 times[name].append(time.perf_counter() - begin)
@@ -34,7 +34,7 @@ def tokens_per_second(models: dict[str, nn.Module], count: int, vocabulary: int,
 
 
 def prepack_all(model: nn.Module) -> nn.Module:
-    """The best dense model there is on a CPU: a copy whose linear layers oneDNN has all reordered once."""
+    """Returns the fastest dense model on a CPU: a copy in which oneDNN has reordered the weights of linear layers."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -45,7 +45,7 @@ def prepack_all(model: nn.Module) -> nn.Module:
 def compress_and_time(
     dense: nn.Module, sparse: nn.Module, vocabulary: int, counts: tuple[int, ...], seconds: float, budget: float
 ) -> tuple[nn.Module, Reports, Speeds]:
-    """Compresses a sparse model for each use, as whoever knows the use would, and times it against dense.
+    """Compresses a copy of a sparse model for each token count, and times it against dense.
 
     Returns the model compressed for the last token count, and the reports and speeds by token count.
     """

@@ -1,4 +1,4 @@
-"""Fine-tuning between the iterations: masks kept, on one device or on many through accelerate."""
+"""Fine-tuning between the iterations, with the masks kept, on one device or with accelerate on many."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -13,26 +13,26 @@ import sparsekit as sk
 from sparsekit.tiers import Step, fade
 
 WARM = 20  # updates until the learning rate is at its highest
-FADING = 0.1  # of all updates, until nothing is left of what the schedule will drop
+FADING = 0.1  # the share of all updates until the weights that the schedule will drop have faded to zero
 
 
 class FineTune:
-    """Trains a causal LM for the epochs of a step.
+    """A function that trains a causal LM for the epochs of a step.
 
-    One schedule of the learning rate spans all steps: it stays up for the first half of all updates, then falls to zero
-    in a line. So update n has the same rate and the same windows whether the weights are pruned in steps or at once.
-    What later steps will drop fades in the first tenth of all updates: the rest of the time is for what stays. Every
-    step goes on with the optimizer's moments of the one before.
+    One schedule of the learning rate spans the updates of all steps: the rate is constant for the first half, then
+    falls to zero in a straight line. So update n has the same rate and the same windows whether the weights are pruned
+    in steps or at once. Weights that later steps will drop fade to zero in the first tenth of all updates, so that the
+    other weights have the rest of the time to adapt. Every step begins with the optimizer's moments of the step before.
 
     Args:
         windows: ``[n, window]`` token ids to learn from.
         schedule: all steps, also those that are done.
+        accelerator: places models and batches on the devices of all processes, in its precision.
         rate: the highest learning rate.
         batch: windows in an update, on all processes together.
         epoch: windows in an epoch; None takes all.
-        moments: the file with the optimizer's moments after an iteration.
-        accelerator: knows devices, processes and precision.
-        seed: of the order of the windows.
+        moments: returns the path of the file with the optimizer's moments after an iteration.
+        seed: determines the order of the windows.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class FineTune:
         if first == last:
             return
         optimizer = torch.optim.AdamW(model.parameters(), self._rate, betas=(0.9, 0.95), weight_decay=0.0)
-        # Here every process gets the weights and the masks of the first: rounding may not tell them apart.
+        # This gives every process the weights and masks of the first one, since rounding may have made them differ.
         wrapped, stepper = self._accelerator.prepare(model, optimizer)
         if self._moments(step.iteration - 1).exists():
             optimizer.load_state_dict(torch.load(self._moments(step.iteration - 1), "cpu", weights_only=True))
@@ -70,12 +70,12 @@ class FineTune:
             f"fine-tune {step.iteration}",
             last - first,
             leave=False,
-            disable=None if self._accelerator.is_main_process else True,  # None: where there is no terminal
+            disable=None if self._accelerator.is_main_process else True,  # None disables it if there is no terminal
         )
         with sk.keep_masks(model, optimizer), fade(model, optimizer, max(0, self._fading - first)):
             for update, batch in enumerate(batches, first):
                 for group in optimizer.param_groups:
-                    group["lr"] = self._rate * self.share(update)
+                    group["lr"] = self._rate * self.rate_share(update)
                 self._accelerator.backward(wrapped(input_ids=batch, labels=batch).loss)
                 self._accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
                 stepper.step()
@@ -88,17 +88,17 @@ class FineTune:
         self._accelerator.wait_for_everyone()
         model.eval()
 
-    def share(self, update: int) -> float:
-        """Of the highest learning rate, at one update of all."""
+    def rate_share(self, update: int) -> float:
+        """Returns the learning rate at an update as a share of the highest one."""
         return min(1.0, (update + 1) / WARM, 2 * (1 - update / self._whole))
 
     def _updates(self, iteration: int) -> int:
-        """Updates until an iteration is done."""
+        """Returns the number of updates until an iteration is done."""
         epochs = sum(step.epochs for step in self._schedule if step.iteration <= iteration)
         return round(epochs * self._updates_per_epoch)
 
     def _batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """This process's share of every batch: all windows in random order, then again in another."""
+        """Yields this process's part of every batch; the windows come in random order, a new one in each round."""
         rows = islice(self._rows(), first * self._batch, last * self._batch)
         mine = slice(self._accelerator.process_index, None, self._accelerator.num_processes)
         while batch := list(islice(rows, self._batch)):

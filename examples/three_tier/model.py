@@ -1,4 +1,4 @@
-"""The model to prune: one that transformers loads, or a small Llama that is trained here, on bytes."""
+"""The model to prune: one that transformers loads, or a small Llama that is trained here and whose tokens are bytes."""
 
 import os
 import shutil
@@ -22,13 +22,13 @@ from transformers.utils import logging
 
 
 def quiet() -> None:
-    """Errors only, and no bars from transformers."""
+    """Silences transformers, except for errors."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def load(model: str | Path, accelerator: Accelerator) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A causal LM in float32 on its device, and its tokenizer."""
+    """Loads a causal LM in float32 and its tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -39,7 +39,7 @@ def load(model: str | Path, accelerator: Accelerator) -> tuple[nn.Module, PreTra
 
 
 def save(lm: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes what ``load`` reads, dense with its zeros; whole or not at all."""
+    """Writes a folder that ``load`` reads, with dense weights, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     lm.save_pretrained(temporary)
@@ -49,7 +49,7 @@ def save(lm: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerBase:
-    """Every byte is a token."""
+    """Returns a tokenizer whose tokens are bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -58,7 +58,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def train_builtin(text: Text, updates: int, seed: int) -> nn.Module:
-    """A Llama of 0.2 million weights, which learns to write English words in half a minute."""
+    """Trains a Llama of 0.2 million weights, which learns to write English words in half a minute."""
     torch.manual_seed(seed)
     shape = LlamaConfig(
         vocab_size=256,

@@ -1,12 +1,12 @@
 """Prunes a language model by progressive tiers: each block of a weight is dense, 2:4 or top-k, demoted step by step.
 
-    python examples/three_tier/run.py                                # a small model of its own, in minutes
+    python examples/three_tier/run.py                                # trains and prunes a small model, in minutes
     python examples/three_tier/run.py --model PATH --data FILE       # a Llama-like model, and text for it
     python examples/three_tier/run.py --iteration 3 --model DIR --previous-tier-maps FILE    # one iteration only
     accelerate launch examples/three_tier/run.py ...                 # fine-tunes on several GPUs
 
-Writes to ``--out``: every iteration's model, tier maps and report; log.tsv, report.json and three_tier.png. The same
-command after a kill goes on with the first iteration that is not finished.
+It writes the model, tier maps and report of every iteration to ``--out``, and log.tsv, report.json and three_tier.png.
+After a kill, the same command goes on with the first iteration that is not finished.
 """
 
 import copy
@@ -41,7 +41,7 @@ from sparsekit.tiers import (
 )
 
 HERE = Path(__file__).parent
-FREE = ("iteration", "previous_tier_maps", "out", "compare", "seconds")  # may change when a run goes on
+FREE = ("iteration", "previous_tier_maps", "out", "compare", "seconds")  # settings that may change when a run goes on
 
 
 @dataclass
@@ -50,24 +50,24 @@ class Config:
     config: Path = HERE / "progressive_config.csv"  # the schedule
     data: str = "builtin"  # builtin (Python's documentation), wikitext2, c4, or a UTF-8 file
     out: Path = HERE / "out"
-    iteration: int | None = None  # only this one, from the model and the tier maps of the one before
+    iteration: int | None = None  # runs only this one, from the model and the tier maps of the one before
     previous_tier_maps: Path | None = None  # .safetensors, or a .pt of the published pruner
-    criterion: Literal["loss", "published"] = "loss"  # which blocks go first
-    allocation: Literal["layer", "model"] = "model"  # whether every layer gets the same shares, or the model
+    criterion: Literal["loss", "published"] = "loss"  # which blocks are demoted first
+    allocation: Literal["layer", "model"] = "model"  # whether every layer reaches the shares, or the model as a whole
     reconstruct: bool = True  # least squares on the kept weights after each demotion
     block_size: int = 16
     topk_per_block: int = 10
     nsamples: int = 64  # windows to calibrate on
     window: int = 128  # tokens in a window
-    held_out: int = 128  # windows that are scored and never learned from
+    held_out: int = 128  # windows to measure perplexity on, which are not in the training text
     rate: float = 2.5e-3  # learning rate; 2e-5 suits models of billions of weights
     batch: int = 16  # windows in an update, on all processes together
     epoch_windows: int | None = 1024  # windows in an epoch; None takes the whole text
     precision: Literal["no", "bf16", "fp16"] = "no"  # of fine-tuning; the weights stay float32
-    compare: bool = True  # one-shot pruning beside it: to every step's shares, and to the last's with all fine-tuning
-    seconds: float = 2.0  # to time the result for, at each count of tokens; 0 leaves it out
+    compare: bool = True  # also prunes at once: to every step's shares, and to the last ones with all fine-tuning
+    seconds: float = 2.0  # for which the result is timed at each number of tokens; 0 leaves that out
     seed: int = 0
-    short: bool = False  # a rehearsal: the same path with little training
+    short: bool = False  # the same steps with little training, to try the example
 
     def __post_init__(self) -> None:
         if self.short:
@@ -75,7 +75,7 @@ class Config:
 
 
 class Pruner:
-    """The ways of pruning one dense model that are compared."""
+    """The two ways of pruning a dense model that are compared: in steps, and at once."""
 
     def __init__(self, config: Config, model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
         self.config, self.model, self.tokenizer, self.text = config, model, tokenizer, text
@@ -92,7 +92,10 @@ class Pruner:
 
     @torch.no_grad()
     def perplexity(self, model: nn.Module) -> float:
-        """exp of the mean negative log-likelihood of every token but the first of each held-out window."""
+        """Computes the exponential of the mean negative log-likelihood of the held-out windows' tokens.
+
+        The first token of a window does not count.
+        """
         batches = self.text.held_out.to(next(model.parameters()).device).split(8)
         total = sum(float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in batches)
         return math.exp(total / len(self.text.held_out))
@@ -100,7 +103,17 @@ class Pruner:
     def progressive(
         self, steps: tuple[Step, ...], schedule: tuple[Step, ...], folder: Path, accelerator: Accelerator
     ) -> tuple[nn.Module, dict[str, TierMap], list[IterationReport]]:
-        """Prunes a copy by the steps, with fine-tuning after each; keeps what every iteration led to."""
+        """Prunes a copy in steps, with fine-tuning after each, and writes the result of every iteration to ``folder``.
+
+        Args:
+            steps: the steps to take.
+            schedule: all steps, by which the learning rate and the fading go.
+            folder: gets a folder for every iteration.
+            accelerator: as for ``FineTune``.
+
+        Returns:
+            The pruned model, its tier maps, and a report for each iteration.
+        """
         config, model, before = self.config, copy.deepcopy(self.model), self.config.previous_tier_maps
 
         def moments(iteration: int) -> Path:
@@ -188,7 +201,7 @@ def main(config: Config) -> None:
 
 
 def chosen(schedule: tuple[Step, ...], config: Config) -> tuple[Step, ...]:
-    """All steps, or the one that ``--iteration`` names."""
+    """Returns all steps, or only the one that ``--iteration`` names."""
     if config.iteration is None:
         if config.previous_tier_maps:
             raise ValueError("--previous-tier-maps is for --iteration, which is not given")
@@ -201,7 +214,7 @@ def chosen(schedule: tuple[Step, ...], config: Config) -> tuple[Step, ...]:
 
 
 def check_settings(config: Config) -> None:
-    """Refuses a folder that another run began: going on there would mix the two."""
+    """Rejects a folder in which a run with other settings began, since going on there would mix the two."""
     free = FREE if config.iteration is None else (*FREE, "model")
     settings = {field.name: str(getattr(config, field.name)) for field in fields(config) if field.name not in free}
     path = config.out / "settings.json"
@@ -217,7 +230,7 @@ def check_settings(config: Config) -> None:
 
 
 def builtin(config: Config, accelerator: Accelerator) -> tuple[nn.Module, PreTrainedTokenizerBase, Text]:
-    """A model of its own and its text; trained once, then found in the folder."""
+    """Returns the built-in model and its text; it is trained once, and loaded from the output folder after that."""
     tokenizer = bytes_tokenizer()
     text = read(config.data, tokenizer, config.window, config.held_out)
     folder = config.out / "builtin"

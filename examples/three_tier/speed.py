@@ -1,4 +1,4 @@
-"""How fast the pruned model runs, packed, against dense."""
+"""Times the pruned model, compressed, against dense."""
 
 import copy
 import random
@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 import sparsekit as sk
 
-COUNTS = (1, 128)  # tokens in a forward pass: writing a text, and reading one
+COUNTS = (1, 128)  # tokens in a forward pass, as when a model writes a text and when it reads one
 
 
 @torch.no_grad()
 def compress_and_time(model: nn.Module, vocabulary: int, seconds: float) -> tuple[nn.Module, dict[str, float]]:
-    """Compresses for each count of tokens, prints what was swapped and why, and times it against dense.
+    """Compresses a copy for each number of tokens, prints what was swapped and why, and times it against dense.
 
-    Returns the model compressed for the last count, and how many times as fast as dense it is at each.
+    Returns the model compressed for the last number, and how many times as fast as dense it is at each.
     """
     ratios = {}
     for count in COUNTS:
@@ -39,7 +39,7 @@ def compress_and_time(model: nn.Module, vocabulary: int, seconds: float) -> tupl
 
 
 def _summary(report: sk.CompressReport) -> str:
-    """How many layers became what; if none did, why the first did not."""
+    """Says how many layers became what, and if none was swapped, why the first one was not."""
     now = [layer.decision for layer in report.layers]
     parts = [f"{now.count(decision)} {decision}" for decision in dict.fromkeys(now)]
     size = f"{report.bytes_before / 2**20:.2f} MiB, now {report.bytes_after / 2**20:.2f} MiB"
@@ -48,7 +48,7 @@ def _summary(report: sk.CompressReport) -> str:
 
 
 def _medians(models: dict[str, nn.Module], tokens: torch.Tensor, seconds: float) -> dict[str, float]:
-    """Seconds of a forward pass, the models in random turns."""
+    """Returns the median seconds of a forward pass of each model; models take random turns."""
     times: dict[str, list[float]] = {name: [] for name in models}
     end = time.perf_counter() + seconds
     while len(times["dense"]) < 7 or time.perf_counter() < end:

@@ -1,4 +1,4 @@
-"""Text to calibrate on, learn from and score, as windows of tokens; what is scored is never learned from."""
+"""Text as windows of tokens: some to calibrate on and learn from, others to measure perplexity on."""
 
 import pydoc_data.topics
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SEPARATOR = "<|endoftext|>"
 
 @dataclass
 class Text:
-    """Windows ``[n, window]`` of token ids."""
+    """Token ids as windows ``[n, window]``: ``train`` to learn from, ``held_out`` to measure perplexity on."""
 
     train: Tensor
     held_out: Tensor
@@ -25,12 +25,15 @@ def read(data: str, tokenizer: PreTrainedTokenizerBase, window: int, held_out: i
     Args:
         data: ``"builtin"`` (the documentation that comes with Python), ``"wikitext2"`` or ``"c4"`` (downloaded by the
             package datasets), or a UTF-8 file, documents separated by ``<|endoftext|>``, else by blank lines.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         window: tokens in a window.
-        held_out: windows to score.
+        held_out: the number of held-out windows.
+
+    Raises:
+        ValueError: the text is too short, or cannot be read.
     """
     scored: list[Tensor] = []
-    documents = iter(dict.fromkeys(_documents(data)))  # a document that is there twice could be in both halves
+    documents = iter(dict.fromkeys(_documents(data)))  # each once, since a duplicate could be in both parts
     while sum(map(len, scored)) < held_out * window and (document := next(documents, None)) is not None:
         scored.append(_tokens(document, tokenizer))
     text = Text(
@@ -58,7 +61,7 @@ def _documents(data: str) -> list[str]:
 
 
 def _download(data: str) -> list[str]:
-    """Documents of the part that others report perplexity on, then those of the part to learn from."""
+    """Downloads a data set: the documents on which perplexity is usually reported, then those to learn from."""
     try:
         from datasets import load_dataset
     except ImportError:

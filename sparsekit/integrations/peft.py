@@ -22,7 +22,7 @@ INITIAL = (True, False, "gaussian", "orthogonal")  # the initializations that do
 
 
 class _Pruned(type):
-    """The class of ``PrunedLayer``, which PEFT asks whether a layer is one."""
+    """The metaclass of ``PrunedLayer``: PEFT calls ``isinstance`` to find the layers for which it makes an adapter."""
 
     def __instancecheck__(cls, layer: Any) -> bool:
         if isinstance(layer, Compressed):
@@ -31,7 +31,7 @@ class _Pruned(type):
 
 
 class PrunedLayer(metaclass=_Pruned):
-    """Any compressed layer, and any module that has a stored mask."""
+    """A class whose instances are all compressed layers and all modules that have a stored mask."""
 
 
 def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraConfig:
@@ -46,19 +46,19 @@ def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraCo
 
     The masked product is dense: a call costs about as much as one more dense layer, so merge before you serve. It is
     computed again in the backward pass, so that no dense copy of a weight is kept. Other layers get PEFT's own
-    adapters. A saved adapter does not store this setting; load it with
+    adapters. A saved adapter does not store that it is masked; load it with
     ``PeftModel.from_pretrained(model, folder, config=lora_config(LoraConfig.from_pretrained(folder)))``.
 
     Args:
-        config: is changed and returned; None makes one.
-        **arguments: those of ``LoraConfig`` if there is no ``config``. ``init_lora_weights`` must not change the weight
+        config: is changed and returned; None makes a new one of ``arguments``.
+        **arguments: arguments of ``LoraConfig``. ``init_lora_weights`` must not change the weight
             of the layer (True, False, ``"gaussian"`` or ``"orthogonal"``); DoRA and the other variants of LoRA
             are rejected for such a layer.
 
     Raises:
-        TypeError: ``config`` is no ``LoraConfig``, or there are ``arguments`` as well.
-        ValueError: raised later, by PEFT: a target is another module with a stored mask (experts), whose zeros an
-            adapter would fill.
+        TypeError: ``config`` is not a ``LoraConfig``, or there are ``arguments`` as well.
+        ValueError: raised later, when PEFT makes the adapters: a target with a stored mask is no linear layer or
+            convolution, such as experts, and an adapter would fill its zeros.
     """
     if config is None:
         config = LoraConfig(**arguments)
@@ -69,11 +69,11 @@ def lora_config(config: LoraConfig | None = None, /, **arguments: Any) -> LoraCo
 
 
 def keep_zeros_(model: Model) -> Model:
-    """Makes the LoRA adapters that a model has keep the zeros of pruned and compressed layers; returns the model.
+    """Makes the LoRA adapters of a model keep the zeros of pruned and compressed layers; returns the model.
 
-    It is meant for a model that got its adapters without ``lora_config``, or that was pruned or compressed after that.
-    The adapters are masked from then on, as ``lora_config`` describes: entries that they have learned elsewhere have no
-    effect, so call this before the training. ``merge_and_unload()`` then keeps the zeros.
+    It is meant for a model that got its adapters without ``lora_config``, or that was pruned or compressed after it got
+    them. The adapters are masked from then on, as ``lora_config`` describes. What they have learned for dropped weights
+    has no effect any more, so call this before training. ``merge_and_unload()`` then keeps the zeros.
 
     Raises:
         ValueError: the adapter of such a layer is merged already, or is not plain LoRA (DoRA, another method); nothing
@@ -100,12 +100,12 @@ def merge_lora(model: Any) -> nn.Module:
     """Merges the LoRA adapters of a PEFT model into its layers, pruned and compressed ones too, and returns the model.
 
     This is ``keep_zeros_(model).merge_and_unload()``: zeros stay, and compressed layers stay compressed. An adapter
-    that was trained without a mask (by a plain ``LoraConfig``) loses its entries where the weight is zero.
+    that was trained without a mask (with a plain ``LoraConfig``) loses what it has learned for dropped weights.
 
     Raises:
-        TypeError: ``model`` is no PEFT model.
-        ValueError: as ``keep_zeros_``; or an adapter makes a weight NaN or infinite, or has a bias that its layer has
-            no place for. Nothing is merged then.
+        TypeError: ``model`` is not a PEFT model.
+        ValueError: for the reasons of ``keep_zeros_``; or an adapter makes a weight NaN or infinite, or has a bias
+            while its layer has none. Nothing is merged then.
     """
     if not callable(getattr(model, "merge_and_unload", None)):
         raise TypeError(f"model must be a PEFT model with LoRA adapters, got {type(model).__name__}")
@@ -118,7 +118,7 @@ def merge_lora(model: Any) -> nn.Module:
 
 
 class _MaskedAdapter(nn.Module):
-    """A mixin for PEFT's adapters that masks the product as its layer is masked, if it is."""
+    """A mixin for PEFT's adapters, which multiplies ``B @ A`` by the mask of the layer, if it has one."""
 
     base_layer: Any
     lora_A: Any
@@ -135,7 +135,7 @@ class _MaskedAdapter(nn.Module):
 
     @property
     def lora_variants(self) -> dict[Any, Any]:
-        return {(): None}  # PEFT rejects all others
+        return {(): None}  # plain LoRA alone, so that PEFT rejects all variants
 
     def _get_in_out_features(self, module: nn.Module) -> Any:
         if isinstance(module, Compressed):
@@ -154,7 +154,7 @@ class _MaskedAdapter(nn.Module):
             base.frozen = False  # PEFT freezes the parameters of all layers; only the adapter is trained
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Returns the matrix that merging adds to the weight of the layer, in its shape."""
+        """Returns the matrix that merging adds to the weight of the layer, in the weight's shape."""
         delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
         mask = kept_entries(self.get_base_layer())
         return delta if mask is None else delta.masked_fill(~mask, 0)
@@ -172,7 +172,8 @@ class _MaskedAdapter(nn.Module):
             if adapter in self.lora_A:
                 given = self._cast_input_dtype(input, self.lora_A[adapter].weight.dtype)
                 if torch.is_grad_enabled():
-                    # Recomputed in the backward pass: keeping the masked products would keep a dense copy of the model.
+                    # Computed again in the backward pass: the masked products of all layers would fill as much memory
+                    # as a dense copy of the model.
                     result = result + checkpoint(self._product, given, adapter, use_reentrant=False)
                 else:
                     result = result + self._product(given, adapter)
@@ -203,7 +204,7 @@ class _MaskedAdapter(nn.Module):
 
     @torch.no_grad()
     def check_merge(self, name: str) -> None:
-        """Raises the errors of ``merge``, with the name of the layer, without merging."""
+        """Raises the error that ``merge`` would raise, with the name of the layer, without merging."""
         weight = None
         try:
             for adapter in check_adapters_to_merge(self):  # type: ignore[arg-type]
@@ -238,14 +239,14 @@ class _MaskedAdapter(nn.Module):
 
 
 class MaskedLoraLinear(_MaskedAdapter, lora.Linear):  # type: ignore[misc, unused-ignore]
-    """LoRA adapter of a linear layer."""
+    """A LoRA adapter of a linear layer, which keeps the layer's zeros."""
 
     def _multiply(self, x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, oriented(delta, self.fan_in_fan_out), bias)
 
 
 class MaskedLoraConv2d(_MaskedAdapter, lora.Conv2d):  # type: ignore[misc, unused-ignore]
-    """LoRA adapter of a convolution."""
+    """A LoRA adapter of a convolution, which keeps the layer's zeros."""
 
     def _multiply(self, x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
         return self.get_base_layer()._conv_forward(x, delta, bias)
@@ -258,7 +259,7 @@ MASKED: dict[type[BaseTunerLayer], type[_MaskedAdapter]] = {
 
 
 def _adapter(target: nn.Module, adapter_name: str, *, config: LoraConfig, **arguments: Any) -> _MaskedAdapter:
-    """Makes the adapter of a pruned layer; PEFT calls it."""
+    """Makes the adapter of a pruned or compressed layer for PEFT."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     is_layer = isinstance(base, Compressed) or input_dim(base) is not None
     if not is_layer or arguments.get("parameter_name") is not None:

@@ -19,14 +19,14 @@ MASKS = "masks.safetensors"
 
 
 class MaskCallback(TrainerCallback):
-    """Keeps the stored masks of a pruned model while a Trainer trains it, as ``keep_masks`` does::
+    """A callback that keeps the stored masks of a pruned model while a Trainer trains it, as ``keep_masks`` does::
 
         sk.prune_(model, sk.Wanda("2:4"), batches)
         Trainer(model, arguments, callbacks=[MaskCallback()], train_dataset=texts).train()
 
-    A plain Trainer fills the zeros without a warning. Gradient accumulation, DDP, accelerate and ``fully_shard`` work
-    as with ``keep_masks``. Every checkpoint has its zeros, and the masks in ``masks.safetensors``: a training that is
-    resumed with a model without masks reads them from there.
+    Without it, a Trainer fills the zeros and gives no warning. Gradient accumulation, DDP, accelerate and
+    ``fully_shard`` work as with ``keep_masks``. Every checkpoint has the zeros, and the masks in
+    ``masks.safetensors``: if training is resumed with a model without masks, they are read from there.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class MaskCallback(TrainerCallback):
         """Begins to keep the masks.
 
         Raises:
-            ValueError: as ``keep_masks``.
+            ValueError: for the reasons of ``keep_masks``.
         """
         self.keeper = None  # a keeper left by a training that failed belongs to the old optimizer
         masks = _checkpoint(args, state) / MASKS
@@ -66,7 +66,8 @@ class MaskCallback(TrainerCallback):
         """Stops keeping the masks.
 
         Raises:
-            ValueError: a dropped weight is not zero: a best checkpoint was loaded that was written without the masks.
+            ValueError: a dropped weight is not zero, because the Trainer has loaded a best checkpoint that was written
+                without the masks.
         """
         keeper, self.keeper = self.keeper, None
         if keeper is not None:
@@ -74,17 +75,18 @@ class MaskCallback(TrainerCallback):
 
 
 class SparseTrainingCallback(TrainerCallback, ExportableState):
-    """Makes a Trainer train with 2:4 weights, as ``sparse_training_`` does, and finishes the model at the end.
+    """A callback that makes a Trainer train with 2:4 weights, as ``sparse_training_`` does, and finishes the model.
 
     Checkpoints hold the dense weights, so a resumed training continues as if it had not stopped; evaluation uses the
-    2:4 weights. After the training the model is 2:4 and has its masks: save it then. If a training fails, the layers
-    stay sparse: ``training.undo()`` makes them plain, and another ``train()`` continues.
+    2:4 weights. After the training the weights are 2:4 and have stored masks: save the model then. If training fails,
+    the layers go on computing with 2:4 weights: another ``train()`` continues, and ``training.undo()`` makes them plain
+    layers.
 
     Args:
         backward, where: as in ``sparse_training_``. If the Trainer restores the callback from a checkpoint
             (``restore_callback_states_from_checkpoint``), the layers are selected by their names.
-        decay: as in ``sparse_training_``, per update: it is divided by the number of accumulated passes. With a
-            gradient scaler (``fp16``) it is scaled down with the gradients.
+        decay: as in ``sparse_training_``, for each update of the optimizer: if gradients are accumulated over several
+            passes, each adds its part. With a gradient scaler (``fp16``) it is scaled down with the gradients.
     """
 
     def __init__(
@@ -108,10 +110,11 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Makes the layers train sparse.
+        """Makes the layers compute with 2:4 weights.
 
         Raises:
-            ValueError: as ``sparse_training_``, or FSDP has sharded the model, which cannot be finished in place.
+            ValueError: for the reasons of ``sparse_training_``, or FSDP has sharded the model, so that it cannot be
+                finished in place.
         """
         if sharding(model):
             raise ValueError(
@@ -128,7 +131,7 @@ class SparseTrainingCallback(TrainerCallback, ExportableState):
         """Makes the weights 2:4.
 
         Raises:
-            ValueError: as ``SparseTraining.finish``.
+            ValueError: for the reasons of ``SparseTraining.finish``.
         """
         if self.training is not None:
             self.training.finish()
