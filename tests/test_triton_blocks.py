@@ -140,7 +140,7 @@ def test_rows_as_wide_as_layers(gpu, dtype):
 
 def test_blocks_larger_than_the_registers(gpu):
     score = ties(1, 70000, dtype=torch.bfloat16)
-    assert blocks.program(score, 1, 70000, 2, 2, {"num_warps": 1}) is None
+    assert blocks.plan_strips(score, 1, 70000, 2, 2, {"num_warps": 1}) is None
     assert_same(blocks.block_topk_mask(score.to(gpu), 9, 1, 70000).cpu(), block_topk_mask_reference(score, 9, 1, 70000))
 
 

@@ -99,7 +99,7 @@ def test_every_configuration_of_both(gpu, config):
 
 
 def test_both_with_programs_past_the_matrix(gpu, monkeypatch):
-    monkeypatch.setattr(_tiles, "MOST", 2)  # three tiles down, in two layers of two
+    monkeypatch.setattr(_tiles, "MOST_PROGRAMS", 2)  # three tiles down, in two layers of two
     weight = hostile(192, 64, dtype=torch.bfloat16)
     expected = prune_both_to_hardware24_reference(weight, "cutlass_sm80")
     with hardware24_both.BOTH.force("64x64"):

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.triton
 pytest.importorskip("triton")
 from sparsekit.triton_kernels import _tiered_unpack  # noqa: E402
 from sparsekit.triton_kernels import linear_tiered as tiered  # noqa: E402
+from sparsekit.triton_kernels._tiered_columns import Packed  # noqa: E402
 from sparsekit.triton_kernels._tiered_unpack import unpack_tiered  # noqa: E402
 from sparsekit.triton_kernels.linear_tiered import TABLE, linear_tiered  # noqa: E402
 
@@ -135,7 +136,7 @@ def test_without_rows_or_columns(gpu, dtype, rows, cols):
     x, bias = random(gpu, 3, cols, dtype=dtype), random(gpu, rows, dtype=dtype)
     assert_same(linear_tiered(x, *parts.tensors, bias, rows), bias.expand(3, rows).contiguous())
     assert_same(linear_tiered(x, *parts.tensors, None, rows), torch.zeros(3, rows, dtype=dtype, device=gpu))
-    assert unpack_tiered(*parts.tensors, rows, cols).shape == (rows, cols)
+    assert unpack_tiered(Packed(*parts.tensors), rows, cols).shape == (rows, cols)
 
 
 @pytest.mark.parametrize("dtype, cols", [(torch.bfloat16, 70), (torch.bfloat16, 53), (torch.float32, 70)], ids=dtype_id)
@@ -223,7 +224,7 @@ def test_matches_the_reference_where_sums_are_exact(gpu):
 )
 def test_unpacks_what_was_packed(gpu, dtype, rows, cols, block, k):
     weight, parts = packed(gpu, rows, cols, dtype, block, k)
-    assert_same(unpack_tiered(*parts.tensors, rows, cols), torch.where(weight != 0, weight, 0))
+    assert_same(unpack_tiered(Packed(*parts.tensors), rows, cols), torch.where(weight != 0, weight, 0))
 
 
 def test_padding_of_topk_leaves_position_0_alone(gpu):
@@ -231,13 +232,13 @@ def test_padding_of_topk_leaves_position_0_alone(gpu):
     weight[0, 0] = 3
     parts = pack_tiered(weight)
     assert parts.topk.tolist() == [[3] + [0] * 9]
-    assert_same(unpack_tiered(*parts.tensors, 16, 16), weight)
+    assert_same(unpack_tiered(Packed(*parts.tensors), 16, 16), weight)
 
 
 def test_rows_of_more_blocks_than_one_scan(gpu, monkeypatch):
     monkeypatch.setattr(_tiered_unpack, "scan_size", lambda across: 16)
     weight, parts = packed(gpu, 16, 300, torch.bfloat16, block=(8, 8))
-    assert_same(unpack_tiered(*parts.tensors, 16, 300), torch.where(weight != 0, weight, 0))
+    assert_same(unpack_tiered(Packed(*parts.tensors), 16, 300), torch.where(weight != 0, weight, 0))
 
 
 def test_many_tokens_are_left_to_cublas(gpu, monkeypatch):

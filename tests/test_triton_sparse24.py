@@ -106,7 +106,7 @@ def test_rows_beyond_the_second_axis_of_a_grid(gpu, monkeypatch):
     config = sparse24.PACK.configs["4x256"]
     assert _tiles.tiles(4 * 65535, 257, config) == (2, 65535, 1)
     assert _tiles.tiles(4 * 65535 + 1, 256, config) == (1, 32768, 2)
-    monkeypatch.setattr(_tiles, "MOST", 2)
+    monkeypatch.setattr(_tiles, "MOST_PROGRAMS", 2)
     weight = hostile(18, 8, dtype=torch.float16)
     with sparse24.PACK.force("4x256"):
         assert_packed(sparse24.prune_pack24(weight.to(gpu), None), prune_pack24_reference(weight, None))

@@ -40,7 +40,7 @@ def test_without_topk(gpu, squared):
 
 
 def test_of_blocks_larger_than_the_registers(gpu, monkeypatch):
-    monkeypatch.setattr(kernels, "program", lambda *args: None)
+    monkeypatch.setattr(kernels, "plan_strips", lambda *args: None)
     check(gpu, hostile(9, 21), 3, (4, 8), torch.rand(21), -torch.rand(21), False)
     check(gpu, hostile(9, 21), 3, (4, 8), torch.rand(21), -torch.rand(21), True)
 

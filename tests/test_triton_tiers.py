@@ -86,7 +86,7 @@ def test_any_strides(gpu, layout, dtype):
 
 
 def test_blocks_larger_than_the_registers(gpu, monkeypatch):
-    monkeypatch.setattr(tiers, "program", lambda *args: None)
+    monkeypatch.setattr(tiers, "plan_strips", lambda *args: None)
     check(gpu, hostile(9, 21), some_tiers((9, 21), (4, 8)), 3, (4, 8), torch.rand(21), torch.rand(21))
     check(gpu, ties(9, 21), some_tiers((9, 21), (4, 8)), 3, (4, 8), nested=True)
 

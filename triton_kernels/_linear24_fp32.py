@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tiles import split_groups
+
 
 @triton.jit
 def tail_and_bias(
@@ -55,7 +57,7 @@ def _linear24_fp32_kernel(
     for start in range(0, (groups + 1) // 2, BYTES):  # a mask byte has two groups: four values, eight columns
         at = 4 * start + entry
         kept = tl.load(values_at + at.to(tl.int64) * values_col, (row < rows)[:, None] & (at < 2 * groups), 0)
-        kept = _split_fours(kept)
+        kept = split_groups(kept)
         at = start + byte
         # A thread needs the bits of its own values only: the hint keeps the load from being wider.
         bits_at = tl.multiple_of(bitmask_at + at.to(tl.int64) * bitmask_col, [1, 1])
@@ -63,7 +65,7 @@ def _linear24_fp32_kernel(
         for half in tl.static_range(2):
             at = 8 * start + entry // 4 * 8 + entry % 4 + 4 * half
             inputs = tl.load(x_at + at.to(tl.int64) * x_col, (token < tokens)[:, None] & (at < 4 * groups), 0)
-            inputs = _split_fours(inputs)
+            inputs = split_groups(inputs)
             lower, upper = kept[2 * half], kept[2 * half + 1]
             bit0, bit1 = (bits >> (4 * half)) & 1, (bits >> (4 * half)) & 2
             bit2, bit3 = (bits >> (4 * half)) & 4, (bits >> (4 * half)) & 8
@@ -82,21 +84,12 @@ def _linear24_fp32_kernel(
     tl.store(y + token.to(tl.int64) * rows + row, sums, (row < rows) & (token < tokens))
 
 
-@triton.jit
-def _split_fours(tile):
-    """Splits a tile ``[a, 4 * b]`` into four of ``[a, b]``, by column modulo four; no data moves between threads."""
-    even, odd = tl.split(tl.reshape(tile, tile.shape[0], tile.shape[1] // 4, 2, 2))
-    entry0, entry2 = tl.split(even)
-    entry1, entry3 = tl.split(odd)
-    return entry0, entry1, entry2, entry3
-
-
 def linear24_fp32(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Writes ``x @ W.T + bias`` into ``y``; ``x`` is a matrix."""
     tokens, cols = x.shape
     rows = values.shape[0]
-    together = min(triton.next_power_of_2(tokens), 8)
-    _linear24_fp32_kernel[(triton.cdiv(rows, 4), triton.cdiv(tokens, together))](
+    tokens_each = min(triton.next_power_of_2(tokens), 8)
+    _linear24_fp32_kernel[(triton.cdiv(rows, 4), triton.cdiv(tokens, tokens_each))](
         x,
         values,
         bitmask,
@@ -109,7 +102,7 @@ def linear24_fp32(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | Non
         *values.stride(),
         *bitmask.stride(),
         TAIL=cols % 4,
-        TOKENS=together,
+        TOKENS=tokens_each,
         ROWS=4,
         BYTES=128,
         num_warps=4,

@@ -42,7 +42,7 @@ def size_class(x: Tensor) -> str:
     return "large" if x.numel() >= LARGE else "small"
 
 
-def for_waves(config: Config, x: Tensor) -> Config:
+def halve_warps_on_amd(config: Config, x: Tensor) -> Config:
     """Returns a copy of ``config``, with half the warps on AMD's data center GPUs, whose warps have 64 threads."""
     return config | {"num_warps": config["num_warps"] // (2 if architecture(x).startswith("gfx9") else 1)}
 
@@ -161,7 +161,7 @@ def _nm24_scaled_kernel(
 
 def by_magnitude(x: Tensor, mask: Tensor | None, bits: Tensor | None, pruned: Tensor | None) -> None:
     """Writes the outputs that are not None for a contiguous ``x`` that ``fits``, ranked by magnitude."""
-    config = for_waves(PAIRS.config(x, size_class(x)), x)
+    config = halve_warps_on_amd(PAIRS.config(x, size_class(x)), x)
     units, block = x.numel() // 8, config["BLOCK"] // 8
     _nm24_pairs_kernel[(triton.cdiv(units, block),)](
         x, mask, bits, pruned, units, NAN=NANS[x.dtype], UNITS=block, num_warps=config["num_warps"]
@@ -170,7 +170,7 @@ def by_magnitude(x: Tensor, mask: Tensor | None, bits: Tensor | None, pruned: Te
 
 def scaled(x: Tensor, scale: Tensor, mask: Tensor, pruned: Tensor) -> None:
     """Writes both outputs for a contiguous ``x`` that ``fits``, ranked by magnitude times ``scale``."""
-    config = for_waves(SCALED.config(x, size_class(x)), x)
+    config = halve_warps_on_amd(SCALED.config(x, size_class(x)), x)
     rows, units = x.numel() // x.shape[-1], x.shape[-1] // 8
     config["UNITS"] = min(triton.next_power_of_2(units), config["UNITS"])
     config["ROWS"] = config.pop("BLOCK") // 8 // config["UNITS"]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._select import flipped, keep2of4_pairs, swap_halves
-from ._tiles import pairs, quads, unpairs
+from ._tiles import deinterleave, interleave, split_groups
 
 
 @triton.jit
@@ -21,8 +21,8 @@ def _choose(kept, entry, other):
 def units(entries):
     """Returns the four entries of the groups of a tile ``[R, C]``: words ``[R, C / 8]`` that hold two groups each."""
     # The entries were loaded as one word, so the compiler turns this into a use of the loaded register.
-    low, high = unpairs(entries.to(tl.uint16, bitcast=True).to(tl.uint32))
-    w0, w1, w2, w3 = quads(low | high << 16)
+    low, high = deinterleave(entries.to(tl.uint16, bitcast=True).to(tl.uint32))
+    w0, w1, w2, w3 = split_groups(low | high << 16)
     e0, e1 = swap_halves(w0, w2)
     e2, e3 = swap_halves(w1, w3)
     return e0, e1, e2, e3
@@ -37,7 +37,7 @@ def kept_entries(k0, k1, k2, k3, e0, e1, e2, e3):
     first = _choose(k0, e0, _choose(k1, e1, e2))
     last = _choose(k3, e3, _choose(k2, e2, e1))
     first_group, second_group = swap_halves(first, last)
-    return pairs(first_group, second_group)
+    return interleave(first_group, second_group)
 
 
 @triton.jit

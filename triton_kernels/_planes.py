@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def unpairs(entries):
+def deinterleave(entries):
     """Splits ``[S, B, 2 G]`` into its even and its odd columns, ``[S, B, G]`` each."""
     return tl.split(tl.reshape(entries, [entries.shape[0], entries.shape[1], entries.shape[2] // 2, 2]))
 
@@ -37,7 +37,7 @@ def slices(entries):
 
 
 @triton.jit
-def _hidden(value: tl.constexpr):
+def _opaque(value: tl.constexpr):
     """Returns ``value`` so that LLVM does not see a constant: for one it would replace an instruction by several."""
     return tl.program_id(1).to(tl.uint32) + value  # grids have one axis, so this adds 0
 
@@ -46,7 +46,7 @@ def _hidden(value: tl.constexpr):
 def _exchange(words, DISTANCE: tl.constexpr, STAY: tl.constexpr):
     """Computes one stage of ``_transpose``, which also turns the highest bit of the slices' index into the lowest."""
     first, last = _halves(words)
-    up, down, stay = last << DISTANCE, first >> DISTANCE, _hidden(STAY)
+    up, down, stay = last << DISTANCE, first >> DISTANCE, _opaque(STAY)
     both = tl.join((first ^ up) & stay ^ up, (last ^ down) & stay ^ last)
     return tl.reshape(tl.permute(both, 0, 3, 1, 2), words.shape)
 
@@ -68,11 +68,11 @@ def key_planes(entries):
     """
     mantissa: tl.constexpr = entries.dtype.fp_mantissa_width
     if mantissa == 23:
-        even, odd = unpairs(entries.to(tl.uint32, bitcast=True))
+        even, odd = deinterleave(entries.to(tl.uint32, bitcast=True))
         both = tl.join(_transpose((even & 0xFFFF) | odd << 16), _transpose(even >> 16 | (odd & 0xFFFF0000)))
         planes = tl.reshape(tl.permute(both, 3, 0, 1, 2), [32, both.shape[1], both.shape[2]])
     else:
-        even, odd = unpairs(entries.to(tl.uint16, bitcast=True).to(tl.uint32))
+        even, odd = deinterleave(entries.to(tl.uint16, bitcast=True).to(tl.uint32))
         planes = _transpose(even | odd << 16)
     bits = slices(planes)
     fraction, exponent = bits[0], bits[mantissa]
@@ -127,14 +127,14 @@ def keep_topk(keys, valid, k):
     for bit in tl.static_range(2, keys.shape[0] + 1):
         kept, rest, need = _halve(planes[keys.shape[0] - bit], kept, rest, need)
     for stage in tl.static_range(4):
-        earlier = _hidden((0x00FF00FF, 0x0F0F0F0F, 0x33333333, 0x55555555)[stage])
+        earlier = _opaque((0x00FF00FF, 0x0F0F0F0F, 0x33333333, 0x55555555)[stage])
         kept, rest, need = _halve(earlier, kept, rest, need)
     words: tl.constexpr = valid.shape[2]
     for stage in tl.static_range(1, 17):
         if words >> stage > 0:
             later = (tl.arange(0, words)[None, None, :] & (words >> stage)) != 0
             kept, rest, need = _halve(later.to(tl.uint32) - 1, kept, rest, need)
-    kept, rest, need = _halve(_hidden(0x0000FFFF), kept, rest, need)
+    kept, rest, need = _halve(_opaque(0x0000FFFF), kept, rest, need)
     return tl.where(need > 0, kept | rest, kept)
 
 
@@ -147,7 +147,7 @@ def _majority(a, b, c):
 @triton.jit
 def keep24(keys):
     """Returns the two largest keys of every group of four columns, by the rule of ``keep2of4``, as words of a plane."""
-    k01, k23 = unpairs(keys)
+    k01, k23 = deinterleave(keys)
     k32 = k23 << 16 | k23 >> 16
     k02, k13 = (k01 & 0xFFFF) | k23 << 16, k01 >> 16 | (k23 & 0xFFFF0000)
     quads: tl.constexpr = [keys.shape[0], keys.shape[1], 4 * k01.shape[2]]
@@ -156,9 +156,9 @@ def keep24(keys):
     beats = tl.full([1, quads[1], quads[2]], 0xFFFFFFFF, tl.uint32)
     for bit in tl.static_range(keys.shape[0] - 1):  # from the lowest, as a higher bit that differs decides
         beats = _majority(more[bit], less[bit], beats)
-    earlier, across = unpairs(beats)
-    apart, beside = unpairs(earlier)  # 0 >= 2 and 1 >= 3, 0 >= 1 and 2 >= 3
-    across, _ = unpairs(across)  # 0 >= 3 and 1 >= 2
+    earlier, across = deinterleave(beats)
+    apart, beside = deinterleave(earlier)  # 0 >= 2 and 1 >= 3, 0 >= 1 and 2 >= 3
+    across, _ = deinterleave(across)  # 0 >= 3 and 1 >= 2
     first = (beside & 0xFFFF) | ((beside ^ 0xFFFFFFFF) << 16)
     last = beside >> 16 | ((beside ^ 0xFFFFFFFF) & 0xFFFF0000)
     turned = (across << 16 | across >> 16) ^ 0xFFFFFFFF
@@ -166,14 +166,14 @@ def keep24(keys):
 
 
 @triton.jit
-def words_of(bools):
+def pack_words(bools):
     """Packs bools ``[16, BLOCKS, WIDTH]`` into words of a plane."""
-    even, odd = unpairs(bools.to(tl.uint32))
+    even, odd = deinterleave(bools.to(tl.uint32))
     return tl.sum((even | odd << 16) << tl.arange(0, 16)[:, None, None], 0, keep_dims=True)
 
 
 @triton.jit
-def spread(words):
+def unpack_words(words):
     """Unpacks words of a plane to int32 ``[16, BLOCKS, WIDTH]``, with all bits set or none.
 
     Bools would need more predicate registers than there are.
@@ -184,9 +184,9 @@ def spread(words):
 
 
 @triton.jit
-def quad_bytes(words):
+def unpack_bytes(words):
     """Unpacks words of a plane to bytes of 0 or 1, four columns in a word: uint32 ``[16, BLOCKS, WIDTH / 4]``."""
-    first, last = unpairs(words)
+    first, last = deinterleave(words)
     low = (first & 0xFF) | (first >> 8 & 0xFF00) | (last & 0xFF) << 16 | (last << 8 & 0xFF000000)
     high = (first >> 8 & 0xFF) | (first >> 16 & 0xFF00) | (last << 8 & 0xFF0000) | (last & 0xFF000000)
     s = tl.arange(0, 16)[:, None, None]

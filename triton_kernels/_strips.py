@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Config, architecture
-from ._planes import quad_bytes, spread
+from ._planes import unpack_bytes, unpack_words
 
 
 class Strip(NamedTuple):
@@ -63,10 +63,10 @@ def store_mask(kept, mask, rows, cols, strip):
     """Stores the kept entries, given as words of a plane, to a contiguous mask of int8, or of int32 for four each."""
     if mask.dtype.element_ty == tl.int32:
         unit: tl.constexpr = 4
-        bools = quad_bytes(kept)
+        bools = unpack_bytes(kept)
     else:
         unit: tl.constexpr = 1
-        bools = (spread(kept) & 1).to(tl.int8)
+        bools = (unpack_words(kept) & 1).to(tl.int8)
     row, col, inside = place(rows, cols, strip, 16, unit)
     tl.store(mask + row * (cols // unit) + col, bools, inside)
 
@@ -76,7 +76,7 @@ def warp_lanes(tensor: Tensor) -> int:
     return 64 if architecture(tensor).startswith("gfx9") else 32
 
 
-def program(
+def plan_strips(
     like: Tensor, block_rows: int, block_cols: int, width: int, key_bytes: int, config: Config
 ) -> tuple[int, Strip, int] | None:
     """Returns the grid, the strip of a program and its warps, or None where a block does not fit the registers.

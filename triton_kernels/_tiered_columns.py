@@ -1,7 +1,37 @@
-"""The columns of the dense, the 2:4 and the top-k blocks in each row of blocks of a tiered weight."""
+"""A tiered weight as kernels take it, and the columns of its dense, 2:4 and top-k blocks in each row of blocks."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """The tensors of a packed tiered weight, which kernels take as one argument."""
+
+    tiers: Tensor
+    dense: Tensor
+    values: Tensor
+    bitmask: Tensor
+    topk: Tensor
+    positions: Tensor
+    starts: Tensor
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        return self.tiers.shape[0], self.tiers.shape[1]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return self.dense.shape[1], self.dense.shape[2]
+
+    @property
+    def k(self) -> int:
+        """Entries that a top-k block keeps."""
+        return self.topk.shape[1]
 
 
 @triton.jit

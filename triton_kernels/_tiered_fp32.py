@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiered_columns import counts, list_columns, load_tiers, scan_size
+from ._tiered_columns import Packed, counts, list_columns, load_tiers, scan_size
 
 
 @triton.jit
@@ -27,13 +27,7 @@ def _four_inputs(x_at, column, inside, cols):
 @triton.jit
 def _linear_tiered_fp32_kernel(
     x,
-    tiers,
-    dense,
-    values,
-    bitmask,
-    topk,
-    positions,
-    starts,
+    packed,
     columns,
     bias,
     y,
@@ -53,6 +47,7 @@ def _linear_tiered_fp32_kernel(
     strips: tl.constexpr = (BLOCK_ROWS + ROWS - 1) // ROWS
     units: tl.constexpr = BLOCK_COLS // 8
     block_row, first_row = tl.program_id(0) // strips, tl.program_id(0) % strips * ROWS
+    tiers, dense, values, bitmask, topk, positions, starts = packed
     dense_from, from24, topk_from, dense_count, count24, topk_count = counts(starts, block_row)
     columns += block_row.to(tl.int64) * across
     tiers += block_row.to(tl.int64) * across
@@ -117,27 +112,28 @@ def _linear_tiered_fp32_kernel(
     tl.store(y + token.to(tl.int64) * rows + row, sums, inside & (token < tokens))
 
 
-def linear_tiered_fp32(x: Tensor, parts: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
-    blocks, (_, block_rows, block_cols), k = parts[0].shape, parts[1].shape, parts[4].shape[1]
+def linear_tiered_fp32(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor) -> None:
+    """Writes ``x @ W.T + bias`` of fp32 tensors into ``y``; ``x`` is a matrix."""
+    (down, across), (block_rows, block_cols) = packed.blocks, packed.block
     tokens, cols = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    together = min(triton.next_power_of_2(tokens), 8)
-    _linear_tiered_fp32_kernel[(blocks[0] * triton.cdiv(block_rows, 8), triton.cdiv(tokens, together))](
+    tokens_each = min(triton.next_power_of_2(tokens), 8)
+    _linear_tiered_fp32_kernel[(down * triton.cdiv(block_rows, 8), triton.cdiv(tokens, tokens_each))](
         x,
-        *parts,
-        torch.empty(blocks, dtype=torch.int32, device=x.device),
+        packed,
+        torch.empty(packed.blocks, dtype=torch.int32, device=x.device),
         bias,
         y,
         tokens,
         y.shape[-1],
         cols,
-        blocks[1],
+        across,
         x.stride(0),
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
-        K=k,
-        SCAN=scan_size(blocks[1]),
-        TOKENS=together,
+        K=packed.k,
+        SCAN=scan_size(across),
+        TOKENS=tokens_each,
         ROWS=8,
         UNITS=128,
         num_warps=4,

@@ -11,7 +11,7 @@ from ._decode24 import operand, split_words
 
 
 @triton.jit
-def _at(
+def _unit_start(
     base,
     step,
     lane,
@@ -54,7 +54,7 @@ def load_dense(
     """Loads the four words of a dense unit in each row: ``[rows, 4, 4]``."""
     units: tl.constexpr = BLOCK_COLS // 8
     size: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 2
-    at = _at(words, step, lane, row * (BLOCK_COLS // 2), LOAD, LOADS, size, 4, units, WARPS)
+    at = _unit_start(words, step, lane, row * (BLOCK_COLS // 2), LOAD, LOADS, size, 4, units, WARPS)
     keep = _inside(step, lane, count, LOAD, LOADS, units, WARPS) & (row < BLOCK_ROWS)
     at = at[:, :, None] + tl.arange(0, 4)[None, None, :]
     return tl.load(at, keep[:, :, None], 0, eviction_policy="evict_first")
@@ -79,11 +79,11 @@ def load24(
     units: tl.constexpr = BLOCK_COLS // (4 * GROUPS)
     size: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 4
     keep = _inside(step, lane, count, LOAD, LOADS, units, WARPS) & (row < BLOCK_ROWS)
-    at = _at(words, step, lane, row * (BLOCK_COLS // 4), LOAD, LOADS, size, GROUPS, units, WARPS)
+    at = _unit_start(words, step, lane, row * (BLOCK_COLS // 4), LOAD, LOADS, size, GROUPS, units, WARPS)
     at = at[:, :, None] + tl.arange(0, GROUPS)[None, None, :]
     values = tl.load(at, keep[:, :, None], 0, eviction_policy="evict_first")
     at = bitmask.to(tl.pointer_type(tl.int16 if GROUPS == 4 else tl.uint8))
-    at = _at(at, step, lane, row * units, LOAD, LOADS, BLOCK_ROWS * units, 1, units, WARPS)
+    at = _unit_start(at, step, lane, row * units, LOAD, LOADS, BLOCK_ROWS * units, 1, units, WARPS)
     at = tl.multiple_of(at, [GROUPS // 2, GROUPS // 2])  # the hint keeps loads from widening
     return values, tl.load(at, keep, 0).to(tl.int32)
 
@@ -108,7 +108,7 @@ def load_x(
     inputs = ()
     for load in tl.static_range(LOADS):
         keep = _inside(step, lane, count, load, LOADS, units, WARPS) & live
-        column = tl.load(_at(columns, step, lane, 0, load, LOADS, 1, 0, units, WARPS), keep, 0)
+        column = tl.load(_unit_start(columns, step, lane, 0, load, LOADS, 1, 0, units, WARPS), keep, 0)
         unit = lane if 4 * WARPS % units == 0 else (step * LOADS + load) * (4 * WARPS) + lane
         word = (column * (BLOCK_COLS // 2) + unit % units * WORDS).to(tl.int64)
         for part in tl.static_range(WORDS // 4):

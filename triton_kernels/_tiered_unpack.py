@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import on, processors
-from ._tiered_columns import counts, list_columns, load_tiers, scan_size
-from ._tiles import unquads
+from ._tiered_columns import Packed, counts, list_columns, load_tiers, scan_size
+from ._tiles import join_groups
 
 
 @triton.jit
@@ -22,13 +22,7 @@ def _place(unit, first_row, columns, rows, cols, inside, BLOCK_ROWS: tl.constexp
 
 @triton.jit
 def _unpack_tiered_kernel(
-    tiers,
-    dense,
-    values,
-    bitmask,
-    topk,
-    positions,
-    starts,
+    packed,
     columns,
     weight,
     rows,
@@ -42,6 +36,7 @@ def _unpack_tiered_kernel(
 ):
     block_units: tl.constexpr = BLOCK_ROWS * BLOCK_COLS // 8
     block_row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    tiers, dense, values, bitmask, topk, positions, starts = packed
     dense_from, from24, topk_from, dense_count, count24, topk_count = counts(starts, block_row)
     columns += block_row.to(tl.int64) * across
     tiers += block_row.to(tl.int64) * across
@@ -65,7 +60,7 @@ def _unpack_tiered_kernel(
         bits = tl.load(bitmask + byte, inside, 0).to(tl.int32)[:, None] >> 4 * tl.arange(0, 2)[None, :]
         bit0, bit1, bit2, bit3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
         zero = tl.zeros_like(lower)
-        tile = unquads(
+        tile = join_groups(
             tl.where(bit0, lower, zero),
             tl.where(bit1, tl.where(bit0, upper, lower), zero),
             tl.where(bit2, tl.where(bit3, lower, upper), zero),
@@ -93,39 +88,24 @@ def _unpack_tiered_kernel(
             tl.store(weight + row.to(tl.int64) * cols + col, kept, stored & (first_row + row < rows) & (col < cols))
 
 
-def unpack_tiered(
-    tiers: Tensor,
-    dense: Tensor,
-    values: Tensor,
-    bitmask: Tensor,
-    topk: Tensor,
-    positions: Tensor,
-    starts: Tensor,
-    rows: int,
-    cols: int,
-) -> Tensor:
-    weight = dense.new_empty(rows, cols)
+def unpack_tiered(packed: Packed, rows: int, cols: int) -> Tensor:
+    """Returns the dense weight ``[rows, cols]``."""
+    weight = packed.dense.new_empty(rows, cols)
     if weight.numel() == 0:
         return weight
-    down, across = tiers.shape
-    splits = min(triton.cdiv(8 * processors(dense), down), triton.cdiv(across, 16))
-    with on(dense):
+    (down, across), (block_rows, block_cols) = packed.blocks, packed.block
+    splits = min(triton.cdiv(8 * processors(weight), down), triton.cdiv(across, 16))
+    with on(weight):
         _unpack_tiered_kernel[(down, splits)](
-            tiers,
-            dense,
-            values,
-            bitmask,
-            topk,
-            positions,
-            starts,
-            torch.empty(tiers.shape, dtype=torch.int32, device=dense.device),
+            packed,
+            torch.empty(packed.blocks, dtype=torch.int32, device=weight.device),
             weight,
             rows,
             cols,
             across,
-            BLOCK_ROWS=dense.shape[1],
-            BLOCK_COLS=dense.shape[2],
-            K=topk.shape[1],
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLS=block_cols,
+            K=packed.k,
             SCAN=scan_size(across),
             UNITS=256,
             num_warps=8,

@@ -5,13 +5,13 @@ import triton.language as tl
 
 from ._launch import Config
 
-MOST = 65535  # CUDA's limit of programs along the second and the third axis of a grid
+MOST_PROGRAMS = 65535  # CUDA's limit of programs along the second and the third axis of a grid
 
 
 def tiles(rows: int, cols: int, config: Config) -> tuple[int, int, int]:
     """Returns the grid of a kernel's tiles: columns, then rows on the second axis and, beyond its limit, the third."""
     down = triton.cdiv(rows, config["BLOCK_ROWS"])
-    layers = triton.cdiv(down, MOST)
+    layers = triton.cdiv(down, MOST_PROGRAMS)
     return triton.cdiv(cols, config["BLOCK_COLS"]), triton.cdiv(down, layers), layers
 
 
@@ -22,7 +22,7 @@ def first_row(BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def row_of(tile_columns: tl.constexpr, vector: tl.constexpr):
+def columns_of_tile(tile_columns: tl.constexpr, vector: tl.constexpr):
     """Returns the columns of this program's tile, ``[1, tile_columns]``; a thread stores ``vector`` of them at once.
 
     Wider stores than what a thread holds would send the tile through shared memory.
@@ -32,7 +32,7 @@ def row_of(tile_columns: tl.constexpr, vector: tl.constexpr):
 
 
 @triton.jit
-def quads(tile):
+def split_groups(tile):
     """Splits a tile ``[R, C]`` into the four entries of its groups, ``[R, C / 4]`` each; none leaves its thread."""
     rows: tl.constexpr = tile.shape[0]
     groups: tl.constexpr = tile.shape[1] // 4
@@ -43,21 +43,21 @@ def quads(tile):
 
 
 @triton.jit
-def unquads(e0, e1, e2, e3):
-    """Joins the four entries of groups, ``[R, C / 4]`` each, to the tile ``[R, C]``: the inverse of ``quads``."""
+def join_groups(e0, e1, e2, e3):
+    """Joins the four entries of groups, ``[R, C / 4]`` each, to a tile ``[R, C]``: the inverse of ``split_groups``."""
     tile = tl.join(tl.join(e0, e2), tl.join(e1, e3))
     return tl.reshape(tile, [e0.shape[0], 4 * e0.shape[1]])
 
 
 @triton.jit
-def pairs(first, last):
+def interleave(first, last):
     """Interleaves the columns of two tiles ``[R, G]`` to one ``[R, 2 G]``."""
     return tl.reshape(tl.join(first, last), [first.shape[0], 2 * first.shape[1]])
 
 
 @triton.jit
-def unpairs(tile):
-    """Splits a tile ``[R, 2 G]`` into its even and its odd columns: the inverse of ``pairs``."""
+def deinterleave(tile):
+    """Splits a tile ``[R, 2 G]`` into its even and its odd columns: the inverse of ``interleave``."""
     return tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 2, 2]))
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ._large_blocks import large_block_topk_mask
 from ._launch import Config, Table, on
-from ._planes import keep_topk, key_planes, words_of
+from ._planes import keep_topk, key_planes, pack_words
 from ._select import widen
-from ._strips import place, program, store_mask, warp_lanes
+from ._strips import place, plan_strips, store_mask, warp_lanes
 
 # A thread takes 16 bytes of a row at a time. Programs of few warps are small, so the last ones end soon.
 SCORES = Table("block_scores", {f"{warps}-warps": {"num_warps": warps} for warps in (1, 2, 4)}, {"any": "2-warps"})
@@ -89,7 +89,7 @@ def _block_topk_mask_kernel(
 ):
     row, col, inside = place(rows, cols, strip, 16)
     entries = tl.load(score + row * score_row + col.to(tl.int64) * score_col, inside, 0)
-    kept = keep_topk(key_planes(entries), words_of(inside), k)
+    kept = keep_topk(key_planes(entries), pack_words(inside), k)
     store_mask(kept, mask, rows, cols, strip)
 
 
@@ -144,7 +144,7 @@ def block_topk_mask(score: Tensor, k: int, block_rows: int, block_cols: int) -> 
     mask = score.new_empty((rows, cols), dtype=torch.bool)
     if score.numel() == 0:
         return mask
-    launch = program(score, block_rows, block_cols, 2, score.element_size(), TOPK.config(score, "any"))
+    launch = plan_strips(score, block_rows, block_cols, 2, score.element_size(), TOPK.config(score, "any"))
     if launch is None:
         large_block_topk_mask(score, mask, k, block_rows, block_cols)
         return mask

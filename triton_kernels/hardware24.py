@@ -9,7 +9,7 @@ from ._launch import Table, on
 from ._metadata24 import load_metadata, store_metadata
 from ._pairs24 import prune_units, unit_codes
 from ._select import keep2of4, magnitude_key, widen
-from ._tiles import first_last, first_row, pairs, quads, row_of, tiles, unpairs
+from ._tiles import columns_of_tile, deinterleave, first_last, first_row, interleave, split_groups, tiles
 
 PRUNE = Table(
     "prune_to_hardware24",
@@ -28,7 +28,7 @@ def _codes(k0, k1, k2, k3):
     """Returns the same as ``unit_codes``, from bools ``[R, C / 4]`` that tell which entries of a group are kept."""
     first, _ = first_last(k0, k1, k2, k3, 0, 1, 2, 3)
     _, last = first_last(k0, k1, k2, k3, 0, 4, 8, 12)
-    even, odd = unpairs((first | last).to(tl.uint32))
+    even, odd = deinterleave((first | last).to(tl.uint32))
     return even | odd << 16
 
 
@@ -48,23 +48,23 @@ def _prune_to_hardware24_kernel(
 ):
     first_of_tile = first_row(BLOCK_ROWS)
     row = first_of_tile + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = row_of(BLOCK_COLS, 8)
+    col = columns_of_tile(BLOCK_COLS, 8)
     inside = (row < rows) & (col < cols)
     entries = tl.load(weight + row * weight_row + col.to(tl.int64) * weight_col, inside, 0)
     if scale is None:
         kept, k0, k1, k2, k3 = prune_units(entries)
-        word = row_of(BLOCK_COLS // 4, 2)
+        word = columns_of_tile(BLOCK_COLS // 4, 2)
         words = values.to(tl.pointer_type(tl.uint32), bitcast=True)
         tl.store(words + row * (cols // 4) + word, kept, (row < rows) & (word < cols // 4))
         units = unit_codes(k0, k1, k2, k3)
     else:
         score = tl.abs(widen(entries)) * tl.load(scale + col, col < cols, 0)
-        k0, k1, k2, k3 = quads(magnitude_key(score))
+        k0, k1, k2, k3 = split_groups(magnitude_key(score))
         k0, k1, k2, k3 = keep2of4(k0, k1, k2, k3)
-        e0, e1, e2, e3 = quads(entries)
+        e0, e1, e2, e3 = split_groups(entries)
         first, last = first_last(k0, k1, k2, k3, e0, e1, e2, e3)
-        value = row_of(BLOCK_COLS // 2, 4)
-        tl.store(values + row * (cols // 2) + value, pairs(first, last), (row < rows) & (value < cols // 2))
+        value = columns_of_tile(BLOCK_COLS // 2, 4)
+        tl.store(values + row * (cols // 2) + value, interleave(first, last), (row < rows) & (value < cols // 2))
         units = _codes(k0, k1, k2, k3)
     store_metadata(metadata, units, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
 
@@ -87,14 +87,14 @@ def _to_hardware24_kernel(
 ):
     first_of_tile = first_row(BLOCK_ROWS)
     row = first_of_tile + tl.arange(0, BLOCK_ROWS)[:, None]
-    value = row_of(BLOCK_COLS // 2, 8)
+    value = columns_of_tile(BLOCK_COLS // 2, 8)
     inside = (row < rows) & (value < cols // 2)
     kept = tl.load(values + row * values_row + value.to(tl.int64) * values_col, inside, 0)
     tl.store(packed + row * (cols // 2) + value, kept, inside)
-    byte = row_of(BLOCK_COLS // 8, 8)
+    byte = columns_of_tile(BLOCK_COLS // 8, 8)
     inside = (row < rows) & (byte < cols // 8)
     bits = tl.load(bitmask + row * bitmask_row + byte.to(tl.int64) * bitmask_col, inside, 0).to(tl.int32)
-    bits = pairs(bits & 15, bits >> 4)
+    bits = interleave(bits & 15, bits >> 4)
     b0, b1, b2, b3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
     units = _codes(b0, b1, b2, b3)
     store_metadata(metadata, units, first_of_tile, tl.program_id(0) * (BLOCK_COLS // 32), rows, cols, LAYOUT)
@@ -114,7 +114,7 @@ def _from_hardware24_kernel(
 ):
     first_of_tile = first_row(BLOCK_ROWS)
     row = first_of_tile + tl.arange(0, BLOCK_ROWS)[:, None]
-    value = row_of(BLOCK_COLS // 2, 8)
+    value = columns_of_tile(BLOCK_COLS // 2, 8)
     inside = (row < rows) & (value < cols // 2)
     kept = tl.load(packed + row * (cols // 2) + value, inside, 0)
     tl.store(values + row * (cols // 2) + value, kept, inside)
@@ -122,7 +122,7 @@ def _from_hardware24_kernel(
     even, odd = load_metadata(metadata, first_of_tile, block, rows, cols, BLOCK_ROWS, BLOCK_COLS // 32, LAYOUT)
     low = 1 << (even & 3) | 1 << (even >> 2)
     high = 1 << (odd & 3) | 1 << (odd >> 2)
-    byte = row_of(BLOCK_COLS // 8, 8)
+    byte = columns_of_tile(BLOCK_COLS // 8, 8)
     tl.store(bitmask + row * (cols // 8) + byte, (low | high << 4).to(tl.uint8), (row < rows) & (byte < cols // 8))
 
 

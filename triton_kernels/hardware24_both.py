@@ -9,7 +9,7 @@ from ._launch import Table, on
 from ._metadata24 import store_metadata
 from ._pairs24 import kept_entries, units
 from ._pattern4x4 import best_pattern, magnitudes
-from ._tiles import first_row, pairs, quads, row_of, tiles, unpairs
+from ._tiles import columns_of_tile, deinterleave, first_row, interleave, split_groups, tiles
 
 BOTH = Table(
     "prune_both_to_hardware24",
@@ -25,7 +25,7 @@ BOTH = Table(
 @triton.jit
 def _columns(entries):
     """Returns the magnitudes of the four columns of tiles, for one of their rows."""
-    return quads(magnitudes(entries))
+    return split_groups(magnitudes(entries))
 
 
 @triton.jit
@@ -87,15 +87,15 @@ def _prune_both_to_hardware24_kernel(
 ):
     """Packs a tile of the weight in both directions; a thread has whole 4x4 tiles, whose rows are loaded one by one."""
     tile_row = first_row(BLOCK_ROWS // 4) + tl.arange(0, BLOCK_ROWS // 4)[:, None]
-    tile_col = row_of(BLOCK_COLS // 4, 2)
-    col = row_of(BLOCK_COLS, 8).to(tl.int64)
+    tile_col = columns_of_tile(BLOCK_COLS // 4, 2)
+    col = columns_of_tile(BLOCK_COLS, 8).to(tl.int64)
     inside = (4 * tile_row < rows) & (col < cols)
     entries = weight + 4 * tile_row * weight_row + col * weight_col
     a = tl.load(entries, inside, 0)
     b = tl.load(entries + weight_row, inside, 0)
     c = tl.load(entries + 2 * weight_row, inside, 0)
     d = tl.load(entries + 3 * weight_row, inside, 0)
-    even, odd = unpairs(best_pattern(_columns(a), _columns(b), _columns(c), _columns(d)))
+    even, odd = deinterleave(best_pattern(_columns(a), _columns(b), _columns(c), _columns(d)))
     kept = even.to(tl.uint32) | odd.to(tl.uint32) << 16
     a0, a1, a2, a3 = units(a)
     b0, b1, b2, b3 = units(b)
@@ -111,7 +111,7 @@ def _prune_both_to_hardware24_kernel(
     block = tl.program_id(0) * (BLOCK_COLS // 32)
     store_metadata(metadata, _units(_codes(kept)), first_row(BLOCK_ROWS), block, rows, cols, LAYOUT)
 
-    byte = row_of(BLOCK_COLS // 8, 1)
+    byte = columns_of_tile(BLOCK_COLS // 8, 1)
     inside = (4 * tile_row < rows) & (byte < cols // 8)
     for i in tl.static_range(4):
         bits = (kept >> 4 * i & 0x0F) | (kept >> 12 + 4 * i & 0xF0)
@@ -127,7 +127,7 @@ def _prune_both_to_hardware24_kernel(
     word_t = first_row(BLOCK_ROWS // 4) + tl.arange(0, BLOCK_ROWS // 4)[None, :]
     tl.store(words_t + row_t * (rows // 4) + word_t, lines, (row_t < cols) & (word_t < rows // 4))
     codes = _codes(_transposed(kept))
-    even, odd = unpairs(tl.trans(pairs(codes & 0xFFFF, codes >> 16)))
+    even, odd = deinterleave(tl.trans(interleave(codes & 0xFFFF, codes >> 16)))
     block = (first_row(BLOCK_ROWS) // 32).to(tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK_COLS
     store_metadata(metadata_t, _units(even | odd << 16), first, block, cols, rows, LAYOUT)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._decode24 import decode, operand, selectors, split_words
 from ._launch import Config, Table, architecture, on, processors
-from ._tiered_columns import counts, list_columns, load_tiers, scan_size
+from ._tiered_columns import Packed, counts, list_columns, load_tiers, scan_size
 from ._tiered_fp32 import linear_tiered_fp32
 from ._tiered_loads import load24, load_dense, load_entries, load_x, multiply, multiply_entries
 from ._tiered_unpack import unpack_tiered
@@ -37,13 +37,7 @@ TABLE = Table(
 @triton.jit(do_not_specialize=["tokens"])
 def _linear_tiered_kernel(
     x,
-    tiers,
-    dense,
-    values,
-    bitmask,
-    topk,
-    positions,
-    starts,
+    packed,
     columns,
     bias,
     y,
@@ -73,6 +67,7 @@ def _linear_tiered_kernel(
     strip, token_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles  # neighboring programs share rows, in L2
     block_row, first_row = strip // strips, strip % strips * (8 * OCTETS)
     split, splits = tl.program_id(1), tl.num_programs(1)
+    tiers, dense, values, bitmask, topk, positions, starts = packed
     tiers += block_row.to(tl.int64) * across
     tier = load_tiers(tiers, 0, across, SCAN)
     dense_from, from24, topk_from, dense_count, count24, topk_count = counts(starts, block_row)
@@ -195,18 +190,18 @@ def linear_tiered(
     out_features: int,
 ) -> Tensor:
     tokens, cols = math.prod(x.shape[:-1]), x.shape[-1]
-    parts = [_aligned(part) for part in (tiers, dense, values, bitmask, topk, positions, starts)]
-    if tokens > most_tokens(dense.shape[1]):
-        return F.linear(x, unpack_tiered(*parts, out_features, cols), bias)
+    packed = Packed(*map(_to_aligned, (tiers, dense, values, bitmask, topk, positions, starts)))
+    if tokens > most_tokens(packed.block[0]):
+        return F.linear(x, unpack_tiered(packed, out_features, cols), bias)
     y = x.new_empty((*x.shape[:-1], out_features))
     if tokens and out_features:
         bias = bias if bias is None else bias.contiguous()
         with on(x):
-            (linear_tiered_fp32 if x.dtype == torch.float32 else _linear_16)(x.reshape(tokens, cols), parts, bias, y)
+            (linear_tiered_fp32 if x.dtype == torch.float32 else _linear_16)(x.reshape(tokens, cols), packed, bias, y)
     return y
 
 
-def _aligned(part: Tensor) -> Tensor:
+def _to_aligned(part: Tensor) -> Tensor:
     """Returns the tensor contiguous and aligned to 16 bytes; only views into other tensors are copied."""
     part = part.contiguous()
     return part if part.data_ptr() % 16 == 0 else part.clone()
@@ -226,19 +221,19 @@ def _octets(tokens: int, block_rows: int) -> int:
     return 4 if tokens > 16 and block_rows % 32 == 0 else 2
 
 
-def _linear_16(x: Tensor, parts: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+def _linear_16(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor) -> None:
     """Writes ``x @ W.T + bias`` of 16-bit tensors into ``y``; ``x`` is a matrix."""
-    blocks, (_, *block), k = parts[0].shape, parts[1].shape, parts[4].shape[1]
+    blocks, block = packed.blocks, packed.block
     (tokens, cols), rows = x.shape, y.shape[-1]
     if cols % 2 or x.stride(1) != 1 or x.stride(0) % 2 or x.data_ptr() % 4:  # cannot be read in words
         x = F.pad(x, (0, cols % 2)).contiguous()
     arch = architecture(x)
     name = TABLE.name(arch, _shape_class(tokens, blocks[0], block[0], processors(x)))
-    grid, constants = _plan(tokens, blocks, tuple(block), name, arch, processors(x))
+    grid, constants = _plan(tokens, blocks, block, name, arch, processors(x))
     partial = y if grid[1] == 1 else x.new_empty((grid[1], tokens, rows), dtype=torch.float32)
     _linear_tiered_kernel[grid](
         x,
-        *parts,
+        packed,
         torch.empty(blocks, dtype=torch.int32, device=x.device),
         bias,
         partial,
@@ -248,7 +243,7 @@ def _linear_16(x: Tensor, parts: list[Tensor], bias: Tensor | None, y: Tensor) -
         triton.cdiv(cols, 2),
         blocks[1],
         x.stride(0),
-        K=k,
+        K=packed.k,
         WHOLE=cols % block[1] == 0,
         **constants,
     )

@@ -126,7 +126,7 @@ def _launch(
             if scale is None:
                 return _nm24.by_magnitude(x, mask, bits, pruned)
             return _nm24.scaled(x, scale, mask, pruned)
-        config = _nm24.for_waves(TILES.config(x, _nm24.size_class(x)), x)
+        config = _nm24.halve_warps_on_amd(TILES.config(x, _nm24.size_class(x)), x)
         block, widest = config.pop("BLOCK"), config.pop("COLS")
         widest = block if rows == 1 else widest
         config["COLS"] = max(min(triton.next_power_of_2(cols), widest), triton.next_power_of_2(m), 8)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._launch import Table, on
 from ._pairs24 import prune_units, unit_bits
 from ._select import keep2of4, magnitude_key, widen
-from ._tiles import first_last, first_row, pairs, quads, row_of, tiles, unpairs, unquads
+from ._tiles import columns_of_tile, deinterleave, first_last, first_row, interleave, join_groups, split_groups, tiles
 
 _NO_FAULT = 2**63 - 1
 # A thread takes eight columns of a row at a time: 16 bytes of 16-bit weights, 8 of values and one of the bitmask.
@@ -46,8 +46,8 @@ def _pack24_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     row = first_row(BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = row_of(BLOCK_COLS, 8)
-    group = row_of(BLOCK_COLS // 4, 1)
+    col = columns_of_tile(BLOCK_COLS, 8)
+    group = columns_of_tile(BLOCK_COLS // 4, 1)
     inside = (row < rows) & (col < cols)
     entries = tl.load(weight + row * weight_row + col.to(tl.int64) * weight_col, inside, 0)
     if mask is not None:
@@ -59,7 +59,7 @@ def _pack24_kernel(
         kept = magnitude_key(score)
     else:
         kept = widen(entries).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    k0, k1, k2, k3 = quads(kept)
+    k0, k1, k2, k3 = split_groups(kept)
     if PRUNE:
         k0, k1, k2, k3 = keep2of4(k0, k1, k2, k3)
     else:
@@ -73,20 +73,20 @@ def _pack24_kernel(
     if RAGGED:  # a tail is kept whole
         tail = 4 * group + 4 > cols
         k0, k1 = k0 | tail, k1 | tail
-    e0, e1, e2, e3 = quads(entries)
+    e0, e1, e2, e3 = split_groups(entries)
     first, last = first_last(k0, k1, k2, k3, e0, e1, e2, e3)
     one, two = first_last(k0, k1, k2, k3, 1, 2, 4, 8)
     bits = one | two
-    value = row_of(BLOCK_COLS // 2, 64 // values.dtype.element_ty.primitive_bitwidth)
+    value = columns_of_tile(BLOCK_COLS // 2, 64 // values.dtype.element_ty.primitive_bitwidth)
     stored = values_cols
     if RAGGED:
         bits = tl.where(tail, 15 >> tl.minimum(4 * group + 4 - cols, 4), bits)
         stored = tl.minimum(values_cols, tl.cdiv(cols, 4) * 2)
         third = 2 * group + 2
         tl.store(values + row * values_cols + third, e2, (row < rows) & tail & (third < values_cols))
-    tl.store(values + row * values_cols + value, pairs(first, last), (row < rows) & (value < stored))
-    low, high = unpairs(bits)
-    byte = row_of(BLOCK_COLS // 8, 1)
+    tl.store(values + row * values_cols + value, interleave(first, last), (row < rows) & (value < stored))
+    low, high = deinterleave(bits)
+    byte = columns_of_tile(BLOCK_COLS // 8, 1)
     inside = (row < rows) & (byte < bitmask_cols)
     tl.store(bitmask + row * bitmask_cols + byte, (low | high << 4).to(tl.uint8), inside)
 
@@ -105,14 +105,14 @@ def _prune_pack24_kernel(
 ):
     """Prunes and packs 16-bit weights, ranked by magnitude, whose columns are a multiple of eight."""
     row = first_row(BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = row_of(BLOCK_COLS, 8)
+    col = columns_of_tile(BLOCK_COLS, 8)
     inside = (row < rows) & (col < cols)
     entries = tl.load(weight + row * weight_row + col.to(tl.int64) * weight_col, inside, 0)
     kept, k0, k1, k2, k3 = prune_units(entries)
-    word = row_of(BLOCK_COLS // 4, 2)
+    word = columns_of_tile(BLOCK_COLS // 4, 2)
     words = values.to(tl.pointer_type(tl.uint32), bitcast=True)
     tl.store(words + row * (cols // 4) + word, kept, (row < rows) & (word < cols // 4))
-    byte = row_of(BLOCK_COLS // 8, 1)
+    byte = columns_of_tile(BLOCK_COLS // 8, 1)
     tl.store(bitmask + row * (cols // 8) + byte, unit_bits(k0, k1, k2, k3), (row < rows) & (byte < cols // 8))
 
 
@@ -134,28 +134,28 @@ def _unpack24_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     row = first_row(BLOCK_ROWS) + tl.arange(0, BLOCK_ROWS)[:, None]
-    value = row_of(BLOCK_COLS // 2, 64 // values.dtype.element_ty.primitive_bitwidth)
+    value = columns_of_tile(BLOCK_COLS // 2, 64 // values.dtype.element_ty.primitive_bitwidth)
     from_row = values + row * values_row
     kept = tl.load(from_row + value.to(tl.int64) * values_col, (row < rows) & (value < values_cols), 0)
-    first, last = unpairs(kept)
-    byte = row_of(BLOCK_COLS // 8, 1)
+    first, last = deinterleave(kept)
+    byte = columns_of_tile(BLOCK_COLS // 8, 1)
     inside = (row < rows) & (byte < bitmask_cols)
     bits = tl.load(bitmask + row * bitmask_row + byte.to(tl.int64) * bitmask_col, inside, 0).to(tl.int32)
-    bits = pairs(bits & 15, bits >> 4)
+    bits = interleave(bits & 15, bits >> 4)
     b0, b1, b2, b3 = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
     third = tl.where(b3, first, last)
     if RAGGED:  # a tail is stored whole
-        group = row_of(BLOCK_COLS // 4, 1)
+        group = columns_of_tile(BLOCK_COLS // 4, 1)
         inside = (row < rows) & (4 * group + 3 == cols)
         third = tl.where(inside, tl.load(from_row + (2 * group + 2).to(tl.int64) * values_col, inside, 0), third)
     zero = tl.zeros_like(first)
-    tile = unquads(
+    tile = join_groups(
         tl.where(b0, first, zero),
         tl.where(b1, tl.where(b0, last, first), zero),
         tl.where(b2, third, zero),
         tl.where(b3, last, zero),
     )
-    col = row_of(BLOCK_COLS, 8)
+    col = columns_of_tile(BLOCK_COLS, 8)
     tl.store(weight + row * cols + col, tile, (row < rows) & (col < cols))
 
 

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Table, on
-from ._planes import keep24, keep_topk, spread, words_of
-from ._strips import blocks_of, place, program
+from ._planes import keep24, keep_topk, pack_words, unpack_words
+from ._strips import blocks_of, place, plan_strips
 from .blocks import block_scores, block_topk_mask
 from .nm import nm_mask
-from .tiers import keep_floats, magnitudes, rank, sum_blocks
+from .tiers import keep_floats, magnitudes, ranking_keys, sum_blocks
 
 SCORES = Table("tier_scores", {f"{warps}-warps": {"num_warps": warps} for warps in (1, 2, 4)}, {"any": "1-warps"})
 
@@ -33,11 +33,11 @@ def _tier_scores_kernel(
     row, col, inside = place(rows, cols, strip, 16)
     at = weight + row * weight_row + col.to(tl.int64) * weight_col
     entries = tl.load(at, inside, 0)
-    keys = rank(entries, scale, rows, cols, strip)
-    valid = words_of(inside)
+    keys = ranking_keys(entries, scale, rows, cols, strip)
+    valid = pack_words(inside)
     sparse24 = keep24(keys)
     if not strip.whole:  # a tail shorter than four is kept
-        sparse24 |= words_of(col >= cols // 4 * 4)
+        sparse24 |= pack_words(col >= cols // 4 * 4)
     topk = keep_topk(keys, valid, k) if TOPK else tl.zeros_like(valid)
     entries = tl.load(at, inside, 0)  # again, from the cache: to hold them would take too many registers
     x = magnitudes(entries, score_scale, rows, cols, strip)
@@ -47,7 +47,7 @@ def _tier_scores_kernel(
     count = tl.cdiv(cols, strip.block_cols)
     for tier in tl.static_range(3):
         kept = (valid, sparse24 & valid, topk)[tier]
-        total = sum_blocks(keep_floats(x, spread(kept)), strip)
+        total = sum_blocks(keep_floats(x, unpack_words(kept)), strip)
         tl.store(scores + (tl.cdiv(rows, strip.block_rows) * tier + block_row) * count + block, total, block < count)
 
 
@@ -66,7 +66,7 @@ def tier_scores(
     if weight.numel() == 0:
         return scores
     key_bytes = weight.element_size() if scale is None else 4
-    launch = program(weight, block_rows, block_cols, 4, key_bytes, SCORES.config(weight, "any"))
+    launch = plan_strips(weight, block_rows, block_cols, 4, key_bytes, SCORES.config(weight, "any"))
     # A slice wider than a block holds several rows, which the kernel could not add one after the other.
     if launch is None or launch[1].width.value > launch[1].cols.value:
         return _score_in_passes(weight, k, block_rows, block_cols, scale, score_scale, squared)

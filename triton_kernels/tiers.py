@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Table, on
-from ._planes import keep24, keep_topk, key_planes, nonzero, slices, spread, words_of
+from ._planes import keep24, keep_topk, key_planes, nonzero, pack_words, slices, unpack_words
 from ._select import widen
-from ._strips import blocks_of, place, program, store_mask
+from ._strips import blocks_of, place, plan_strips, store_mask
 from .blocks import block_scores, block_topk_mask, sum_columns
 from .nm import nm_mask
 
@@ -35,7 +35,7 @@ def row_slices(strip):
 
 
 @triton.jit
-def rank(entries, scale, rows, cols, strip):
+def ranking_keys(entries, scale, rows, cols, strip):
     """Returns the key planes of the entries' magnitudes times ``scale``, by which they are ranked."""
     if scale is None:
         keys = key_planes(entries)
@@ -89,11 +89,11 @@ def _tier_prune_kernel(
     block_row, block = blocks_of(cols, strip)
     count = tl.cdiv(cols, strip.block_cols)
     tier = tl.load(tiers + block_row * tiers_row + block.to(tl.int64) * tiers_col, block < count, 0).to(tl.int32)
-    keys = rank(entries, scale, rows, cols, strip)
-    valid = words_of(inside)
+    keys = ranking_keys(entries, scale, rows, cols, strip)
+    valid = pack_words(inside)
     kept = keep24(keys)
     if not strip.whole:  # a tail shorter than four is kept
-        kept |= words_of(col >= cols // 4 * 4)
+        kept |= pack_words(col >= cols // 4 * 4)
     kept &= valid
     if NESTED:
         topk = keep_topk(keys, kept & nonzero(keys), k)
@@ -101,7 +101,7 @@ def _tier_prune_kernel(
         topk = keep_topk(keys, valid, k)
     kept = tl.where(tier == 0, valid, tl.where(tier > 1, topk, kept))
     store_mask(kept, mask, rows, cols, strip)
-    keep = spread(kept)
+    keep = unpack_words(kept)
     entries = tl.load(at, inside, 0)  # again, from the cache: to hold them would take too many registers
     tl.store(pruned + row * cols + col, keep_floats(entries, keep), inside)
     if strip.width <= strip.cols:
@@ -126,7 +126,7 @@ def tier_prune(
     if weight.numel() == 0:
         return pruned, mask, scores
     key_bytes = weight.element_size() if scale is None else 4
-    launch = program(weight, block_rows, block_cols, 4, key_bytes, TIERS.config(weight, "any"))
+    launch = plan_strips(weight, block_rows, block_cols, 4, key_bytes, TIERS.config(weight, "any"))
     if launch is None:
         return _prune_in_passes(weight, tiers, k, block_rows, block_cols, scale, score_scale, nested)
     grid, strip, warps = launch

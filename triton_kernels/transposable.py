@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _select
 from ._launch import Table, on
-from ._nm24 import for_waves
+from ._nm24 import halve_warps_on_amd
 from ._pattern4x4 import best_pattern, magnitudes
 from .nm import nm_mask
 
@@ -69,7 +69,7 @@ def transposable_mask24(score: Tensor) -> Tensor:
         mask[rows:, cols:] = True
     if rows * cols == 0:
         return mask
-    config = for_waves(TABLE.config(score, "any"), score)
+    config = halve_warps_on_amd(TABLE.config(score, "any"), score)
     config["COLS"] = min(triton.next_power_of_2(cols), config["COLS"])
     unit = gcd(score.shape[1], 32)
     grid = (rows // 4 * triton.cdiv(cols, config["COLS"]),)
