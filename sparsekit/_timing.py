@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -98,6 +98,32 @@ class GpuClock:
             self.end.synchronize()
             device = self.begin.elapsed_time(self.end) / 1e3
         return device if self.graphs else max(device, host)
+
+
+class PassClock:
+    """A clock of passes of a model; a call gets ready first, such as by copying its batch, and returns what is timed.
+
+    Args:
+        gpus: those that are waited for.
+    """
+
+    def __init__(self, gpus: Iterable[torch.device]):
+        self.gpus = tuple(gpus)
+
+    def start(self, call: Call, x: Any) -> None:
+        self.seconds(call, x)
+
+    def seconds(self, call: Call, x: Any) -> float:
+        run = call(x)
+        self._wait()
+        begin = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        for gpu in self.gpus:
+            torch.cuda.synchronize(gpu)
 
 
 def is_gpu(device: torch.device) -> bool:

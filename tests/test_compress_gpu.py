@@ -115,7 +115,11 @@ def test_a_dense_copy_needs_eval_mode(table):
     model = model_of().train()
     report = sk.compress_(model, batches_of(4), keep_dense=True)
     assert "training mode: call model.eval() first" in report.layers[0].reason
-    assert set(decisions(sk.compress_(model, batches_of(4))).values()) == {"2:4"}
+    assert (
+        set(decisions(report).values()) == {"2:4"}
+        and model[0].up.dense is None
+        and "dense" not in report.layers[0].timings[4]
+    )
 
 
 def test_token_counts_of_a_gpu(table, vendor):
@@ -136,7 +140,8 @@ def test_a_layout_that_only_another_gpu_of_the_model_has(table, monkeypatch, tmp
     report = sk.compress_(model := model_of(), batches_of(8))
     assert model[0].up.plan.routes == (Route(8, "linear24"),) and model[0].up.plan.layout is None
     assert f"{SM90}:0:1:-1" in report.layers[0].timings[8]  # remembered
-    assert report.layers[0].reason == "fastest: linear24 at 8 tokens; none on this one"
+    said = "fastest: linear24 at 8 tokens; none on this one; tiered: its whole weight is 2:4"
+    assert report.layers[0].reason == said
 
 
 def test_layers_of_one_kind_are_measured_once(table):

@@ -149,6 +149,16 @@ def test_layers_that_are_held_elsewhere_too(ratios):
     assert not vars(model.closed).keys() & {"forward"}
 
 
+def test_what_a_pass_calls_plain_stays_given_back_when_others_return(ratios):
+    model, asked = nn.Sequential(Holds(), nn.Linear(8, 4)).eval(), []
+    ratios["whole"] = lambda shown, over: asked.append(shown) or (0.5 if "1" in shown - over else 1.2)
+    report = sk.compress_(model, torch.randn(2, 8))
+    assert report.swapped == ("0.good",) and not any("0.closed" in shown for shown in asked)
+    assert [layer.why for layer in report.layers if layer.name == "1"] == [
+        "given back: with it a pass takes 2.00 times as long"
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_a_model_with_a_scripted_part(ratios):
     x = torch.ones(2, 8)

@@ -9,8 +9,8 @@ from torch import nn
 from vendor import Vendor, install
 
 import sparsekit as sk
-from sparsekit.compress import candidates, choose
-from sparsekit.compress.tiered import Tiers
+from sparsekit.compress import cache, candidates, tune
+from sparsekit.compress.tiers import TierShares
 from sparsekit.masks import get_mask_info, remove_mask
 from sparsekit.nn import TieredLinear
 from sparsekit.ops import backends
@@ -57,7 +57,7 @@ def test_packed_bytes_at_the_shares_of_the_schedule():
     for dtype, most in ((torch.float32, 0.605), (torch.bfloat16, 0.63)):
         layer = TieredLinear.from_linear(tiered_linear(640, 640, bias=False, dtype=dtype))
         assert layer.packed.nbytes <= most * 640 * 640 * dtype.itemsize
-        assert Tiers.of(layer).bytes_of_dense(dtype.itemsize) == pytest.approx(
+        assert TierShares.of(layer).bytes_of_dense(dtype.itemsize) == pytest.approx(
             (layer.packed.nbytes - layer.tiers.nbytes - layer.starts.nbytes) / (640 * 640 * dtype.itemsize)
         )
 
@@ -117,20 +117,19 @@ def test_zeros_without_a_mask_and_sparse_blocks_are_packed_too(ratios):
 @pytest.fixture
 def kinds(ratios, monkeypatch):
     """The kinds that are measured, and the layers that are measured for them."""
-    found, stand_in = {}, choose._stand_in
+    found, measure = {}, tune.measure
 
-    def record(*args):
-        plain = stand_in(*args)
+    def record(calls, plain, x, **options):
         found["plain"].append(plain)
-        return plain
+        return measure(calls, plain, x, **options)
 
-    def remembered(key, measure, device):
+    def remembered(key, compute, device):
         found["keys"].append(key)
-        return measure()
+        return compute()
 
     found |= {"keys": [], "plain": []}
-    monkeypatch.setattr(choose, "_stand_in", record)
-    monkeypatch.setattr(choose.cache, "remembered", remembered)
+    monkeypatch.setattr(tune, "measure", record)
+    monkeypatch.setattr(cache, "remembered", remembered)
     return found
 
 
@@ -172,7 +171,7 @@ def make_conv1d(linear):
 def test_shares_round_to_a_whole():
     for dense in range(0, 101):
         for middle in range(0, 101 - dense):
-            tiers = Tiers((16, 16), 10, (dense / 100, middle / 100)).rounded()
+            tiers = TierShares((16, 16), 10, (dense / 100, middle / 100)).rounded()
             assert sum(tiers.shares) <= 1 + 1e-9
             assert all(abs(share * 20 - round(share * 20)) < 1e-9 for share in tiers.shares)
 

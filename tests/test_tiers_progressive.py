@@ -8,7 +8,7 @@ from pruning import assert_same, snapshot, stack
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress.candidates import unfit
+from sparsekit.compress.sites import must_stay_reason
 from sparsekit.masks import get_mask, get_mask_info
 from sparsekit.ops.tiers import TOPK
 from sparsekit.tiers import (
@@ -290,7 +290,7 @@ def test_a_layer_that_no_batch_reaches_keeps_its_map(task):
 def test_a_model_that_still_fades_may_be_compressed(task):
     model, x, _ = task
     tier_iteration(model, STEPS[0], [x], options=sk.tiers.TierOptions(goal=STEPS[2].ratios))
-    assert "weight_fading" in model[0]._buffers and unfit(model[0]) is None
+    assert "weight_fading" in model[0]._buffers and must_stay_reason(model[0]) is None
 
 
 def test_files_that_are_no_tier_maps(tmp_path):

@@ -11,8 +11,8 @@ from .. import CompressReport, Measure, compress_, save
 from .._files import try_folder
 from .._json import write_json
 from ..compress.cache import machine
-from ..compress.decide import Objective
 from ..compress.table import grouped_rows, summary
+from ..compress.trial import Objective
 from . import terminal
 from .errors import UsageError, check_positive
 from .folders import COMPRESS_REPORT, COMPRESSED, check_folder, check_out, new_folder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replacing
-from ..compress.decide import at_tokens
+from ..compress.trial import at_tokens
 from .charts import bars, legend, speeds
 from .folders import BENCH_REPORT, COMPRESS_REPORT, MASKS, PAGE, REPORT
 from .pictures import mask_pictures

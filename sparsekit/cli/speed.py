@@ -14,8 +14,9 @@ from .._batches import Progress
 from .._layers import input_dim, is_transposed, shared_weight_reasons
 from .._timing import Timing, clock
 from ..compress import tune
-from ..compress.candidates import CANDIDATES, unfit
-from ..compress.decide import at_tokens
+from ..compress.candidates import Prepacked
+from ..compress.sites import must_stay_reason
+from ..compress.trial import at_tokens
 from ..nn import Compressed, PrepackedLinear, TieredLinear
 from .errors import UsageError
 from .models import longest, output_of
@@ -59,7 +60,7 @@ def check_same(model: nn.Module, expected: Tensor, tokens: Tensor, what: str) ->
 
 def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
     """Returns a copy with prepacked layers, often the fastest dense model on a CPU; None if no layer can be one."""
-    dense = next(candidate for candidate in CANDIDATES if candidate.dense)
+    candidate = Prepacked()
     shared = shared_weight_reasons(model)
     layers = [
         name
@@ -67,7 +68,7 @@ def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
         if input_dim(layer) is not None
         and not isinstance(layer, nn.Conv2d)
         and (layer, "weight") not in shared
-        and not (unfit(layer) or dense.unsupported_reason(layer))
+        and not (must_stay_reason(layer) or candidate.unsupported_reason(layer))
     ]
     if not layers:
         return None

@@ -1,18 +1,17 @@
-"""What a linear layer can become, and why it cannot."""
+"""The forms that a linear layer can take, and why it cannot take one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from functools import cache
-from typing import Any
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._layers import hooks_reason, is_transposed, unsupported_reason
-from ..masks import get_mask, lost_zeros_reason, outdated_mask_reason, tier_sizes
+from .._layers import is_transposed
+from .._timing import Call, Clock
+from ..masks import get_mask, lost_zeros_reason, tier_sizes
 from ..nn import (
     Compressed,
-    DenseRoute,
     Linear24,
     Linear24WithDense,
     PrepackedLinear,
@@ -23,70 +22,144 @@ from ..nn import (
 from ..ops import backends, pack_tiered
 from ..ops.prepacked import prepack
 from ..ops.sparse24 import values_per_row
-from .tiered import Tiers, kept_matrix
+from .kinds import Kind
+from .tiers import TierShares, kept_matrix
 
-MOST_BYTES = 0.9  # of the dense ones, to be worth measuring in tiers
+DENSE = "dense"  # the kernel that multiplies by a dense copy beside a sparse weight
+T = TypeVar("T")
+MAX_SHARE = 0.9  # of the dense bytes; a layer in tiers that takes more is not worth measuring
 
 
-@dataclass(frozen=True)
 class Candidate:
-    """A form that a linear layer could take.
+    """A form that a linear layer could take, with the kernels that multiply by it; a subclass for each form.
 
-    Args:
-        name: what reports call it.
-        dense: whether it computes with the whole weight, zeros included.
-        unsupported_reason: why it cannot take a layer, or None where it can.
-        nbytes: the bytes of a layer's weight in this form.
-        build: makes the module from ``(layer, tokens, transposed)``.
-        build_routed: the same with a dense copy beside it and an ``nn.DenseRoute`` for each call to follow; None where
-            there is no such module.
+    A kernel has a name, under which its times are kept and reported. Most candidates have a single one, of their own
+    name, and a sparse one may have a dense copy beside it, whose kernel is ``"dense"``.
     """
 
-    name: str
-    dense: bool
-    unsupported_reason: Callable[[nn.Linear], str | None]
-    nbytes: Callable[[nn.Linear], int]
-    build: Callable[[nn.Linear, int, bool], Compressed]
-    build_routed: Callable[[nn.Linear, int, bool, Routes], Compressed] | None = None
+    name: ClassVar[str]  # in reports
+    dense: ClassVar[bool] = False  # whether it computes with the whole weight, zeros included
+
+    def unsupported_reason(self, layer: nn.Linear) -> str | None:
+        """Returns why a layer cannot take this form, or is not worth measuring in it; None where it is."""
+        raise NotImplementedError
+
+    def nbytes(self, layer: nn.Linear) -> int:
+        """Returns the bytes of a layer's weight in this form."""
+        raise NotImplementedError
+
+    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+        """Returns the module that takes a layer's place.
+
+        Args:
+            layer: the plain layer.
+            kernels: the kernel for each token count. The last one answers larger counts as well.
+        """
+        raise NotImplementedError
+
+    def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
+        """Returns what is to be timed on an input, by the name of the kernel; None for one that is wrong.
+
+        Args:
+            kind: what is measured.
+            plain: a layer of that kind.
+            x: ``[tokens, in_features]``.
+            clock: times a call, for candidates that choose among many kernels.
+        """
+        names = [self.name, DENSE] if kind.keep_dense and not self.dense else [self.name]
+        return {name: self.build(plain, {kind.layout_tokens: name}) for name in names}
+
+    def kernel_sets(self, layer: nn.Linear, measured: Collection[str]) -> list[frozenset[str]]:
+        """Returns the sets of sparse kernels, among those that were measured, that one module can hold together."""
+        return [frozenset({self.name})]
+
+    def remark(self, layer: nn.Linear) -> str:
+        """Returns what there is to say about kernels that a layer cannot have; empty if there is nothing."""
+        return ""
 
 
-def unfit(layer: nn.Module) -> str | None:
-    """Why a linear layer must stay what it is, whatever is faster; None where it may be swapped."""
-    if reason := unsupported_reason(layer):
-        return reason
-    if type(layer) is not nn.Linear and not is_transposed(layer):
-        return f"{type(layer).__name__} may compute something else than nn.Linear"
-    if reason := hooks_reason(layer) or outdated_mask_reason(layer):
-        return reason
-    weight = layer.get_parameter("weight")
-    if layer.training and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
-        return "its weight has hooks, and is trained"
-    known = {"weight", "bias", "weight_mask", "weight_fading"}
-    own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - known
-    return f"it also holds {', '.join(sorted(own))}" if own else None
+class Sparse24(Candidate):
+    """The 2:4 form on a CPU."""
+
+    name = "2:4"
+
+    def unsupported_reason(self, layer: nn.Linear) -> str | None:
+        if layer.weight.device.type != "cpu":
+            return f"no 2:4 kernel for {layer.weight.device.type}"
+        if backends()["linear24"]["cpu"] == "reference":
+            return "no compiled 2:4 kernel"
+        return not_24_reason(layer)
+
+    def nbytes(self, layer: nn.Linear) -> int:
+        return bytes_24(layer)
+
+    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+        transposed = is_transposed(layer)
+        if DENSE not in kernels.values():
+            return Linear24.from_linear(layer, transposed=transposed)
+        return Linear24WithDense.from_linear(layer, transposed=transposed).follow(_routes(kernels), max(kernels))
 
 
-def _unsupported_24(layer: nn.Linear) -> str | None:
-    if layer.weight.device.type != "cpu":
-        return f"no 2:4 kernel for {layer.weight.device.type}"
-    if backends()["linear24"]["cpu"] == "reference":
-        return "no compiled 2:4 kernel"
-    return _unsupported_weight(layer)
+class Tiered(Candidate):
+    """The form in tiers: every block of the weight is dense, 2:4 or top-k."""
+
+    name = "tiered"
+
+    def unsupported_reason(self, layer: nn.Linear) -> str | None:
+        if reason := lost_zeros_reason(layer):
+            return reason
+        kept = kept_matrix(layer)
+        if int(kept.count_nonzero()) > MAX_SHARE * kept.numel():
+            return "hardly sparse"
+        if _is_24(kept):
+            return "its whole weight is 2:4"
+        device = layer.weight.device.type
+        if backends()["linear_tiered"].get(device, "reference") == "reference":
+            return f"no compiled tiered kernel for {device}"
+        block, k = tier_sizes(layer)
+        try:
+            pack_tiered(layer.weight.detach()[:0], block=block, k=k)
+        except ValueError as error:
+            return str(error)
+        share = TierShares.of(layer).bytes_of_dense(layer.weight.itemsize)
+        return f"its blocks take {share:.0%} of the dense bytes" if share > MAX_SHARE else None
+
+    def nbytes(self, layer: nn.Linear) -> int:
+        return round(TierShares.of(layer).bytes_of_dense(layer.weight.itemsize) * layer.weight.nbytes)
+
+    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+        transposed = is_transposed(layer)
+        if DENSE not in kernels.values():
+            return TieredLinear.from_linear(layer, transposed=transposed)
+        return TieredLinearWithDense.from_linear(layer, transposed=transposed).follow(_routes(kernels), max(kernels))
 
 
-def unsupported_routed(layer: nn.Linear) -> str | None:
-    """Why a layer on a GPU cannot become a ``RoutedLinear24``, or None where it can."""
-    return _unsupported_weight(layer)
+class Prepacked(Candidate):
+    """The dense form that oneDNN has reordered."""
+
+    name = "prepacked"
+    dense = True
+
+    def unsupported_reason(self, layer: nn.Linear) -> str | None:
+        weight = layer.weight
+        if weight.device.type != "cpu":
+            return f"oneDNN has nothing for {weight.device.type}"
+        if layer.training and weight.requires_grad:
+            return "it cannot be trained, and the layer is in training mode: call model.eval() first"
+        return None if _can_prepack(weight.dtype) else f"oneDNN has nothing for {weight.dtype} on this CPU"
+
+    def nbytes(self, layer: nn.Linear) -> int:
+        return layer.weight.nbytes
+
+    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+        return PrepackedLinear.from_linear(layer, tokens=max(kernels), transposed=is_transposed(layer))
 
 
-def unsupported_with_dense(layer: nn.Linear) -> str | None:
-    """Why a layer cannot hold a dense copy beside its sparse weight, or None where it can."""
-    if layer.training and layer.weight.requires_grad:
-        return "with a dense copy it cannot be trained, and it is in training mode: call model.eval() first"
-    return None
+CPU_CANDIDATES = (Sparse24(), Tiered(), Prepacked())
 
 
-def _unsupported_weight(layer: nn.Linear) -> str | None:
+def not_24_reason(layer: nn.Linear) -> str | None:
+    """Returns why a layer's weight cannot be stored as 2:4, or None where it can."""
     if reason := lost_zeros_reason(layer):
         return reason
     kept = kept_matrix(layer)
@@ -97,38 +170,22 @@ def _unsupported_weight(layer: nn.Linear) -> str | None:
     return None if _is_24(kept) else "not 2:4"
 
 
-def _is_24(kept: Tensor) -> bool:
-    full = kept.shape[1] // 4 * 4
-    return bool((kept[:, :full].reshape(kept.shape[0], -1, 4).sum(-1) <= 2).all())
-
-
-def unsupported_tiered(layer: nn.Linear) -> str | None:
-    """Why a layer cannot become a ``TieredLinear``, or is not worth measuring as one; None where it is."""
-    if reason := lost_zeros_reason(layer):
-        return reason
-    kept = kept_matrix(layer)
-    if int(kept.count_nonzero()) > MOST_BYTES * kept.numel():
-        return "hardly sparse"
-    if _is_24(kept):
-        return "its whole weight is 2:4"
-    if backends()["linear_tiered"].get(layer.weight.device.type, "reference") == "reference":
-        return f"no compiled tiered kernel for {layer.weight.device.type}"
-    block, k = tier_sizes(layer)
-    try:
-        pack_tiered(layer.weight.detach()[:0], block=block, k=k)
-    except ValueError as error:
-        return str(error)
-    if (share := Tiers.of(layer).bytes_of_dense(layer.weight.itemsize)) > MOST_BYTES:
-        return f"its blocks take {share:.0%} of the dense bytes"
+def no_dense_copy_reason(layer: nn.Linear) -> str | None:
+    """Returns why a layer cannot hold a dense copy beside its sparse weight, or None where it can."""
+    if layer.training and layer.weight.requires_grad:
+        return "with a dense copy it cannot be trained, and it is in training mode: call model.eval() first"
     return None
 
 
-def _unsupported_prepacked(layer: nn.Linear) -> str | None:
-    if layer.weight.device.type != "cpu":
-        return f"oneDNN has nothing for {layer.weight.device.type}"
-    if layer.training and layer.weight.requires_grad:
-        return "it cannot be trained, and the layer is in training mode: call model.eval() first"
-    return None if _can_prepack(layer.weight.dtype) else f"oneDNN has nothing for {layer.weight.dtype} on this CPU"
+def bytes_24(layer: nn.Linear) -> int:
+    """Returns the bytes of a layer's weight as 2:4 values and bits."""
+    rows, cols = reversed(layer.weight.shape) if is_transposed(layer) else layer.weight.shape
+    return rows * (values_per_row(cols) * layer.weight.itemsize + -(-cols // 8))
+
+
+def _is_24(kept: Tensor) -> bool:
+    full = kept.shape[1] // 4 * 4
+    return bool((kept[:, :full].reshape(kept.shape[0], -1, 4).sum(-1) <= 2).all())
 
 
 @cache
@@ -136,47 +193,16 @@ def _can_prepack(dtype: torch.dtype) -> bool:
     return prepack(torch.zeros(16, 16, dtype=dtype, device="cpu"), 1).is_mkldnn
 
 
-def _bytes_24(layer: nn.Linear) -> int:
-    rows, cols = reversed(layer.weight.shape) if is_transposed(layer) else layer.weight.shape
-    return rows * (values_per_row(cols) * layer.weight.itemsize + -(-cols // 8))
+def merged(kernels: Mapping[int, T]) -> list[tuple[int, T]]:
+    """Returns ``(the largest token count, the kernel)`` by rising count, with neighbors of one kernel joined."""
+    ranges: list[tuple[int, T]] = []
+    for tokens, kernel in sorted(kernels.items(), key=lambda item: item[0]):
+        if ranges and ranges[-1][1] == kernel:
+            ranges.pop()
+        ranges.append((tokens, kernel))
+    return ranges
 
 
-def _bytes_tiered(layer: nn.Linear) -> int:
-    return round(Tiers.of(layer).bytes_of_dense(layer.weight.itemsize) * layer.weight.nbytes)
-
-
-def _routed(kind: Any) -> Callable[[nn.Linear, int, bool, Routes], Compressed]:
-    def build(layer: nn.Linear, tokens: int, transposed: bool, routes: Routes) -> Compressed:
-        module: DenseRoute = kind.from_linear(layer, transposed=transposed)
-        return module.follow(routes, tokens)
-
-    return build
-
-
-CANDIDATES = (
-    Candidate(
-        name="2:4",
-        dense=False,
-        unsupported_reason=_unsupported_24,
-        nbytes=_bytes_24,
-        build=lambda layer, tokens, transposed: Linear24.from_linear(layer, transposed=transposed),
-        build_routed=_routed(Linear24WithDense),
-    ),
-    Candidate(
-        name="tiered",
-        dense=False,
-        unsupported_reason=unsupported_tiered,
-        nbytes=_bytes_tiered,
-        build=lambda layer, tokens, transposed: TieredLinear.from_linear(layer, transposed=transposed),
-        build_routed=_routed(TieredLinearWithDense),
-    ),
-    Candidate(
-        name="prepacked",
-        dense=True,
-        unsupported_reason=_unsupported_prepacked,
-        nbytes=lambda layer: layer.weight.nbytes,
-        build=lambda layer, tokens, transposed: PrepackedLinear.from_linear(
-            layer, tokens=tokens, transposed=transposed
-        ),
-    ),
-)
+def _routes(kernels: Mapping[int, str]) -> Routes:
+    """Returns up to which token count the sparse weight or its dense copy answers."""
+    return tuple(merged({tokens: kernel == DENSE for tokens, kernel in kernels.items()}))

@@ -13,15 +13,15 @@ from .._batches import Forward, Progress
 from .._layers import Where, check_model
 from .._undo import Undo, change, restoring
 from ..nn import autocast_dtype
-from .choose import Settings, choose
-from .decide import OBJECTIVES, Choice, Objective
+from .choose import OBJECTIVES, Choice, choose
 from .measure import Measure
 from .memory import resident_bytes, weight_bytes
 from .report import CompressLayerReport, CompressReport
 from .sites import LinearSite, find_sites
 from .swap import Swap, restore_all
+from .trial import Objective
 from .watch import bucket, watch
-from .whole import Passes, Verdict, judge
+from .whole import Passes, judge
 
 TOKENS = (1, 16, 128)  # measured without batches: a decoding step, a small batch, a prompt
 GPU_TOKENS = (*TOKENS, 2048)
@@ -104,11 +104,6 @@ def compress_(
     counts = None if measure.tokens is None else tuple(measure.tokens)
     before = resident_bytes(model)
 
-    def evict_cache(device: torch.device) -> bool:
-        return before > _timing.cache_bytes(device)
-
-    settings = Settings(evict_cache, objective, measure, keep_dense, progress or iter)
-
     def work(undo: Undo) -> CompressReport:
         begin = time.perf_counter()
         sites = find_sites(model, where)
@@ -118,24 +113,32 @@ def compress_(
                 _count(site, counts or (None if batches is None else ()))
         free = [site for site in sites if site.reason is None]
         with _own_tensors(free):
-            choices = choose(free, settings)
+            choices = choose(
+                free,
+                objective,
+                measure,
+                keep_dense=keep_dense,
+                evict_cache=lambda device: before > _timing.cache_bytes(device),
+                progress=progress or iter,
+            )
             chosen = time.perf_counter()
-            builds = {site.name: (site, build) for site in free if (build := choices[site.name].build) is not None}
-            built = {name: (site, build(site)) for name, (site, build) in builds.items()}
+            built = {
+                site.name: (site, choices[site.name].build(site.layer)) for site in free if choices[site.name].candidate
+            }
         swap = Swap(model, built)
         undo.callback(swap.undo)
         packed = time.perf_counter()
-        verdict = judge(swap, choices, Passes(kept, forward, measure.budget, measure.graphs))
+        choices, passes, remark = judge(swap, choices, Passes(kept, forward, measure.budget, measure.graphs))
         judged = time.perf_counter()
-        swap.show(verdict.names)
-        layers = tuple(
-            _layer_report(site, choices.get(site.name), swap.modules.get(site.name), verdict) for site in sites
-        )
+        swapped = [name for name in built if choices[name].candidate is not None]
+        swap.show(swapped)
+        modules = {name: swap.modules[name] for name in swapped}
+        layers = tuple(_layer_report(site, choices.get(site.name), modules.get(site.name)) for site in sites)
         tuning = chosen - begin + judged - packed
         after = resident_bytes(model)
-        report = CompressReport(layers, before, after, tuning, packed - chosen, verdict.timings, verdict.remark)
+        report = CompressReport(layers, before, after, tuning, packed - chosen, passes, remark)
         with _own_tensors(free):
-            swap.commit(verdict.names)
+            swap.commit(swapped)
         return report
 
     return change(model, "compressed", work)
@@ -214,28 +217,22 @@ def _own_tensors(sites: Iterable[LinearSite]) -> Iterator[None]:
             yield
 
 
-def _layer_report(
-    site: LinearSite, choice: Choice | None, module: nn.Module | None, verdict: Verdict
-) -> CompressLayerReport:
+def _layer_report(site: LinearSite, choice: Choice | None, module: nn.Module | None) -> CompressLayerReport:
     calls, weight = dict(sorted(site.calls.items())), weight_bytes(site.layer)
     if choice is None:
         reason = site.reason or ""
         return CompressLayerReport(
             site.name, site.shape, "plain", reason, calls, bytes_before=weight, bytes_after=weight
         )
-    decision, reason, names, why = choice.decision, choice.reason, choice.names, choice.why
-    if module is not None and site.name not in verdict.names:
-        why = f"given back: {verdict.given_back[site.name]}"
-        decision, reason, names, module = "plain", f"{why}; {decision}: {reason}", {}, None
     return CompressLayerReport(
         site.name,
         site.shape,
-        decision,
-        reason,
+        choice.decision,
+        choice.reason,
         calls,
         choice.timings,
-        names,
-        why,
+        choice.kernels,
+        choice.why,
         choice.undecided,
         bytes_before=weight,
         bytes_after=weight if module is None else weight_bytes(module),

@@ -1,4 +1,4 @@
-"""The linear layers of a model that may be swapped, and where they hang."""
+"""The linear layers of a model: where they are, and why one must stay what it is."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,12 +14,15 @@ from .._layers import (
     check_where,
     declared_shape,
     expert_axes,
+    hooks_reason,
     input_dim,
+    is_transposed,
     selects,
     shared_weight_reasons,
+    unsupported_reason,
 )
 from .._replace import Slots, parent_slots
-from .candidates import unfit
+from ..masks import outdated_mask_reason
 
 EXPERTS = "experts in one parameter stay dense: no kernel multiplies by them"
 
@@ -30,18 +33,27 @@ REGISTERED = {"_modules", "_parameters", "_buffers"}
 
 @dataclass
 class LinearSite:
-    """A linear layer: where it hangs, the calls it gets by token bucket, and why it must stay, if it must."""
+    """A linear layer of a model.
+
+    Args:
+        name: its name in the model.
+        layer: the layer.
+        slots: where its parents hold it.
+        reason: why it must stay what it is; None where it may be swapped.
+        shape: ``(out_features, in_features)``; of experts as they are stored.
+        calls: how often the batches call it, by token count rounded up to a power of two.
+    """
 
     name: str
     layer: nn.Linear
     slots: Slots
     reason: str | None
-    shape: tuple[int, ...]  # (out_features, in_features), of experts as they are stored
+    shape: tuple[int, ...]
     calls: Counter[int] = field(default_factory=Counter)
 
 
 def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
-    """Every linear layer, and every parameter of experts, that ``where`` selects, in the order of ``named_modules``."""
+    """Returns the linear layers and parameters of experts that ``where`` selects, in the order of ``named_modules``."""
     check_where(where)
     slots, shared = parent_slots(model), shared_weight_reasons(model)
     sharded, aliases = _sharded(model), _aliases(model)
@@ -54,7 +66,7 @@ def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
         if input_dim(layer) is None or isinstance(layer, nn.Conv2d) or not selects(where, name, layer):
             continue
         reason = shared.get((layer, "weight")) or (SHARDED if layer in sharded else None) or aliases.get(layer)
-        reason = reason or unfit(layer)
+        reason = reason or must_stay_reason(layer)
         if layer is model:
             reason = "it is the model itself: use from_linear of Linear24, TieredLinear or PrepackedLinear"
         rows, cols = declared_shape(layer)
@@ -63,15 +75,31 @@ def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
     return sites
 
 
+def must_stay_reason(layer: nn.Module) -> str | None:
+    """Returns why a linear layer must stay what it is, whatever is faster; None where it may be swapped."""
+    if reason := unsupported_reason(layer):
+        return reason
+    if type(layer) is not nn.Linear and not is_transposed(layer):
+        return f"{type(layer).__name__} may compute something else than nn.Linear"
+    if reason := hooks_reason(layer) or outdated_mask_reason(layer):
+        return reason
+    weight = layer.get_parameter("weight")
+    if layer.training and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
+        return "its weight has hooks, and is trained"
+    known = {"weight", "bias", "weight_mask", "weight_fading"}
+    own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - known
+    return f"it also holds {', '.join(sorted(own))}" if own else None
+
+
 def _sharded(model: nn.Module) -> set[nn.Module]:
-    """The modules whose parameters FSDP keeps: after a pass they may look like any others, until the next one."""
+    """Returns the modules whose parameters FSDP shards, although after a pass they may look like any others."""
     kinds = {"FSDPModule", "FullyShardedDataParallel"}
     parents = [module for module in model.modules() if kinds & {base.__name__ for base in type(module).__mro__}]
     return {module for parent in parents for module in parent.modules()}
 
 
 def _aliases(model: nn.Module) -> dict[nn.Module, str]:
-    """Which layers a module holds in an attribute besides, where no other can take their place: in a list, say."""
+    """Returns the layers that a module also holds in a plain attribute, such as a list, where none can be replaced."""
     found: dict[nn.Module, str] = {}
     for parent in model.modules():
         for key, value in vars(parent).items():
@@ -94,5 +122,5 @@ def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
 
 
 def _experts(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of a module that are the matrices of experts, as far as that is known."""
+    """Returns the shapes of a module's parameters that are known to hold the matrices of experts."""
     return {key: tuple(module.get_parameter(key).shape) for key in expert_axes(module)}

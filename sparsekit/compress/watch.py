@@ -12,8 +12,7 @@ from .._batches import Forward, as_batches, layer_input, observing, run_batch
 from .._forwards import around_forwards, watch_reads
 from .._trees import copied
 from ..nn import autocast_dtype
-from .candidates import unfit
-from .sites import LinearSite
+from .sites import LinearSite, must_stay_reason
 
 # More are as good as this many for a ratio, and take longer to measure.
 MAX_TOKENS, MAX_GPU_TOKENS = 512, 8192
@@ -53,17 +52,17 @@ def watch(model: nn.Module, sites: list[LinearSite], batches: Any, forward: Forw
         raise ValueError("batches must hold at least one batch, got none")
     for site in free:  # a pass may also have changed the layer, by a hook of its own for one
         ruled_out = reads.get(site.layer) or _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
-        site.reason = unfit(site.layer) or ruled_out
+        site.reason = must_stay_reason(site.layer) or ruled_out
     return kept
 
 
 def bucket(tokens: int, device: torch.device) -> int:
-    """The power of two that a token count is measured as on a device."""
+    """Returns the power of two that a token count is rounded up to, within the limit of a device."""
     return min(1 << (tokens - 1).bit_length(), MAX_GPU_TOKENS if _timing.is_gpu(device) else MAX_TOKENS)
 
 
 def _watching(sites: list[LinearSite], count: Callable[..., None]) -> AbstractContextManager[None]:
-    """Shows ``count`` the arguments of every call of these layers."""
+    """Calls ``count`` with the arguments of every call of these layers."""
 
     def around(site: LinearSite) -> Callable[..., Any]:
         def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Times the whole model with compressed layers against the model as it was: what does not pay there is given back."""
+"""Times the whole model, compressed against plain: a layer with which a pass is slower, or fails, is given back."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import nn
 
 from .._batches import Forward, observing, run_batch
 from .._forwards import around_forwards
-from .._timing import PARITY_RATIO, Timing, paired_timing, time_interleaved
+from .._timing import PARITY_RATIO, PassClock, Timing, paired_timing, time_interleaved
 from .._trees import copied
-from .decide import Choice
+from .choose import Choice
 from .swap import Swap
 
 LEAST = 3  # rounds: a pass of a whole model may take minutes
@@ -21,53 +21,14 @@ TRIES = 2  # before it is believed that something does not pay
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Which layers stay compressed, and what a pass of the model takes then.
-
-    Args:
-        names: the layers that stay compressed.
-        timings: of the compressed model against the plain one, by batch; none where no time was taken.
-        remark: why no time was taken.
-        given_back: why a layer does not stay compressed, by name.
-    """
-
-    names: frozenset[str]
-    timings: tuple[Timing, ...] = ()
-    remark: str = ""
-    given_back: dict[str, str] = field(default_factory=dict)
-
-
-class _Clock:
-    """Times passes of a model: arguments are made ready first, and GPUs are waited for."""
-
-    def __init__(self, gpus: Iterable[torch.device]):
-        self.gpus = tuple(gpus)
-
-    def start(self, call: Callable[[Any], Callable[[], Any]], x: Any) -> None:
-        self.seconds(call, x)
-
-    def seconds(self, call: Callable[[Any], Callable[[], Any]], x: Any) -> float:
-        run = call(x)
-        self._wait()
-        begin = time.perf_counter()
-        run()
-        self._wait()
-        return time.perf_counter() - begin
-
-    def _wait(self) -> None:
-        for gpu in self.gpus:
-            torch.cuda.synchronize(gpu)
-
-
-@dataclass(frozen=True)
 class Passes:
-    """What the whole model is timed on.
+    """The passes by which a whole model is timed.
 
     Args:
         batches: the model runs on each.
         forward: how, as in ``compress_``.
         budget: seconds of one measurement over all batches.
-        graphs: whether it will run under CUDA graphs.
+        graphs: whether the model will run under CUDA graphs.
     """
 
     batches: Sequence[Any]
@@ -76,53 +37,65 @@ class Passes:
     graphs: bool = False
 
 
-def judge(swap: Swap, choices: Mapping[str, Choice], work: Passes) -> Verdict:
-    """Times a model's own forward with and without its compressed layers, in turns.
+def judge(
+    swap: Swap, choices: Mapping[str, Choice], passes: Passes
+) -> tuple[dict[str, Choice], tuple[Timing, ...], str]:
+    """Times passes of a model with and without its compressed layers, in turns, and gives back what does not pay.
 
-    Where the whole is slower with all of them, kinds of layers are added one after the other, and one with which the
-    model is slower than without is given back; so is one with which a pass fails.
+    Where the whole is slower with all of them, kinds of layers are added one after the other. One with which the model
+    is slower than without is given back, and so is one with which a pass fails.
 
     Args:
         swap: the compressed modules.
-        choices: what was decided for each of them; those of one shape and decision stay or go together.
-        work: what the model is timed on.
+        choices: what was decided for each layer. Layers of one shape and decision stay or go together.
+        passes: what the model is timed on.
+
+    Returns:
+        ``(choices, timings, remark)``: the choices that stand; the compressed model against the plain one, by batch;
+        and why no time was taken.
     """
-    names = frozenset(swap.modules)
-    if not names or (remark := _untimed(swap.model, work)):
-        return Verdict(names, remark=remark if names else "")
+    kept = frozenset(swap.modules)
+    if not kept or (remark := _untimed(swap.model, passes)):
+        return dict(choices), (), remark if kept else ""
     with observing(swap.model):
         swap.show(())
         try:
-            run_batch(swap.model, copied(work.batches[0]), work.forward)
+            run_batch(swap.model, copied(passes.batches[0]), passes.forward)
         except Exception as error:  # it consumes what it is given, say, or counts its calls
-            return Verdict(names, remark=f"not timed, since a second pass of it fails: {_line(error)}")
-        given_back = dict.fromkeys(_still_called(swap, work), "a pass calls the plain layer, whatever is in its place")
-        names -= given_back.keys()
-        if not names:
-            return Verdict(names, given_back=given_back)
-        timings, loss = _pays(swap, names, frozenset(), work)
-        if loss is None:
-            return Verdict(names, timings, given_back=given_back)
-        kinds: dict[object, set[str]] = {}
-        for name in names:
-            kinds.setdefault((swap.sites[name].shape, choices[name].decision), set()).add(name)
-        kept: frozenset[str] = frozenset()
-        given_back |= dict.fromkeys(names, loss)
-        for kind in kinds.values() if len(kinds) > 1 else ():
-            _, lost = _pays(swap, kept | kind, kept, work)
-            if lost is None:
-                kept |= kind
-            else:
-                given_back |= dict.fromkeys(kind, lost)
+            return dict(choices), (), f"not timed, since a second pass of it fails: {_line(error)}"
+        losses = dict.fromkeys(_still_called(swap, passes), "a pass calls the plain layer, whatever is in its place")
+        timings: tuple[Timing, ...] = ()
+        kept -= losses.keys()
         if kept:
-            timings, loss = _pays(swap, kept, frozenset(), work)
-            if loss is None:
-                return Verdict(kept, timings, given_back=given_back)
-        return Verdict(frozenset(), given_back=given_back)
+            timings, loss = _pays(swap, kept, frozenset(), passes)
+            if loss is not None:
+                losses |= dict.fromkeys(kept, loss)
+                kept, timings = _kinds_that_pay(swap, choices, kept, losses, passes)
+    lost = losses.keys() - kept
+    stand = {name: choice.given_back(losses[name]) if name in lost else choice for name, choice in choices.items()}
+    return stand, timings, ""
 
 
-def _still_called(swap: Swap, work: Passes) -> set[str]:
-    """The layers that a pass calls though others hang in their place: somebody holds them outside of all modules."""
+def _kinds_that_pay(
+    swap: Swap, choices: Mapping[str, Choice], names: frozenset[str], losses: dict[str, str], passes: Passes
+) -> tuple[frozenset[str], tuple[Timing, ...]]:
+    """Returns the layers with which, kind by kind, the model is not slower, and notes in ``losses`` what is lost."""
+    kinds: dict[object, set[str]] = {}
+    for name in [name for name in swap.modules if name in names]:
+        kinds.setdefault((swap.sites[name].shape, choices[name].decision), set()).add(name)
+    kept: frozenset[str] = frozenset()
+    for kind in kinds.values() if len(kinds) > 1 else ():
+        _, loss = _pays(swap, kept | kind, kept, passes)
+        if loss is None:
+            kept |= kind
+        else:
+            losses |= dict.fromkeys(kind, loss)
+    timings, loss = _pays(swap, kept, frozenset(), passes) if kept else ((), None)
+    return (kept, timings) if loss is None else (frozenset(), ())
+
+
+def _still_called(swap: Swap, passes: Passes) -> set[str]:
+    """Returns the layers that a pass calls though others are in their place: somebody holds them outside of modules."""
     called: set[str] = set()
 
     def around(name: str) -> Callable[..., Any]:
@@ -134,15 +107,15 @@ def _still_called(swap: Swap, work: Passes) -> set[str]:
 
     swap.show(swap.modules)
     with around_forwards({site.layer: around(name) for name, site in swap.sites.items()}), suppress(Exception):
-        run_batch(swap.model, copied(work.batches[0]), work.forward)  # what fails will fail again
+        run_batch(swap.model, copied(passes.batches[0]), passes.forward)  # what fails will fail again
     return called
 
 
-def _untimed(model: nn.Module, work: Passes) -> str:
-    """Why it would say nothing to time a model, or could not be done; empty where it would."""
-    if not work.batches:
+def _untimed(model: nn.Module, passes: Passes) -> str:
+    """Returns why a model cannot be timed, or its time would say nothing; empty where it can."""
+    if not passes.batches:
         return "not timed, since there are no batches to run it on"
-    if work.graphs:
+    if passes.graphs:
         return "not timed, since it will run under CUDA graphs"
     if any(module._compiled_call_impl is not None or _is_compiled(module) for module in model.modules()):
         return "not timed, since it is compiled"
@@ -157,13 +130,13 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _pays(
-    swap: Swap, shown: frozenset[str], over: frozenset[str], work: Passes
+    swap: Swap, shown: frozenset[str], over: frozenset[str], passes: Passes
 ) -> tuple[tuple[Timing, ...], str | None]:
-    """The better of two tries, since one may have been disturbed; and what is lost, None where nothing is."""
+    """Returns the better of two tries, since one may have been disturbed, and what is lost; None where nothing is."""
     best: tuple[Timing, ...] = ()
     try:
         for _ in range(TRIES):
-            best = max(best, compare_passes(swap, shown, over, work), key=_slowest)
+            best = max(best, compare_passes(swap, shown, over, passes), key=_slowest)
             if _slowest(best) >= PARITY_RATIO:
                 return best, None
     except Exception as error:
@@ -180,7 +153,7 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def compare_passes(swap: Swap, shown: Collection[str], over: Collection[str], work: Passes) -> tuple[Timing, ...]:
+def compare_passes(swap: Swap, shown: Collection[str], over: Collection[str], passes: Passes) -> tuple[Timing, ...]:
     """Times passes of the model with some layers compressed against those with others; one timing for each batch, as
     far as the budget goes.
     """
@@ -189,17 +162,17 @@ def compare_passes(swap: Swap, shown: Collection[str], over: Collection[str], wo
         def prepare(batch: Any) -> Callable[[], Any]:
             swap.show(names)
             arguments = copied(batch)
-            return lambda: run_batch(swap.model, arguments, work.forward)
+            return lambda: run_batch(swap.model, arguments, passes.forward)
 
         return prepare
 
     gpus = {tensor.device for tensor in swap.model.parameters() if tensor.is_cuda}
-    calls, clock = {"plain": ready(over), "compressed": ready(shown)}, _Clock(gpus)
+    calls, clock = {"plain": ready(over), "compressed": ready(shown)}, PassClock(gpus)
     found: list[Timing] = []
     begin = time.perf_counter()
-    for batch in work.batches:
-        if found and time.perf_counter() - begin > work.budget:
+    for batch in passes.batches:
+        if found and time.perf_counter() - begin > passes.budget:
             break  # a pass may take minutes
-        times = time_interleaved(calls, batch, clock, work.budget / len(work.batches), LEAST)
+        times = time_interleaved(calls, batch, clock, passes.budget / len(passes.batches), LEAST)
         found.append(paired_timing(times["compressed"], times["plain"], times["plain"]))
     return tuple(found)

@@ -1,6 +1,6 @@
 """The linear layer on the packed tiered format."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .compressed import Compressed, weight_of
 LINEAR_TIERED = torch.ops.sparsekit.linear_tiered.default
 TRAINED, FIXED = ("dense", "values", "topk"), ("tiers", "bitmask", "positions")
 PARTS = (*TRAINED, *FIXED, "starts")
+Layer = TypeVar("Layer", bound="TieredLinear")
 
 
 class TieredLinear(Compressed):
@@ -66,13 +67,13 @@ class TieredLinear(Compressed):
     @classmethod
     @torch.inference_mode(False)  # tensors made in inference mode could be neither trained nor used outside it
     def from_linear(
-        cls,
+        cls: type[Layer],
         linear: nn.Linear,
         *,
         k: int | None = None,
         block: tuple[int, int] | None = None,
         transposed: bool = False,
-    ) -> "TieredLinear":
+    ) -> Layer:
         """Packs a layer with any weight: each block in the smallest form that holds it.
 
         It packs the entries that the stored mask keeps, or without one, the non-zeros. The bias is the layer's own

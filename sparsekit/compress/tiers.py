@@ -1,4 +1,4 @@
-"""Layers in tiers: how small they can be packed, and weights like theirs to measure with."""
+"""Layers in tiers: how small they can be packed, and random weights like theirs to measure with."""
 
 from dataclasses import dataclass
 
@@ -12,24 +12,24 @@ from ..ops.bits import nonzero
 from ..ops.tiered import smallest_tiers
 from ..ops.tiers import DENSE, SPARSE24, TOPK
 
-STEP = 5  # percent: layers whose shares agree to this are measured together
+STEP = 5  # percent; layers whose shares are equal when rounded to it are measured together
 
 
 def kept_matrix(layer: nn.Linear) -> Tensor:
-    """What a layer keeps, bool ``[outputs, inputs]``: its stored mask, else its non-zeros."""
+    """Returns the entries that a layer keeps, bool ``[outputs, inputs]``: its stored mask, else its non-zeros."""
     mask = get_mask(layer)
     kept = nonzero(layer.weight) if mask is None else mask
     return kept.t() if is_transposed(layer) else kept
 
 
 @dataclass(frozen=True)
-class Tiers:
-    """The blocks of a layer in the forms that ``pack_tiered`` gives them.
+class TierShares:
+    """The shares of a layer's blocks that ``pack_tiered`` stores dense, as 2:4 and as top-k.
 
     Args:
         block: rows and columns of a block.
-        k: entries that a block of top-k holds.
-        shares: of the blocks that are dense and 2:4; the others are top-k.
+        k: entries that a top-k block holds.
+        shares: those of the dense and of the 2:4 blocks; the others are top-k.
     """
 
     block: tuple[int, int]
@@ -37,31 +37,31 @@ class Tiers:
     shares: tuple[float, float]
 
     @staticmethod
-    def of(layer: nn.Linear) -> "Tiers":
-        """Those of a layer, of the sizes that its mask's pattern says."""
+    def of(layer: nn.Linear) -> "TierShares":
+        """Returns the shares of a layer, with the block and the ``k`` of its mask's pattern."""
         block, k = tier_sizes(layer)
         tiers = smallest_tiers(kept_matrix(layer), block, k)
         dense, sparse24 = (int((tiers == tier).sum()) / max(tiers.numel(), 1) for tier in (DENSE, SPARSE24))
-        return Tiers(block, k, (dense, sparse24))
+        return TierShares(block, k, (dense, sparse24))
 
     def bytes_of_dense(self, itemsize: int) -> float:
-        """The packed blocks' bytes over those of the same blocks in full, by bytes of an entry."""
+        """Returns the bytes of the packed blocks over those of the dense ones, for entries of ``itemsize`` bytes."""
         size = self.block[0] * self.block[1]
         dense, sparse24 = self.shares
         few = self.k * (itemsize + (1 if size <= 256 else 2)) / (size * itemsize)
         return dense + sparse24 * (1 / 2 + 1 / 8 / itemsize) + (1 - dense - sparse24) * few
 
-    def rounded(self) -> "Tiers":
-        """The same with shares in steps of 5 %: what measurements are remembered by."""
+    def rounded(self) -> "TierShares":
+        """Returns the same with shares rounded to 5 %, by which measurements are remembered."""
         dense, sparse24 = (round(100 / STEP * share) * STEP / 100 for share in self.shares)
-        return Tiers(self.block, self.k, (dense, sparse24))
+        return TierShares(self.block, self.k, (dense, sparse24))
 
     def info(self, axis: int) -> MaskInfo:
-        """What a mask of these sizes says of itself."""
+        """Returns the description of a mask with these blocks."""
         return MaskInfo(Pattern(n=self.k, unit=self.block, tiers=True), axis)
 
     def prune(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """A weight with as many blocks of each form, in places drawn at random."""
+        """Returns a weight pruned to blocks in these shares, in places drawn at random."""
         grid = [-(-size // side) for size, side in zip(weight.shape, self.block, strict=True)]
         drawn = torch.rand(grid, generator=generator, dtype=torch.float32, device=weight.device)
         drawn = drawn.flatten().argsort().view(grid)

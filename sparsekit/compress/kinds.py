@@ -1,0 +1,108 @@
+"""The kinds of layers: layers of one kind take equally long, so one measurement serves them all."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _timing
+from .._layers import is_transposed
+from ..masks import remove_mask, set_mask
+from ..ops import nm_prune
+from ..ops.layouts import device_name
+from .measure import Measure
+from .sites import LinearSite
+from .tiers import TierShares
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All that the time of a layer depends on besides the machine.
+
+    Args:
+        device_name: the model of the CPU or GPU.
+        shape: ``(out_features, in_features)``.
+        dtype: of the weight.
+        bias: whether the layer has one.
+        transposed: whether its weight is ``[in_features, out_features]``.
+        candidates: the names of the forms that are measured.
+        layout_tokens: the token count that layouts are chosen for, the largest: its layout is as fast as any for fewer.
+        tokens: the token count that is measured.
+        evict_cache: whether weights are timed from memory instead of from the cache.
+        graphs: whether the layer will run under CUDA graphs.
+        keep_dense: whether a dense copy beside a sparse weight is measured as well.
+        tiers: the shares of its tiers, if it may become tiered.
+    """
+
+    device_name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bias: bool
+    transposed: bool
+    candidates: tuple[str, ...]
+    layout_tokens: int
+    tokens: int
+    evict_cache: bool
+    graphs: bool
+    keep_dense: bool
+    tiers: TierShares | None
+
+
+def kinds_of(
+    site: LinearSite, candidates: Sequence[str], measure: Measure, *, evict_cache: bool, keep_dense: bool
+) -> list[Kind]:
+    """Returns the kinds to measure for one layer: one for each of its token counts, none without candidates."""
+    if not candidates:
+        return []
+    layer, device = site.layer, site.layer.weight.device
+    kind = partial(
+        Kind,
+        device_name=device_name(device),
+        shape=site.shape,
+        dtype=str(layer.weight.dtype),
+        bias=layer.bias is not None,
+        transposed=is_transposed(layer),
+        candidates=tuple(candidates),
+        layout_tokens=max(site.calls, default=0),
+        evict_cache=evict_cache,
+        graphs=measure.graphs and _timing.is_gpu(device),
+        keep_dense=keep_dense,
+        tiers=TierShares.of(layer).rounded() if "tiered" in candidates else None,
+    )
+    return [kind(tokens=tokens) for tokens in sorted(site.calls)]
+
+
+def random_layer(kind: Kind, layer: nn.Linear) -> tuple[nn.Linear, Tensor]:
+    """Returns a layer of a kind with a random weight, in eval mode, and a random input for it.
+
+    Args:
+        kind: what the layer is like.
+        layer: any layer of this kind, whose class, dtype and device are taken.
+    """
+    device, dtype = layer.weight.device, layer.weight.dtype
+    generator = torch.Generator(device).manual_seed(0)  # the caller's random state is not ours to move
+    randn: Callable[..., Tensor] = partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
+    rows, cols = kind.shape
+    weight = randn(rows, cols).div_(cols**0.5).to(dtype)
+    if kind.tiers is not None:
+        weight = kind.tiers.prune(weight, generator)
+    elif "2:4" in kind.candidates:
+        weight = nm_prune(weight, 2, 4)[0]
+    tensors: dict[str, Any] = {
+        "weight": weight.t().contiguous() if kind.transposed else weight,
+        "bias": randn(rows).to(dtype) if kind.bias else None,
+    }
+    plain = copy.copy(layer)
+    plain._parameters = {
+        name: None if tensor is None else nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()
+    }
+    plain._buffers, plain._non_persistent_buffers_set = {}, set()
+    remove_mask(plain)
+    plain.training = False
+    if kind.tiers is not None:
+        set_mask(plain, plain.weight != 0, kind.tiers.info(0 if kind.transposed else 1))
+    return plain, randn(kind.tokens, cols).to(dtype)

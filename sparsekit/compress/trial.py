@@ -1,0 +1,135 @@
+"""One candidate for one layer: the ways in which it may take the plain layer's place, or why there is none."""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from .._timing import PARITY_RATIO, Timing, Timings
+from .candidates import DENSE, Candidate
+from .sites import LinearSite
+
+Objective = Literal["speed", "size"]
+MAX_WRONG = 3  # wrong kernels that a remark names
+
+
+class Option(NamedTuple):
+    """A way in which a candidate may take a layer's place.
+
+    Args:
+        candidate: the form.
+        kernels: the kernel that answers each token count.
+        nbytes: the bytes of the weight, with its dense copy if there is one.
+        seconds: the time of all calls in the batches.
+    """
+
+    candidate: Candidate
+    kernels: dict[int, str]
+    nbytes: int
+    seconds: float
+
+
+class Loss(NamedTuple):
+    """Why a candidate may not take a layer's place.
+
+    Args:
+        reason: in words.
+        ratio: of its fastest kernel, at the token count where that is slowest; -1 where nothing right was measured.
+        undecided: whether the machine was too busy to measure on.
+    """
+
+    reason: str
+    ratio: float = -1.0
+    undecided: bool = False
+
+
+class Trial:
+    """A candidate for one layer, and what was measured of its kernels.
+
+    A kernel that was wrong at one token count is refused at all of them. Another one may replace the plain layer at a
+    token count where it is clearly faster; where it is not slower, if the form is wanted for its size, or if the kernel
+    is that of a dense copy.
+
+    Args:
+        site: the layer.
+        candidate: the form.
+        timings: what was measured, by token count and kernel.
+        objective: ``"speed"`` or ``"size"``.
+    """
+
+    def __init__(self, site: LinearSite, candidate: Candidate, timings: dict[int, Timings], objective: Objective):
+        self.site, self.candidate = site, candidate
+        self.nbytes = candidate.nbytes(site.layer)
+        self.for_size = objective == "size" and self.nbytes < site.layer.weight.nbytes
+        self.kernel_sets = candidate.kernel_sets(
+            site.layer, {name for measured in timings.values() for name in measured}
+        )
+        self.own = frozenset[str]().union(*self.kernel_sets)
+        self.wrong: dict[str, int] = {}  # the first token count at which a kernel was wrong
+        for tokens, measured in timings.items():
+            for name in [name for name, timing in measured.items() if timing is None]:
+                self.wrong.setdefault(name, tokens)
+        self.right = {
+            tokens: {name: timing for name, timing in measured.items() if timing and name not in self.wrong}
+            for tokens, measured in timings.items()
+        }
+
+    def options(self) -> Iterator[Option]:
+        """Yields the ways to take the layer's place: in each layout, without and with a dense copy."""
+        weight = self.site.layer.weight
+        for kernels in self.kernel_sets:
+            for usable in [kernels] if self.candidate.dense else [kernels, kernels | {DENSE}]:
+                fastest = {tokens: self._fastest(tokens, usable) for tokens in self.right}
+                chosen = {tokens: name for tokens, name in fastest.items() if name is not None}
+                if len(chosen) < len(fastest) or set(chosen.values()) == {DENSE}:
+                    continue
+                nbytes = self.nbytes + (weight.nbytes if DENSE in chosen.values() else 0)
+                seconds = [
+                    self.site.calls[tokens] * self.right[tokens][name].seconds for tokens, name in chosen.items()
+                ]
+                yield Option(self.candidate, chosen, nbytes, sum(seconds))
+
+    def loss(self) -> Loss:
+        """Returns why there is no option: what the candidate's best kernel takes at the token count of its worst."""
+        best: dict[int, Timing] = {}
+        for tokens, measured in self.right.items():
+            timings = [timing for name, timing in measured.items() if name in self.own]
+            if not timings:
+                first = min(self.wrong[name] for name in self.own & self.wrong.keys())
+                return Loss(f"a wrong result {at_tokens(first)}")
+            best[tokens] = max(timings, key=lambda timing: (self._accepts("", timing), timing.ratio))
+        lost = {tokens: timing for tokens, timing in best.items() if not self._accepts("", timing)}
+        if not lost:
+            return Loss(
+                "no single layout is faster at every number of tokens", min(each.ratio for each in best.values())
+            )
+        worst = min(lost, key=lambda tokens: (lost[tokens].undecided, lost[tokens].ratio))
+        timing, won = lost[worst], [str(tokens) for tokens in best if tokens not in lost]
+        reason = f"{timing.ratio:.2f}x, {timing.wins:.0%} won {at_tokens(worst)}"
+        if timing.undecided:
+            return Loss(f"undecided, the machine is busy (spread {timing.spread:.1f}): {reason}", timing.ratio, True)
+        if won and not self.candidate.dense:
+            copy = self.right[worst].get(DENSE)
+            advice = "try keep_dense=True" if copy is None else f"a dense copy has {copy.ratio:.2f}x there"
+            reason += f", faster at {', '.join(won)}: {advice}"
+        return Loss(reason, timing.ratio)
+
+    def remarks(self) -> list[str]:
+        """Returns what else there is to say: which of several kernels were wrong, and which the layer cannot have."""
+        wrong = [name for name in self.wrong if name in self.own and name != self.candidate.name]
+        named = [f"{name}: a wrong result {at_tokens(self.wrong[name])}" for name in wrong[:MAX_WRONG]]
+        more = [f"{len(wrong) - MAX_WRONG} more wrong results"] if len(wrong) > MAX_WRONG else []
+        return [*named, *more, *filter(None, [self.candidate.remark(self.site.layer)])]
+
+    def _fastest(self, tokens: int, usable: frozenset[str]) -> str | None:
+        """Returns the fastest kernel that may replace the plain layer at a token count, or None."""
+        timings = {name: timing for name, timing in self.right[tokens].items() if name in usable}
+        accepted = [name for name, timing in timings.items() if self._accepts(name, timing)]
+        return min(accepted, key=lambda name: timings[name].seconds, default=None)
+
+    def _accepts(self, name: str, timing: Timing) -> bool:
+        """Returns whether a kernel may replace the plain layer."""
+        return timing.faster or ((self.for_size or name == DENSE) and timing.ratio >= PARITY_RATIO)
+
+
+def at_tokens(tokens: int) -> str:
+    """Returns ``"at 1 token"``, ``"at 16 tokens"``."""
+    return f"at {tokens} token" if tokens == 1 else f"at {tokens} tokens"
