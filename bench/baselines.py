@@ -11,7 +11,7 @@ from .timing import Calls
 
 
 def copy_call(like: Tensor) -> tuple[Calls, int]:
-    """Returns a ``copy_`` of ``like``, which shows what memory allows, and the bytes it moves."""
+    """Returns a ``copy_`` of ``like``, which shows the bandwidth of memory, and the bytes that it moves."""
     target = torch.empty_like(like)
     return {"copy_": lambda: target.copy_(like)}, 2 * like.nbytes
 

@@ -15,10 +15,10 @@ def _quiet():
 
 @pytest.fixture
 def record(benchmark):
-    """Times a call and its baselines, and keeps the row for the report, through pytest-benchmark's JSON.
+    """Returns a function that times a call and its baselines, and puts the row into pytest-benchmark's JSON.
 
-    ``best``: the baselines of which the fastest is the best dense. ``shares``: of slow baselines, which take part in
-    fewer rounds, how much of the work they do; scaled to all of it.
+    ``best`` names the baselines of which the fastest is the best dense. ``shares`` names slow baselines that do only a
+    share of the work, in fewer rounds; their times are divided by that share.
     """
 
     def run(
@@ -36,7 +36,7 @@ def record(benchmark):
             times[key] = [each / share for each in times[key]]
         seconds = medians(times)
         ratios = {key: ratio(times, "own", key) for key in baselines}
-        if copied:  # bytes per second against the copy's
+        if copied:  # compares bytes per second with those of the copy
             ratios["copy_"] *= bytes_moved / copied
         if best:
             ratios["best dense"] = ratios[min(best, key=lambda key: seconds[key])]

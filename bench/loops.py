@@ -47,7 +47,7 @@ def tiers_by_blocks(
 def sparsegpt_by_columns(weight: Tensor, gram: Tensor, damp: float = 0.01, columns: int = 128) -> tuple[Tensor, Tensor]:
     """Prunes to 2:4 by SparseGPT, one column after another; returns the weight and its mask.
 
-    The published code sums the loss up, and so does this.
+    Like the published code, it also sums up the loss.
     """
     weight, gram = weight.clone(), gram + damp * gram.diagonal().mean() * torch.eye(len(gram))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))

@@ -58,7 +58,7 @@ def stories() -> tuple[nn.Module, list[Any], list[Tensor]]:
 
 
 class Stage(nn.Module):
-    """The linear layers of one transformer layer, with their residuals; attention costs pruning nothing."""
+    """The linear layers of one transformer layer, with residuals; attention has no weight to prune."""
 
     def __init__(self) -> None:
         super().__init__()

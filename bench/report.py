@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_name() -> str:
-    """Returns the system's name of the processor, with its family and model: a cloud's CPUs are often called alike."""
+    """Returns the name of the processor with its family and model, because cloud CPUs often share one name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -43,13 +43,13 @@ def write(path: Path, report: dict) -> None:
 
 
 def slug(report: dict) -> str:
-    """Returns the result file's name: processor and SIMD level, or GPU; that of the methods says so."""
+    """Returns the name of a result file: ``methods`` if it is of methods, the device, and on a CPU the SIMD level."""
     kind = "methods" if report.get("kind") == "methods" else ""
     return re.sub(r"[^a-z0-9]+", "-", f"{kind} {report['device']} {report.get('simd', '')}".lower()).strip("-")
 
 
 def render(report: dict) -> str:
-    """Renders the tables as markdown, with the machine named, and what falls short of its goal."""
+    """Renders a report as markdown: the machine, the tables, and what falls short of its goal."""
     if report.get("kind") == "gpu":
         return gpu.render(report)
     if report.get("kind") == "methods":
@@ -111,7 +111,7 @@ def _methods(report: dict) -> str:
 
 
 def _linear(op: str, rows: list[dict]) -> str:
-    """Renders one line a weight, one column a token count: times faster than the best dense, and than F.linear."""
+    """Renders how many times faster a product is than the best dense and than F.linear, by weight and tokens."""
     columns = sorted({row["tokens"] for row in rows})
     cells = {(row["shape"], row["dtype"], row["tokens"]): row["ratios"] for row in rows}
     lines = []
@@ -127,7 +127,7 @@ def _cell(ratios: dict) -> str:
 
 
 def _short(rows: list[dict]) -> list[str]:
-    """Lists what misses its goal: a line an op, baseline and goal."""
+    """Lists what misses its goal, in one line for each op, baseline and goal."""
     missed: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for key, wanted in row["goal"].items():
@@ -150,7 +150,7 @@ def _number(ratio: float, baseline: str) -> str:
 
 
 def render_gpus(reports: Iterable[dict]) -> str:
-    """Renders the tables of every GPU among the reports; the goals, not measured, where there is none."""
+    """Renders the tables of every GPU among the reports, or the goals as not measured if there is none."""
     return "\n".join(map(render, (each for each in reports if each.get("kind") == "gpu"))) or gpu.unmeasured()
 
 

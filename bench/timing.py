@@ -1,4 +1,4 @@
-"""Times calls in turns, so that what disturbs one disturbs all."""
+"""Times calls in turns, so that a disturbance affects all alike."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ Times = dict[str, list[float]]
 
 
 def time_interleaved(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS) -> Times:
-    """Returns seconds per call: ``least`` to 101 rounds, for ``budget`` seconds, in rotating order."""
+    """Returns the seconds of each call, from ``least`` to 101 rounds within ``budget`` seconds, in rotating order."""
     timed = {}
     for key, call in calls.items():
         call()

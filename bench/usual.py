@@ -31,7 +31,7 @@ def block_sums(weight: Tensor, scale: Tensor, side: int = 16) -> Tensor:
 
 
 def rank_mask24(score: Tensor) -> Tensor:
-    """Returns the 2:4 mask by six comparisons, the fastest of plain operations; ties keep the lower index."""
+    """Returns the 2:4 mask by six comparisons, the fastest plain torch code; ties keep the lower index."""
     a, b, c, d = score.abs().view(-1, 4).unbind(1)
     ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
     wins = (

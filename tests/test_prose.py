@@ -16,7 +16,6 @@ LATER = (
     "sparsekit/nn",
     "sparsekit/prune",
     "sparsekit/tiers",
-    "bench/gpu",
     "examples",
     "triton_kernels",
 )

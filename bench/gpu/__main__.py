@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_all(device: str, names: Iterable[str], out: Path, tune: bool) -> Row:
-    """Runs sections one after the other; after each, the folder gets the report and the tables of what is known."""
+    """Runs sections one after the other, and writes the report and the tables of all results after each."""
     report: Row = {"kind": "gpu", "device": device, "commit": commit(), "date": today(), "sections": {}}
     for name in names:
         path = out / "sections" / f"{name}.jsonl"
@@ -99,7 +99,7 @@ def measure(name: str, path: Path, seconds: float, tune: bool) -> None:
 
 
 def how_it_ended(rows: Sequence[Row]) -> str:
-    """Returns whether a section that ran to its end was cut short."""
+    """Returns how a section ended that ran to its end: ``"done"``, or what it had no time for."""
     cuts = [row["cut"] for row in rows if "cut" in row]
     return f"cut short ({'; '.join(cuts)})" if cuts else "done"
 

@@ -1,4 +1,4 @@
-"""The ops and their references by name, and checks of what they compute: no figure stands on a wrong result."""
+"""The ops and their references by name, and checks of results, which come before every measurement."""
 
 import pkgutil
 from importlib import import_module
@@ -18,7 +18,7 @@ def op(name: str) -> Any:
 
 
 def reference(name: str) -> Any:
-    """Returns the plain PyTorch that defines an op."""
+    """Returns the reference of an op."""
     for module in pkgutil.iter_modules(sparsekit.ops.__path__):
         found = getattr(import_module(f"sparsekit.ops.{module.name}"), f"{name}_reference", None)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Times calls on a GPU in turns, by events."""
+"""Times calls on a GPU, in turns, with CUDA events."""
 
 import statistics
 import time
@@ -19,19 +19,22 @@ Contenders = Mapping[str, Sequence[Call]]  # several calls that differ in their 
 
 
 class Times(NamedTuple):
-    """Seconds per call of every contender, round by round."""
+    """The seconds per call of every contender, round by round."""
 
     device: dict[str, list[float]]
-    host: dict[str, list[float]]  # until the call returned; not of calls that were replayed as a graph
+    host: dict[str, list[float]]  # until the call returned; calls that were replayed as a graph have none
 
     def eager(self) -> dict[str, list[float]]:
-        """Returns what a caller waits for who sends call after call: the device or the host, whichever is slower."""
+        """Returns the longer of device and host time, which is what a caller without CUDA graphs waits for."""
         return {key: list(map(max, each, self.host[key])) for key, each in self.device.items()}
 
 
 class Clock:
-    """Times calls on a GPU, which spins while the host queues the launches up: what is timed between two events is the
-    kernels one after the other, not the host."""
+    """A clock of calls on a GPU.
+
+    The GPU waits until the host has queued all launches, so that the time between two events is that of the kernels
+    and not that of the host.
+    """
 
     def __init__(self, device: torch.device):
         self.cache = torch.cuda.get_device_properties(device).L2_cache_size  # bytes
@@ -39,9 +42,10 @@ class Clock:
     def time_interleaved(
         self, contenders: Contenders, budget: float = 0.25, *, capture: bool = False, least: int = MIN_ROUNDS
     ) -> Times:
-        """Times every contender, after a warm-up, in rotating order: ``least`` rounds, and on for ``budget`` seconds.
+        """Times every contender in rotating order, after a warm-up.
 
-        With ``capture``, calls that can be captured are replayed as one graph, without the host's gaps between them.
+        There are at least ``least`` rounds, and more until ``budget`` seconds are over. With ``capture``, calls that
+        can be captured are replayed as one CUDA graph, without the gaps that the host leaves between them.
         """
         graphs = {key: self.graph(calls) if capture else None for key, calls in contenders.items()}
         runs = {key: graphs[key] or partial(_call_all, calls) for key, calls in contenders.items()}
@@ -55,7 +59,7 @@ class Clock:
         return statistics.median(self.time_interleaved({"": calls}, 0, least=3).device[""])
 
     def graph(self, calls: Sequence[Call]) -> Call | None:
-        """Captures the calls as one graph; returns what replays it, or None where they cannot be captured."""
+        """Captures the calls as one graph and returns a function that replays it; None if they cannot be captured."""
         _call_all(calls)  # compiles, and sets up libraries, which a capture does not allow
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -68,7 +72,7 @@ class Clock:
         return lambda: graph.replay() or results  # keeps the results, to which the graph writes
 
     def warm_up(self, run: Call) -> float:
-        """Runs twice; returns the seconds that the host needed the second time."""
+        """Runs twice, and returns the seconds that the host took the second time."""
         for _ in range(2):
             torch.cuda.synchronize()
             begin = time.perf_counter()
@@ -91,5 +95,5 @@ class Clock:
 
 
 def _call_all(calls: Sequence[Call]) -> list[object]:
-    """Makes all calls and keeps their results to the end, so that each writes to memory of its own."""
+    """Makes all calls and keeps all results, so that each call writes to memory of its own."""
     return [call() for call in calls]

@@ -1,4 +1,4 @@
-"""The layers that `compress_` makes on this GPU, timed against the dense ones."""
+"""Times the layers that `compress_` makes on this GPU against dense ones."""
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def compress(lab: Lab, rows: Rows) -> None:
 
 
 def layers(lab: Lab, shape: Shape) -> nn.ModuleList:
-    """Makes 2:4 layers, as many as exceed the cache."""
+    """Makes so many 2:4 layers that they do not fit into the cache."""
 
     def make() -> nn.Module:
         layer = nn.Linear(shape[1], shape[0], device=lab.device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The equipment of every section: the device, its clock, and the shapes."""
+"""What every section measures with: the device, its clock, and the shapes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Lab:
-    """A device, and what it is measured with."""
+    """A device with its clock, the shapes, and the settings of a run."""
 
     device: torch.device
     sizes: Sizes
@@ -44,7 +44,7 @@ class Lab:
         return torch.randn(shape, device=self.device).to(shapes.DTYPES[dtype])
 
     def sets(self, make: Callable[[], Any], nbytes: int) -> Sequence[Any]:
-        """Makes inputs of ``nbytes`` each, together three times the cache: a round over them finds none in it."""
+        """Makes so many inputs of ``nbytes`` that they fill the cache three times, so that none is found in it."""
         return [make() for _ in range(max(1, min(MAX_SETS, -(-3 * self.clock.cache // nbytes))))]
 
     def tune(self, rows: Rows, calls: Sequence[Call], check: Callable[[Any], None]) -> None:
@@ -56,7 +56,7 @@ class Lab:
 
 
 def gpu_lab(tune: bool = False) -> Lab:
-    """Returns the first GPU of this machine."""
+    """Returns the lab of the first GPU of this machine."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ def device(lab: Lab) -> Row:
 
 
 def clocks() -> dict[str, str]:
-    """Returns clocks, power and temperature at this moment, as nvidia-smi names them."""
+    """Returns the present clocks, power and temperature, by the names of nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return {"nvidia-smi": "not found"}
     query = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
@@ -50,7 +50,7 @@ def clocks() -> dict[str, str]:
 
 
 def copy_large(lab: Lab) -> Row:
-    """Check 5: what memory allows, by copies that count the bytes read and written."""
+    """Measures the bandwidth of memory (check 5) by a large copy, counting the bytes read and written."""
     large = torch.randint(-128, 127, (lab.sizes.copy_bytes,), dtype=torch.int8, device=lab.device)
     return copies(lab, "copy", [(torch.empty_like(large), large)])
 

@@ -86,7 +86,7 @@ USUAL: dict[str, tuple[str, Callable[[Tensor, Tensor], object]]] = {
 
 
 def memory(lab: Lab, rows: Rows) -> None:
-    """Checks every op against its reference, then times both, the usual way, and a copy of as many bytes."""
+    """Checks every op against its reference, then times it beside the reference, usual torch code, and a copy."""
     cases = [(key, shape, "bf16") for shape in lab.sizes.memory for key in OPS]
     cases += [(key, lab.sizes.memory[0], "fp32") for key in ALSO_FP32]
     named = {f"{key} {name(shape)} {dtype}": (key, shape, dtype) for key, shape, dtype in cases}
@@ -95,7 +95,7 @@ def memory(lab: Lab, rows: Rows) -> None:
 
 
 def _has_layout(lab: Lab, shape: Shape) -> bool:
-    """Returns whether this GPU's layout takes a weight and its transpose; the registered ops do not check that."""
+    """Returns whether this GPU's layout fits a weight and its transpose, which the registered ops do not check."""
     return lab.layout is not None and not any(side % max(hardware_multiple(lab.layout)) for side in shape)
 
 

@@ -108,19 +108,19 @@ def expected(layer: Layer, x: Tensor) -> Tensor:
 
 
 def at_tokens(lab: Lab, rows: Rows, shape: Shape, tokens: Sequence[int], do: Callable[[Tensor], Row]) -> None:
-    """Writes the row of each token count, of which ``do`` gets an input."""
+    """Writes, for each token count, the row that ``do`` returns for an input of that many tokens."""
     by_tokens = {f"{name(shape)}, {count} tokens": count for count in tokens}
     rows.for_each(by_tokens, lambda count: do(lab.randn(count, shape[1])))
 
 
 def tune(lab: Lab, rows: Rows, made: Sequence[Layer], x: Tensor) -> None:
-    """Chooses the configuration of the kernel by which the packed weights are multiplied."""
+    """Chooses the configuration of the kernel that multiplies by the packed weights."""
     right = expected(made[0], x)
     lab.tune(rows, [partial(layer.sparse, x) for layer in made], lambda y: check_close(y, right))
 
 
 def linear(lab: Lab, rows: Rows) -> None:
-    """Check 3 with the vendor's defaults: device and host time of every form at every shape and token count."""
+    """Times every form of a linear layer at every shape and token count (check 3), with the vendor's defaults."""
 
     def at_shape(shape: Shape) -> None:
         made, forms = layers24(lab, shape), {}
@@ -153,7 +153,7 @@ def linear(lab: Lab, rows: Rows) -> None:
 
 
 def tiered(lab: Lab, rows: Rows) -> None:
-    """Times ``linear_tiered``; with many tokens, it unpacks the weight and cuBLAS multiplies."""
+    """Times ``linear_tiered``, which unpacks the weight and calls cuBLAS if there are many tokens."""
 
     def at_shape(shape: Shape) -> None:
         made = layers_tiered(lab, shape)
@@ -171,7 +171,7 @@ def tiered(lab: Lab, rows: Rows) -> None:
 
 
 def search(lab: Lab, rows: Rows) -> None:
-    """Check 3 with the vendor's best: every algorithm, then splits of the best, each checked before it is timed."""
+    """Times every algorithm of cuSPARSELt and splits of the best (check 3), each after a check of its result."""
 
     def at_shape(shape: Shape) -> None:
         made = layers24(lab, shape)
@@ -216,7 +216,7 @@ def best_algorithm(lab: Lab, made: Sequence[Layer], packed: Sequence[Tensor], x:
 
 
 def profile(folder: str, size: int = 4096, tokens: int = 4096) -> None:
-    """Check 4: multiplies by the best large algorithm that the search found, the second time for ncu to look at."""
+    """Multiplies by the fastest algorithm that the search found, twice; ncu profiles the second call (check 4)."""
     lab = gpu_lab()
     found = [row["algorithm"] for row in read(Path(folder, "search.jsonl")) if row.get("tokens") == tokens]
     layer, x = layers24(lab, (size, size))[0], lab.randn(tokens, size)

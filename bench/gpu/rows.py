@@ -1,4 +1,4 @@
-"""The rows of one section, on disk as soon as they are known."""
+"""The rows of results of one section, written to a file one by one."""
 
 import json
 import time
@@ -12,10 +12,10 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """Appends rows to a file, a JSON object a line, and knows when the section's time is up.
+    """A file of rows, one JSON object a line, and the time until which a section may run.
 
-    Some keys mean the same in every row: ``said`` is a line for people, ``error`` and ``wrong`` (a dict) are what
-    failed, ``cut`` is what the time did not suffice for.
+    Some keys mean the same in every row: ``said`` is a line for people to read, ``error`` and ``wrong`` (a dict) say
+    what failed, ``cut`` says what there was no time for.
     """
 
     def __init__(self, path: Path, seconds: float):
@@ -28,7 +28,7 @@ class Rows:
             file.write(json.dumps(row) + "\n")
 
     def for_each(self, items: Mapping[str, T], do: Callable[[T], Row | None]) -> None:
-        """Writes the rows that ``do`` returns, until the time is up; a row names the rest."""
+        """Writes the row that ``do`` returns for each item; when the time is up, a last row says what was left out."""
         for done, (name, item) in enumerate(items.items()):
             if time.monotonic() >= self.end:
                 self.write(cut=f"{done} of {len(items)}, the time was up before {name}")
@@ -39,7 +39,7 @@ class Rows:
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Turns an exception into a row, so that the next item runs."""
+        """Writes an exception as a row, so that the next item still runs."""
         try:
             yield
         except Exception as error:
@@ -52,7 +52,7 @@ def one_line(error: BaseException) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """Reads the rows of a file; a last line that was cut off is dropped."""
+    """Reads the rows of a file, without a last line that was cut off."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

@@ -16,7 +16,7 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def unmeasured() -> str:
-    """Lists the goals, where no GPU was at hand."""
+    """Renders the goals of all ops as not measured."""
     lines = [
         [f"`{op}`", f"{goal:g} us", f"{roofline:g} us", NOT_MEASURED] for op, (goal, roofline) in goals.OPS.items()
     ]
@@ -51,7 +51,7 @@ def render(report: Row) -> str:
 
 
 def rows(report: Row, section: str, key: str) -> list[Row]:
-    """Returns the rows of a section that have a key; none where the section did not run."""
+    """Returns the rows of a section that have a key; none if the section did not run."""
     return [row for row in report["sections"].get(section, {}).get("rows", []) if key in row]
 
 
@@ -79,9 +79,9 @@ def _share(value: float, limit: float | None) -> str:
 
 
 def products(report: Row) -> dict[tuple[str, int], Row]:
-    """Merges all that was measured of each product, by weight and tokens: ratios, seconds and host seconds by form.
+    """Merges the measurements of each product, by weight and tokens: ratios, seconds and host seconds of each form.
 
-    The best ratio of the sparse forms, and the name of that form, are its ``best``.
+    ``best`` is the highest ratio of the sparse forms, with the name of that form.
     """
     cells: dict[tuple[str, int], Row] = {}
     for section in ("linear", "search", "compress"):
@@ -97,7 +97,7 @@ def products(report: Row) -> dict[tuple[str, int], Row]:
 
 
 def _by_tokens(title: str, cells: dict[tuple[str, int], Row], form: str | None) -> str:
-    """Renders the ratios of a form, or of the best, one column a token count."""
+    """Renders the ratios of a form, or of the best one, with a column for each token count."""
 
     def show(shape: str, tokens: int) -> str:
         cell = cells.get((shape, tokens), {"best": (None, ""), "ratios": {}})
@@ -112,7 +112,7 @@ def _by_tokens(title: str, cells: dict[tuple[str, int], Row], form: str | None) 
 
 
 def short(report: Row) -> Iterator[str]:
-    """Yields what was measured and misses its goal."""
+    """Yields a line for each measurement that misses its goal."""
     for row in rows(report, "memory", "op"):
         took = row["seconds"]["own"] * 1e6
         if row["goal"] and took > row["goal"]:
@@ -127,7 +127,7 @@ def short(report: Row) -> Iterator[str]:
 
 
 def details(report: Row) -> str:
-    """Renders every product with its times, then what each section said, how it ended, and its errors."""
+    """Renders the times of every product, then for each section its lines, how it ended, and its errors."""
     header = ["weight", "tokens", "form", "us", "host us", "TFLOP/s", "of the largest product"]
     header += ["GB/s of weights", "of the copy", "over cuBLAS"]
     lines = [line for key, cell in products(report).items() for line in _product(*key, cell, *limits(report))]
@@ -152,7 +152,7 @@ def _product(shape: str, tokens: int, cell: Row, copy: float | None, product: fl
 
 
 def errors(rows: Iterable[Row]) -> list[str]:
-    """Lists each kind of error once, with where it came first and how often."""
+    """Lists each error once, with where it occurred first and how often."""
     where: dict[str, list[str]] = {}
     for row in rows:
         at = " ".join(str(row[key]) for key in ("op", "kernel", "shape", "tokens") if key in row)

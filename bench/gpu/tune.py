@@ -16,10 +16,10 @@ Asked = tuple[_launch.Table, str, str]  # a table, for an architecture and a sha
 
 
 def tune(clock: Clock, rows: Rows, known: set[Asked], calls: Sequence[Call], check: Callable[[Any], None]) -> None:
-    """Chooses a configuration for every table that the calls of an op ask, except the ``known`` ones.
+    """Chooses a configuration for every table that the calls of an op look up, except the ``known`` ones.
 
-    The choices go to the user's table, so that what is timed afterwards uses them. ``check`` raises where the result of
-    a call is wrong.
+    The choices are written to the user's table, so that all later calls use them. ``check`` raises if the result of a
+    call is wrong.
     """
     with watch() as asked:
         check(calls[0]())
@@ -49,7 +49,7 @@ def _forced(table: _launch.Table, config: str, calls: Sequence[Call]) -> object:
 
 @contextmanager
 def watch() -> Iterator[set[Asked]]:
-    """Collects which table is asked, for which architecture and shape class."""
+    """Collects the tables that are looked up meanwhile, each with the architecture and shape class."""
     asked: set[Asked] = set()
     answer = _launch.Table.name
 
