@@ -38,7 +38,7 @@ def mebibytes(count: int) -> str:
 
 
 def machine() -> str:
-    """The CPU, the threads, and the SIMD level of the kernels that ran."""
+    """Returns the CPU, the number of threads, and the SIMD level of the kernels."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         cpu = next(
@@ -102,7 +102,7 @@ def _perplexities(axes: plt.Axes, quality: dict[str, float]) -> None:
 
 
 def _speeds(axes: plt.Axes, speeds: Speeds, title: str) -> None:
-    """Bars relative to plain dense, the tokens per second written on them."""
+    """Draws bars of the speed relative to plain dense, with the tokens per second on them."""
     names = list(next(iter(speeds.values())))
     for index, name in enumerate(names):
         heights = [speed[name] / speed[names[0]] for speed in speeds.values()]
@@ -134,7 +134,7 @@ def _bytes(axes: plt.Axes, reports: dict[str, Reports]) -> None:
 
 
 def _decisions(axes: plt.Axes, reports: Reports, title: str) -> None:
-    """A grid: a row per block, a column per kind of layer and token count, the ratio to plain dense in each cell."""
+    """Draws a grid of ratios to plain dense: a row for each block, a column for each kind of layer and token count."""
     rows: dict[str, dict[str, CompressLayerReport]] = {}
     for count, report in reports.items():
         for layer in (layer for layer in report.layers if layer.timings):

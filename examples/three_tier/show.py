@@ -1,4 +1,4 @@
-"""The table, the log and the picture of a run."""
+"""Prints the table of a run, and writes its log and its picture."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ COLUMNS = ("run", "iteration", "dense", "mid_2_4", "topk", "expected_sparsity", 
 
 @dataclass
 class Run:
-    """What one way of pruning led to; the metric of its reports is the perplexity."""
+    """The reports of one way of pruning; their metric is the perplexity."""
 
     name: str
     reports: list[IterationReport]
 
 
 def rows(dense: float, runs: list[Run]) -> list[tuple[str, ...]]:
-    """The dense model, then one row an iteration."""
+    """Returns the rows of the table: the dense model, then one row for each iteration."""
     table = [("dense", "0", "1.0000", "0.0000", "0.0000", "0.0000", "0.0000", f"{dense:.4f}")]
     for run in runs:
         for report in run.reports:
@@ -43,7 +43,7 @@ def write_log(path: Path, dense: float, runs: list[Run]) -> None:
 
 
 def draw(path: Path, dense: float, runs: list[Run], tier_maps: dict[str, TierMap]) -> None:
-    """Perplexity against sparsity on the left, tier maps of the last iteration on the right."""
+    """Draws perplexity against sparsity on the left, and the tier maps of the last iteration on the right."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     names = [*tier_maps][:: max(1, len(tier_maps) // 12)][:12]
     figure = plt.figure(figsize=(13, 5.6), layout="constrained")
