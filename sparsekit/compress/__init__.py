@@ -15,7 +15,7 @@ How ``compress_`` works, in the order of its steps:
 **Why did a layer stay dense?** ``print(report)`` says so in its last column, ``report.layers[i].reason`` at length, and
 ``report.layers[i].timings`` has the numbers. A reason alone comes from step 1 or 2: the layer was not measured. A
 reason that begins with the name of a candidate, ``"2:4: ..."``, says why that is unsupported (step 3), or what it was
-measured at (step 5), as in ``"0.50x, 0% won at 128 tokens"``. ``"given back: ..."`` comes from the whole model (step 6).
+measured at (step 5), as in ``"0.50x, 0% won at 128 tokens"``. ``"given back: ..."`` is about the whole model (step 6).
 """
 
 from .._packages import name_functions as _name_functions
