@@ -39,7 +39,7 @@ def test_different_token_counts_get_different_kernels(table, vendor):
     assert layer.plan.layout == SM90
     assert layer.plan.routes == (Route(16, "linear24"), Route(512, "hardware", 2))
     name = f"{SM90}:2:1:-1"
-    assert report.layers[0].names == {1: "linear24", 16: "linear24", 64: name, 512: name}
+    assert report.layers[0].kernels == {1: "linear24", 16: "linear24", 64: name, 512: name}
     assert report.layers[0].timing(64).ratio == 2.5
     assert f"fastest: linear24 at 1, linear24 at 16, {name} at 64, {name} at 512 tokens" in report.layers[0].reason
     assert "2.50x" in str(report)
@@ -84,7 +84,7 @@ def test_a_count_at_which_nothing_is_faster(table, keep_dense):
         return
     assert model[0].up.plan.routes == (Route(1, "linear24"), Route(512, "dense"))
     assert model[0].up.plan.layout is None
-    assert report.layers[0].names == {1: "linear24", 64: "dense", 512: "dense"}
+    assert report.layers[0].kernels == {1: "linear24", 64: "dense", 512: "dense"}
     assert torch.equal(model[0].up.dense, dense[0].up.weight)
     with torch.no_grad():
         for batch in batches:

@@ -100,7 +100,7 @@ def test_a_dense_copy_answers_where_it_is_faster(ratios, kind):
     expected = [model(x) for x in batches]
     report = sk.compress_(model, batches, keep_dense=True)
     assert set(decisions(report).values()) == {kind}
-    assert report.layers[0].names == {1: kind, 16: kind, 128: "dense"}
+    assert report.layers[0].kernels == {1: kind, 16: kind, 128: "dense"}
     layer = model[0].up if kind == "2:4" else model[0]
     assert type(layer) is (Linear24WithDense if kind == "2:4" else TieredLinearWithDense)
     assert layer.routes == ((16, False), (128, True))

@@ -26,7 +26,7 @@ def test_a_slower_model_gets_its_layers_back(ratios):
     why = "given back: with it a pass takes 2.00 times as long"
     for layer in report.layers:
         assert layer.why == why and layer.reason.startswith(f"{why}; 2:4: fastest")
-        assert layer.names == {} and layer.timings and layer.bytes_after == layer.bytes_before
+        assert layer.kernels == {} and layer.timings and layer.bytes_after == layer.bytes_before
     assert why in str(report)
 
 

@@ -32,7 +32,7 @@ def compress(lab: Lab, rows: Rows) -> None:
                     forms = {DENSE: list(plain), mode: list(model)}
                     right = F.linear(x.float(), plain[0].weight.float(), plain[0].bias.float())
                     row = compare(lab, forms, x, right, eager=not MODES[mode])
-                    return row | {"goal": {mode: NEVER_SLOWER}, "choice": layer.names.get(len(x), layer.decision)}
+                    return row | {"goal": {mode: NEVER_SLOWER}, "choice": layer.kernels.get(len(x), layer.decision)}
 
                 at_tokens(lab, rows, shape, lab.sizes.tokens, one)
 

@@ -1,4 +1,4 @@
-"""Remembers measurements: one small file per question and machine."""
+"""Remembers measurements, each in one small file."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def forget(key: Mapping[str, Any], device: torch.device = CPU) -> None:
 
 
 def is_steady(timings: Timings) -> bool:
-    """Whether the machine was quiet enough for timings to be relied on next time."""
+    """Returns whether the machine was quiet enough for timings to be relied on next time."""
     return all(timing is None or timing.spread <= MAX_SPREAD for timing in timings.values())
 
 
@@ -65,6 +65,7 @@ def _path(folder: Path, full: dict[str, Any]) -> Path:
 
 
 def cache_folder() -> Path | None:
+    """Returns the folder of the tune cache, or None where it is switched off or the user has no home."""
     chosen = os.environ.get("SPARSEKIT_TUNE_CACHE", "")
     if chosen == "0":
         return None
@@ -81,7 +82,7 @@ def _hash(data: Any) -> str:
 
 
 def _read(path: Path, key: dict[str, Any]) -> Timings | None:
-    """The timings of a file that ``_write`` wrote for this key, as it wrote them; None for any other."""
+    """Returns the timings of a file that ``_write`` wrote for this key, or None if it is any other file."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
         if entry["key"] != key or entry["digest"] != _hash(entry["timings"]):
@@ -101,7 +102,7 @@ def _write(path: Path, key: dict[str, Any], timings: Timings) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a timing depends on besides the layer: the hardware and the versions of all that computes on it."""
+    """Returns what a timing depends on besides the layer: the hardware, and the versions of all that computes on it."""
     common = {
         "torch": torch.__version__,
         "sparsekit": _digest(PACKAGE, ("nn/*.py", "ops/*.py")),
@@ -155,8 +156,10 @@ def _cpu_name() -> str:
 
 @cache
 def _digest(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Of the files that compute: a version number says nothing about a working copy, and is missing in one that is
-    not installed."""
+    """Returns a digest of the files that compute.
+
+    A version number says nothing about a working copy, and one that is not installed has none.
+    """
     files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     sha = hashlib.sha256()
     for path in files:

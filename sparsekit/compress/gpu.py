@@ -93,7 +93,7 @@ GPU_CANDIDATES = (Routed24(), Tiered())
 
 
 class _Screen:
-    """Checks ways to multiply one input by one layer, and times those that are right."""
+    """The ways that were tried to multiply one input by one layer: the times of the right ones, and the wrong ones."""
 
     def __init__(self, layer: RoutedLinear24, x: Tensor, exact: Tensor, clock: Clock):
         self.layer, self.x, self.exact, self.clock = layer, x, exact, clock

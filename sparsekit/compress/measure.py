@@ -1,4 +1,4 @@
-"""The options of how compress_ measures."""
+"""The options for how ``compress_`` measures."""
 
 import operator
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measure:
-    """Options of how layers and the whole model are measured.
+    """Options for how ``compress_`` measures layers and the whole model.
 
     Args:
         tokens: token counts to measure at, such as ``(1, 128)``. They are added to those of the batches, each as one

@@ -1,4 +1,4 @@
-"""Bytes that a model holds, also where no parameter or buffer shows them."""
+"""The bytes that a model holds, including tensors that are no parameters or buffers."""
 
 from collections.abc import Iterator
 
@@ -9,17 +9,17 @@ from ..nn import Compressed, DenseRoute, PrepackedLinear, RoutedLinear24
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """The bytes of all parameters and buffers, and of what compressed layers hold besides; shared ones count once."""
+    """Returns the bytes of all parameters, buffers and other tensors of compressed layers; shared ones count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         if isinstance(module, RoutedLinear24) and module.hardware is not None:
-            del tensors[id(module.values)]  # a view of the head of ``packed``
+            del tensors[id(module.values)]  # a view of the head of ``hardware``
         tensors |= {id(tensor): tensor for tensor in _unregistered(module)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values() if not is_lazy(tensor))
 
 
 def weight_bytes(layer: nn.Module) -> int:
-    """The bytes of a linear layer's weight in the form that it has, without its bias and the mask that was stored."""
+    """Returns the bytes of a linear layer's weight in its present form, without its bias and its stored mask."""
     if not isinstance(layer, Compressed):
         weight = layer._parameters.get("weight")
         return 0 if weight is None or is_lazy(weight) else weight.numel() * weight.element_size()

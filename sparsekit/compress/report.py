@@ -1,4 +1,4 @@
-"""What ``compress_`` did, and what it measured."""
+"""The report of ``compress_``: what each layer became, why, and what was measured."""
 
 import os
 from dataclasses import asdict, dataclass, field
@@ -11,20 +11,20 @@ from .table import grouped_rows, summary
 
 @dataclass(frozen=True)
 class CompressLayerReport:
-    """One linear layer.
+    """What ``compress_`` did to one linear layer, and why.
 
     Args:
         name: its name in the model.
         shape: ``(out_features, in_features)``; of experts as their parameter has it.
         decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
         reason: why, with every form that was turned down.
-        calls: how often the batches ran it, by token bucket.
-        timings: what was measured, by token bucket and name; what gave a wrong result has None. On a CPU the names are
-            those of the decisions, and ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is
-            the decode kernel, ``"dense"`` a dense copy, and ``"cusparselt_sm90:5:2:1"`` cuSPARSELt by algorithm 5 with
+        calls: how often the batches ran it, by token count rounded up to a power of two.
+        timings: what was measured, by token count and kernel; None for a wrong result. On a CPU a kernel has the
+            name of the decision, and ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is the
+            decode kernel, ``"dense"`` a dense copy, and ``"cusparselt_sm90:5:2:1"`` cuSPARSELt by algorithm 5 with
             split-K 2 of mode 1.
-        names: which of the timings the layer runs with, by token bucket.
-        why: the reason in a few words, with the runner-up alone: what tables show.
+        kernels: the kernel that the layer takes, by token count.
+        why: the reason in a few words, with the runner-up alone, as tables show it.
         undecided: whether it stays plain only because the machine was too busy to tell what is faster.
         bytes_before, bytes_after: of its weight, without a stored mask.
     """
@@ -35,7 +35,7 @@ class CompressLayerReport:
     reason: str
     calls: dict[int, int] = field(default_factory=dict)
     timings: dict[int, dict[str, Timing | None]] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
+    kernels: dict[int, str] = field(default_factory=dict)
     why: str = ""
     undecided: bool = False
     bytes_before: int = 0
@@ -47,35 +47,35 @@ class CompressLayerReport:
         return self.decision not in ("plain", "prepacked")
 
     def timing(self, tokens: int) -> Timing | None:
-        """The timing of the module that was chosen, or, where the layer stays, of the best that was turned down."""
+        """Returns the timing of what was chosen at a token count; where the layer stays, of the best that was not."""
         found = {name: timing for name, timing in self.timings.get(tokens, {}).items() if timing is not None}
-        if tokens in self.names:
-            return found[self.names[tokens]]
+        if tokens in self.kernels:
+            return found[self.kernels[tokens]]
         turned_down = [timing for name, timing in found.items() if name not in ("plain", "dense")]
         return max(turned_down, key=lambda timing: timing.ratio, default=None)
 
-    def seconds(self, name: str = "") -> float:
-        """The time of all calls in the batches: as the layer runs now, or by a form that was measured.
+    def seconds(self, kernel: str = "") -> float:
+        """Returns the time of all calls in the batches: of the layer as it is now, or with one kernel.
 
-        A form that is missing, or slower than the plain layer, counts as the plain layer.
+        Where the kernel was not measured, or is slower than the plain layer, the plain layer's time counts.
         """
         total = 0.0
         for tokens, measured in self.timings.items():
             plain = measured.get("plain")
-            now = measured.get(name or self.names.get(tokens, "plain"))
+            now = measured.get(kernel or self.kernels.get(tokens, "plain"))
             taken = [timing.seconds for timing in (plain, now) if timing is not None]
             if taken:
-                total += self.calls[tokens] * (min(taken) if name else taken[-1])
+                total += self.calls[tokens] * (min(taken) if kernel else taken[-1])
         return total
 
 
 @dataclass(frozen=True, repr=False)
 class CompressReport:
-    """What ``compress_`` did to each linear layer; ``str`` gives a table, layers of one kind in one row.
+    """What ``compress_`` did to each linear layer; ``print`` shows a table, layers of one kind in one row.
 
     Args:
         layers: one entry per linear layer that was selected, in the order of ``named_modules``.
-        bytes_before, bytes_after: parameters and buffers of the whole model.
+        bytes_before, bytes_after: of the parameters and buffers of the whole model, and of what layers hold besides.
         tune_seconds: time spent on running the batches and on measuring.
         conversion_seconds: time spent on packing and swapping.
         passes: the whole model's own forward, compressed against plain, on up to four of the batches.
@@ -107,7 +107,7 @@ class CompressReport:
 
     @property
     def dense_speedup(self) -> float:
-        """The same of a model that is not sparse: every layer prepacked where that is faster."""
+        """How many times faster they would be without any sparsity: prepacked where that is faster than plain."""
         return self._over_plain("prepacked")
 
     def _over_plain(self, name: str) -> float:

@@ -25,7 +25,7 @@ from .sites import LinearSite
 
 @dataclass(frozen=True)
 class _Emptied:
-    """What a layer held."""
+    """What a plain layer held before ``commit`` emptied it."""
 
     layer: nn.Linear
     weight: Tensor
@@ -35,10 +35,9 @@ class _Emptied:
 
 
 class Swap:
-    """Compressed modules that take turns with the layers they stand for, until one of both is kept for good.
+    """Compressed modules and the plain layers that they stand for, which take turns until ``commit`` keeps one of both.
 
-    Both are in memory meanwhile: whatever fails before ``commit`` has returned, ``undo`` leaves the model as it was,
-    bit for bit.
+    Both are in memory meanwhile, so that ``undo`` can put the model back as it was, bit for bit.
     """
 
     def __init__(self, model: nn.Module, built: Mapping[str, tuple[LinearSite, Compressed]]):
@@ -48,13 +47,13 @@ class Swap:
         self.emptied: list[_Emptied] = []
 
     def show(self, names: Collection[str]) -> None:
-        """Hangs the compressed modules of these names, and the plain layers of all others."""
+        """Puts the compressed modules of these names in place, and the plain layers of all others."""
         for name, module in self.modules.items():
             site = self.sites[name]
             replace_module(module if name in names else site.layer, site.slots)
 
     def commit(self, names: Collection[str]) -> None:
-        """Keeps the compressed modules of these names, and gives the memory of the layers they stand for back."""
+        """Keeps the compressed modules of these names, and frees the memory of the plain layers that they stand for."""
         self.show(names)
         for name in names:
             layer = self.sites[name].layer
@@ -66,7 +65,7 @@ class Swap:
 
     @torch.inference_mode(False)
     def undo(self) -> None:
-        """Hangs the plain layers, as they were."""
+        """Puts the plain layers back in place, as they were."""
         for each in self.emptied:
             each.layer.weight.data, each.layer.weight.grad = each.weight, each.grad
             if each.bits is not None and each.info is not None:
@@ -76,7 +75,7 @@ class Swap:
 
 
 def restore_all(model: nn.Module, undo: Undo) -> tuple[str, ...]:
-    """Hangs the plain layer of every compressed one, all of them or none; returns their names.
+    """Puts the plain layer of every compressed one back, all of them or none, and returns their names.
 
     Raises:
         ValueError: a layer has hooks, or stands for one of another class than ``nn.Linear`` and nobody noted which.

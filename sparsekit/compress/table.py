@@ -1,4 +1,4 @@
-"""How a report reads: a row for all layers of one kind, and what it comes to."""
+"""The text of a ``CompressReport``: a table with a row for each kind of layer, and a summary."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of a table: layers of one shape, one decision and one measurement share a row."""
+    """Returns the head and the rows of a table; layers of one shape, decision and measurement share a row."""
     alike: dict[object, list[CompressLayerReport]] = {}
     for layer in layers:
         alike.setdefault((layer.shape, layer.decision, layer.why or layer.reason, str(layer.timings)), []).append(layer)
@@ -27,7 +27,7 @@ def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], li
 
 
 def summary(report: "CompressReport") -> Iterator[str]:
-    """What the table comes to, line by line."""
+    """Yields the lines below the table, which sum it up."""
     layers = report.layers
     if any(layer.timings for layer in layers):
         yield "ratios: times the plain layer (times the best dense); of what a layer became, or of the runner-up"

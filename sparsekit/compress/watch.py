@@ -75,6 +75,7 @@ def _watching(sites: list[LinearSite], count: Callable[..., None]) -> AbstractCo
 
 
 def _ruled_out(site: LinearSite, other_dtypes: set[torch.dtype]) -> str | None:
+    """Returns why a layer cannot be swapped after what the batches showed, or None where it can."""
     if other_dtypes:
         return f"it runs in {', '.join(sorted(map(str, other_dtypes)))}, its weight is {site.layer.weight.dtype}"
     return None if site.calls else "the batches do not run it"
