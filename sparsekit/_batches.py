@@ -16,10 +16,10 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]  # wraps a loop and iterates
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """Calls ``model`` on one batch: a mapping as ``**``, a tuple or list as ``*`` (DataLoader makes lists),
-    anything else as one argument.
+    """Calls a model on one batch.
 
-    ``forward(model, batch)`` overrides that.
+    A mapping is passed as ``model(**batch)``, a tuple or list (which DataLoader makes) as ``model(*batch)``, and
+    anything else as ``model(batch)``. ``forward(model, batch)`` replaces this rule.
 
     Raises:
         TypeError: the model cannot be called like that.
@@ -58,10 +58,10 @@ def _signature_mismatch(model: nn.Module, args: Iterable[Any], kwargs: Mapping[s
 
 
 def check_functions(**functions: object) -> None:
-    """Rejects arguments that must be functions or None, by their names.
+    """Rejects arguments that are neither functions nor None.
 
     Raises:
-        TypeError: names the first that is something else.
+        TypeError: names the first such argument.
     """
     for name, function in functions.items():
         if function is not None and not callable(function):
@@ -98,10 +98,11 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches to evaluation mode without gradients; every module gets its own training flag back, whatever fails.
+    """Puts a model into evaluation mode without gradients; at the end, every module gets its training flag back.
 
-    A module that overrides ``train``, for example to merge weights or keep a part frozen, is switched back by it. The
-    fast paths of ``nn.MultiheadAttention`` and its encoder are off meanwhile, because they call none of their layers.
+    A module that overrides ``train``, for example to merge weights or to keep a part frozen, is switched back by its
+    own ``train``. Meanwhile the fast paths of ``nn.MultiheadAttention`` and ``nn.TransformerEncoder`` are off, because
+    they do not call their layers.
     """
     flags = {module: module.training for module in model.modules()}
     grad, fast = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
@@ -129,7 +130,7 @@ def eagerly() -> Iterator[None]:
             stance.__exit__(None, None, None)
 
     with restoring(restore):
-        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes seconds
+        if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and importing it would take seconds
             stances.append(torch.compiler.set_stance("force_eager"))
         yield
 

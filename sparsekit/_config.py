@@ -16,7 +16,7 @@ PACKAGES = ("safetensors", "triton", "transformers", "accelerate", "peft", "diff
 
 
 def show_config() -> None:
-    """Prints versions, the kernels that run each op by device, and what is missing with the command that installs it.
+    """Prints versions, which kernel runs each op on each device, and what is missing, with commands that install it.
 
     Add its output to a bug report.
     """

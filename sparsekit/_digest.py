@@ -17,9 +17,9 @@ from ._safetensors import bytes_of
 def digest(value: Any) -> str:
     """Returns the first 128 bits of a SHA-256 over everything that a value holds.
 
-    Of a tensor its dtype, shape and bytes count, not its device; of a mapping (in any order), a sequence or an object
-    its contents; of a function or class its name. Of an object without readable contents, such as a lock, only the type
-    counts.
+    A tensor counts by its dtype, shape and bytes, but not by its device; a mapping (in any order), a sequence or an
+    object by its contents; a function or class by its name; and an object without readable contents, such as a lock, by
+    its type.
     """
     sha = hashlib.sha256()
     _add(sha.update, value, ())
@@ -27,7 +27,7 @@ def digest(value: Any) -> str:
 
 
 def digest_batches(batches: Iterable[Any]) -> list[Any]:
-    """Returns the number of batches and their digest in this order; one batch is in memory at a time."""
+    """Returns the number of batches and a digest of them in their order; only one batch is in memory at a time."""
     count, sha = 0, hashlib.sha256()
     for count, batch in enumerate(batches, start=1):  # noqa: B007
         sha.update(digest(batch).encode())
@@ -35,7 +35,7 @@ def digest_batches(batches: Iterable[Any]) -> list[Any]:
 
 
 def digest_tensors(model: nn.Module) -> dict[str, str]:
-    """Returns the digests of all parameters and buffers of a model by name, also of those outside its state dict."""
+    """Returns the digest of every parameter and buffer of a model by name, also of those outside its state dict."""
     known: dict[int, str] = {}
     found = {}
     for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
@@ -51,7 +51,7 @@ def digest_modules(model: nn.Module) -> str:
 
 
 def name_of(function: Callable[..., Any] | None) -> str | None:
-    """Returns the full name of a function or class, the only thing of it that can be compared between processes."""
+    """Returns the full name of a function or class, by which it can be compared between processes; None for None."""
     if function is None:
         return None
     owner = function if hasattr(function, "__qualname__") else type(function)
@@ -64,7 +64,7 @@ def without_addresses(text: str) -> str:
 
 
 def _add(update: Callable[[bytes | memoryview], object], value: Any, above: tuple[int, ...]) -> None:
-    """Adds a value to a hash, each part after a tag and its length, so that different values cannot look alike."""
+    """Adds a value to a hash; a tag and its length precede each part, so that different values have different bytes."""
 
     def tag(kind: str, *said: object) -> None:
         text = "\0".join((kind, *map(str, said))).encode(errors="surrogatepass")

@@ -31,7 +31,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     a killed process left in the folder are removed; those of running processes are locked, and stay.
 
     Raises:
-        OSError: the file cannot be written; ``filename`` is ``path``. FileNotFoundError where it has no folder.
+        OSError: the file cannot be written; ``filename`` is ``path``. FileNotFoundError if its folder is missing.
     """
     try:
         target, mode = _target_file(Path(path))
@@ -54,7 +54,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def try_folder(folder: Path) -> None:
-    """Makes a folder and checks that files can be written to it, before the work whose result will be saved there.
+    """Makes a folder and checks that files can be written to it, before long work whose result is saved there.
 
     Raises:
         OSError: files cannot be written there; the message names the folder.
@@ -109,7 +109,7 @@ def _remove(path: Path, opened: list[BinaryIO]) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """Removes the temporary files that killed processes have left in a folder."""
     for path in folder.glob(TEMPORARY):
-        with suppress(OSError):  # of another user, or removed in the meantime
+        with suppress(OSError):  # the file is another user's, or was removed in the meantime
             with open(path, "r+b", opener=_open_itself) as file:
                 free = lock(file.fileno())
                 if free:
@@ -137,7 +137,7 @@ def lock(descriptor: int) -> bool | None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flushes the entries of a folder to the disk, if the system supports that: Windows and some shares do not."""
+    """Flushes the entries of a folder to the disk; does nothing if the system, as Windows, does not support that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from ._files import ABANDONED, lock
 from ._undo import restoring
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux
 
 
 @contextmanager
@@ -54,10 +54,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def try_new_folder(path: str | os.PathLike[str]) -> None:
-    """Checks that ``new_folder`` can make ``path``, without making it, before the work whose result will go there.
+    """Checks that ``new_folder`` can make ``path``, without making it, before long work whose result is saved there.
 
     Raises:
-        OSError: it cannot; ``filename`` is the folder in which none can be made, or the link that leads nowhere.
+        OSError: it cannot; ``filename`` is the parent folder, or a link that leads nowhere.
     """
     parent = next(each for each in _target_folder(path).parents if each.exists())
     trial = parent / f".sk-{secrets.token_hex(8)}.tmp"
@@ -69,7 +69,7 @@ def try_new_folder(path: str | os.PathLike[str]) -> None:
 
 
 def _apply_umask(folder: Path) -> None:
-    """Gives all files the permissions of the folder, by the umask: safetensors makes files for their owner alone."""
+    """Gives all files the permissions that the umask allows, because safetensors makes files for their owner only."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -114,7 +114,7 @@ def _put_aside(target: Path, aside: Path) -> None:
 
 
 def _bring_back(aside: Path) -> None:
-    """Undoes ``_put_aside`` unless there is a new folder in the old place, and removes the folder made for it."""
+    """Undoes ``_put_aside``, unless a new folder is in the old place, and removes the folder that it made."""
     with suppress(FileNotFoundError):
         target = aside.with_name((aside / "name").read_text(encoding="utf-8"))
         if not target.exists():
@@ -124,7 +124,7 @@ def _bring_back(aside: Path) -> None:
 
 
 def _clean(new: Path) -> None:
-    """Removes a hidden folder, after the folder that was put aside for it is back if it is needed."""
+    """Removes a hidden folder; first moves the folder that was put aside for it back, if no other took its place."""
     try:
         _bring_back(_old(new))
     finally:

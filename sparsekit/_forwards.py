@@ -18,10 +18,10 @@ Around = Callable[..., Any]  # around(forward, *args, **kwargs) runs in place of
 
 @contextmanager
 def around_forwards(arounds: Mapping[nn.Module, Around]) -> Iterator[None]:
-    """Calls ``arounds[module](forward, *args, **kwargs)`` instead of the forward of each module, until the end.
+    """Replaces the forward of each module, until the end, by ``arounds[module](forward, *args, **kwargs)``.
 
-    Unlike a hook, this also sees direct calls of ``module.forward``, as in ``checkpoint(module.forward, x)``, and the
-    function need not call ``forward``. The module's hooks are called as usual.
+    Unlike a hook, the function also gets direct calls of ``module.forward``, as in ``checkpoint(module.forward, x)``,
+    and it may leave out the call of ``forward``. The hooks of the module are called as usual.
     """
     own = {module: get_attribute(module, FORWARD) for module in arounds}
 
@@ -48,13 +48,13 @@ def _bound(around: Around, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def watch_reads(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, str]]:
-    """Notes, until the end, which of ``layers`` have a weight that is computed with while the layer does not run.
+    """Finds, until the end, the ``layers`` whose weight something else computes with, without calling the layer.
 
     Such a layer cannot be replaced, and its inputs cannot be observed.
 
     Yields:
-        The reason by layer: it names the class of the innermost module that ran. A read of something else than the
-        numbers (``layer.weight.dtype``) does not count.
+        The reason for each such layer, which names the class of the innermost module that ran. A read that needs no
+        values, as of ``layer.weight.dtype``, does not count.
     """
     running: list[nn.Module] = []
     reasons: dict[nn.Module, str] = {}

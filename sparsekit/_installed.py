@@ -1,4 +1,4 @@
-"""The distributions that pip has installed under a name, and the check that none of another project hides this one."""
+"""Finds the installed distributions of a name, and refuses to run beside another project of the same import name."""
 
 import json
 import shlex
@@ -9,7 +9,7 @@ from urllib.request import url2pathname
 
 from ._version import DISTRIBUTION
 
-SUMMARY = "Kernels for sparse neural networks"  # how the summary of this project begins
+SUMMARY = "Kernels for sparse neural networks"  # the beginning of this project's summary
 
 
 def installed(name: str = DISTRIBUTION) -> list[Distribution]:

@@ -1,4 +1,4 @@
-"""Strict JSON, and records of runs in JSON with a digest."""
+"""Reads and writes strict JSON, and records of runs with a digest."""
 
 import hashlib
 import json
@@ -87,7 +87,7 @@ def read_record(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_call(path: Path, known: Any, call: Mapping[str, Any]) -> None:
-    """Checks that a run was started by the same call as this one, before it is resumed.
+    """Checks, before a run is resumed, that it was started with the same arguments.
 
     Args:
         path: the record of the run.
@@ -108,7 +108,7 @@ def check_call(path: Path, known: Any, call: Mapping[str, Any]) -> None:
 
 
 def _which(known: Any, now: Any) -> str:
-    """Returns the names whose values differ, in parentheses, if both values have names."""
+    """Returns, in parentheses, the keys whose values differ if both values are mappings; else an empty string."""
     if not (isinstance(known, dict) and isinstance(now, dict)):
         return ""
     names = sorted(name for name in known.keys() | now.keys() if known.get(name) != now.get(name))

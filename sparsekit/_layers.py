@@ -1,4 +1,4 @@
-"""Properties of layers that all model-level functions need: the dimension of the inputs, and reasons to skip them."""
+"""What all functions on models ask about layers: which dimension their inputs have, and why one must be skipped."""
 
 from collections.abc import Callable, Iterator
 
@@ -30,7 +30,7 @@ def check_where(where: Where | None) -> None:
 
 
 def declared_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Returns the shape of a Linear's, Conv2d's or Conv1D's weight, without computing a weight that is computed."""
+    """Returns the shape of a layer's weight without reading the weight, which may be computed from others."""
     weight = layer._parameters.get("weight")
     if weight is not None and not is_lazy(weight) and weight.dim() > 1:  # FSDP flattens some weights
         return tuple(weight.shape)
@@ -47,8 +47,8 @@ def count_weights(model: nn.Module) -> int:
 def selects(where: Where | None, name: str, module: nn.Module) -> bool:
     """Returns whether ``where`` selects a module.
 
-    An exception of ``where`` counts as no, unless the module is a layer that could be selected: a predicate may use
-    ``module.in_features``, which an embedding does not have.
+    If ``where`` raises an exception for a module that is no layer to be selected, the result is False: ``where`` may
+    use ``module.in_features``, which an embedding does not have.
     """
     try:
         return where is None or bool(where(name, module))
@@ -83,9 +83,9 @@ def _layer_class(module: nn.Module) -> type[nn.Module] | None:
 def expert_axes(module: nn.Module) -> dict[str, int]:
     """Returns the parameters that hold one matrix per expert, ``[experts, ...]``, with their input dimension, 1 or 2.
 
-    This is known in three cases: transformers' modules of experts say whether they are transposed; the two
-    three-dimensional parameters of a module fit together in one way only, because one of them yields gates beside
-    values and so has twice as many outputs as the other has inputs; or the parameter has a mask, which stores it.
+    The dimension is known in three cases. Modules of transformers say whether they are transposed. If a module has two
+    such parameters, and one has twice as many outputs as the other has inputs, because it yields gates and values, they
+    fit together in only one way. And a parameter with a mask has it stored with the mask.
     """
     masks = {key: info for key in masked_parameters(module) if (info := get_mask_info(module, key)) is not None}
     pruned = {key: info.axis for key, info in masks.items() if is_stack(module._parameters.get(key))}
@@ -115,10 +115,10 @@ def is_stack(parameter: Tensor | None) -> bool:
 def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare: bool = False) -> str | None:
     """Returns why a parameter can neither be pruned nor swapped; None if it can.
 
-    A computed weight is never read, because ``spectral_norm`` changes its buffers at every read. With ``prepare`` the
-    numbers are not needed yet: the weight may be on the meta device, or sharded.
+    A weight that is computed from others is never read, because ``spectral_norm`` changes its buffers at every read.
+    With ``prepare`` the values of the weight are not needed yet, so it may be on the meta device or sharded.
     """
-    if reason := getattr(type(module), "unsupported_reason", None):  # a class of this package that replaces a layer
+    if reason := getattr(type(module), "unsupported_reason", None):  # a layer that this package has put in place
         return str(reason)
     weight = module._parameters.get(parameter)
     if weight is None:
@@ -137,7 +137,7 @@ def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare:
 
 
 def hooks_reason(module: nn.Module) -> str | None:
-    """Returns why a module cannot be replaced: its hooks or its replaced forward would be lost. None if it can."""
+    """Returns why a module cannot be replaced, which is that its hooks or its own forward would be lost; else None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
     return "its forward is replaced" if "forward" in vars(module) else None
@@ -177,7 +177,7 @@ def _unsupported_tensor_reason(weight: Tensor, parameter: str, prepare: bool) ->
 
 
 def shared_weight_reasons(model: nn.Module, *, fast_paths: bool = True) -> Reasons:
-    """Returns why parameters are shared: another one lies in the same memory, or a parent reads it without a call.
+    """Returns, for each shared parameter, the tensor that shares its memory or the parent that reads it without a call.
 
     Args:
         model: any tree of modules.
@@ -233,7 +233,7 @@ def _same_place(one: Tensor, other: Tensor) -> bool:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two tensors with overlapping spans of memory share an entry; columns of one matrix may not."""
+    """Returns whether two tensors whose spans of memory overlap share an entry; two columns of a matrix do not."""
     if one is other or one.itemsize != other.itemsize or _same_place(one, other):
         return True
     first, second = sorted((one, other), key=Tensor.data_ptr)

@@ -17,7 +17,7 @@ SWITCHED_OFF = "switched off by SPARSEKIT_NATIVE=0"
 
 
 class SlowKernelsWarning(UserWarning):
-    """The compiled extension is missing, so that plain PyTorch runs on the CPU, many times slower."""
+    """A warning that the compiled extension is missing, so that plain PyTorch runs on the CPU, many times slower."""
 
 
 def load() -> str:
@@ -45,7 +45,7 @@ def load() -> str:
 
 
 def remedy(package: Path) -> tuple[str, str]:
-    """Returns why a package's folder has no extension that loads, and the command that mends it.
+    """Returns why a package has no extension that loads, and the command that mends it.
 
     The reason distinguishes a source checkout that hides an installed package, one that was not built, and an
     installation whose build continued without the extension and left its reason in ``_build.json``.

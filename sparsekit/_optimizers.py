@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 def stepping_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
     """Returns the torch optimizers that call step hooks: ``optimizer`` itself, and those that it wraps.
 
-    A wrapper is any object with an optimizer, or a list of them, among its attributes, such as those of accelerate,
-    Lightning and apex, and optimizers that move the weights of another one.
+    A wrapper is any object that has an optimizer, or a list of optimizers, as an attribute: those of accelerate,
+    Lightning and apex, and optimizers that change the weights of another one.
 
     Raises:
         TypeError: there is none.
@@ -66,18 +66,18 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def local_part_of(full: Tensor, parameter: Any) -> Tensor:
-    """Returns the part of ``full``, which every process has, that matches the local part of a sharded parameter."""
+    """Returns the part of ``full``, which every process has whole, that belongs to the local part of a parameter."""
     if not is_sharded(parameter):
         return full.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
-    # Without a source rank every process cuts its part out of its own copy.
+    # Without a source rank, every process takes its part from its own copy.
     shard: Any = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return shard.to_local().clone()
 
 
 def has_plain_data(parameter: nn.Parameter) -> bool:
-    """Returns whether the parameter is plain floating point, sharded or not, and not a quantized or wrapped tensor."""
+    """Returns whether a parameter holds plain floating-point numbers, and is no quantized or wrapped tensor."""
     return is_sharded(parameter) or (parameter.is_floating_point() and type(parameter.data) is torch.Tensor)
 
 

@@ -1,4 +1,4 @@
-"""Packages that are named as a verb: a call of one raises an error that names the function."""
+"""Packages whose name is a verb, as ``sk.prune``: calling one raises an error that names the function to call."""
 
 import sys
 from types import ModuleType
@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 
 class VerbPackage(ModuleType):
-    """The class of a package whose name reads as a function: ``sk.prune(model)`` instead of ``sk.prune_(model)``."""
+    """The class of a package that is easily taken for a function: ``sk.prune(model)`` for ``sk.prune_(model)``."""
 
     _functions: str
 

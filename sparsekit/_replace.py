@@ -10,7 +10,7 @@ from .masks import remove_mask
 from .nn import Compressed, guard_conversions
 from .nn.common import carry_mask
 
-Slots = list[tuple[nn.Module, str]]  # the parents of a module, and the name that each has for it
+Slots = list[tuple[nn.Module, str]]  # the parents of a module, each with the name of the attribute that holds it
 
 
 def parent_slots(model: nn.Module) -> dict[nn.Module, Slots]:
@@ -30,7 +30,7 @@ def replace_module(module: nn.Module, slots: Slots) -> None:
 
 
 def check_original_known(name: str, module: Compressed) -> None:
-    """Rejects a transposed layer that replaced none, because the class of its dense form is unknown.
+    """Rejects a transposed layer that did not replace another one, because the class of its dense form is unknown.
 
     Raises:
         ValueError: names the layer.
@@ -50,7 +50,7 @@ def check_replaceable(name: str, module: nn.Module) -> None:
 
 
 def release_weight(layer: nn.Linear) -> None:
-    """Frees the memory of a layer's weight; the Parameter stays the same object for those who hold it."""
+    """Frees the memory of a layer's weight and its mask; the Parameter stays the same object."""
     layer.weight.grad = None
     layer.weight.data = layer.weight.data.new_empty(0)
     remove_mask(layer)
@@ -74,9 +74,9 @@ def restored_layer(module: Compressed) -> nn.Linear:
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` raise on every module that holds a compressed layer, and on no other.
+    """Makes ``save_pretrained`` raise an error on every module that holds a compressed layer, and on no other.
 
-    Such modules also refuse conversions to dtypes in which compressed layers do not compute.
+    Such modules also refuse to be converted to dtypes in which their compressed layers cannot compute.
     """
     guard_conversions(model)
     for parent in model.modules():

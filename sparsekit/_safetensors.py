@@ -37,7 +37,7 @@ DTYPES = {
 
 
 def unique_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns each tensor once, on the CPU and contiguous, and the other names of shared ones with the first name.
+    """Returns each tensor once, on the CPU and contiguous, and for every other name of a shared tensor its first name.
 
     Raises:
         TypeError: a value is not a tensor.
@@ -56,14 +56,14 @@ def unique_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
         first[key] = name
         storage = tensor.untyped_storage().data_ptr()
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        # A view into the storage of another tensor gets memory of its own, so that it has its own when loaded.
+        # A view into the storage of another tensor is copied, so that the two do not share memory when they are loaded.
         tensors[name] = plain.clone() if storage in storages else plain
         storages.add(storage)
     return tensors, shared
 
 
 def check_holds_data(name: str, tensor: Tensor) -> None:
-    """Checks that this process has all numbers of a tensor.
+    """Checks that this process has all values of a tensor.
 
     Raises:
         ValueError: the tensor is sharded over processes, or not initialized.
@@ -93,7 +93,7 @@ def _check_writable(name: str, tensor: Any) -> None:
 
 
 def seal(structure: str, tensors: Mapping[str, Tensor], key: str = KEY) -> dict[str, str]:
-    """Returns the metadata of a file of these tensors: the structure, and the digest that ``read_tensors`` checks."""
+    """Returns the metadata for a file of these tensors: the structure, and the digest that ``read_tensors`` checks."""
     return {key: structure, "sha256": _digest_file(structure, tensors)}
 
 
@@ -101,7 +101,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     """Writes tensors, on the CPU and contiguous, and metadata, whole or not at all.
 
     The format is that of https://github.com/huggingface/safetensors. The writer of that library is not used: it makes a
-    second temporary file, which only its owner may read and which a kill leaves behind, and its errors have no errno.
+    second temporary file, which only its owner may read and which stays if the process is killed, and its errors have
+    no errno.
 
     Raises:
         OSError: the file cannot be written; ``filename`` is ``path``.

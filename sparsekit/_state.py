@@ -1,4 +1,4 @@
-"""Everything that the library attaches to objects of its users: the names, and the functions that set and remove them.
+"""What the library attaches to the objects of its users: the names, and functions that set and remove them.
 
 On modules, as attributes of the instance:
 
@@ -25,10 +25,11 @@ name                set by                 meaning                              
 ==================  =====================  ==========================================  ===============================
 
 The class of a layer changes in two places: ``sparse_training_`` makes an ``nn.Linear`` a ``MaskedLinear``, and
-``integrations.peft`` gives a LoRA layer a class that masks what it adds. Hooks are held by handles: on optimizers those
-of ``keep_masks`` and ``fade``, on a model the one that sets ``_ran_sparse``. Who is changing which module is noted in
-``_undo``, by id, and not on the modules. Nothing is attached to tensors. The one change of a configuration
-is the custom module that ``integrations.peft.lora_config`` registers in a ``LoraConfig``.
+``integrations.peft`` gives a LoRA layer a class that masks what it adds. Three hooks are registered:
+``keep_masks`` and ``fade`` have one on the optimizer each, and ``sparse_training_`` has the one on the model that sets
+``_ran_sparse``. ``_undo`` keeps the ids of modules that are being changed, and sets nothing on them. Nothing is
+attached to tensors. One configuration is changed: ``integrations.peft.lora_config`` registers a custom module in a
+``LoraConfig``.
 """
 
 from dataclasses import dataclass
@@ -57,17 +58,17 @@ def mask_info_name(parameter: str = "weight") -> str:
 
 
 def set_attribute(module: nn.Module, name: str, value: Any) -> None:
-    """Sets an attribute of the module itself, past ``nn.Module.__setattr__``, which registers some values."""
+    """Sets an attribute without ``nn.Module.__setattr__``, which would register modules and parameters."""
     module.__dict__[name] = value
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:
-    """Returns an attribute of the module itself, not of its class; None if it has none."""
+    """Returns an attribute of the instance, not of its class; None if there is none."""
     return module.__dict__.get(name)
 
 
 def remove_attribute(module: nn.Module, name: str) -> None:
-    """Removes an attribute of the module itself, if it is there."""
+    """Removes an attribute of the instance, if it is there."""
     module.__dict__.pop(name, None)
 
 
@@ -89,7 +90,7 @@ def remove_bits(module: nn.Module, name: str) -> None:
 
 @dataclass(frozen=True)
 class Original:
-    """The layer that a compressed one replaces; a plain object, so that ``nn.Module`` does not register the layer."""
+    """A holder of the layer that a compressed one replaces, because ``nn.Module`` would register the layer itself."""
 
     layer: nn.Module
 

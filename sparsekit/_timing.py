@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 101
-RATIO, WINS = 1.05, 0.8  # over the plain layer; from these on a call is clearly faster
-PARITY_RATIO = 0.97  # from this ratio on a call is not slower
+RATIO, WINS = 1.05, 0.8  # a call with at least these is clearly faster than the plain layer
+PARITY_RATIO = 0.97  # a call with at least this ratio is not slower
 MAX_SPREAD = 0.5  # a quiet machine shows 0.02 to 0.2
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the largest output
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # times the largest output
 SHORTEST = 200e-6  # seconds; shorter calls on a CPU are timed several at a time
 MAX_EVICTION = 256 * 2**20  # bytes; bounds time and memory if a virtual machine reports the whole cache of its host
 QUEUE_CYCLES = 2_000_000  # of a GPU, about a millisecond: longer than the host needs to queue the kernels of a layer
@@ -26,7 +26,7 @@ Call = Callable[[Any], Any]
 
 
 class Clock(Protocol):
-    """A clock for single calls; ``start`` gets a typical call first."""
+    """A clock for single calls; ``start`` is given a typical call before the first measurement."""
 
     def start(self, call: Call, x: Any) -> None: ...
 
@@ -38,9 +38,9 @@ def clock(device: torch.device, *, evict_cache: bool, graphs: bool = False) -> C
 
     Args:
         device: the device on which the calls compute.
-        evict_cache: whether weights are evicted from the last-level cache before every call, as the other layers do in
-            a model that is larger than that cache. This reads a buffer of twice the size of the cache, which works for
-            a weight of any size in bounded memory; rotating over copies of the weight would need dozens.
+        evict_cache: whether to evict the weights from the last-level cache before every call, as the other layers of a
+            large model do. This reads a buffer of twice the size of the cache, and so takes bounded memory for a weight
+            of any size; taking turns over copies of a small weight would need dozens of them.
         graphs: whether the calls will be replayed from CUDA graphs, so that the time of the host does not count.
     """
     return GpuClock(device, evict_cache, graphs) if device.type == "cuda" else CpuClock(evict_cache)
@@ -73,7 +73,7 @@ class CpuClock:
 
 
 class GpuClock:
-    """A clock of the longer of the device's and the host's time, because a model that runs eagerly waits for both."""
+    """A clock on a GPU. It takes the longer of device and host time, because an eager model waits for both."""
 
     def __init__(self, device: torch.device, evict_cache: bool, graphs: bool):
         self.evict_cache, self.graphs = evict_cache, graphs
@@ -139,7 +139,7 @@ def cache_bytes(device: torch.device) -> int:
 
 @cache
 def last_level_cache() -> int:
-    """Returns the bytes of the largest cache of the first CPU; 32 MiB if the system does not tell."""
+    """Returns the bytes of the largest cache of the first CPU; 32 MiB if the system does not say."""
     sizes = [32 * 2**20]
     folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
     try:
@@ -159,7 +159,8 @@ class Timing:
         wins: the share of pairs in which this one was faster.
         best_dense: the same ratio against the dense module with the lowest median.
         spread: the interquartile range of the ratios divided by their median; for the plain layer that of its own
-            seconds, which shows how much the machine was disturbed. For two measurements that disagree, their distance.
+            seconds, which shows how much the machine was disturbed. If two measurements disagree by more, their
+            difference.
     """
 
     seconds: float

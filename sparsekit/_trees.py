@@ -1,4 +1,4 @@
-"""Maps and copies the inputs and outputs of models: tensors in nested containers and plain objects."""
+"""Maps and copies the inputs and outputs of models, which are tensors in nested containers and plain objects."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ def map_tree(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any],
     return _walk(value, tensor, other, {})
 
 
-# Not closures: those that call each other form a cycle, which would keep the tensors alive until it is collected.
+# These are no closures, because closures that call each other are a reference cycle, which would keep tensors alive.
 def _walk(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], Any], done: dict[int, Any]) -> Any:
     if isinstance(value, ATOMS):
         return value
@@ -57,9 +57,9 @@ def _built(value: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], A
 
 
 def copied(value: Any) -> Any:
-    """Copies everything that a model may write to: tensors, detached from their graph, in containers and plain objects.
+    """Copies everything that a model may write to: containers, plain objects, and tensors, detached from their graph.
 
-    Modules, and objects that cannot be copied (a lock, an open file, a generator), are shared.
+    Modules, and objects that cannot be copied, such as a lock or a generator, are not copied.
     """
     return map_tree(value, _fresh, _other)
 

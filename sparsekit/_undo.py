@@ -11,15 +11,15 @@ if TYPE_CHECKING:  # files can be written without torch
 
 T = TypeVar("T")
 
-INTERRUPTS = 10  # of one step; after more than that the step is given up
+INTERRUPTS = 10  # a step that was interrupted this often is given up
 
 
 @contextmanager
 def restoring(restore: Callable[[], None]) -> Iterator[None]:
-    """Calls ``restore`` at the end, twice, because an interrupt may come during the first call or just before it.
+    """Calls ``restore`` at the end, twice, because an interrupt may come just before or during the first call.
 
     Args:
-        restore: brings back the earlier state, however often it is called and however far the change has come.
+        restore: brings back the earlier state. It may be called more than once, and before the change is complete.
     """
     try:
         try:
@@ -37,7 +37,7 @@ class Undo:
         self._steps: list[Callable[[], object]] = []
 
     def callback(self, step: Callable[..., object], *args: Any) -> None:
-        """Adds a step before the change that it undoes; it must be harmless without that change, and if repeated."""
+        """Adds the step that undoes the change to come; it must be harmless without that change, and if repeated."""
         self._steps.append(lambda: step(*args))
 
     def commit(self) -> None:
@@ -45,9 +45,9 @@ class Undo:
         self._steps = []
 
     def run(self) -> None:
-        """Runs all steps, a failing one twice, and then raises the first error.
+        """Runs all steps, the last one first; a step that fails is tried twice. Raises the first error at the end.
 
-        A step that an interrupt ends is run again, because the interrupt says nothing about the step.
+        A step that was interrupted is run again, because the interrupt does not mean that the step fails.
         """
         failed: BaseException | None = None
         tries = 0
@@ -74,12 +74,12 @@ def undoing() -> Iterator[Undo]:
 
 
 def change(model: "nn.Module", doing: str, work: Callable[[Undo], T]) -> T:
-    """Returns ``work(undo)``. If that raises anything, interrupts included, all steps of ``undo`` are run first.
+    """Returns ``work(undo)``; if that fails or is interrupted, runs all steps of ``undo`` and raises the error again.
 
     Args:
-        model: the model that is changed. Meanwhile nothing else may change it, or a model that shares modules or
+        model: the model that is changed. Meanwhile, nothing else can change it, or a model that shares modules or
             weights with it.
-        doing: a participle for the error of a second caller, such as ``"pruned"``.
+        doing: a participle for the error message that a second caller gets, such as ``"pruned"``.
         work: changes the model in place.
 
     Raises:
@@ -95,14 +95,14 @@ def change(model: "nn.Module", doing: str, work: Callable[[Undo], T]) -> T:
         try:
             undo.run()
         finally:
-            undo.run()  # the rest, if an interrupt came between two steps
+            undo.run()  # runs the steps that are left if an interrupt came between two of them
             claim.release()
         raise
 
 
 @contextmanager
 def claiming(model: "nn.Module", doing: str) -> Iterator[None]:
-    """Prevents other changes of a model meanwhile, as ``change`` does.
+    """Prevents other changes of a model until the end, as ``change`` does.
 
     Raises:
         RuntimeError: the model is being changed already.
@@ -130,7 +130,7 @@ class _Claim:
                 if other is not None:
                     who = "already" if other._thread == self._thread else "by another thread"
                     raise RuntimeError(f"the model is being {other._doing} {who}; it can be changed when that is done")
-                _claims.pop(part, None)  # its owner is gone, after an interrupt
+                _claims.pop(part, None)  # an interrupt kept its holder from releasing it
 
     def release(self) -> None:
         for part in self._parts:
@@ -138,6 +138,6 @@ class _Claim:
                 del _claims[part]
 
 
-# The claims by the id of the module or parameter. There is no lock, because an interrupt could leave it locked; setting
-# a key of a dict is atomic.
+# The claim on each module and parameter, by id. There is no lock, because an interrupt could leave it locked; setting a
+# key of a dict is atomic.
 _claims: dict[int, ref[_Claim]] = {}

@@ -1,4 +1,4 @@
-"""Patterns, and the masks of layers, which are stored with the layer and never guessed from its zeros."""
+"""Patterns, and the masks of layers, which are stored with the layer and not deduced from its zeros."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -30,9 +30,9 @@ WAY_BACK = "it was trained or merged without keep_masks; prune_ it again, or zer
 class Pattern:
     """A rule for masks: keep ``n`` of every ``m`` inputs, or, if ``m`` is None, drop the share ``ratio``.
 
-    The share is taken from every ``"row"``, from the whole ``"layer"``, or from the layer's blocks of ``(rows, cols)``,
-    which are dropped whole. With ``tiers``, every block of size ``unit`` is dense, 2:4, or keeps ``n`` entries; a tier
-    map says which.
+    The share is dropped from every ``"row"``, from the whole ``"layer"``, or from the layer's blocks of
+    ``(rows, cols)``, each of which is dropped or kept as a whole. With ``tiers``, every block of size ``unit`` is
+    dense, 2:4, or keeps ``n`` entries, as a tier map says.
     """
 
     n: int = 0
@@ -74,7 +74,7 @@ class Pattern:
         return f"{100 * self.ratio:.12g}% {unit}".rstrip()
 
     def mask(self, score: Tensor) -> Tensor:
-        """Returns the bool mask of the highest of ``[rows, ..., cols]`` scores; n:m runs along the last dimension."""
+        """Returns the bool mask of the largest scores ``[rows, ..., cols]``; groups run along the last dimension."""
         if self.m:
             return nm_mask(score, self.n, self.m)
         rows = score.flatten(1)
@@ -125,9 +125,9 @@ def _unit(text: str | None) -> Literal["row", "layer"] | tuple[int, int]:
 class MaskInfo:
     """The pattern of a stored mask, and the weight dimension (or ``"flatten"``) that its groups run along.
 
-    That is the dimension of the inputs: 1 for Linear and Conv2d, 0 for transformers' Conv1D, 1 or 2 for the matrices of
-    experts in one parameter; ``"flatten"`` means Conv2d's ``(in, height, width)`` as one dimension. ``shape`` is the
-    shape of the mask, set when it is stored.
+    ``axis`` is the dimension of the inputs: 1 for Linear and Conv2d, 0 for transformers' Conv1D, 1 or 2 for the
+    matrices of experts in one parameter; ``"flatten"`` takes Conv2d's ``(in, height, width)`` as one dimension.
+    ``shape`` is the shape of the mask, set when the mask is stored.
     """
 
     pattern: Pattern
@@ -169,7 +169,7 @@ def set_mask(module: nn.Module, mask: Tensor, info: MaskInfo, parameter: str = "
 
 
 def set_mask_bits(module: nn.Module, bits: Tensor, info: MaskInfo, parameter: str = "weight") -> None:
-    """Stores a mask that is bit-packed already, as ``set_mask`` does; several modules may share the buffer.
+    """Stores a bit-packed mask as ``set_mask`` does; several modules may share the buffer.
 
     If ``info.shape`` is None, it becomes the current shape of the parameter.
     """
@@ -189,7 +189,7 @@ def get_mask(module: nn.Module, parameter: str = "weight") -> Tensor | None:
     """Returns the stored bool mask of a parameter of ``module``, in its shape; None if there is none.
 
     Raises:
-        ValueError: since the mask was stored, the parameter has got another shape or is computed from others.
+        ValueError: since the mask was stored, the parameter has changed its shape, or has come to be computed.
     """
     bits, info = get_mask_bits(module, parameter), get_mask_info(module, parameter)
     if bits is None or info is None:
@@ -201,7 +201,7 @@ def get_mask(module: nn.Module, parameter: str = "weight") -> Tensor | None:
 
 
 def outdated_mask_reason(module: nn.Module, parameter: str = "weight") -> str | None:
-    """Returns why the stored mask does not fit the parameter any more; None if it does, or if there is none."""
+    """Returns why the stored mask does not fit the parameter; None if it does, or if there is no mask."""
     info = get_mask_info(module, parameter)
     if info is None:
         return None
@@ -216,10 +216,10 @@ def outdated_mask_reason(module: nn.Module, parameter: str = "weight") -> str | 
 
 
 def lost_zeros_reason(module: nn.Module, parameter: str = "weight") -> str | None:
-    """Returns why a parameter does not obey its stored mask: entries that the mask drops are not zero.
+    """Returns a reason if entries that the stored mask of a parameter drops are not zero; else None.
 
-    That happens in training without ``keep_masks``, or by merging LoRA. The result is None if the parameter obeys, if
-    it has no mask, or if its numbers are not here.
+    Training without ``keep_masks`` or merging LoRA leads to that. The result is also None if there is no mask, or if
+    this process does not have the values of the parameter.
     """
     mask, weight = get_mask(module, parameter), module._parameters.get(parameter)
     if mask is None or weight is None or weight.is_meta or hasattr(weight, "to_local"):
@@ -233,7 +233,7 @@ def check_masks(model: nn.Module) -> None:
     """Checks that all stored masks still fit their weights.
 
     Raises:
-        ValueError: a parameter has changed its shape, or is computed, since it was masked; names the first layer.
+        ValueError: since it was masked, a parameter has changed its shape or has come to be computed; names its layer.
     """
     for name, module in model.named_modules():
         for parameter in masked_parameters(module):
