@@ -1,4 +1,4 @@
-"""Batches that take different routes, and stages that are not called as modules: every batch counts everywhere."""
+"""Batches that take different paths, and stages that are not called as modules: every batch counts everywhere."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsekit as sk
 from sparsekit.masks import Pattern
+from sparsekit.prune.calibration.batch_runner import BatchRunner
 from sparsekit.prune.calibration.held_batches import HeldBatches
 from sparsekit.prune.calibration.order import _order, find_order
 from sparsekit.prune.calibration.output_store import OutputStore
-from sparsekit.prune.calibration.passes import Passes
 from sparsekit.prune.calibration.replay import Replay
 from sparsekit.prune.calibration.stages import split_stages
 from sparsekit.prune.layers import find_layers
@@ -189,7 +189,7 @@ def test_processes_find_the_same_stages_in_the_same_order():
 
     def look(batches, exchange):
         return find_order(
-            split_stages(model, layers), Passes(model, HeldBatches(batches, OutputStore()), None), exchange
+            split_stages(model, layers), BatchRunner(model, HeldBatches(batches, OutputStore()), None), exchange
         )
 
     said = []
@@ -199,7 +199,7 @@ def test_processes_find_the_same_stages_in_the_same_order():
     found = [look(own, lambda _: said) for own in batches]
     names = [[layer.name for stage in each.stages for layer in stage.layers] for each in found]
     assert names[0] == names[1] == [f"{part}.{i}" for part in ("vision", "text") for i in range(3)]
-    assert found[0].routes == [(3, 4, 5)] and found[1].routes == [(0, 1, 2, 3, 4, 5)]
+    assert found[0].paths == [(3, 4, 5)] and found[1].paths == [(0, 1, 2, 3, 4, 5)]
 
 
 def test_a_stage_within_stages(counts):

@@ -15,20 +15,19 @@ from .second_order import cholesky
 
 @dataclass(frozen=True)
 class ADMM(Method):
-    """Finds mask and weights together by alternating between least squares and the pattern. Needs batches.
+    """A method that alternates between least squares and the pattern to find mask and weights together. Needs batches.
 
     Its layer error is the lowest of all methods without a refinement (https://arxiv.org/abs/2401.02938).
 
-    Inputs are scaled to the same norm first. The share of dropped weights grows as ``1 - (1 - t / ramp) ** 3`` over the
-    first ``ramp`` iterations; with n:m these are the smallest of the
-    weights that the full pattern would drop.
+    It first scales all inputs to the same norm. In iteration ``t`` of the first ``ramp`` ones, it drops a share
+    ``1 - (1 - t / ramp) ** 3`` of the weights that the full pattern would drop: the smallest of them.
 
     Args:
         pattern: what to keep.
-        iterations: number of alternations.
-        ramp: the number of alternations during which the mask still changes.
-        damp: how much is added to the diagonal of the normalized Gram matrix; less fits the batches more closely, which
-            is better if there are many tokens.
+        iterations: the number of iterations.
+        ramp: the number of iterations in which the mask still changes.
+        damp: how much is added to the diagonal of the normalized Gram matrix, as a share of its mean; less fits the
+            batches more closely, which is better if there are many tokens.
 
     Raises:
         ValueError: ``pattern`` is not a pattern, not ``0 < ramp <= iterations``, or ``damp`` is negative.
@@ -70,7 +69,7 @@ class ADMM(Method):
 
 
 def _partly(pattern: Pattern, score: Tensor, share: float) -> Tensor:
-    """Returns the pattern's mask, but drops only a ``share`` of what it drops: the smallest of each row or layer."""
+    """Returns a mask that drops only a ``share`` of what the pattern drops: the smallest of each row or layer."""
     mask = pattern.mask(score)
     if share >= 1:
         return mask

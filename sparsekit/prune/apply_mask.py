@@ -25,10 +25,10 @@ def apply_mask(layer: PrunableLayer, pruned: Tensor, mask: Tensor, pattern: Patt
 
 def _make_restore(layer: PrunableLayer, weight: Tensor, pruned: Tensor) -> Callable[[], None]:
     """Saves the values that change, with one bit per weight, and the stored mask; returns what restores them."""
-    bits = BITS[weight.element_size()]  # compared as bits, so that -0.0 is restored too
+    bits = BITS[weight.element_size()]  # comparing bits tells -0.0 from 0.0, so that it is restored too
     parts = list(zip(chunks(weight), chunks(pruned), strict=True))
     counts = [torch.count_nonzero(old.view(bits) != new.view(bits)) for old, new in parts]
-    # Allocated as a whole before the small pieces, which would otherwise leave holes in the heap.
+    # One large tensor, allocated before small ones are: those would leave holes in the heap.
     values = weight.new_empty(int(sum(counts)))
     where = torch.empty((len(weight), -(-weight.shape[1:].numel() // 8)), dtype=torch.uint8, device=weight.device)
     start, rows = 0, where.split(_rows(weight))
@@ -57,7 +57,7 @@ def _make_restore(layer: PrunableLayer, weight: Tensor, pruned: Tensor) -> Calla
 
 
 def chunks(weight: Tensor) -> Iterator[Tensor]:
-    """Yields a weight in parts of whole rows, so that looking at it takes little memory."""
+    """Yields a weight in parts of whole rows, so that comparing it takes little memory."""
     yield from weight.split(_rows(weight))
 
 

@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm, estimated again from batches: pruning the layers before it makes them wrong."""
+"""Estimates the running statistics of BatchNorm again from batches: pruning the layers before it makes them wrong."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from .._forwards import Around, around_forwards
 from .._layers import check_model
 from .._trees import copied
 from .._undo import Undo, change, restoring
-from .calibration.passes import check_count
+from .calibration.batch_runner import check_count
 from .calibration.ranks import Group, Ranks, local_buffers
 from .full_precision import full_precision
 
@@ -22,22 +22,22 @@ from .full_precision import full_precision
 def reestimate_batchnorm_(
     model: nn.Module, batches: Any, *, forward: Forward | None = None, group: Group = "world"
 ) -> tuple[str, ...]:
-    """Gives every BatchNorm of a model the statistics that its inputs have now, in place.
+    """Estimates the running statistics of every BatchNorm of a model again, in place.
 
     ``prune_`` does so by itself; this function is for weights that were changed in another way. All batches go through
     the model once, in evaluation mode, but every BatchNorm normalizes by the batch, as in training. The new
     ``running_mean`` and ``running_var`` are the plain averages of the batches' means and unbiased variances: each batch
     counts the same, whatever ``momentum`` is. ``num_batches_tracked`` is the number of batches. Padding counts.
 
-    Not changed are a BatchNorm that no batch reaches or that tracks no statistics, and one in evaluation mode inside a
-    model in training mode, which was frozen on purpose. Inputs of a single value per channel have no variance: they are
-    normalized as before and do not count. If anything fails, the model is as it was.
+    A BatchNorm is not changed if no batch reaches it, if it tracks no statistics, or if it is in evaluation mode inside
+    a model in training mode, since it was frozen on purpose. Inputs with a single value per channel have no variance:
+    they are normalized as before and do not count. If anything fails, the model is as it was.
 
     Args:
         model: any tree of modules.
-        batches: as for ``prune_``, but read only once. Some hundred samples in batches of some size are enough.
+        batches: as for ``prune_``, but read only once. A few hundred samples are enough, in batches that are not tiny.
         forward: ``forward(model, batch)`` runs a batch, instead of calling the model on it.
-        group: the processes that do it together, each with batches of its own, as for ``prune_``.
+        group: the processes that estimate together, each with its own batches, as in ``Calibration``.
 
     Returns:
         The names of the modules that have new statistics.
@@ -84,10 +84,10 @@ def reestimate(
     undo: Undo,
     after: Collection[nn.Module] | None = None,
 ) -> tuple[str, ...]:
-    """Does the work of ``reestimate_batchnorm_`` for a model in evaluation mode; ``undo`` records how to restore it.
+    """Estimates the statistics of some BatchNorms of a model in evaluation mode; ``undo`` records how to restore them.
 
-    With ``after``, a BatchNorm gets new statistics only if one of those modules has run before it in the same pass: the
-    inputs of the others have not changed.
+    With ``after``, a BatchNorm gets new statistics only if one of the modules ``after`` runs before it in the same
+    pass, because the inputs of the others have not changed.
     """
     estimates = {name: _Estimate(name, module) for name, module in batchnorms.items()}
     changed = after is None
@@ -176,5 +176,5 @@ class _Estimate:
 
 
 def _copy(own: Tensor, value: Tensor) -> None:
-    with torch.inference_mode() if own.is_inference() else nullcontext():  # it can be written in no other mode
+    with torch.inference_mode() if own.is_inference() else nullcontext():  # the only mode in which it can be written to
         own.copy_(value)

@@ -1,4 +1,4 @@
-"""Full fp32 arithmetic for statistics and methods, whatever modes the caller has set."""
+"""A context in which statistics and methods compute in full fp32, whatever modes the caller has set."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from .._undo import restoring
 
 _DEVICES = ("cpu", "cuda")
 _SETTINGS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-_FULL = ("none", "ieee")  # "none" is the default, which is full fp32
+_FULL = ("none", "ieee")  # the settings of full fp32; "none" is the default
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def full_precision() -> Iterator[None]:
         yield
 
 
-# The settings of products belong to the process: the first user raises them, and the last one restores them.
+# The settings of products hold for all threads: the first user raises the precision, and the last one restores it.
 _lock = threading.RLock()
 _users: set[object] = set()
 _before: list[str] = []
@@ -67,7 +67,7 @@ def _lower_products(user: object) -> None:
         if _users == {user}:
             for each, before in zip(_SETTINGS, _before, strict=True):
                 if each.fp32_precision != before:
-                    each.fp32_precision = "none"  # a setting that followed a wider one follows it again
+                    each.fp32_precision = "none"  # if it took its value from a general setting, it does so again
                 if each.fp32_precision != before:
                     each.fp32_precision = before
         _users.discard(user)

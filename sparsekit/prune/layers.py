@@ -1,4 +1,4 @@
-"""The layers of a model that can be pruned, and how the weight of each one meets its inputs."""
+"""The layers of a model that can be pruned, and which inputs each weight is multiplied by."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from .report import Skipped
 from .skipped import never_pruned
 
 WINDOW_BYTES = 2**26
-ExpertAxes = Mapping[nn.Module, dict[str, int]]  # the dimension that inputs run along, by name of the parameter
+ExpertAxes = Mapping[nn.Module, dict[str, int]]  # by module and name of a parameter: the dimension of its inputs
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PrunableLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The Parameter; for one expert its matrix in the Parameter, without a gradient."""
+        """The Parameter; for one expert, its matrix in the Parameter, without a gradient."""
         weight = self.module.get_parameter(self.parameter)
         return weight if self.expert is None else weight.detach()[self.expert]
 
@@ -62,7 +62,7 @@ class PrunableLayer:
 
     @property
     def experts(self) -> tuple["PrunableLayer", ...]:
-        """The layers of the single experts if the parameter has three dimensions; else none."""
+        """A layer for each expert if the parameter has three dimensions; else empty."""
         weight = self.module.get_parameter(self.parameter)
         if self.expert is not None or weight.dim() != 3 or not isinstance(self.axis, int):
             return ()
@@ -82,7 +82,7 @@ class PrunableLayer:
     def windows(self, x: Tensor) -> Tensor:
         """Returns all input vectors in ``x`` that the weight is multiplied by.
 
-        They are ``[tokens, inputs]``, or for a Conv2d the view
+        Their shape is ``[tokens, inputs]``; for a Conv2d they are a view
         ``[images, height, width, channels, kernel height, kernel width]``.
         """
         conv = self.module
@@ -111,7 +111,10 @@ class PrunableLayer:
                 yield part.flatten(3).flatten(0, 2).float()
 
     def square_sums(self, x: Tensor) -> tuple[Tensor, int]:
-        """Sums the squares of an input over all positions: ``([inputs] or [channels, kernel...], positions)``."""
+        """Sums the squares of an input over all positions; returns the sums and the number of positions.
+
+        The sums have the shape ``input_shape``.
+        """
         squares = x.float().square()
         images = 1
         if isinstance(self.module, nn.Conv2d) and x.dim() == 4:
@@ -128,10 +131,10 @@ def find_layers(
     where: Where | None,
     observed: ExpertAxes | None = None,
 ) -> tuple[list[PrunableLayer], list[Skipped]]:
-    """Finds the layers that ``where`` selects and that can be pruned, and what else it selects, with the reason.
+    """Finds the layers that ``where`` selects and that can be pruned, and what else it selects, with the reasons.
 
-    The second list has every other parameter of at least two dimensions and one group. ``observed`` are parameters that
-    a pass has shown to be experts.
+    The second list has every other parameter with at least two dimensions and one group, and why it is not pruned.
+    ``observed`` has the parameters that a calibration pass has shown to be experts.
     """
     check_where(where)
     layers, skipped, never = list[PrunableLayer](), list[Skipped](), list[Skipped]()
@@ -164,7 +167,7 @@ def _layers_of(
 
 
 def _pattern_reason(layer: PrunableLayer, pattern: Pattern) -> str | None:
-    """Returns why a layer cannot have this pattern; None if it can."""
+    """Returns why a layer cannot have the pattern; None if it can."""
     module = layer.module
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"it is a convolution of {module.groups} groups, and no N:M kernel runs those"
@@ -173,7 +176,7 @@ def _pattern_reason(layer: PrunableLayer, pattern: Pattern) -> str | None:
 
 
 def nothing_to(do: str, what: str, where: Where | None, skipped: Sequence[Skipped]) -> str:
-    """Returns the error message for a model in which a verb finds nothing to do, with the first reasons."""
+    """Returns the error message for a model without a layer to prune (or to ``do`` something else), with reasons."""
     who = "the model has" if where is None else "where selects"
     return f"nothing to {do}: {who} no {what}{first_reasons(skipped)}"
 
@@ -184,7 +187,7 @@ def first_reasons(skipped: Sequence[Skipped]) -> str:
 
 
 def check_weights(layers: list[PrunableLayer]) -> None:
-    """Rejects weights that are NaN, which would rank above everything, or infinite, which no method can handle.
+    """Rejects NaN in a weight, which would rank above all numbers, and infinities, which no method can handle.
 
     Raises:
         ValueError: names the first layer that has one.

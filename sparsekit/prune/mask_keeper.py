@@ -19,9 +19,9 @@ logger = logging.getLogger("sparsekit")
 
 
 class MaskKeeper:
-    """Handle of ``keep_masks``: keeps dropped weights at zero until ``remove()`` or the end of a ``with``.
+    """The handle of ``keep_masks``, which keeps dropped weights at zero until ``remove()`` or the end of a ``with``.
 
-    It lives as long as the optimizer does.
+    The optimizer's hooks keep it alive as long as the optimizer.
     """
 
     def __init__(self, weights: list[MaskedWeight], optimizer: Any) -> None:
@@ -46,10 +46,10 @@ class MaskKeeper:
             )
 
     def apply(self) -> None:
-        """Zeroes the dropped entries of the weights and of all plain optimizer states of a weight's shape.
+        """Zeroes the dropped entries of the weights, and of the optimizer's states that have a weight's shape.
 
-        Call it after anything but the optimizer has written the weights: a checkpoint or an average of weights that was
-        copied in, or a wrapper of the optimizer that changes weights itself.
+        Call it after anything but the optimizer has written to the weights: for instance, a checkpoint or an average of
+        weights was copied in, or a wrapper of the optimizer changes weights itself.
 
         Raises:
             ValueError: a parameter was replaced since ``keep_masks`` was called, or has lost its mask.
@@ -82,7 +82,7 @@ class MaskKeeper:
             _remove(self._handles)
 
     def _hook_grad(self, weight: MaskedWeight) -> None:
-        """Masks the parameter's gradient as soon as it is accumulated; a frozen parameter cannot have such a hook."""
+        """Masks the parameter's gradient as soon as it is accumulated, unless the parameter is frozen."""
         if not weight.parameter.requires_grad or weight.hooked is weight.parameter:
             return
         # Weak, so that the hook does not keep this object alive after its optimizer is gone.
@@ -100,18 +100,19 @@ class MaskKeeper:
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        # Steps nest: one that calls the step of its base class or a wrapped optimizer may have written weights before.
+        # A step may call the step of its base class or of a wrapped optimizer after it has written weights itself, so
+        # only the outer one is checked.
         if not self._stepping and not torch.compiler.is_compiling():
             self._follow()
             self._check(self._weights)
             for weight in self._weights:
-                if not weight.is_grad_masked:  # it was not made by a backward pass, or the mask is newer
+                if not weight.is_grad_masked:  # no backward pass has made it, or the mask is newer
                     weight.drop_grad()
                 weight.is_grad_masked = False
             self._stepping = True
 
     def _follow(self) -> None:
-        """Switches to the parameters and masks that the model has now."""
+        """Looks up the parameters and masks again, which may have been replaced."""
         held = None
         for weight in self._weights:
             if (found := weight.current) is not weight.parameter:
@@ -135,7 +136,10 @@ class MaskKeeper:
 
     @torch.no_grad()
     def _check(self, weights: list[MaskedWeight]) -> None:
-        """Raises if a dropped weight is not zero. Waits for the GPU once a step, but not while a graph is captured."""
+        """Raises ValueError if a dropped weight is not zero. Does nothing while a CUDA graph is captured.
+
+        Waits for the GPU once.
+        """
         device = weights[0].dropped.device if weights else None
         if device is None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
@@ -153,7 +157,10 @@ class MaskKeeper:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _restore(self, undo: Undo) -> int:
-        """Zeroes dropped entries of weights and states; returns how many weights were not zero. ``undo`` reverts it."""
+        """Zeroes the dropped entries of weights and states; returns how many weights were not zero.
+
+        ``undo`` records how to revert it.
+        """
         restored = 0
         for weight in self._weights:
             restored += self._restore_weight(weight, undo)
@@ -163,7 +170,7 @@ class MaskKeeper:
     def _restore_weight(self, weight: MaskedWeight, undo: Undo) -> int:
         count, _ = weight.count()
         for tensor in (weight.parameter, *self._states(weight)):
-            part = local_part(tensor).detach()  # undo may write it while gradients are on
+            part = local_part(tensor).detach()  # so that undo can write to it while gradients are on
             lost = part[weight.dropped]
             if lost.any():
                 undo.callback(part.masked_scatter_, weight.dropped, lost)
@@ -171,10 +178,10 @@ class MaskKeeper:
         return count
 
     def _states(self, weight: MaskedWeight) -> list[Tensor]:
-        """Returns the optimizers' states of the weight's shape.
+        """Returns the states of the optimizers that have the weight's shape.
 
-        Quantized states are left out: their entries for a dropped weight change that weight alone, which is zeroed
-        after every step.
+        Quantized states are left out. That does no harm: an entry for a dropped weight changes only this weight, which
+        is zeroed after every step.
         """
         states = [state for each in self._optimizers for state in each.state.get(weight.parameter, {}).values()]
         parts = [local_part(state) for state in states if isinstance(state, Tensor)]
@@ -191,26 +198,26 @@ def keep_masks(model: nn.Module, optimizer: Any) -> MaskKeeper:
     """Makes an optimizer train only the weights that the stored masks keep.
 
     Gradients are masked as soon as they are accumulated, so that clipping and logging see the gradients that are used.
-    Dropped weights are zeroed after every step, whatever the optimizer does to them. They are also zeroed once now,
-    together with the optimizer's moments, in case the optimizer is older than the masks: dropped weights that were
-    trained or merged without their mask lose their values, and a warning is logged. The masks are those that ``prune_``
-    stored: a kept weight that is zero still trains. A mask that is replaced later is used from then on. Call it when
-    the model is on its device::
+    Dropped weights are zeroed after every step, whatever the optimizer does to them. The call itself zeroes them too,
+    and their moments in the optimizer, which may be older than the masks: if dropped weights were trained or merged
+    without their mask, they lose their values, and a warning is logged. The masks are those that ``prune_`` stored, so
+    a kept weight that is zero trains like the others. If a mask is replaced later, the new one is used from then on.
+    Call it when the model is on its device::
 
         with sk.keep_masks(model, optimizer):
             for batch in batches:
                 ...
 
     The model may be wrapped by DDP, ``torch.compile`` or accelerate, or sharded by ``fully_shard`` before the optimizer
-    is made. The optimizer may be wrapped too, as ``Accelerator.prepare`` does. If something else writes weights, say
-    a wrapper that changes them after the optimizer's step, the next step raises before it begins, and so does the end
-    of the ``with``.
+    is made. The optimizer may be wrapped too, as by ``Accelerator.prepare``. If anything else writes to dropped
+    weights, such as a wrapper that changes weights after the optimizer's step, the next step raises before it begins,
+    and so does the end of the ``with``.
 
-    Make an average of weights (``AveragedModel``) after pruning. An older one has neither the masks nor the zeros, and
-    with ``use_buffers=True`` torch pairs its buffers with the wrong buffers of the model.
+    Make an average of weights (``AveragedModel``) after pruning. One that was made before has neither the masks nor
+    the zeros, and with ``use_buffers=True`` torch pairs its buffers with the wrong buffers of the model.
 
-    The unpacked masks take one byte per weight that this process holds. A step costs a pass over the weights before and
-    one after it, and waits for a GPU once.
+    The unpacked masks take one byte per weight that this process holds. Every step takes two more passes over the
+    weights, and waits for a GPU once.
 
     Args:
         model: a model whose layers have stored masks.
@@ -221,7 +228,7 @@ def keep_masks(model: nn.Module, optimizer: Any) -> MaskKeeper:
         A handle with ``remove()`` and ``apply()``, which is also a context manager.
 
     Raises:
-        TypeError: ``model`` is no module, or ``optimizer`` neither a torch optimizer nor a wrapper of one.
+        TypeError: ``model`` is not a module, or ``optimizer`` is neither a torch optimizer nor a wrapper of one.
         ValueError: no layer has a mask; a layer with a mask is compressed, has changed its shape, has a computed or
             quantized weight, or is on the meta device; the model is flattened by ``FullyShardedDataParallel``; or the
             optimizer holds none of the masked weights: they are frozen, or it holds copies of them, as DeepSpeed's

@@ -1,4 +1,4 @@
-"""The masked weights of a model that an optimizer trains; they may be sharded, replaced, or get another mask."""
+"""The masked weights of a model that an optimizer trains; they may be sharded or replaced, or get another mask."""
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ class MaskedWeight:
 
     @property
     def current(self) -> nn.Parameter | None:
-        """The parameter that the module has now; if FSDP has gathered it for a pass, the sharded one behind it."""
+        """The parameter of the module; while FSDP has gathered it for a pass, the sharded parameter instead."""
         found = self.module._parameters.get(self.key)
         return self.parameter if is_sharded(self.parameter) and not is_sharded(found) else found
 
     def update(self) -> bool:
-        """Switches to the mask that the module has now; returns whether it is another one."""
+        """Looks up the mask of the module again; returns whether it is another one than before."""
         bits = get_mask_bits(self.module, self.key)
         if bits is None:
             raise ValueError(f"{self.name} has lost its mask since keep_masks was called: call remove() before that")
@@ -39,7 +39,7 @@ class MaskedWeight:
         return True
 
     def broken(self) -> Tensor:
-        """Returns whether a dropped weight is not zero, as a tensor, so that nothing waits for a GPU."""
+        """Returns whether a dropped weight is not zero, as a tensor, so that the call does not wait for a GPU."""
         return local_part(self.parameter).ne(0).logical_and_(self.dropped).any()
 
     def drop(self, tensor: Tensor) -> None:
@@ -48,7 +48,7 @@ class MaskedWeight:
 
     def drop_grad(self) -> None:
         """Zeroes the dropped entries of the gradient."""
-        # Filled, not multiplied: an overflow that a gradient scaler is about to skip would leave NaN in place of 0.
+        # Filled, because multiplying by 0 would turn infinities into NaN, in a step that a gradient scaler will skip.
         if self.parameter.grad is not None:
             self.drop(self.parameter.grad)
 

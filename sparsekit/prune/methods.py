@@ -1,4 +1,4 @@
-"""Pruning methods: choose what to keep of one weight, given a statistic of its inputs."""
+"""Pruning methods, which choose the entries of one weight to keep, by a statistic of the layer's inputs."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,11 +17,11 @@ class Method(ABC):
     """Base class of pruning methods. A subclass defines ``prune`` and names the ``statistic`` that it needs, if any.
 
     Args:
-        pattern: what to keep: ``"2:4"`` (2 of every 4 inputs; any ``0 < n <= m <= 32``) or ``"50%"`` (drop half of
-            every output's weights).
+        pattern: which weights to keep: ``"2:4"`` keeps 2 of every 4 inputs (any ``0 < n <= m <= 32``), ``"50%"`` drops
+            half of the weights of every output; ``masks.Pattern`` lists all patterns.
 
     Raises:
-        ValueError: ``pattern`` is not such a rule.
+        ValueError: ``pattern`` is not such a pattern.
     """
 
     pattern: str
@@ -33,22 +33,23 @@ class Method(ABC):
 
     @abstractmethod
     def prune(self, weight: Tensor, statistic: Any) -> tuple[Tensor, Tensor]:
-        """Returns ``(pruned, mask)`` of a weight, which stays untouched.
+        """Returns ``(pruned, mask)`` for a weight, which is not changed.
 
         Args:
             weight: ``[outputs, ..., cols]``, groups along the last dimension, any strides. A Conv2d weight comes as
                 ``[outputs, height, width, channels]``, or flattened as ``[outputs, inputs]``.
-            statistic: the layer's ``self.statistic`` after all batches; None where that is None.
+            statistic: an object of the class ``self.statistic`` that has seen all inputs of the layer; None if that
+                class is None.
 
         Returns:
-            The new weight, and the bool mask that says what is kept; both of ``weight``'s shape. Kept weights may
-            have changed, dropped ones are zero.
+            The new weight, and a bool mask that is True for kept weights; both of ``weight``'s shape. Kept weights may
+            have new values, dropped ones are zero.
         """
 
 
 @dataclass(frozen=True)
 class Magnitude(Method):
-    """Keeps the largest magnitudes. Needs no batches."""
+    """A method that keeps the weights of largest magnitude. Needs no batches."""
 
     def prune(self, weight: Tensor, statistic: None) -> tuple[Tensor, Tensor]:
         return Pattern.parse(self.pattern).prune(weight)
@@ -56,16 +57,16 @@ class Magnitude(Method):
 
 @dataclass(frozen=True)
 class Wanda(Method):
-    """Keeps the largest products of magnitude and input norm (https://arxiv.org/abs/2306.11695). Needs batches.
+    """A method that keeps the weights with the largest product of magnitude and input norm. Needs batches.
 
-    It is about as fast as ``Magnitude``, and far better on language models, whose inputs have outlier channels, where
-    magnitude pruning fails.
+    The input norm is the root mean square of an input over all tokens, or of an input channel over all pixels
+    (https://arxiv.org/abs/2306.11695). The method is about as fast as ``Magnitude``, and far better on language models:
+    some of their input channels are outliers, where pruning by magnitude fails.
 
-    The norm is the root mean square of an input over all tokens, or of an input channel over all pixels. On
-    convolutional networks it ranks little better than ``Magnitude``, and leaves the statistics of BatchNorm more wrong:
-    a ResNet-20 at 2:4 classifies 36 % of CIFAR-10 correctly with the old statistics (``Magnitude`` 55 %, dense 81 %)
-    and 72 % with new ones (``Magnitude`` 72 %), which ``prune_`` estimates by itself. For a network with other norms
-    compare both, or use a method that updates weights, such as ``SparseGPT``.
+    On convolutional networks it is hardly better than ``Magnitude``, and changes the inputs of BatchNorm more: a
+    ResNet-20 at 2:4 classifies 36 % of CIFAR-10 correctly with the old BatchNorm statistics (``Magnitude`` 55 %, dense
+    81 %) and 72 % with new ones (``Magnitude`` 72 %), which ``prune_`` estimates by itself. For a network with other
+    normalization compare both, or use a method that updates weights, such as ``SparseGPT``.
     """
 
     statistic = InputNorm
@@ -76,15 +77,15 @@ class Wanda(Method):
 
 @dataclass(frozen=True)
 class RIA(Method):
-    """Keeps the largest relative importance times a power of the input norm. Needs batches.
+    """A method that keeps the weights of largest relative importance times a power of the input norm. Needs batches.
 
-    The relative importance of a weight is its share of its input's and of its output's weights (RIA,
-    https://openreview.net/forum?id=Tr0lPx9woF). The score is
+    The relative importance of a weight is its share of all weights of its input plus its share of all weights of its
+    output (RIA, https://openreview.net/forum?id=Tr0lPx9woF). The score is
     ``(|w| / sum of its column + |w| / sum of its row) * norm ** power``.
 
     Args:
         pattern: what to keep.
-        power: how much the norms count; 0.5 as in the paper.
+        power: how much the norms count; the paper uses 0.5.
 
     Raises:
         ValueError: ``pattern`` is not a pattern, or ``power`` is negative or infinite.

@@ -45,48 +45,48 @@ def prune_(
 ) -> PruneReport:
     """Prunes the Linear and Conv2d layers of a model, and its experts, in place, and stores each mask with its layer.
 
-    Works on any tree of modules, including transformers' Conv1D. The weights stay dense tensors with zeros in them;
-    ``keep_masks`` fine-tunes them. Make a ``torch.optim.swa_utils.AveragedModel`` after pruning: it pairs buffers by
+    It works on any tree of modules, including transformers' Conv1D. The weights stay dense tensors with zeros in them,
+    which ``keep_masks`` fine-tunes. Make a ``torch.optim.swa_utils.AveragedModel`` after pruning: it pairs buffers by
     their order, and masks are buffers. If anything fails, or is interrupted, the model is as it was.
 
-    The report lists every other parameter that has at least two dimensions and one group, with the reason why it was
-    left out, and every layer that may compute something else than its class says or whose weight is not its own: a
-    subclass with its own ``forward``; weights that are not initialized, computed (parametrized), of a tensor subclass,
-    tied to another parameter or in its memory, or read by a parent that does not call the layer, as
-    ``nn.MultiheadAttention`` does; convolutions in groups; layers with too few inputs for one group, or that no batch
-    reached.
+    The report lists every other parameter that has at least two dimensions and one group, and why it was left out. So
+    are layers that may compute something else than their class says, or whose weight is not their own: a subclass with
+    its own ``forward``; a weight that is not initialized, computed (parametrized), of a tensor subclass, tied to
+    another parameter or in its memory, or read by a parent that does not call the layer, as ``nn.MultiheadAttention``
+    does. Also left out are convolutions in groups, and layers that have too few inputs for one group or that no batch
+    reaches.
 
-    Experts are parameters ``[experts, ...]`` of a module that multiplies its inputs by one of the matrices or another,
-    as in transformers' mixtures of experts. Every matrix is pruned by itself, in groups along its inputs, on the tokens
-    that are routed to it; one that gets no token is pruned by magnitude, and the report says so. For transformers'
-    experts and gated ones it is known along which dimension the inputs run; for others the batches must show it.
+    Experts are parameters ``[experts, ...]`` of a module that multiplies each token by some of the matrices, as in
+    transformers' mixtures of experts. Every matrix is pruned by itself, in groups along its inputs, on the tokens that
+    are routed to it; one that gets no token is pruned by magnitude, and the report says so. For transformers' experts
+    and gated ones it is known along which dimension the inputs run; for others the batches must show it.
 
     Args:
         model: pruned in place; in evaluation mode while it is pruned.
         method: ``Magnitude("2:4")``, ``Wanda("2:4")``, or another ``Method``.
         batches: calibration inputs: one batch, or an iterable that can be read again, such as a list or a DataLoader.
-            The model gets copies of them, on the device that they are on. ``Wanda`` needs them; with ``Magnitude`` they
-            only serve to report errors. There may be any number of them: a loader is read once, even if it shuffles,
-            and what it makes is held in a file if it is large.
+            The model gets copies of them, on their device. ``Wanda`` needs them; with ``Magnitude`` they only serve to
+            report errors. There may be any number of them: a loader is read once, even if it shuffles, and its batches
+            are kept in a file if they are large.
         where: ``where(name, module)`` selects layers; None selects all.
         axis: what the groups of a Conv2d run along: ``"input"`` channels, which hardware needs, or ``"flatten"`` for
             (channels, height, width) read as one, as some published systems do. It is stored with the mask.
         calibration: how the model is run on the batches; None is ``Calibration()``.
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
-        resume: a folder where every finished stage is kept. The same call goes on after the last stage that it finds
-            there. A different call is refused: weights, method, layers, and batches must be the same, in the same
-            order, so seed what shuffles. Needs batches and sequential calibration; the batches are read once more.
-            Functions in ``calibration`` are compared by their names only.
+        resume: a folder in which every finished stage is stored. The same call goes on after the last stage that it
+            finds there. A different call is rejected: weights, method, layers and batches must be the same, and the
+            batches in the same order, so seed a loader that shuffles. Needs batches and sequential calibration; the
+            batches are read once more. Functions in ``calibration`` are compared by their names only.
 
     Returns:
         What was done to each layer, what was left out and why, and the time it took.
 
     Raises:
-        TypeError: ``model``, ``method``, ``calibration`` or its ``group`` is something else, or ``batches`` can be read
+        TypeError: ``model``, ``method``, ``calibration`` or its ``group`` has a wrong type, or ``batches`` can be read
             only once while several passes are needed.
         ValueError: the method needs batches and there are none, nothing can be pruned, a weight or a calibration input
             is NaN or infinite, or a new weight would be; the processes of the group hold different models; or
-            ``resume`` holds another run, or a file that is damaged or missing.
+            ``resume`` holds another run, or a file in it is damaged or missing.
         RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
     """
     started = time.perf_counter()
@@ -176,7 +176,7 @@ def _stages(
     progress: Progress,
     done: Sequence[str],
 ) -> Generator[tuple[Sequence[PrunableLayer], Sequence[LayerInputs | None]]]:
-    """Yields the layers that are pruned next, with their inputs; without batches each layer alone, with None."""
+    """Yields the layers of each stage with their inputs; without batches, one layer after the other with None."""
     if batches is None:
         yield from (([layer], [None]) for layer in progress(layers))
     else:
@@ -195,7 +195,7 @@ def _missed_reasons(
 
 
 def _restore(finished: FinishedStages, layers: list[PrunableLayer], undo: Undo) -> Iterator[PruneLayerReport]:
-    """Puts the weights and masks of finished stages, which an earlier run found, into their layers."""
+    """Writes the weights and masks of stages that an earlier run finished into their layers; yields the reports."""
     by_name = {layer.name: layer for layer in layers}
     for index in range(len(finished)):
         for report, weight, mask in finished.read(index):

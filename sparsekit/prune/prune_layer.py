@@ -21,14 +21,14 @@ from .report import PruneLayerReport
 def prune_layer(
     layer: PrunableLayer, method: Method, pattern: Pattern, inputs: LayerInputs | None, ranks: Ranks, undo: Undo
 ) -> PruneLayerReport:
-    """Prunes a layer in place; in every process the weight and mask are those of the first."""
+    """Prunes a layer in place; all processes get the weight and mask of the first one."""
     weight, started, remark = layer.weight.detach(), time.perf_counter(), ""
     with full_precision():
         if layer.experts:
             pruned, mask, remark = _prune_experts(layer, method, inputs)
         else:
             pruned, mask = _prune_matrix(layer, method, inputs)
-        ranks.exchange()  # a process that could not prune the layer says so here
+        ranks.exchange()  # raises if another process could not prune the layer
         pruned, mask = ranks.broadcast(pruned), ranks.broadcast(mask)
         check_result(layer, pruned, method)
         error = None if inputs is None else inputs.sample.relative_error(weight, pruned)
@@ -40,7 +40,7 @@ def prune_layer(
 
 
 def _prune_matrix(layer: PrunableLayer, method: Method, inputs: LayerInputs | None) -> tuple[Tensor, Tensor]:
-    """Returns the new weight of a layer and its mask, both in the layer's own layout."""
+    """Returns the new weight of a layer and its mask, both in the layout of the layer's weight."""
     weight = layer.weight.detach()
     dense = grouped(weight, layer.axis)
     pruned, mask = method.prune(dense, None if inputs is None else inputs.statistic)

@@ -1,4 +1,4 @@
-"""Refinements of another method's result: swaps that improve its mask, and the best weights for a mask."""
+"""Refinements of another method's result: swaps that improve its mask, and the best weights for its mask."""
 
 import math
 from dataclasses import dataclass, fields
@@ -12,13 +12,13 @@ from .methods import Method
 from .second_order import damped
 
 BASE = ("pattern", "method")
-WINDOW = 32  # columns in which weights are swapped if the pattern has no groups
-SPAN = 64  # columns that are swapped together; the effect on all other columns is then one product
+WINDOW = 32  # columns within which weights are swapped if the pattern has no groups
+SPAN = 64  # columns whose swaps are made before their effect on all other columns is computed, in one product
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Refinement(Method):
-    """Base class of methods that start from the mask of another method."""
+    """The base class of methods that start from the mask of another method."""
 
     method: Method
 
@@ -39,15 +39,16 @@ class Refinement(Method):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Swaps(Refinement):
-    """Swaps kept and dropped weights within each group as long as that lowers the layer error; values do not change.
+    """A refinement that swaps kept and dropped weights within each group as long as that lowers the layer error.
 
-    Every swap lowers ``||X (W - W')^T||^2`` by its exact change, so the error only falls (1-swaps,
-    https://arxiv.org/abs/2512.10922). 64 columns are treated at a time, all rows at once: each row makes its best
-    swap there until none helps. If the pattern has no groups, weights are swapped within 32 columns.
+    A swap is made only if it lowers ``||X (W - W')^T||^2``, whose change is computed exactly (1-swaps,
+    https://arxiv.org/abs/2512.10922). The method visits 64 columns at a time: there, all rows at once make their best
+    swap, until none helps. If the pattern has no groups, weights are swapped within 32 columns. Kept weights keep their
+    values.
 
     Args:
-        method: gives the first mask, say ``Wanda("2:4")``.
-        passes: how often all columns are visited at most; it ends when a pass swaps nothing.
+        method: the method of the first mask, such as ``Wanda("2:4")``.
+        passes: how often all columns are visited at most; swapping ends after a pass in which nothing was swapped.
 
     Raises:
         TypeError: ``method`` is not a Method.
@@ -84,7 +85,7 @@ class Swaps(Refinement):
 
 
 def _spans(inputs: int, cols: int, group: int) -> list[slice]:
-    """Splits the columns into spans of full groups, about ``SPAN`` wide; groups begin anew every ``cols`` columns."""
+    """Splits the columns into spans of full groups, about ``SPAN`` wide; no group crosses a multiple of ``cols``."""
     cols = cols if cols % group else inputs
     full, size = cols // group * group if group > 1 else 0, max(SPAN // group, 1) * group
     return [
@@ -152,18 +153,18 @@ def _swap_until_settled(weight: Tensor, keep: Tensor, residual: Tensor, gram: Te
 
 @dataclass(frozen=True, init=False, repr=False)
 class LeastSquares(Refinement):
-    """Keeps the mask of another method and gives the kept weights the values that change the output least.
+    """A refinement that gives the weights that another method keeps the values that change the output least.
 
-    Runs conjugate gradients on all rows together, so an iteration costs one product with the Gram matrix, and no matrix
-    is inverted per row (https://arxiv.org/abs/2406.07831 does the same after its own mask search).
+    It runs conjugate gradients on all rows together, so that an iteration costs one product with the Gram matrix and no
+    matrix is inverted for each row (https://arxiv.org/abs/2406.07831 does the same after its own mask search).
 
     Args:
-        method: gives the mask, say ``Wanda("2:4")`` or ``Swaps(Wanda("2:4"))``.
+        method: the method of the mask, such as ``Wanda("2:4")`` or ``Swaps(Wanda("2:4"))``.
         iterations: the largest number of iterations.
-        tolerance: it ends when an iteration lowers the squared layer error by less than this share of the error;
-            3e-4 leaves the error about a thousandth above the least possible, 0 goes on as far as fp32 allows.
-        damp: how much is added to the diagonal of the Gram matrix, as a share of its mean; it keeps weights that the
-            calibration inputs do not determine as they are.
+        damp: how much is added to the diagonal of the Gram matrix, as a share of its mean; with it, weights that the
+            calibration inputs do not determine keep their values.
+        tolerance: the iterations end when one lowers the squared layer error by less than this share of the error; 3e-4
+            leaves the error about a thousandth above the least possible, 0 goes on as far as fp32 allows.
 
     Raises:
         TypeError: ``method`` is not a Method.

@@ -1,4 +1,4 @@
-"""A pruning run in a folder, stage by stage, so that it can go on after a kill."""
+"""The finished stages of a pruning run, stored in a folder, so that it can go on after a kill."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -29,10 +29,10 @@ def describe_call(
     calibration: Calibration,
     axis: str,
 ) -> dict[str, Any]:
-    """Returns everything that the result of a run depends on, as JSON: a run goes on only with an equal call.
+    """Describes as JSON all that the result of a run depends on; a run goes on only if its description is the same.
 
-    ``batches`` holds what ``digest_batches`` returned in each process. Functions are compared by name, because what
-    they do cannot be compared between processes.
+    ``batches`` has what ``digest_batches`` returned in each process. Functions are described by their names, because
+    what they do cannot be compared between processes.
     """
     tensors = digest_tensors(model)
     own = {layer.name: layer.weight_name for layer in layers}
@@ -54,7 +54,7 @@ class FinishedStages:
 
     Args:
         folder: is made by ``begin`` if it does not exist.
-        call: the description of the run's call; a folder with the stages of another call is refused.
+        call: what ``describe_call`` returns; a folder with the stages of another call is rejected.
         layers: the model's layers.
 
     Raises:
@@ -69,7 +69,7 @@ class FinishedStages:
         if path.exists():
             what = "the record of a pruning run"
             record = read_record(path, what)
-            if record.get("stages"):  # a run that has finished no stage binds nobody
+            if record.get("stages"):  # before the first finished stage, any call may take the folder
                 check_call(path, record.get("call"), call)
             try:
                 stages = [[_report(row, self._layers) for row in rows] for rows in record["stages"]]
@@ -78,7 +78,7 @@ class FinishedStages:
             self._stages = stages
 
     def begin(self) -> None:
-        """Makes the folder and its record, so that a folder that cannot be written to fails before the work begins.
+        """Makes the folder and its record, so that an error in writing comes before the work.
 
         Raises:
             OSError: the folder cannot be written to.
@@ -141,7 +141,7 @@ class FinishedStages:
 
 
 def _report(row: dict[str, Any], layers: Mapping[str, PrunableLayer]) -> PruneLayerReport:
-    """Builds a layer's report from its record, in which NaN and Inf, which JSON lacks, are words."""
+    """Makes a layer's report of its JSON record, in which NaN and Inf are strings because JSON has no such numbers."""
     error, layer = row["error"], layers[row["name"]]
     if (shape := tuple(row["shape"])) != tuple(layer.weight.shape):
         raise ValueError(f"layer {layer.name!r} has the shape {shape}, the model's has {tuple(layer.weight.shape)}")

@@ -1,4 +1,4 @@
-"""Damping and Cholesky factors of the Gram matrix, for the methods that need it."""
+"""Damping and Cholesky factors of the Gram matrix, for the methods that update weights."""
 
 import warnings
 
@@ -9,7 +9,7 @@ MAX_DAMP = 1.0
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
-    """Adds ``damp`` times the mean diagonal to the diagonal of a copy; an input that is always 0 counts as 1."""
+    """Returns a copy with ``damp`` times the mean of the diagonal, and 1 where that is 0, added to the diagonal."""
     gram = gram.clone()
     diagonal = gram.diagonal()
     diagonal.add_((diagonal == 0) + damp * diagonal.mean())
@@ -19,11 +19,11 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 def cholesky(gram: Tensor, damp: float) -> Tensor:
     """Computes the lower Cholesky factor of the damped matrix.
 
-    If the matrix is not positive definite in fp32 (fewer tokens than inputs and little damping), it is damped ten times
-    more until it is, with a warning.
+    If the matrix is not positive definite in fp32 (with fewer tokens than inputs and little damping), the damping grows
+    tenfold until it is, and a warning is given.
 
     Raises:
-        ValueError: it is not positive definite even with its mean diagonal added, so it is no Gram matrix.
+        ValueError: it is not positive definite even with a damping of 1, so it is not a Gram matrix.
     """
     factor, info = torch.linalg.cholesky_ex(damped(gram, damp))
     used = damp

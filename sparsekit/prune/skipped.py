@@ -1,4 +1,4 @@
-"""Parameters that are never pruned although they are large enough: listed so that a report covers the whole model."""
+"""The parameters that are never pruned although they are large enough, for a report that covers the whole model."""
 
 from collections.abc import Collection, Iterator
 
@@ -18,9 +18,8 @@ def never_pruned(name: str, module: nn.Module, pattern: Pattern, layers: Collect
     """Yields the module's own parameters that have at least two dimensions and one group and are not in ``layers``."""
     if isinstance(module, Compressed):
         yield Skipped(name, unsupported_reason(module) or "")
-    if isinstance(
-        module, Compressed | ParametrizationList
-    ):  # the parameter that the latter computes is listed with the module that uses it
+    # What a ParametrizationList computes is listed below, with the module that uses it.
+    if isinstance(module, Compressed | ParametrizationList):
         return
     for key, parameter in module._parameters.items():
         if parameter is None or key in layers or "bias" in key:

@@ -15,11 +15,11 @@ from .second_order import upper_factor
 
 @dataclass(frozen=True)
 class SparseGPT(Method):
-    """Drops weights column by column and updates the later ones to make up for each
-    (https://arxiv.org/abs/2301.00774). Needs batches; its layer error is below ``Wanda``'s.
+    """A method that drops weights column by column and updates the later columns to make up for it. Needs batches.
 
-    An input that is always zero loses its weights. With a ``"p%"`` pattern the mask is chosen within every ``columns``
-    columns, by the weights as they have been updated until then.
+    Its layer error is below ``Wanda``'s (https://arxiv.org/abs/2301.00774). The weights of an input that is always zero
+    become zero. With a ``"p%"`` pattern, the mask of every ``columns`` columns is chosen by the weights as they have
+    been updated until then.
 
     Args:
         pattern: what to keep.
@@ -49,8 +49,8 @@ class SparseGPT(Method):
         for start, end in self._spans(pattern, dense.shape[1], weight.shape[-1]):
             span = slice(start, end)
             inner = _inverse(factor[span, span])
-            # The update that earlier columns ask of these is lost @ R[before, span] @ R[span, span]^-1, H = R @ R.T: no
-            # inverse of H is needed, which would be most of the time from 2048 columns on.
+            # With H = R @ R.T, the earlier columns change these by lost @ R[before, span] @ R[span, span]^-1. So H is
+            # never inverted, which would take most of the time from 2048 columns on.
             updated = torch.addmm(dense[:, span], lost[:, :start] @ factor[:start, span], inner)
             kept = None if pattern.m else pattern.mask(updated / inner.diagonal())
             pruned[:, span], _, mask[:, span] = sparsegpt_columns(
@@ -60,7 +60,7 @@ class SparseGPT(Method):
         return pruned.to(weight.dtype).view(weight.shape), mask.view(weight.shape)
 
     def _spans(self, pattern: Pattern, inputs: int, cols: int) -> list[tuple[int, int]]:
-        """Returns start and end of each span of columns; groups begin anew at each kernel position of a convolution."""
+        """Returns start and end of each span of columns; no span crosses a kernel position of a convolution."""
         unit = pattern.m or (pattern.unit[1] if isinstance(pattern.unit, tuple) else 1)
         size = max(self.columns // unit, 1) * unit
         whole = cols if pattern.m else inputs

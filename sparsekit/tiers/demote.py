@@ -1,4 +1,4 @@
-"""Demotion: moves the blocks of a weight that cost least to a smaller tier, and prunes a weight by its tier map."""
+"""Moves the blocks of a weight whose demotion costs least to a smaller tier, and prunes a weight by its tier map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from .tier_map import Ratios, TierMap
 
 Criterion = Literal["loss", "published"]
 Costs = tuple[Tensor, Tensor]
-LEAST = 1e-18  # the smallest score of a kept weight; its square is still a normal number
+LEAST = 1e-18  # the smallest score of a kept weight; its square is not a denormal number yet
 
 
 @dataclass(frozen=True)
 class Demotion:
-    """The demoted blocks of one weight: how many from dense to 2:4 and from 2:4 to top-k, and the shares reached."""
+    """The numbers of blocks of one weight that moved from dense to 2:4 and from 2:4 to top-k, and the shares now."""
 
     dense_to_2_4: int
     mid_2_4_to_topk: int
@@ -27,7 +27,7 @@ class Demotion:
 
 
 def tier_mask(weight: Tensor, score: Tensor, tier_map: TierMap, criterion: Criterion = "loss") -> Tensor:
-    """Returns the bool mask that a tier map gives a weight. The arguments are those of ``prune_tiers``."""
+    """Returns the mask, bool of the weight's shape, by which ``prune_tiers`` prunes a weight with these arguments."""
     return prune_tiers(weight, score, tier_map, criterion)[1]
 
 
@@ -37,8 +37,8 @@ def prune_tiers(
     """Prunes a weight by its tier map, and returns ``(pruned, mask)``.
 
     Args:
-        weight: ``[rows, cols]``; in blocks that are not dense, zeros rank last.
-        score: ranks the entries inside the blocks, see ``demote``.
+        weight: ``[rows, cols]``; in 2:4 and top-k blocks, its zeros are dropped first.
+        score: decides which entries of a block are kept, see ``demote``.
         tier_map: the tiers of the weight's blocks.
         criterion: ``"published"`` ranks by magnitude alone, and chooses top-k among the entries that 2:4 keeps.
     """
@@ -51,7 +51,10 @@ def prune_tiers(
 
 
 def _ranked(weight: Tensor, score: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Returns a tensor to rank and its scale, so that kept weights of all-zero inputs rank before dropped ones."""
+    """Returns a tensor to rank and the scale of its columns.
+
+    If all inputs of a column are zero, its kept weights have a small positive score, and so rank before dropped ones.
+    """
     if score.dim() == 1:
         return weight, score.clamp(min=LEAST)
     return torch.where(nonzero(weight), score.clamp(min=LEAST), 0), None
@@ -67,13 +70,14 @@ def demote(
 ) -> tuple[TierMap, Demotion]:
     """Moves blocks of one weight from dense to 2:4, then from 2:4 to top-k, until the target shares are reached.
 
-    Blocks never move up. All 2:4 blocks compete for top-k, the new ones too. Of equal blocks the first are moved.
+    Blocks never move back. All 2:4 blocks can become top-k, also those that have just become 2:4. Of equal blocks the
+    first are moved.
 
     Args:
-        weight: ``[rows, cols]``, as it was fine-tuned last.
-        score: float32, not negative: ``weight.abs() * norm`` as ``[rows, cols]``; or, several times faster, the norm
-            itself, ``[cols]``.
-        tier_map: the current tiers; not changed.
+        weight: ``[rows, cols]``.
+        score: float32, not negative: ``weight.abs() * norm``, ``[rows, cols]``; or the input norm alone, ``[cols]``,
+            which is several times faster.
+        tier_map: the tiers so far; not changed.
         target: the dense, 2:4 and top-k shares to reach. If a share is reached already, nothing is moved for it.
         criterion: ``"loss"`` demotes the blocks that lose the least squared score, by which the layer's squared output
             error grows if inputs are uncorrelated. ``"published"`` demotes the blocks with the lowest sum of scores,
@@ -83,7 +87,7 @@ def demote(
         The new map, and the numbers of moved blocks.
 
     Raises:
-        ValueError: shapes that do not fit, shares that do not add up to 1, or an unknown criterion.
+        ValueError: the shapes do not fit, the shares do not add up to 1, or the criterion is unknown.
     """
     ((new,), (demotion,)) = demote_together(
         [tier_map], [demotion_costs(weight, score, tier_map, criterion)], target, criterion=criterion
@@ -92,7 +96,7 @@ def demote(
 
 
 def demotion_costs(weight: Tensor, score: Tensor, tier_map: TierMap, criterion: Criterion = "loss") -> Costs:
-    """Computes what it costs to demote each block: from dense to 2:4 and from 2:4 to top-k, float32 ``[R, C]`` each.
+    """Computes what demoting each block costs: from dense to 2:4 and from 2:4 to top-k, float32 ``[R, C]`` each.
 
     Arguments and errors are those of ``demote``. All blocks get both costs, whatever their tier is.
     """
@@ -121,13 +125,19 @@ def demote_together(
     *,
     criterion: Criterion = "loss",
 ) -> tuple[list[TierMap], list[Demotion]]:
-    """Demotes the cheapest blocks of several weights until the blocks of all together reach the target shares.
+    """Demotes the cheapest blocks of several weights until all blocks together reach the target shares.
 
     Args:
         tier_maps: one per weight; not changed.
         costs: the ``demotion_costs`` of each weight, in units that can be compared between weights.
-        target: the shares of all blocks together.
+        target: the dense, 2:4 and top-k shares of all blocks together.
         criterion: decides how the numbers of blocks are rounded, see ``demote``.
+
+    Returns:
+        The new maps, and the numbers of moved blocks of each weight.
+
+    Raises:
+        ValueError: the shares do not add up to 1.
     """
     check_shares(target)
     sizes = [tier_map.tiers.numel() for tier_map in tier_maps]

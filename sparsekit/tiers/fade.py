@@ -1,4 +1,4 @@
-"""Fading: entries that later steps will drop shrink to zero during fine-tuning, so that demotions do little harm."""
+"""Fading: entries that later steps will drop shrink to zero during fine-tuning, so that dropping them does no harm."""
 
 from types import TracebackType
 from typing import Any
@@ -15,20 +15,20 @@ from ..ops import pack_bits, unpack_bits
 
 
 def mark_fading(module: nn.Module, fading: Tensor | None) -> None:
-    """Stores which entries of a layer's weight fade, bit-packed like its mask; None removes that."""
+    """Stores which entries of a layer's weight fade, as bits like its mask; None removes what is stored."""
     remove_bits(module, FADING)
     if fading is not None:
         set_bits(module, FADING, pack_bits(fading))
 
 
 def fading_of(module: nn.Module) -> Tensor | None:
-    """Returns which entries of a layer's weight fade, bool of its shape; None if no entry does."""
+    """Returns which entries of a layer's weight fade, bool of the weight's shape; None if nothing is stored."""
     bits = get_bits(module, FADING)
     return None if bits is None else unpack_bits(bits, module.get_parameter("weight").shape[1])
 
 
 class Fade:
-    """Handle of ``fade``: shrinks the marked entries after every step, until ``remove()`` or the end of a ``with``."""
+    """The handle of ``fade``: shrinks the marked entries after each step, until ``remove()`` or the ``with`` ends."""
 
     def __init__(self, fading: dict[nn.Parameter, Tensor], optimizer: Optimizer, updates: int) -> None:
         self._fading, self._left, self._due = fading, updates, False
@@ -41,7 +41,7 @@ class Fade:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Shrinks the marked entries by 1 / n with n updates left: without gradients they fall in a straight line."""
+        """Shrinks the marked entries by 1 / n if n updates are left, so that without gradients they fall linearly."""
         for parameter, fading in self._fading.items():
             part = local_part(parameter)
             part.copy_(torch.where(fading, part * (1 - 1 / max(self._left, 1)), part))
@@ -53,7 +53,7 @@ class Fade:
             handle.remove()
 
     def _after_step(self) -> None:
-        if self._due:  # a step that calls the step of its base class ends twice
+        if self._due:  # a step that calls the step of its base class runs this hook twice
             self._due = False
             self.apply()
 
@@ -69,10 +69,10 @@ class Fade:
 def fade(model: nn.Module, optimizer: Any, updates: int) -> Fade:
     """Shrinks the entries that the rest of the schedule will drop to zero over the next updates of an optimizer.
 
-    ``tier_iteration`` marks these entries if it knows the shares of the last step (``goal``). A demotion that drops
-    entries that have faded changes nothing, so the model learns to do without them while the learning rate is still
-    high enough. Entries that the next iteration scores again and keeps after all grow back. Without marked entries this
-    does nothing::
+    ``tier_iteration`` marks these entries if it knows the shares of the last step (``TierOptions.goal``). Dropping
+    entries that have faded does not change the model, so it learns to do without them while the learning rate is still
+    high enough. If the next iteration keeps some of them after all, they grow back. Without marked entries this does
+    nothing::
 
         with sk.keep_masks(model, optimizer), fade(model, optimizer, max(0, updates_of_all_steps // 10 - done)):
             for batch in batches:
@@ -81,9 +81,9 @@ def fade(model: nn.Module, optimizer: Any, updates: int) -> Fade:
     Args:
         model: a model that ``tier_iteration`` has pruned.
         optimizer: an optimizer of its weights, or a wrapper of one, as for ``keep_masks``.
-        updates: steps of the optimizer until the entries are zero; fading may be stopped and started again before that.
-            A tenth of the updates of all steps worked better than a half, which leaves too few updates for the final
-            masks, and than no fading, which drops everything at once.
+        updates: steps of the optimizer until the entries are zero; fading may be stopped before that and started again
+            with the rest. A tenth of all updates worked better than a half, which leaves too few updates for the
+            final masks, and better than no fading, which drops everything at once.
 
     Returns:
         A handle with ``remove()``, which is also a context manager.

@@ -1,4 +1,4 @@
-"""Files of tier maps: one safetensors file per model, with its structure as JSON in the header."""
+"""Files of tier maps: one safetensors file per model; its header has the shapes and sizes as JSON."""
 
 import json
 import os
@@ -17,7 +17,11 @@ KEY, VERSION = "sparsekit.tier_maps", 2
 
 
 def save_tier_maps(tier_maps: Mapping[str, TierMap], path: str | os.PathLike[str]) -> None:
-    """Writes the tier maps of a model by layer name, whole or not at all, with a SHA-256 digest.
+    """Writes the tier maps of a model to a file, whole or not at all, with a SHA-256 digest.
+
+    Args:
+        tier_maps: the maps by layer name.
+        path: the file.
 
     Raises:
         OSError: the file cannot be written.
@@ -33,11 +37,11 @@ def save_tier_maps(tier_maps: Mapping[str, TierMap], path: str | os.PathLike[str
 def load_tier_maps(
     path: str | os.PathLike[str], *, block: tuple[int, int] = (16, 16), k: int = 10
 ) -> dict[str, TierMap]:
-    """Reads a file of ``save_tier_maps``, or a ``.pt`` of the published pruner, whose keys are like ``layer_0.mlp.up``.
+    """Reads a file that ``save_tier_maps`` wrote, or a ``.pt`` or ``.pth`` file of the published three-tier pruner.
 
-    Nothing but tensors is unpickled (``weights_only``). A ``.pt`` stores neither shapes nor block sizes: its weights
-    are assumed to consist of whole blocks of ``block``. ``tier_iteration`` matches its names to the ends of the
-    model's names.
+    Of a ``.pt``, nothing but tensors is unpickled (``weights_only``). It stores neither shapes nor block sizes: its
+    weights are assumed to consist of whole blocks of the size ``block``. Its names are like ``layer_0.mlp.up``, which
+    ``tier_iteration`` compares with the ends of the model's names.
 
     Args:
         path: the file.
@@ -94,9 +98,8 @@ def _read_pt(path: Path, block: tuple[int, int], k: int) -> dict[str, TierMap]:
         raise ValueError("it is not a dict of matrices")
     for name, tiers in stored.items():
         if tiers.is_meta or tiers.numel() * tiers.element_size() > tiers.untyped_storage().nbytes():
-            raise ValueError(
-                f"{name} has no data, or not all of it"
-            )  # a small file could otherwise ask for any amount of memory
+            # Without this check, a small file could ask for any amount of memory.
+            raise ValueError(f"{name} has no data, or not all of it")
         if tiers.is_floating_point() or not bool(((tiers >= 0) & (tiers <= 2)).all()):
             raise ValueError(f"a tier is 0, 1 or 2, and {name} has others")
     return {

@@ -1,4 +1,4 @@
-"""The finished iterations of progressive pruning in a folder, from which it can go on after a kill."""
+"""The finished iterations of progressive pruning, stored in a folder, so that it can go on after a kill."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,8 @@ class FinishedIterations:
     A folder holds ``model.safetensors``, ``tier_maps.safetensors``, ``call.json``, and ``report.json``, written last.
 
     Args:
-        folder: made if need be, and tried at once, so that a folder that cannot be written to fails before the work.
-        call: describes the call of the run, as JSON; iterations of another call are refused.
+        folder: is made if it does not exist. Writing to it is tried at once, so that an error comes before any work.
+        call: a description of the call, as JSON; iterations of another call are rejected.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -40,10 +40,10 @@ class FinishedIterations:
         return self._folder / f"iteration-{step.iteration}" / name
 
     def reports(self, schedule: Sequence[Step]) -> list[IterationReport]:
-        """Returns the reports of the finished iterations, up to the first that is not finished.
+        """Returns the reports of the iterations before the first unfinished one.
 
         Raises:
-            ValueError: they belong to another schedule or call, or a file is damaged; the message names it.
+            ValueError: one belongs to another schedule or call, or a file is damaged; the message names it.
         """
         found = []
         for step in schedule:
@@ -67,7 +67,7 @@ class FinishedIterations:
         return found
 
     def restore(self, model: nn.Module, step: Step) -> dict[str, TierMap]:
-        """Restores ``model`` to its state after an iteration, and returns its tier maps.
+        """Loads the weights and masks after an iteration into ``model``, and returns the tier maps.
 
         Raises:
             ValueError: a file is missing or damaged; the message names it, and the model is as it was.
@@ -89,7 +89,7 @@ class FinishedIterations:
 
 
 def _parse(data: Mapping[str, Any]) -> IterationReport:
-    """Builds a report from its record, in which NaN and Inf, which JSON lacks, are words."""
+    """Makes a report of its JSON record, in which NaN and Inf are strings because JSON has no such numbers."""
     step, metric, (scoring, tuning) = data["step"], data["metric"], data["seconds"]
     return IterationReport(
         step=Step(

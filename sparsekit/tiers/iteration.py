@@ -22,7 +22,7 @@ from ..prune.layers import PrunableLayer, check_result, check_weights, find_laye
 from ..prune.prune import check_calibration
 from .demote import Criterion
 from .fade import fading_of, mark_fading
-from .planner import Allocation, Planner, Stages
+from .planner import Allocation, CalibratedStages, Planner
 from .schedule import Step
 from .tier_map import Ratios, TierMap
 
@@ -33,13 +33,14 @@ class IterationReport:
 
     Args:
         step: the step of the schedule.
-        ratios: dense, 2:4 and top-k shares of all blocks now.
-        sparsity: the counted share of the weights that the masks drop; weights that have faded are zero before that.
-        expected_sparsity: the share that follows from the tier maps.
-        demoted: blocks that went from dense to 2:4 and from 2:4 to top-k, by layer.
+        ratios: the dense, 2:4 and top-k shares of all blocks after the iteration.
+        sparsity: the share of the weights that the masks drop, counted; weights that have faded but are not dropped yet
+            do not count.
+        expected_sparsity: the same share as it follows from the tier maps.
+        demoted: the numbers of blocks that went from dense to 2:4 and from 2:4 to top-k, by layer.
         error: the mean relative output error of the layers, before fine-tuning.
-        metric: the value that ``evaluate`` returned after fine-tuning; None without it.
-        seconds: for scoring and demoting, and for fine-tuning.
+        metric: the value that ``evaluate`` returned after fine-tuning; None without ``evaluate``.
+        seconds: the time for scoring and demoting, and the time for fine-tuning.
     """
 
     step: Step
@@ -58,12 +59,12 @@ class TierOptions:
 
     Args:
         criterion: which blocks are demoted first, see ``demote``.
-        allocation: ``"layer"`` gives every layer the same shares, and calibrates stage after stage on what the pruned
-            stages before it produce. ``"model"`` gives the model the shares, and demotes the blocks that add least to
-            the relative output error of their layer, wherever they are; it is calibrated in one pass.
-        reconstruct: gives the kept weights the values that change the output least (``LeastSquares``). With
+        allocation: ``"layer"`` brings every layer to the same shares; each stage is calibrated on the outputs of the
+            pruned stages before it. ``"model"`` brings the model as a whole to the shares, and demotes the blocks of
+            any layer that add least to the relative output error of their layer; all are calibrated in one pass.
+        reconstruct: whether the kept weights get the values that change the output least (``LeastSquares``). With
             ``allocation="model"`` that takes a second calibration, stage after stage.
-        goal: the shares after the last step: entries that they will drop are marked, for ``fade``. None marks none.
+        goal: the shares after the last step; entries that are dropped by then are marked for ``fade``. None marks none.
         block: rows and columns of a block, 16 to 128; GPUs can use 64 and more. Not used with ``tier_maps``.
         k: weights that a top-k block keeps. Not used with ``tier_maps``.
 
@@ -94,28 +95,28 @@ def tier_iteration(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, TierMap], IterationReport]:
-    """Demotes the blocks of every linear layer to the shares of one step, and zeroes what their tiers drop, in place.
+    """Demotes blocks of all linear layers until the shares of one step are reached, and prunes the layers in place.
 
-    The masks are stored with the layers, for ``keep_masks``. Left out are the layers that ``prune_`` leaves out.
+    The masks are stored with the layers, for ``keep_masks``. Layers that ``prune_`` leaves out are left out here too.
 
     Args:
         model: any tree of modules; if anything fails, it is as it was.
         step: the shares to reach.
         batches: calibration batches, as ``prune_`` takes them.
         tier_maps: the maps after the step before, by layer name, or by the ends of the names (``layer_3.mlp.up_proj``
-            for ``model.layers.3.mlp.up_proj``); None starts with every block dense.
+            for ``model.layers.3.mlp.up_proj``); None if every block is dense.
         where: ``where(name, module)`` selects layers; None selects all linear ones.
         options: how blocks are demoted; None is ``TierOptions()``.
-        calibration: how the model is run, as for ``prune_``; None is ``Calibration()``. Its ``sequential`` and
-            ``batchnorm`` are not used: ``options.allocation`` decides the former.
+        calibration: how the model is run, as for ``prune_``; None is ``Calibration()``. Its ``batchnorm`` is not used,
+            and ``options.allocation`` decides instead of its ``sequential``.
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
 
     Returns:
-        The new maps by layer name, and the report, without fine-tuning. Layers that no batch reached keep their maps,
-        and are not in the report.
+        The new maps by layer name, and the report, which knows nothing of fine-tuning. Layers that no batch reached
+        keep their maps, and are not in the report.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument has a wrong type.
         ValueError: nothing can be pruned, a layer has no tier map or one of another shape, a weight or a calibration
             input is NaN or infinite, or the processes hold different models.
         RuntimeError: the model is being changed already, here or in another thread, or another process has failed.
@@ -133,7 +134,7 @@ def tier_iteration(
         before = _starting_maps(layers, tier_maps, options)
         planner = Planner(before, step, options.goal, options.criterion, statistic, calibration.token_mask)
 
-        def run(make_inputs: Callable[[PrunableLayer], LayerInputs], sequential: bool) -> Stages:
+        def run(make_inputs: Callable[[PrunableLayer], LayerInputs], sequential: bool) -> CalibratedStages:
             how = replace(calibration, sequential=sequential)
             yield from calibrate(model, layers, make_inputs, batches, how, ranks, progress=progress or iter)
 
@@ -145,7 +146,7 @@ def tier_iteration(
             for layer, inputs, plan in plans:
                 with full_precision():
                     parts = planner.prune(layer, inputs, plan)
-                    ranks.exchange()  # a process that could not prune the layer says so here
+                    ranks.exchange()  # raises if another process could not prune the layer
                     pruned, mask, fading = (part if part is None else ranks.broadcast(part) for part in parts)
                     assert pruned is not None and mask is not None
                     check_result(layer, pruned, "tier_iteration")
@@ -177,7 +178,7 @@ def tier_iteration(
 
 
 def checked_options(options: TierOptions | None, calibration: Calibration | None) -> tuple[TierOptions, Calibration]:
-    """Returns both with the defaults in place of None; rejects anything else."""
+    """Checks the types of both arguments, and returns them with the defaults in place of None."""
     options = TierOptions() if options is None else options
     if not isinstance(options, TierOptions):
         raise TypeError(f"options must be TierOptions such as TierOptions(k=8), got {options!r}")
@@ -191,7 +192,7 @@ def linear_layers(model: nn.Module, where: Where | None) -> list[PrunableLayer]:
 
     Raises:
         TypeError: ``where`` cannot be called.
-        ValueError: there are none.
+        ValueError: there is no such layer.
     """
     check_where(where)
 

@@ -24,14 +24,14 @@ from .schedule import Step
 from .tier_map import Ratios, TierMap
 
 Allocation = Literal["layer", "model"]
-Stages = Generator[tuple[Sequence[PrunableLayer], Sequence[LayerInputs]]]
-RunStages = Callable[[Callable[[PrunableLayer], LayerInputs], bool], Stages]  # (make_inputs, sequential)
-TIE = 1e-6  # weight of the second demotion's cost in the order of the first: it breaks ties
+CalibratedStages = Generator[tuple[Sequence[PrunableLayer], Sequence[LayerInputs]]]  # layers and inputs of each stage
+Calibrate = Callable[[Callable[[PrunableLayer], LayerInputs], bool], CalibratedStages]  # (make_inputs, sequential)
+TIE = 1e-6  # the weight of the cost of becoming top-k in the order of becoming 2:4, which it only decides in a tie
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The new tier map of one layer, and the one at the end of the schedule."""
+class LayerPlan:
+    """The plan for one layer: its new tier map, the numbers of moved blocks, and its map at the end of the schedule."""
 
     tier_map: TierMap
     demotion: Demotion
@@ -40,14 +40,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Decides which blocks of which layers are demoted.
+    """The choice of the blocks that are demoted in one iteration.
 
     Args:
-        before: the tier maps now, by layer name.
+        before: the tier maps so far, by layer name.
         step: the shares to reach.
         goal: the shares after the last step; None marks nothing to fade.
-        criterion: see ``demote``.
-        statistic: what is collected of the inputs; with ``Gram`` the kept weights get new values.
+        criterion: which blocks are demoted first, see ``demote``.
+        statistic: the statistic of the inputs; with ``Gram`` the kept weights get new values.
         token_mask: which tokens of a batch count.
     """
 
@@ -59,9 +59,9 @@ class Planner:
     token_mask: TokenMask | None = None
 
     def plans(
-        self, run: RunStages, ranks: Ranks, allocation: Allocation
-    ) -> Generator[tuple[PrunableLayer, LayerInputs, Plan]]:
-        """Yields each layer with its inputs and its plan; it must be pruned before the next one is asked for."""
+        self, run: Calibrate, ranks: Ranks, allocation: Allocation
+    ) -> Generator[tuple[PrunableLayer, LayerInputs, LayerPlan]]:
+        """Yields each layer with its inputs and its plan; the caller prunes it before asking for the next one."""
         if allocation == "layer":
             for layer, inputs in self._reached(run, ranks, self.statistic, sequential=True):
                 yield layer, inputs, self._plan([(layer, inputs)])[0]
@@ -73,11 +73,11 @@ class Planner:
             return
         by_name = {layer.name: plan for (layer, _), plan in zip(together, plans, strict=True)}
         for layer, inputs in self._reached(run, ranks, self.statistic, sequential=True):
-            if layer.name in by_name:  # a router may choose other experts once the stages before it are pruned
+            if layer.name in by_name:  # some may be missing: a router chooses other experts after pruned stages
                 yield layer, inputs, by_name[layer.name]
 
     def _reached(
-        self, run: RunStages, ranks: Ranks, statistic: type[InputNorm], *, sequential: bool
+        self, run: Calibrate, ranks: Ranks, statistic: type[InputNorm], *, sequential: bool
     ) -> Generator[tuple[PrunableLayer, LayerInputs]]:
         """Yields the layers that any calibration batch reached, with their inputs."""
         make_inputs = partial(LayerInputs, statistic=statistic, token_mask=self.token_mask)
@@ -85,38 +85,38 @@ class Planner:
             for layers, collected in stages:
                 yield from (each for each in zip(layers, ranks.add_up(collected), strict=True) if len(each[1].sample))
 
-    def _plan(self, group: list[tuple[PrunableLayer, LayerInputs]]) -> list[Plan]:
-        """Plans layers that are demoted together, so that the group as a whole reaches the shares."""
-        if not group:
+    def _plan(self, layers: list[tuple[PrunableLayer, LayerInputs]]) -> list[LayerPlan]:
+        """Plans the demotion of some layers so that all their blocks together reach the shares."""
+        if not layers:
             return []
         with full_precision():
-            return self._demoted(group)
+            return self._plan_precisely(layers)
 
-    def _demoted(self, group: list[tuple[PrunableLayer, LayerInputs]]) -> list[Plan]:
-        costs = [self._costs(layer, inputs) for layer, inputs in group]
+    def _plan_precisely(self, layers: list[tuple[PrunableLayer, LayerInputs]]) -> list[LayerPlan]:
+        costs = [self._costs(layer, inputs) for layer, inputs in layers]
         maps, demotions = demote_together(
-            [self.before[layer.name] for layer, _ in group], costs, self.step.ratios, criterion=self.criterion
+            [self.before[layer.name] for layer, _ in layers], costs, self.step.ratios, criterion=self.criterion
         )
         last: Sequence[TierMap | None] = [None] * len(maps)
         if self.goal is not None:
             last, _ = demote_together(maps, costs, self.goal, criterion=self.criterion)
-        return [Plan(*each) for each in zip(maps, demotions, last, strict=True)]
+        return [LayerPlan(*each) for each in zip(maps, demotions, last, strict=True)]
 
     def _costs(self, layer: PrunableLayer, inputs: LayerInputs) -> Costs:
         """Computes ``demotion_costs`` as shares of the layer's total, so that layers can be compared.
 
-        Blocks that have faded cost nothing to demote: among them those that cost least as top-k go first.
+        Blocks that have faded cost nothing to demote; of these, the blocks that would cost least as top-k go first.
         """
         weight, norm, before = layer.matrix(layer.weight.detach()), _norm(inputs).norm, self.before[layer.name]
         first, second = demotion_costs(weight, norm, before, self.criterion)
-        if self.criterion == "published":  # its first costs add up to the total
+        if self.criterion == "published":  # the first costs are the scores of whole blocks, which add up to the total
             whole = first.sum().clamp(min=1e-30)
             return first / whole, second / whole
         whole = tier_scores(weight, 0, before.block, score_scale=norm, squared=True)[0].sum().clamp(min=1e-30)
         return (first + TIE * second) / whole, second / whole
 
-    def prune(self, layer: PrunableLayer, inputs: LayerInputs, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the pruned weight, its mask, and the mask of what fades, in the weight's own layout."""
+    def prune(self, layer: PrunableLayer, inputs: LayerInputs, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the pruned weight, its mask, and which entries fade (None if none do), in the weight's own layout."""
         weight, statistic = layer.matrix(layer.weight.detach()), _norm(inputs)
         tiers = _Tiers("tiers", plan.tier_map, self.criterion)
         pruned, mask = (
@@ -128,7 +128,8 @@ class Planner:
         if plan.last is None or plan.last.counts == plan.tier_map.counts:
             return own(pruned), own(mask), None
         now, last = plan.tier_map.tiers, plan.last.tiers
-        on_the_way = torch.where(now == TOPK, now, last.clamp(max=SPARSE24))  # a dense block is 2:4 before it is top-k
+        # A dense block that ends as top-k is 2:4 before that, so its entries are dropped in two steps here as well.
+        on_the_way = torch.where(now == TOPK, now, last.clamp(max=SPARSE24))
         for tier_map in (replace(plan.last, tiers=on_the_way), plan.last):
             weight, left = _Tiers("tiers", tier_map, self.criterion).prune(weight, statistic)
         return own(pruned), own(mask), own(mask & ~left)
@@ -136,7 +137,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class _Tiers(Method):
-    """A method that prunes by a tier map, so that ``LeastSquares`` can refine it."""
+    """A pruning method that follows a tier map, so that ``LeastSquares`` can refine its result."""
 
     tier_map: TierMap
     criterion: Criterion
@@ -144,7 +145,7 @@ class _Tiers(Method):
     statistic = InputNorm
 
     def __post_init__(self) -> None:
-        """Accepts every tier map: the pattern is not parsed."""
+        """Does nothing: the pattern of this method is only a name, which is not parsed."""
 
     def prune(self, weight: Tensor, statistic: InputNorm) -> tuple[Tensor, Tensor]:
         return prune_tiers(weight, statistic.norm, self.tier_map, self.criterion)

@@ -1,4 +1,4 @@
-"""Progressive pruning: demotes, fine-tunes and saves, step by step, and goes on from the last saved step."""
+"""Progressive pruning: demotes, fine-tunes and saves step by step, and goes on after the last saved step."""
 
 import os
 import time
@@ -47,24 +47,25 @@ def progressive_tiers(
         model: pruned in place.
         schedule: the steps, such as those of ``read_schedule``; with ``tier_maps``, the steps that remain.
         batches: calibration batches, as ``prune_`` takes them.
-        finetune: called with the model and the step after each demotion; it has to keep the masks.
-        tier_maps: the maps after earlier iterations; None starts dense.
-        folder: every finished iteration is kept in ``folder/iteration-N``: model, tier maps and report. The same call
-            after a kill loads the last one and goes on; another one is refused: it needs the same weights and batches
-            at the start, in the same order, and the same arguments, of which functions count by their name. What
+        finetune: is called with the model and the step after each demotion; it has to keep the masks.
+        tier_maps: the maps after earlier iterations; None if every block is dense.
+        folder: the model, tier maps and report of every finished iteration are written to ``folder/iteration-N``. After
+            a kill, the same call loads the last one and goes on. A different call is rejected: the weights, batches and
+            their order at the start must be the same, and so must the arguments; functions are compared by name. What
             ``finetune`` and ``evaluate`` do cannot be compared: name another folder when they change. Of several
             processes (torch.distributed) the first one writes, and all read.
         where, options, calibration, progress: as in ``tier_iteration``.
-        evaluate: gives a number for the report, say perplexity, after every iteration; in evaluation mode, without
-            gradients.
+        evaluate: returns a number for the report, such as perplexity; is called after every iteration, with the model
+            in evaluation mode and without gradients.
 
     Returns:
-        The tier maps by layer name, and a report for each iteration, also of those that were found in ``folder``.
+        The tier maps by layer name, and a report for each iteration, also for those that were found in ``folder``.
 
     Raises:
         OSError: ``folder`` cannot be written to.
-        ValueError: the schedule is empty, or ``folder`` holds iterations of another call, or files that are damaged or
-            missing; and what ``tier_iteration`` raises.
+        TypeError, RuntimeError: for the reasons of ``tier_iteration``.
+        ValueError: the schedule is empty, ``folder`` holds iterations of another call, or files in it are damaged or
+            missing; and for the reasons of ``tier_iteration``.
     """
     check_model(model)
     if not schedule:

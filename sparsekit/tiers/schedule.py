@@ -1,4 +1,4 @@
-"""The schedule of progressive pruning: a CSV file with one iteration per line."""
+"""The schedule of progressive pruning, which a CSV file holds with one iteration per line."""
 
 import csv
 import os
@@ -17,9 +17,9 @@ class Step:
     """One iteration: the shares of blocks to reach, and how long to fine-tune afterwards.
 
     Args:
-        iteration: counted from 1.
-        ratios: dense, 2:4 and top-k shares after the iteration.
-        dense_to_2_4, mid_2_4_to_topk: the shares that it demotes; they follow from the ratios.
+        iteration: the number of the iteration, from 1.
+        ratios: the dense, 2:4 and top-k shares after the iteration.
+        dense_to_2_4, mid_2_4_to_topk: the shares that the iteration demotes; they follow from the ratios.
         epochs: epochs of fine-tuning; may be a fraction.
     """
 

@@ -10,11 +10,11 @@ from ..masks import get_mask, get_mask_info, tier_sizes
 from ..ops.tiered import smallest_tiers
 from ..ops.tiers import SPARSE24, TOPK
 
-COLORS = ((24, 45, 92), (70, 150, 190), (252, 214, 112))  # dense, 2:4, top-k; they differ in gray as well
+COLORS = ((24, 45, 92), (70, 150, 190), (252, 214, 112))  # dense, 2:4, top-k; they also differ when printed in gray
 
 
 class Ratios(NamedTuple):
-    """Shares of the blocks that are dense, 2:4 and top-k."""
+    """The shares of the blocks that are dense, 2:4 and top-k."""
 
     dense: float
     mid_2_4: float
@@ -29,11 +29,11 @@ class TierMap:
         tiers: uint8 ``[ceil(rows / block[0]), ceil(cols / block[1])]``: 0 dense, 1 2:4, 2 top-k.
         shape: rows and columns of the weight.
         block: rows and columns of a block.
-        k: weights that a top-k block keeps.
+        k: the number of weights that a top-k block keeps.
 
     Raises:
-        TypeError, ValueError: ``tiers`` is not such a tensor, ``shape`` or ``block`` is not two integers, ``k`` is no
-            integer, the block's columns are not a multiple of 4, or ``k`` is not between 0 and the block's size.
+        TypeError, ValueError: ``tiers`` is not such a tensor, ``shape`` or ``block`` is not two integers, ``k`` is not
+            an integer, the block's columns are not a multiple of 4, or ``k`` is not between 0 and the block's size.
     """
 
     tiers: Tensor
@@ -67,20 +67,20 @@ class TierMap:
 
     @staticmethod
     def dense(weight: Tensor, block: tuple[int, int] = (16, 16), k: int = 10) -> "TierMap":
-        """Returns the map from which every schedule starts: all blocks of ``weight`` are dense."""
+        """Returns the map with which every schedule starts, in which all blocks of ``weight`` are dense."""
         rows, cols = weight.shape
         grid = (-(-rows // block[0]), -(-cols // block[1]))
         return TierMap(torch.zeros(grid, dtype=torch.uint8, device=weight.device), (rows, cols), block, k)
 
     @staticmethod
     def of(layer: nn.Module) -> "TierMap":
-        """Reads the map of a layer that ``progressive_tiers`` or ``tier_iteration`` pruned from its stored mask.
+        """Reads the map of a layer from the mask that ``progressive_tiers`` or ``tier_iteration`` stored.
 
-        A block is top-k if it keeps at most ``k`` entries, else 2:4 if every four columns keep at most two, else dense.
-        That is how ``pack_tiered`` packs it, and how it was demoted, with three exceptions. A block at the edge may
-        have so few entries that a smaller tier holds them. If the number of columns is 3 more than a multiple of 4, a
-        2:4 block at the right edge keeps all three and is read as dense. And if ``k`` is half a block or more, a 2:4
-        block is read as top-k.
+        A block is top-k if it keeps at most ``k`` entries, else 2:4 if every four columns keep at most two, else dense,
+        which is also how ``pack_tiered`` packs it. This is the tier to which the block was demoted, with three
+        exceptions. A block at the edge may have so few entries that a smaller tier holds them. If the number of columns
+        is 3 more than a multiple of 4, a 2:4 block at the right edge keeps all three and is read as dense. If ``k`` is
+        half a block or more, a 2:4 block is read as top-k.
 
         Raises:
             ValueError: the layer has no stored mask whose pattern is tiers.
@@ -118,7 +118,7 @@ class TierMap:
         return float(zeros.sum() / area.sum())
 
     def picture(self) -> Tensor:
-        """Draws the map, uint8 ``[R, C, 3]``, with one RGB pixel per block: dense dark, 2:4 blue, top-k light."""
+        """Draws the map, uint8 ``[R, C, 3]``, with one RGB pixel per block: dense is dark, 2:4 blue, top-k light."""
         return torch.tensor(COLORS, dtype=torch.uint8, device="cpu")[self.tiers.cpu().long()]
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Products with the matrices of experts: a mode that finds them however a module computes them."""
+"""A mode that finds the products with the matrices of experts, however a module computes them."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ class Product(NamedTuple):
         expert: the index of the matrix.
         x: the input, ``[rows, inputs]``.
         tokens: int64 ``[rows]``: the row of the module's input that each row of ``x`` comes from.
-        of: the number of rows of the module's input, as far as it can be known.
+        of: the number of rows of the module's input, as far as it is known.
     """
 
     key: str
@@ -33,9 +33,9 @@ class Product(NamedTuple):
 COPIES = frozenset("to type type_as float half bfloat16 contiguous clone".split())
 PICKS = frozenset(("__getitem__", "index_select"))
 PRODUCTS = frozenset("matmul __matmul__ mm bmm mv".split())
-SUMS = frozenset("addmm baddbmm addmv".split())  # of a first argument and a product
+SUMS = frozenset("addmm baddbmm addmv".split())  # they add the product to their first argument
 GROUPED = frozenset("grouped_mm _grouped_mm grouped_mm_fallback".split())
-RECENT = 16  # the latest copies of matrices, which are recognized
+RECENT = 16  # how many of the latest copies of matrices are recognized
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Stack:
         self.key, self.tensor, self.experts = key, tensor, list(experts)
         self.address, self.start = _address(tensor), tensor.storage_offset()
         self.strides = tensor.stride()
-        # The first stride of a single matrix means nothing; a huge one makes every offset belong to matrix 0.
+        # The first stride of a single matrix means nothing; with a huge step every offset belongs to matrix 0.
         self.step = self.strides[0] if len(tensor) > 1 else 1 << 62
 
     def find(self, tensor: Tensor) -> _Found | None:
@@ -90,9 +90,9 @@ class _Stack:
 class Products(TorchFunctionMode):
     """A mode that calls ``see`` with every product with a matrix of the parameters.
 
-    It recognizes ``F.linear``, ``@``, ``torch.bmm`` and its relatives, ``einsum`` of two operands, and grouped
-    products, with the matrix on either side. The matrix may be a view of the parameter, transposed or not, a copy in
-    another dtype, or one of several that were picked by index.
+    It recognizes ``F.linear``, ``@``, ``torch.mm``, ``bmm``, ``mv``, ``addmm`` and the like, ``einsum`` of two
+    operands, and grouped products, with the matrix on either side. The matrix may be a view of the parameter,
+    transposed or not, a copy in another dtype, or one of several that were picked by index.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], see: Callable[[Product], None]) -> None:
@@ -134,7 +134,7 @@ class Products(TorchFunctionMode):
         return next((found for stack in (*self._stacks, *self._copies) if (found := stack.find(tensor))), None)
 
     def _follow(self, given: Sequence[Any], result: Any, *, picked: bool) -> None:
-        """Records that a tensor is a copy of matrices, or of some picked by index."""
+        """Records that ``result`` is a copy of known matrices, or of some of them, which were picked by index."""
         found = self._find(given[0])
         if found is None or not isinstance(result, Tensor) or self._find(result) is not None:
             return
@@ -177,7 +177,10 @@ class Products(TorchFunctionMode):
             self._note(found, found.dims[1], right.mT if right.dim() > 1 else right, -3)
 
     def _note(self, found: _Found, along: int, x: Tensor, experts_at: int | None) -> None:
-        """Calls ``see`` for every matrix. ``x [..., inputs]`` may have a dimension with one part for each of them."""
+        """Calls ``see`` with the product of ``x``, ``[..., inputs]``, and each of the matrices found.
+
+        If ``x`` has a separate part for each matrix, they are along the dimension ``experts_at``.
+        """
         tokens, of = self._tokens(x)
         each: Iterable[tuple[Tensor, Tensor]] = [(x, tokens)] * len(found.experts)
         if experts_at is not None and len(found.experts) > 1 and x.dim() >= -experts_at and x.shape[experts_at] > 1:

@@ -18,7 +18,7 @@ from .statistics import Exchange, Reduce, Statistic
 
 
 class ExpertInputs(LayerInputs):
-    """The inputs of the experts of one layer, collected for each expert by itself."""
+    """The inputs of the experts of one layer, collected separately for each expert."""
 
     def __init__(
         self, layer: PrunableLayer, statistic: type[Statistic] | None, token_mask: TokenMask | None = None
@@ -50,7 +50,7 @@ class _Samples:
         return sum(len(each.sample) for each in self._experts)
 
     def relative_error(self, before: Tensor, after: Tensor) -> float | None:
-        """Returns the mean error of the experts that any token reached; None if there is none."""
+        """Returns the mean error of the experts that got a token; None if no expert did."""
         each = zip(self._experts, before, after, strict=True)
         errors = [error for inputs, *weights in each if (error := inputs.sample.relative_error(*weights)) is not None]
         return sum(errors) / len(errors) if errors else None
@@ -78,10 +78,10 @@ def watch_experts(
 
 
 def find_experts(model: nn.Module, first: Callable[[], list[Any]], forward: Forward | None) -> ExpertAxes:
-    """Finds parameters of three dimensions whose matrices a pass multiplies by, and along which dimension it does so.
+    """Finds the parameters of three dimensions whose matrices a pass multiplies by, and the dimension of the inputs.
 
-    Only parameters of modules that nothing else is known about are watched. If there are none, nothing runs.
-    ``first()`` returns a list of the batch that is run.
+    It watches only the modules that are not known to have experts. If none of them has such a parameter, nothing runs.
+    ``first()`` returns a list with the batch to run.
     """
     found: dict[nn.Module, dict[str, int]] = {}
 

@@ -8,14 +8,14 @@ from .output_store import OutputStore, StoredOutput
 
 
 class HeldBatches:
-    """Batches that are the same in every iteration; each is given as a copy, which may be written to.
+    """A series of batches that is the same in every iteration; it gives copies, which may be written to.
 
-    A loader is read only once, even if it shuffles, or if it looks as if it could be read again and cannot (a stream in
-    a DataLoader). The batches that it makes are held in bounded memory, and beyond that in a file.
+    A loader is read only once, because it may shuffle, or may be a stream that cannot be read again. Its batches are
+    held in bounded memory, and beyond that in a file.
 
     Args:
         batches: the source.
-        store: where batches are kept that are not in a list already. None keeps only the first one, and reads
+        store: keeps the batches, unless they are in a list or tuple already. None keeps only the first one, and reads
             ``batches`` again in every iteration.
     """
 
@@ -34,7 +34,7 @@ class HeldBatches:
     def __iter__(self) -> Iterator[Any]:
         once = self._store is None and isinstance(self._batches, Iterator)
         if once:
-            self.first()  # held now: it can be asked for later, when the iterator is at its end
+            self.first()  # holds the first batch, which may be asked for when the iterator is at its end
         yield from (self[index] for index in self.arriving())
         if self._store is None:
             yield from map(copied, self._reading())

@@ -1,4 +1,4 @@
-"""The inputs of one layer in calibration: the statistic that a method needs, and a sample to measure the error on."""
+"""The calibration inputs of one layer: the statistic that a method needs, and a sample to measure the error on."""
 
 import math
 from typing import Any
@@ -19,8 +19,8 @@ class LayerInputs:
 
     Args:
         layer: the layer.
-        statistic: what is summed up beside the sample; None if the method needs nothing.
-        token_mask: says which tokens are padding and do not count; see ``real_tokens``.
+        statistic: the statistic that the method needs, if any.
+        token_mask: tells which tokens are padding and do not count; see ``real_tokens``.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LayerInputs:
                 self.statistic.update(x)
 
     def reduce(self, exchange: Exchange, reduce: Reduce) -> None:
-        """Adds up the inputs that all processes have collected for this layer; all of them then hold the same."""
+        """Adds up what all processes have collected for this layer, so that all of them hold the same."""
         with full_precision():
             self.sample.merge(exchange)
             if self.statistic is not None:
@@ -50,7 +50,7 @@ class LayerInputs:
 
 
 class InputSample:
-    """A sample of at most ``size`` input rows, drawn evenly from all positions of all batches; the same each time."""
+    """A sample of at most ``size`` input rows, drawn evenly from all positions of all batches, the same in each run."""
 
     def __init__(self, layer: PrunableLayer, size: int = 256) -> None:
         self._layer = layer
@@ -60,7 +60,7 @@ class InputSample:
         self._rows: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Draws a random key for each position and keeps the rows with the largest keys: an even draw from a stream."""
+        """Draws a random key for each position and keeps the rows with the largest keys, which is an even draw."""
         windows = self._layer.windows(x)
         positions = windows.shape[: windows.dim() - self._layer.weight.dim() + 1]
         new_keys = torch.rand(positions.numel(), generator=self._generator, dtype=torch.float32, device="cpu")
@@ -90,7 +90,7 @@ class InputSample:
     def relative_error(self, before: Tensor, after: Tensor) -> float | None:
         """Computes ``||X (before - after)^T|| / ||X before^T||`` over the sampled rows; None without rows.
 
-        NaN if a sampled input or a product is NaN or infinite, and the error cannot be known.
+        The error is NaN if a sampled input or a product is NaN or infinite.
         """
         if self._rows is None or len(self) == 0:
             return None

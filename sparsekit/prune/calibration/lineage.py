@@ -1,4 +1,4 @@
-"""Data lineage between stages: tells which outputs of stages the tensors that are still alive were computed from."""
+"""Data lineage: tells from which outputs of stages the tensors that are still alive were computed."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,8 +24,9 @@ SHAPES = frozenset(
 class Lineage(TorchFunctionMode):
     """A mode that records from which stages' outputs every tensor is computed, while it is on and not paused.
 
-    It goes by storage: a view shares the sources of its base, and writing to a view adds sources to its base. A value
-    that leaves torch (a number, a NumPy array) may decide anything that follows, so its sources stay needed for good.
+    These are the sources of a tensor. They are recorded by storage, so a view has the sources of its base, and writing
+    to a view adds sources to its base. A value that leaves torch (a number, a NumPy array) may affect anything after
+    it, so its sources are needed until the end of the pass.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class Lineage(TorchFunctionMode):
             yield
 
     def pause(self) -> None:
-        """Records nothing until ``resume``. Takes the mode off the stack if it is on top, so that it costs no time."""
+        """Records nothing until ``resume``. If the mode is on top of torch's stack, it is taken off, to save time."""
         top = torch._C._len_torch_function_stack() - 1
         self._paused = True
         self._taken_off = top >= 0 and torch._C._get_function_stack_at(top) is self
@@ -71,11 +72,11 @@ class Lineage(TorchFunctionMode):
                 self._sources[storage] = self._sources.get(storage, frozenset()) | sources
 
     def pin(self, sources: Iterable[Source]) -> None:
-        """Keeps ``sources`` needed for good."""
+        """Counts ``sources`` as needed until the end of the pass."""
         self._pinned.update(sources)
 
     def alive(self) -> frozenset[Source]:
-        """Returns the sources of every tensor that still exists, and the pinned ones."""
+        """Returns the sources of every tensor that still exists, and those that are pinned."""
         self._sources = {storage: names for storage, names in self._sources.items() if not storage.expired()}
         return frozenset(self._pinned).union(*self._sources.values())
 

@@ -1,4 +1,4 @@
-"""The order of the stages: one run of every batch through the dense model shows in which order it enters them."""
+"""Finds an order of the stages: every batch runs through the dense model once, which shows how it enters them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -9,27 +9,27 @@ from typing import Any
 from torch import nn
 
 from ..._forwards import around_forwards
-from .passes import Passes
+from .batch_runner import BatchRunner
 from .stages import Stage, split_layers
 from .statistics import Exchange
 
-Route = tuple[int, ...]  # the indices of the stages that a batch enters, in order; one entered twice stands twice
+StagePath = tuple[int, ...]  # the indices of the stages that a batch enters, in order; one that is entered twice, twice
 
 
 @dataclass(frozen=True)
 class StageOrder:
-    """The stages in an order that suits every batch, and the route of each batch through them."""
+    """The stages in an order that suits every batch, and the path of each batch through them."""
 
     stages: list[Stage]
-    routes: list[Route]
+    paths: list[StagePath]
 
 
-def find_order(stages: list[Stage], passes: Passes, exchange: Exchange) -> StageOrder:
+def find_order(stages: list[Stage], runner: BatchRunner, exchange: Exchange) -> StageOrder:
     """Runs every batch once and finds the order in which stages can be pruned.
 
-    A stage comes after all stages that any batch enters before it. If the layers of a stage run while the stage's own
-    module does not, because the model calls its parts one by one, every layer becomes a stage of its own. All processes
-    that ``exchange`` joins find the same order.
+    A stage comes after all stages that any batch enters before it. If the layers of a stage run without the stage's own
+    module, because the model calls its parts one by one, every layer becomes a stage of its own. All processes that
+    ``exchange`` joins find the same order.
 
     Raises:
         ValueError: there is no batch.
@@ -53,38 +53,38 @@ def find_order(stages: list[Stage], passes: Passes, exchange: Exchange) -> Stage
 
         return run
 
-    paths: list[tuple[int, ...]] = []
+    entries: list[tuple[int, ...]] = []
     number = {module: index for index, module in enumerate(watched)}
-    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of batches share a few paths
-    with passes.running(), around_forwards({module: around(module) for module in watched}):
-        for index in passes.read():
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal tuples are kept once, for thousands of batches
+    with runner.running(), around_forwards({module: around(module) for module in watched}):
+        for index in runner.read():
             entered.clear()
-            passes.run(index)
-            path = tuple(number[module] for module in entered)
-            paths.append(known.setdefault(path, path))
+            runner.run(index)
+            modules = tuple(number[module] for module in entered)
+            entries.append(known.setdefault(modules, modules))
     ranks = exchange(({number[module] for module in bypassed}, list(known)))
     split = {watched[index] for indices, _ in ranks for index in indices}
     found = [part for stage in stages for part in (split_layers(stage.layers) if stage.module in split else [stage])]
     place = {number[stage.module]: index for index, stage in enumerate(found)}
 
-    def route(path: tuple[int, ...]) -> Route:
-        return tuple(place[index] for index in path if index in place)
+    def path(modules: tuple[int, ...]) -> StagePath:
+        return tuple(place[index] for index in modules if index in place)
 
-    order = _order(len(found), [route(path) for _, all_paths in ranks for path in all_paths])
+    order = _order(len(found), [path(modules) for _, all_known in ranks for modules in all_known])
     rank = {stage: index for index, stage in enumerate(order)}
-    routes = {path: tuple(rank[stage] for stage in route(path)) for path in known}
-    return StageOrder([found[index] for index in order], [routes[path] for path in paths])
+    paths = {modules: tuple(rank[stage] for stage in path(modules)) for modules in known}
+    return StageOrder([found[index] for index in order], [paths[modules] for modules in entries])
 
 
-def _order(count: int, routes: Iterable[Route]) -> list[int]:
-    """Orders stages so that each comes after those that any route enters before it.
+def _order(count: int, paths: Iterable[StagePath]) -> list[int]:
+    """Orders stages so that each comes after those that any path enters before it.
 
-    If routes contradict each other, the first one counts. Stages that no route enters come last.
+    If paths contradict each other, the first one counts. Stages that no path enters come last.
     """
     before: list[set[int]] = [set() for _ in range(count)]
     seen: dict[int, None] = {}
-    for route in routes:
-        firsts = dict.fromkeys(route)
+    for path in paths:
+        firsts = dict.fromkeys(path)
         seen |= firsts
         for earlier, later in pairwise(firsts):
             before[later].add(earlier)

@@ -1,4 +1,4 @@
-"""Outputs that are kept from one pass to the next: in memory up to a limit, beyond it in a temporary file."""
+"""A store for outputs from one pass to the next: in memory up to a limit, beyond it in a temporary file."""
 
 import shutil
 import tempfile
@@ -20,9 +20,9 @@ class _Opaque(Exception):
 
 
 class StoredOutput:
-    """One stored output. After ``drop``, ``load`` gives tensors of the same shapes, filled with NaN or 0."""
+    """A stored output. After ``drop``, ``load`` returns tensors of the same shapes, filled with NaN or 0."""
 
-    __slots__ = ("_form", "_records", "_store", "dropped")  # there is one per stage and batch, to the end
+    __slots__ = ("_form", "_records", "_store", "dropped")  # saves memory: there is one per stage and batch
 
     def __init__(self, store: "OutputStore", form: Any, records: "Sequence[_Record]") -> None:
         self._store, self._form, self._records = store, form, records
@@ -33,7 +33,7 @@ class StoredOutput:
         return map_tree(self._form, _never, lambda slot: slot.load() if isinstance(slot, _Record) else slot)
 
     def drop(self) -> None:
-        """Frees the memory, or the room in the file."""
+        """Frees the memory, or the space in the file."""
         for record in self._records:
             self._store.free(record)
         self._records = ()
@@ -41,7 +41,7 @@ class StoredOutput:
 
 
 class _Record:
-    """One tensor: held in memory, or in the file, or only its shape and dtype once it is dropped."""
+    """A stored tensor, in memory or in the file; once it is dropped, only its shape and dtype."""
 
     __slots__ = ("device", "file", "held", "like", "offset")
 
@@ -60,7 +60,7 @@ class _Record:
             return self.held.clone()
         empty = torch.empty_like(self.like, device=self.device)
         if self.file is None:
-            # NaN exposes a number that is used although it was dropped; indices become 0, which stays a valid index.
+            # NaN makes it visible if a dropped tensor is used; integers become 0, which is a valid index.
             return empty.fill_(torch.nan) if self.like.is_floating_point() else empty.zero_()
         buffer = bytearray(self.nbytes)
         self.file.seek(self.offset)
@@ -70,14 +70,14 @@ class _Record:
 
 
 class OutputStore:
-    """Store of outputs: at most ``memory`` bytes in memory, the rest in a temporary file that is deleted with it."""
+    """A store of outputs: at most ``memory`` bytes in memory, the rest in a temporary file that is deleted with it."""
 
     def __init__(self, memory: int | None = None) -> None:
         self._room = MEMORY if memory is None else memory
         self._file: IO[bytes] | None = None
         self._disk = self._end = 0
         self._likes: dict[Any, Tensor] = {}  # on the meta device, by shape, strides and dtype
-        self._gaps: dict[int, list[int]] = {}  # offsets of free room in the file, by size: outputs have few sizes
+        self._gaps: dict[int, list[int]] = {}  # offsets of free space in the file, by size: outputs have few sizes
 
     def keep(self, value: Any) -> StoredOutput | None:
         """Stores an output of strided tensors in containers; None if it holds anything else or there is no room."""
@@ -97,7 +97,7 @@ class OutputStore:
             return None
 
     def free(self, record: _Record) -> None:
-        """Makes the room of a record free for others."""
+        """Frees the space of a record for others."""
         if record.held is not None:
             self._room += record.nbytes
         elif record.file is not None:

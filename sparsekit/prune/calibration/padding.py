@@ -1,4 +1,4 @@
-"""Padding: tells the real tokens of a layer's input from those that only fill up a batch."""
+"""Tells the real tokens of a layer's input from padding, which only fills up a batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,9 +15,9 @@ ENCODER, DECODER = "attention_mask", "decoder_attention_mask"
 def real_tokens(x: Tensor, layer: PrunableLayer, batch: Any, token_mask: TokenMask | None = None) -> Tensor:
     """Returns the part of a layer's input that is not padding; ``x`` itself if all of it is real.
 
-    A mask is ``[batch, tokens]``, and 0 marks padding. Inputs ``[batch, tokens, ...]``, ``[tokens, batch, ...]`` and
-    ``[batch * tokens, inputs]`` come back as ``[real tokens, ...]``. Of other inputs everything counts, except
-    sentences without any real token. Masks of another shape say what attends to what, and are not used.
+    A mask is ``[batch, tokens]``, and 0 marks padding. Of inputs ``[batch, tokens, ...]``, ``[tokens, batch, ...]`` and
+    ``[batch * tokens, inputs]``, the result is ``[real tokens, ...]``. Of other inputs, everything counts except
+    sentences without any real token. Masks of another shape tell which tokens attend to which, and are not used.
 
     Args:
         x: the input that the layer was called with.

@@ -1,4 +1,4 @@
-"""One pass of one batch up to one stage, in which finished stages return what they returned before."""
+"""A pass of one batch up to one stage, in which finished stages return what they returned before."""
 
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 from .lineage import Lineage, Source
 from .output_store import OutputStore, StoredOutput
 
-Call: TypeAlias = "partial[Any]"  # a stage's forward with its arguments
+StageCall: TypeAlias = "partial[Any]"  # a stage's forward with its arguments
 
 
 class PassDone(BaseException):
-    """Ends a pass that has run its stage as often as the model does. Not an Exception, so that no model catches it.
+    """Raised to end a pass that has run its stage as often as the model does.
+
+    It is not an Exception, so that no model catches it.
 
     Args:
         stage: the stage in which, or before which, the pass ended.
@@ -25,22 +27,22 @@ class PassDone(BaseException):
 
 
 class StaleOutput(BaseException):
-    """Ends a pass that needs an output that was dropped."""
+    """Raised to end a pass that needs an output that was dropped."""
 
 
 class PartialPass:
-    """A pass: decides at every stage that the model enters whether the stage runs or its stored output is returned.
+    """A pass that runs each stage that the model enters, or returns the stage's stored output instead.
 
     Args:
         stage: the pass ends when this stage has run ``entries`` times.
-        entries: how often the dense model ran it. With 0 the pass ends after one run, or before any other stage that is
-            not finished.
-        finished: stages whose weights do not change any more.
-        store: where outputs are kept.
-        returned: called with every output of ``stage``.
-        keeping: called with the call of a finished stage whose output has just been stored.
-        kept: the outputs of finished stages from earlier passes of this batch, which the pass updates; None runs all
-            stages.
+        entries: how often the dense model ran the stage. With 0 the pass ends after one run, or before any other stage
+            that is not finished.
+        finished: the stages that are pruned.
+        store: keeps outputs.
+        returned: is called with every output of ``stage``.
+        keeping: is called with the call of a finished stage when its output has been stored.
+        kept: the outputs of finished stages from earlier passes of this batch, which the pass updates; None if all
+            stages run.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class PartialPass:
         finished: Collection[int],
         store: OutputStore,
         returned: Callable[[Any], None] = lambda _: None,
-        keeping: Callable[[Call], object] = lambda _: None,
+        keeping: Callable[[StageCall], object] = lambda _: None,
         *,
         kept: dict[Source, StoredOutput] | None,
     ) -> None:
@@ -59,20 +61,20 @@ class PartialPass:
         self._kept: dict[Source, StoredOutput] = {} if kept is None else kept
         self._entered: Counter[int] = Counter()
         self._inside = False
-        self._follows = kept is not None  # until an unfinished stage runs: everything after it will change
+        self._follows = kept is not None  # False once an unfinished stage runs: what comes after it will change
         self._returned, self._keeping = returned, keeping
         self._lineage = Lineage()
 
     def following(self) -> AbstractContextManager[None]:
-        """Returns the context in which the model must run."""
+        """Returns the context in which the model has to run."""
         return self._lineage.following() if self._follows else nullcontext()
 
-    def enter(self, stage: int, call: Call) -> Any:
+    def enter(self, stage: int, call: StageCall) -> Any:
         """Runs a stage, or returns its stored output.
 
         Raises:
             PassDone: the stage has run as often as the model runs it.
-            StaleOutput: an output is needed that was dropped; no unfinished stage has run yet.
+            StaleOutput: the pass needs an output that was dropped; no unfinished stage has run yet.
         """
         if self._inside:
             output = self._run(stage, call)
@@ -90,7 +92,7 @@ class PartialPass:
             raise PassDone(self._stage)
         return output
 
-    def _run(self, stage: int, call: Call) -> Any:
+    def _run(self, stage: int, call: StageCall) -> Any:
         self._follows = self._follows and stage in self._finished
         output = call()
         if stage == self._stage:
@@ -98,7 +100,7 @@ class PartialPass:
             self._returned(output)
         return output
 
-    def _replayed(self, key: Source, call: Call) -> Any:
+    def _replayed(self, key: Source, call: StageCall) -> Any:
         lineage = self._lineage
         lineage.pause()
         if key in self._kept and key[0] in self._finished:

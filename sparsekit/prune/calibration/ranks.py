@@ -1,4 +1,4 @@
-"""Processes that calibrate one model together, each with its own batches."""
+"""The processes that calibrate one model together, each with its own batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,15 +26,14 @@ class RankFailed(RuntimeError):
 
 
 class Ranks:
-    """The processes of a group; only this one if torch.distributed is not running.
+    """The processes of a group; only this one if torch.distributed is not initialized.
 
-    Every process makes the same calls in the same order. One that fails says so in place of its next ``exchange``, so
-    that the others do not wait for it.
+    Every process makes the same calls in the same order. If one fails, it sends its error in place of its next
+    ``exchange``, so that the others do not wait for it.
 
     Args:
-        group: ``"world"``: all processes, where torch.distributed is initialized; ``"alone"``: only this one; or a
-            process group that this one belongs to.
-        statistic: the statistic that will be added up.
+        group: ``"world"`` for all processes, ``"alone"`` for this one only, or a process group with this one in it.
+        statistic: the statistic to add up, if any.
 
     Raises:
         TypeError, ValueError: ``group`` is something else or a group of other processes, or ``statistic`` cannot be
@@ -62,7 +61,7 @@ class Ranks:
         return [value] if self.size == 1 else self._exchange(None, value)
 
     def agree(self, call: Mapping[str, Any], layers: Sequence[PrunableLayer]) -> None:
-        """Checks that all processes do the same to the same model.
+        """Checks that all processes make the same ``call`` for the same model.
 
         Raises:
             ValueError: names what differs.
@@ -93,7 +92,7 @@ class Ranks:
             dist.all_reduce(tensor, group=self._group)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Returns the first process's tensor in all processes; every process gives one of the same shape and dtype."""
+        """Returns the tensor of the first process, in all processes; those of the others have its shape and dtype."""
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()

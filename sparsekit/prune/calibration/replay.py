@@ -1,13 +1,14 @@
 """Partial passes of all batches, in which finished stages are not computed again but return their earlier outputs.
 
-Every pass is an ordinary call of the model, on the caller's thread and under all its modes, which ends when its stage
-has run. Everything between the stages is computed again. The output of a finished stage is kept, in bounded memory, as
-long as a tensor that was computed from it is alive; an output that is not kept is computed again.
+Every pass is an ordinary call of the model, in the caller's thread and all modes that are on, and ends when its stage
+has run. What the model computes between stages is computed again in every pass. The output of a finished stage is kept,
+in bounded memory, as long as a tensor that was computed from it is alive; an output that is not kept is computed again.
 
-A stage may do more than return its output: it may add to a cache that other stages read, for instance. That cannot be
-observed, so every route is tried on the dense model first. In that trial each stored stage is run again on other
-numbers, as other batches would, which overwrites anything it left behind. If a stage then returns another output than
-in a plain pass, the batches on that route take plain partial passes, which repeat the finished stages.
+A stage may do more than return its output: for instance, it may add to a cache that other stages read. That cannot be
+observed, so the path of each batch through the stages is tried on the dense model first. In that trial, every stage
+whose output was stored runs once more on other numbers, as it would for other batches, which overwrites anything it
+left behind. If a stage then returns another output than in a plain pass, the batches on this path take plain partial
+passes, in which finished stages are computed again.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -21,13 +22,13 @@ from torch import Tensor
 from ..._forwards import around_forwards
 from ..._trees import copied, map_tree, tensors_in
 from ..layers import PrunableLayer
+from .batch_runner import BatchRunner
 from .inputs import LayerInputs
 from .lineage import Source
 from .observe import observe
-from .order import Route, StageOrder
+from .order import StageOrder, StagePath
 from .output_store import OutputStore, StoredOutput
-from .partial_pass import Call, PartialPass, PassDone, StaleOutput
-from .passes import Passes
+from .partial_pass import PartialPass, PassDone, StageCall, StaleOutput
 from .statistics import Exchange
 
 COMPARED = 4096  # entries of an output that the trial compares
@@ -37,37 +38,37 @@ class Replay:
     """The partial passes of all batches, stage after stage. A stage is finished when its layers are pruned."""
 
     def __init__(
-        self, found: StageOrder, passes: Passes, store: OutputStore, finished: Collection[int], exchange: Exchange
+        self, found: StageOrder, runner: BatchRunner, store: OutputStore, finished: Collection[int], exchange: Exchange
     ) -> None:
-        self._stages, self._routes, self._passes, self._store = found.stages, found.routes, passes, store
+        self._stages, self._paths, self._runner, self._store = found.stages, found.paths, runner, store
         self._finished = set(finished)
-        self._ends: dict[int, int | None] = {}  # by batch: the first stage on its way that is not finished
+        self._ends: dict[int, int | None] = {}  # by batch: the first unfinished stage that its latest pass came to
         self._now: PartialPass | _Outputs | None = None
-        first = {route: index for index, route in reversed(list(enumerate(self._routes)))}
-        replayed = {route: self._pays(route) and self._can_be_replayed(route, index) for route, index in first.items()}
+        first = {path: index for index, path in reversed(list(enumerate(self._paths)))}
+        replayed = {path: self._pays(path) and self._can_be_replayed(path, index) for path, index in first.items()}
         if not all(exchange(all(replayed.values()))):  # processes that share sharded weights must run in step
             replayed = dict.fromkeys(replayed, False)
-        kept = [dict[Source, StoredOutput]() if replayed[route] else None for route in self._routes]
+        kept = [dict[Source, StoredOutput]() if replayed[path] else None for path in self._paths]
         self._kept: list[dict[Source, StoredOutput] | None] = kept
 
     def collect(self, stage: int, make_inputs: Callable[[PrunableLayer], LayerInputs]) -> list[LayerInputs]:
-        """Runs every batch up to the stage, and returns the inputs of the stage's layers, in their order.
+        """Runs every batch up to the stage, and returns the inputs of the stage's layers, in the order of the layers.
 
-        A batch that does not enter the stage in the dense model may enter it now that other stages are pruned, for
-        instance if an early exit depends on their outputs. So it runs too, and ends before any other unfinished stage.
+        A batch that does not enter the stage in the dense model may do so after other stages are pruned, for instance
+        if their outputs decide on an early exit. So it runs too, and ends before any other unfinished stage.
         """
         inputs = {layer: make_inputs(layer) for layer in self._stages[stage].layers}
 
         def record(layer: PrunableLayer, x: Any) -> None:
-            inputs[layer].update(x, self._passes.current)
+            inputs[layer].update(x, self._runner.current)
 
         with observe(inputs, record), self._passing():
-            for index, route in enumerate(self._routes):
-                if stage not in route and self._ends.get(index, stage) != stage:
+            for index, path in enumerate(self._paths):
+                if stage not in path and self._ends.get(index, stage) != stage:
                     continue
-                start = partial(PartialPass, stage, route.count(stage), self._finished, self._store)
+                start = partial(PartialPass, stage, path.count(stage), self._finished, self._store)
                 end = self._run(index, start, self._kept[index])
-                if stage in route or end == stage:
+                if stage in path or end == stage:
                     self._ends.pop(index, None)
                 else:
                     self._ends[index] = end
@@ -84,7 +85,7 @@ class Replay:
         self._now = now = start(kept=kept)
         try:
             with now.following():
-                self._passes.run(index)
+                self._runner.run(index)
             return None
         except PassDone as done:
             return done.stage
@@ -107,30 +108,30 @@ class Replay:
             return run
 
         arounds = {stage.module: around(index) for index, stage in enumerate(self._stages)}
-        with self._passes.running(), around_forwards(arounds):
+        with self._runner.running(), around_forwards(arounds):
             yield
 
-    def _pays(self, route: Route) -> bool:
-        """Returns whether replay runs stages less often than plain partial passes do, the trial included.
+    def _pays(self, path: StagePath) -> bool:
+        """Returns whether replay runs stages less often than plain partial passes would, including the trial.
 
-        Replay runs each stage twice per batch, and four times in the trial.
+        Replay runs each stage twice for each batch, and four times in the trial.
         """
-        batches = self._routes.count(route)
-        return batches * (len(route) + 1) > 4 * (batches + 2)
+        batches = self._paths.count(path)
+        return batches * (len(path) + 1) > 4 * (batches + 2)
 
-    def _can_be_replayed(self, route: Route, index: int) -> bool:
+    def _can_be_replayed(self, path: StagePath, index: int) -> bool:
         """Returns whether every stage returns the same in replayed passes of a batch as in a plain one."""
         plain, kept = _Outputs(), dict[Source, StoredOutput]()
         try:
             with self._passing():
                 self._now = plain
-                self._passes.run(index)
-                for stage in sorted(set(route)):
+                self._runner.run(index)
+                for stage in sorted(set(path)):
                     replayed = _Outputs()
                     shown = partial(replayed.add, stage), _overwrite
                     finished = self._finished | set(range(stage))
                     self._run(
-                        index, partial(PartialPass, stage, route.count(stage), finished, self._store, *shown), kept
+                        index, partial(PartialPass, stage, path.count(stage), finished, self._store, *shown), kept
                     )
                     if not replayed.equal(plain, stage):
                         return False
@@ -143,8 +144,8 @@ class Replay:
         return True
 
 
-def _overwrite(call: Call) -> None:
-    """Runs a stage on other numbers, so that whatever it left on modules belongs to another pass."""
+def _overwrite(call: StageCall) -> None:
+    """Runs a stage on other numbers, which overwrites whatever the stage left behind on modules."""
     args, kwargs = map_tree(copied((call.args, call.keywords)), _halved, lambda value: value)
     call.func(*args, **kwargs)
 
@@ -159,7 +160,7 @@ class _Outputs:
     def __init__(self) -> None:
         self._of: dict[int, list[Tensor]] = {}
 
-    def enter(self, stage: int, call: Call) -> Any:
+    def enter(self, stage: int, call: StageCall) -> Any:
         output = call()
         self.add(stage, output)
         return output

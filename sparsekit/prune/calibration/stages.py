@@ -17,10 +17,10 @@ class Stage:
 
 
 def split_stages(model: nn.Module, layers: Iterable[PrunableLayer]) -> list[Stage]:
-    """Groups layers by the outermost list that they are in: each child of a ModuleList or Sequential is a stage.
+    """Makes each item of an outermost ModuleList, ModuleDict or Sequential a stage of the layers in it.
 
-    A layer outside any list is a stage of its own. If an item of a list is a ModuleList or ModuleDict itself, its items
-    are the stages, because only a module that is called has an end to wait for.
+    A layer outside any list is a stage of its own. If an item is a ModuleList or ModuleDict itself, its items are the
+    stages, because these two are never called, and a stage ends when its module returns.
     """
     return _group(layers, lambda layer: _stage_module(model, layer.path))
 

@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs, summed up in memory that does not grow with the number of batches."""
+"""Statistics of a layer's inputs, which take memory that does not grow with the number of batches."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,23 +9,23 @@ from torch import Tensor
 from ..layers import PrunableLayer
 
 Reduce = Callable[[Tensor], None]  # sums a tensor over all processes, in place
-Exchange = Callable[[Any], list[Any]]  # gives the values of all processes, in the order of their ranks
-TOGETHER = 256  # rows of small batches that are multiplied at once, because each product reads and writes all sums
+Exchange = Callable[[Any], list[Any]]  # returns the values of all processes, in the order of their ranks
+TOGETHER = 256  # rows of small batches that one product adds at once, because each product reads and writes all sums
 
 
 class Statistic(Protocol):
-    """A sum over all inputs of one layer. A method names the class that it needs."""
+    """A statistic of all inputs of one layer, such as a sum. A method names the class that it needs."""
 
     def __init__(self, layer: PrunableLayer) -> None: ...
 
     def update(self, x: Tensor) -> None:
-        """Adds one input of the layer, as the layer was called with it; padding is left out already."""
+        """Adds one input of the layer, which is what the layer was called with, without padding."""
 
     def reduce(self, reduce: Reduce) -> None:
-        """Adds the same statistic of all other processes.
+        """Adds the statistics of all other processes.
 
-        Calls ``reduce``, which sums in place, on every tensor of sums: on the same ones in the same order in each
-        process, even if no input came.
+        It calls ``reduce``, which sums a tensor over all processes in place, on each of its tensors: in every process
+        on the same ones in the same order, even if no input came.
         """
 
 
@@ -67,16 +67,14 @@ class InputNorm:
 
 
 class Gram(InputNorm):
-    """The Gram matrix of the inputs, beside their norms; methods that update the kept weights need it.
+    """The Gram matrix of the inputs, and their norms; methods that update the kept weights need it.
 
-    Memory: ``4 * cols ** 2`` bytes per layer of the stage that is being calibrated.
+    It takes ``4 * cols ** 2`` bytes for each layer of the stage that is being calibrated.
     """
 
     def __init__(self, layer: PrunableLayer) -> None:
         super().__init__(layer)
-        self._products: Tensor | None = (
-            None  # made when the first input comes, so that layers not reached yet take no memory
-        )
+        self._products: Tensor | None = None  # made for the first input, so that layers not reached take no memory
         self._waiting: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Runs of the model on its calibration batches: as many as it takes, every one under the same conditions."""
+"""Runs the model on its calibration batches, any number of times, always under the same conditions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from ..._undo import restoring
 from .held_batches import HeldBatches
 
 
-class Passes:
-    """A model, its batches, and how they are run."""
+class BatchRunner:
+    """A model with its calibration batches, which runs any of them with the same random numbers every time."""
 
     def __init__(self, model: nn.Module, batches: HeldBatches, forward: Forward | None) -> None:
         self._model, self._batches, self._forward = model, batches, forward
         self._seed = torch.initial_seed()
-        self.current: Any = None  # the batch that runs now
+        self.current: Any = None  # the batch that is running
 
     def read(self) -> Iterator[int]:
         """Yields the index of each batch as soon as it has been read.
@@ -33,7 +33,7 @@ class Passes:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Surrounds calls of ``run``: compiled modules run eagerly, and the caller's random state is restored."""
+        """Returns the context for calls of ``run``: modules run eagerly, and random states are restored at the end."""
         cpu = torch.default_generator.get_state()
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
@@ -47,7 +47,7 @@ class Passes:
             yield
 
     def run(self, index: int) -> None:
-        """Runs a copy of a batch, with the same random numbers every time, on the weights as they are now."""
+        """Runs a copy of a batch, with the same random numbers every time."""
         self.current = self._batches[index]
         torch.clear_autocast_cache()  # it may hold a weight from before it was pruned
         seed = (self._seed + index) % (1 << 63)
