@@ -1,8 +1,8 @@
-"""Weights packed by bitmask in the formats of llm-compressor: tensors by name, and models from and to them.
+"""Reads and writes weights that are packed by bitmask in the formats of llm-compressor.
 
-``sparse-24-bitmask`` stores for every 2:4 weight ``NAME.compressed`` ``[rows, cols / 2]``, ``NAME.bitmask`` uint8
-``[rows, ceil(cols / 8)]`` and ``NAME.shape``, an int64 column; this packed form is that of ``pack24``.
-``sparse-bitmask`` stores weights with any zeros: ``compressed`` has one dimension, and ``row_offsets`` say where rows
+``sparse-24-bitmask`` stores every 2:4 weight as three tensors: ``NAME.compressed`` ``[rows, cols / 2]`` and
+``NAME.bitmask`` uint8 ``[rows, ceil(cols / 8)]``, packed as by ``pack24``, and ``NAME.shape``, an int64 column.
+``sparse-bitmask`` stores weights with any zeros: ``compressed`` has one dimension, and ``row_offsets`` says where rows
 begin. NAME is the name of the layer, or in older files that of the weight, which ends in ``.weight``
 (https://github.com/vllm-project/compressed-tensors).
 """
@@ -34,7 +34,7 @@ def find_packed(names: Iterable[str]) -> dict[str, dict[str, str]]:
         For each dense weight, such as ``"layers.0.up.weight"``, the tensor names of parts such as ``"compressed"``.
 
     Raises:
-        ValueError: a part is missing, or two weights have one name.
+        ValueError: a part is missing, or two weights have the same name.
     """
     names = set(names)
     found: dict[str, dict[str, str]] = {}
@@ -60,20 +60,20 @@ def unpack_bitmask(name: str, parts: Mapping[str, Tensor]) -> Tensor:
         parts: its tensors ``"compressed"``, ``"bitmask"`` and ``"shape"``.
 
     Raises:
-        ValueError: the parts do not belong together, or each row has half of its weights and a group of four does not
-            have exactly two.
+        ValueError: the parts do not belong together; or half of each row is kept, as in 2:4, but not exactly two of
+            every group of four.
     """
     values, shape = parts["compressed"], check_bitmask(name, parts)
     mask = unpack_bits(parts["bitmask"].reshape(*shape[:-1], -(-shape[-1] // 8)), shape[-1])
     if values.dtype in DTYPES:
         return values.new_zeros(shape).masked_scatter(mask, values)
-    bits = BITS[values.element_size()]  # float8 tensors support copies, but no masked_scatter
+    bits = BITS[values.element_size()]  # float8 tensors can be copied, but masked_scatter does not take them
     dense = torch.zeros(shape, dtype=bits, device=values.device).masked_scatter(mask, values.contiguous().view(bits))
     return dense.view(values.dtype)
 
 
 def shape_of(name: str, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Returns the shape that is stored with a weight. The arguments and errors are those of ``unpack_bitmask``."""
+    """Returns the shape that is stored with a weight; the arguments and errors are those of ``unpack_bitmask``."""
     sizes = parts["shape"].flatten()
     shape = tuple(sizes[:8].tolist())
     if not 0 < len(sizes) <= 8 or not all(type(size) is int and size >= 0 for size in shape):
@@ -113,10 +113,10 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def unpack_all(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields all tensors with every packed weight dense, and every quantized one in the dtype of its scale.
+    """Yields all tensors; packed weights come dense, and quantized ones in the dtype of their scale.
 
     Args:
-        tensors: a dict, or ``Shards``, which are read one after the other.
+        tensors: a dict, or ``Shards``, whose tensors are read one after the other.
 
     Raises:
         ValueError: a weight is malformed, or quantized in another way than by float8 or int8 with a scale.
@@ -158,14 +158,14 @@ def _dequantized(name: str, weight: Tensor, given: Mapping[str, Tensor]) -> Tens
 def pack_all(
     tensors: Mapping[str, Tensor], where: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields all tensors with every 2:4 weight packed as ``sparse-24-bitmask``.
+    """Yields all tensors; 2:4 weights come packed as ``sparse-24-bitmask``.
 
     Args:
-        tensors: a dict, or ``Shards``, which are read one after the other.
-        where: whether the layer of a name, as ``"layers.0.up"``, may be packed.
+        tensors: a dict, or ``Shards``, whose tensors are read one after the other.
+        where: whether a layer may be packed, given its name, such as ``"layers.0.up"``.
 
-    Packed are float32, float16 and bfloat16 matrices whose name ends in ``weight``, of a multiple of 4 columns, with at
-    most two non-zeros in every four.
+    A tensor is packed if it is a float32, float16 or bfloat16 matrix, its name ends in ``weight``, its columns are a
+    multiple of 4, and at most two of every four are non-zero.
     """
     for name in tensors:
         tensor = tensors[name]
@@ -196,7 +196,7 @@ def shape_column(rows: int, cols: int) -> Tensor:
 
 
 def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the packed tensors of a state dict, and unpacks those that the format does not have.
+    """Renames the packed tensors of a state dict as ``sparse-24-bitmask`` does, and unpacks tiered layers.
 
     Raises:
         ValueError: the format cannot hold one of the packed layers, or the model has no ``Linear24``.
@@ -221,10 +221,10 @@ def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def from_bitmask24(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[str, LayerRecord], dict[str, str]]:
-    """Renames the tensors back in place; returns the layers, and the name of the stored tensor for every shared one.
+    """Renames the tensors back, in place, and unpacks weights of ``sparse-bitmask``.
 
-    Weights of ``sparse-bitmask`` are unpacked. These files have a shared tensor under one name only, so the model
-    defines what is shared.
+    Returns the compressed layers, and for each name of a shared tensor that is missing in the file the name that is
+    there. These files have a shared tensor under only one name, so the model says what is shared.
 
     Raises:
         ValueError: no tensor is packed in this format, or the parts of one do not belong together.

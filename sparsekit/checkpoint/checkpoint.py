@@ -41,9 +41,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
             ``torch.compile`` or ``DistributedDataParallel`` the inner model is saved.
         path: the file; an existing one is replaced.
         format: ``"sparse-24-bitmask"`` writes the weights as llm-compressor did, for tools that read those: every
-            ``Linear24`` packed and all other weights dense, without other masks and a digest. ``"masks"`` writes only
-            the masks, for example beside a folder of ``save_pretrained``, which keeps the weights with their
-            zeros; ``load`` rejects them for weights that do not have these zeros.
+            ``Linear24`` packed and all other weights dense, without other masks and without a digest. ``"masks"``
+            writes only the masks, for example into a folder of ``save_pretrained``, which has the weights with their
+            zeros; ``load`` rejects the masks for weights that do not have these zeros.
 
     Raises:
         TypeError: ``model`` is not a module, or its state dict holds something that is not a tensor.
@@ -84,8 +84,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
 
     A packed 2:4 layer becomes a ``Linear24``, or keeps the plan of the ``RoutedLinear24`` that it replaces; a tiered
     layer becomes a ``TieredLinear``; a layer that replaces one with a dense copy gets a dense copy too. A file does not
-    know what is fastest on another machine: on a GPU load with ``dense=True``, and let ``compress_`` measure. A file of
-    masks alone does not change the weights, which must be zero wherever a mask drops them.
+    say what is fastest on another machine: on a GPU, load with ``dense=True`` and let ``compress_`` measure. A file of
+    only masks does not change the weights, which must be zero wherever a mask drops them.
 
     Args:
         model: the same architecture, freshly made, pruned or compressed. It may be on the meta device if all its
@@ -111,7 +111,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
 
 
-# Decorators and `restoring` instead of `with`, because an interrupt may come just before such a block is left.
+# Decorators and `restoring` are used, because an interrupt just before the end of a `with` block would skip its end.
 @torch.no_grad()
 @torch.inference_mode(False)
 def _run_trainable(work: Callable[[], T]) -> T:
@@ -147,7 +147,7 @@ def _prepare(wrapper: nn.Module, model: nn.Module, path: Path, dense: bool) -> C
 
 
 def _undoable(model: nn.Module, work: Callable[[], None], undo: Undo) -> None:
-    """Changes the modules of a model by ``work``; ``undo`` gets references to the old tensors, not copies."""
+    """Runs ``work``, which changes the modules of a model; ``undo`` keeps references to the old tensors, not copies."""
 
     def registries(module: nn.Module) -> list[Any]:
         return [vars(module)[key] for key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")]
@@ -180,7 +180,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_parameters_replaceable(model: nn.Module) -> None:
-    """Rejects a model whose old parameters something else would continue to use after they are replaced."""
+    """Rejects a model whose old parameters would still be used by something else after they are replaced."""
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             where = f"{name} is" if name else "the model is"
@@ -202,9 +202,9 @@ def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 
 
 def _check_fits(model: nn.Module, layers: Mapping[str, LayerRecord]) -> None:
-    """Rejects a model that is not complete in this process, and layers that it does not have in their shape.
+    """Rejects a model that is not complete in this process, and layers that the model lacks or has in another shape.
 
-    This comes before anything is unpacked, because a small file could claim a shape of any size.
+    This is done before anything is unpacked, because a small file could claim a shape of any size.
     """
     for name, parameter in model.named_parameters():
         check_holds_data(name, parameter)

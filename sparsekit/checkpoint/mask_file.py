@@ -1,4 +1,4 @@
-"""Files of masks alone, for weights that another library stores: a thirty-second of the size of these in fp32."""
+"""Reads and writes files of only masks, a bit for each weight, for weights that another library stores."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ def collect_masks(model: nn.Module) -> tuple[dict[str, LayerRecord], dict[str, T
 
 
 def save_masks(path: Path, masks: Mapping[str, tuple[Tensor, tuple[int, ...], MaskInfo]]) -> None:
-    """Writes masks without a model, given by layer: the bit-packed mask, the shape of the weight, and its pattern.
+    """Writes the masks of layers without a model; each is bit-packed, with the shape of its weight and its pattern.
 
     Raises:
         OSError: the file cannot be written.
@@ -46,7 +46,7 @@ def holds_only_masks(layers: Mapping[str, LayerRecord], tensors: Mapping[str, Te
 
 
 def assign_masks(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Stores these masks in the layers of a dense model, and removes all others.
+    """Stores these masks in the layers of a dense model, and removes all other masks.
 
     Raises:
         ValueError: a layer is missing, compressed or of another shape, or has a non-zero weight that its mask drops.

@@ -1,4 +1,4 @@
-"""Rebuilds a model from a file: replaces layers by those of the right kind, and assigns all tensors."""
+"""Rebuilds a model from the contents of a file: replaces layers by those of the right kind, and assigns tensors."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +24,7 @@ from .structure import LayerRecord, join
 
 
 def rebuild(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Replaces every layer that is of another kind in the file, and assigns all tensors.
+    """Replaces every layer that has another kind in the file, and assigns all tensors.
 
     Args:
         model: its layers have the shapes of ``layers``.
@@ -41,7 +41,7 @@ def rebuild(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
 
 
 def _replace_layers(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Replaces every layer that is of another kind in the file."""
+    """Replaces every layer that has another kind in the file."""
     made: dict[nn.Module, nn.Module] = {}
     make: Callable[[], nn.Module]
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -66,7 +66,7 @@ def _dense(name: str, module: Compressed) -> nn.Module:
 
 
 def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mapping[str, Tensor]) -> Compressed:
-    """Returns the compressed layer that replaces ``module``; if that is dense, the memory of its weight is freed."""
+    """Returns the compressed layer that replaces ``module``; frees the memory of the weight if ``module`` is dense."""
     if not isinstance(module, Compressed) and not (
         isinstance(module, nn.Linear) is not layer.transposed
         and isinstance(module._parameters.get("weight"), Tensor)
@@ -106,9 +106,9 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
 
 
 def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Assigns every parameter, buffer and mask its tensor.
+    """Assigns its tensor to every parameter, buffer and mask.
 
-    There is one object per stored tensor, so exactly those tensors are shared that were when the model was saved.
+    Each stored tensor becomes one object, so that the tensors which were shared in the saved model are shared again.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     state = dict(tensors)
@@ -144,7 +144,7 @@ def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
 
 
 def _check_all_is_here(model: nn.Module) -> None:
-    """Rejects tensors that are still on the meta device: the model would fail later, far from the cause."""
+    """Rejects a model with tensors that are still on the meta device, which would fail later, far from the cause."""
     left = [name for name, tensor in model.named_buffers(remove_duplicate=False) if tensor.is_meta]
     for name, module in model.named_modules(remove_duplicate=False):
         left += [join(name, key) for key, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
@@ -180,5 +180,5 @@ def _is_trainable(module: nn.Module) -> bool:
 
 
 def _device(tensor: Tensor) -> torch.device:
-    """Returns the device of a tensor that replaces this one."""
+    """Returns the device for the tensor that replaces this one: the same, or the CPU instead of the meta device."""
     return torch.device("cpu") if tensor.is_meta else tensor.device

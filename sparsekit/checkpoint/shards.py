@@ -17,7 +17,7 @@ class Shards(Mapping[str, Tensor]):
     """A mapping of names to tensors, each of which is read from its file on access.
 
     Args:
-        path: a safetensors file, or a folder with one, or with several and the index of transformers, or several files.
+        path: a safetensors file, several of them, or a folder with one or with several and the index of transformers.
         skip: names of files in the folder to ignore.
 
     Raises:
@@ -65,7 +65,7 @@ class Shards(Mapping[str, Tensor]):
 def write_shards(
     tensors: Iterable[tuple[str, Tensor]], folder: str | os.PathLike[str], *, max_bytes: int = 5 << 30
 ) -> list[Path]:
-    """Writes tensors to a folder as transformers does: one file, or several of ``max_bytes`` at most and an index.
+    """Writes tensors to a folder as transformers does: one file, or an index and several of at most ``max_bytes``.
 
     Only the tensors of one file are in memory at a time.
 
@@ -89,7 +89,7 @@ def write_shards(
 
     def end() -> None:
         plain, shared = unique_tensors(shard)
-        # Every name is written, because the readers of these files know no shared tensors.
+        # A shared tensor is written under each of its names, because the readers of these files do not know sharing.
         whole = {name: plain[shared[name]] if name in shared else plain[name] for name in shard}
         files.append(folder / f"model-{len(files) + 1:05d}.safetensors")
         write_tensors(files[-1], whole, {"format": "pt"})
@@ -127,11 +127,11 @@ def _files_in(folder: Path, skip: Container[str]) -> list[Path]:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """Returns the name of the file of each tensor."""
+    """Returns the name of the file that each tensor is in."""
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
         found = data["weight_map"]
-        # A name with a folder in it could lead anywhere.
+        # A name that contains a folder could lead to any place on the disk.
         good = all(isinstance(name, str) and Path(name).name == name != ".." for name in found.values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no index of safetensors files: {error}") from error

@@ -1,4 +1,4 @@
-"""The structure of a checkpoint: the layers that are compressed or pruned, to and from JSON."""
+"""The structure of a checkpoint, which lists the layers that are compressed or pruned, and its form in JSON."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,8 @@ _MAX_TOKENS = 1 << 20
 class LayerRecord:
     """The description of a layer that is compressed or pruned.
 
-    Its name is that of the module, or, if the parameter is not called ``weight`` as in experts, that of the parameter.
+    The name of the layer is that of the module; if its parameter has another name than ``weight``, as in experts, it is
+    the name of the parameter.
     """
 
     kind: str
@@ -49,15 +50,15 @@ class LayerRecord:
         return None
 
     def module_name(self, name: str) -> str:
-        """Returns the name of its module, given the name of the layer."""
+        """Returns the name of the module of a layer, given the name of the layer."""
         return name if self.parameter == "weight" else name.removesuffix(self.parameter).removesuffix(".")
 
     def weight_name(self, name: str) -> str:
-        """Returns the name of its weight in a state dict."""
+        """Returns the name of the weight of a layer in a state dict."""
         return join(self.module_name(name), self.parameter)
 
     def mask_name(self, name: str) -> str:
-        """Returns the name of its mask in a file."""
+        """Returns the name of the mask of a layer in a file."""
         return f"{self.weight_name(name)}_mask"
 
     @property
@@ -153,7 +154,7 @@ def dump_structure(layers: Mapping[str, LayerRecord], shared: Mapping[str, str])
 
 
 def parse_structure(structure: str) -> tuple[dict[str, LayerRecord], dict[str, str]]:
-    """Returns the layers of a structure by name, and the name of the stored tensor for every shared one.
+    """Returns the layers of a structure by name, and for every other name of a shared tensor the name that is stored.
 
     Raises:
         ValueError: the text is not one that ``dump_structure`` wrote.

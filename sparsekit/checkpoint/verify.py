@@ -13,7 +13,7 @@ from .structure import TIERED_PARTS, LayerRecord, join
 
 
 def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> None:
-    """Verifies that the layer's own tensors are there, have its shape, and are well-formed bits."""
+    """Verifies that all tensors of a layer are there, have the right shape and dtype, and hold a valid pattern."""
     if record.kind == "linear24":
         rows, cols = record.matrix
         values = _tensor(tensors, join(name, "values"), (rows, values_per_row(cols)))
@@ -40,14 +40,14 @@ def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Non
 
 
 def verify_mask(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Returns the bool mask ``[rows, columns]`` of the layer, verified to be there and well-formed."""
+    """Returns the bool mask ``[rows, columns]`` of a layer, after a check that it is there and valid."""
     return _bits(tensors, record.mask_name(name), (record.shape[0], math.prod(record.shape[1:])))
 
 
 def _check_tiered(packed: TieredWeight, block: tuple[int, int], k: int) -> None:
-    """Verifies that a kernel cannot read or write outside of the weight.
+    """Verifies that a kernel would not read or write outside of the weight.
 
-    The shapes and dtypes of the parts are checked already.
+    The shapes and dtypes of the parts have been checked before.
 
     Raises:
         ValueError: the packed weight is not one that ``pack_tiered`` returns.
@@ -65,7 +65,7 @@ def _check_tiered(packed: TieredWeight, block: tuple[int, int], k: int) -> None:
 
 
 def _ascending(positions: Tensor, topk: Tensor) -> bool:
-    """Returns whether every row of positions ascends, up to a padding of zeros without values."""
+    """Returns whether every row of positions ascends, and ends in a padding of zeros whose values are zero."""
     first, later = positions[:, :-1], positions[:, 1:]
     padding = later == 0
     rises = padding | (later > first)
@@ -74,7 +74,7 @@ def _ascending(positions: Tensor, topk: Tensor) -> bool:
 
 
 def _within(packed: TieredWeight) -> bool:
-    """Returns whether the padding of the last blocks is empty."""
+    """Returns whether nothing is kept in the padding of the last blocks."""
     rows, cols = packed.shape
     whole = packed.block[0] * packed.tiers.shape[0], packed.block[1] * packed.tiers.shape[1]
     if whole == packed.shape:
@@ -97,7 +97,7 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) ->
 
 
 def _bits(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
-    """Returns the bool mask of that shape from a bit-packed tensor, verified."""
+    """Returns the bool mask of a shape from a bit-packed tensor, after a check of the tensor."""
     bits = _tensor(tensors, name, (shape[0], -(-shape[1] // 8)))
     if bits.dtype != torch.uint8:
         raise ValueError(f"{name} is {bits.dtype}, not uint8")

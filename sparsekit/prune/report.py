@@ -9,7 +9,7 @@ from typing import Any
 from .._json import write_json
 from .._table import table_lines
 
-SHOWN = 3  # names that are shown for one reason
+SHOWN = 3  # layer names that are shown for one reason
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,15 @@ class PruneLayerReport:
     """One pruned layer.
 
     Args:
-        name: of the layer; of experts, the parameter's.
-        shape: of the weight.
+        name: the name of the layer; of experts, that of the parameter.
+        shape: the shape of the weight.
         pattern: what the mask keeps, such as ``"2:4"``.
         dropped: number of weights that the mask drops.
         weights: number of weights.
         error: relative output error ``||X (W - W')^T|| / ||X W^T||`` on up to 256 calibration inputs ``X``, drawn
             evenly from all. None without batches, or if none reached the layer; NaN if an input is NaN or infinite.
         seconds: time to prune the layer, without the forward passes of calibration.
-        remark: anything special about the layer.
+        remark: what was special about this layer; empty if nothing was.
     """
 
     name: str
@@ -127,7 +127,7 @@ class PruneReport:
 
 
 def summary(texts: Iterable[tuple[str, str]]) -> list[str]:
-    """Groups pairs of text and layer name into one line per text: ``"NAMES: TEXT"``."""
+    """Returns a line ``"NAMES: TEXT"`` for each text, given pairs of a text and the name of a layer."""
     names: dict[str, list[str]] = {}
     for text, name in texts:
         names.setdefault(text, []).append(name or "(model)")

@@ -1,4 +1,4 @@
-"""Finds the layers of a model that can train sparse, and the reasons why others cannot."""
+"""Finds the layers of a model that can train sparse, and says why the others cannot."""
 
 from torch import nn
 from torch.nn.parameter import is_lazy

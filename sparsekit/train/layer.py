@@ -15,7 +15,7 @@ from .product import Recipe, multiply
 
 
 class MaskedLinear(nn.Linear):
-    """An ``nn.Linear`` that multiplies by its masked weight; every call chooses the mask anew.
+    """An ``nn.Linear`` that multiplies by its masked weight; every call chooses the mask again.
 
     ``sparse_training_`` only changes the class of an ``nn.Linear``: the module, its hooks, Parameters and state dict
     stay the same, so that an optimizer, DDP or a checkpoint sees no difference. Copies and pickles train sparse too.
@@ -24,7 +24,7 @@ class MaskedLinear(nn.Linear):
     unsupported_reason: ClassVar[str] = "it trains sparse: call finish() or undo() of its training first"
 
     recipe: Recipe
-    called: bool  # since its training began; code that only reads the weight of a layer does not call it
+    called: bool  # whether the layer was called since its training began; code that only reads its weight does not
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
@@ -34,7 +34,7 @@ class MaskedLinear(nn.Linear):
         dtype = autocast_dtype(input) or weight.dtype
         layout, _ = hardware_layout(weight.device, dtype, weight.shape, transposable)
         if layout is not None:
-            # The number of tokens of a traced graph may be unknown.
+            # While a graph is traced, the number of tokens may be unknown.
             tokens = layouts.MAX_TOKENS if torch.compiler.is_compiling() else input.shape[:-1].numel()
             layout = _if_faster(layout, weight.device, dtype, self.out_features, self.in_features, transposable, tokens)
         return multiply(input, weight, self.bias, self.recipe, layout)
@@ -72,7 +72,7 @@ def get_state(layer: nn.Linear) -> State:
 
 
 def set_state(layer: nn.Linear, state: State) -> None:
-    """Puts a layer into a state, whatever state it is in, even a half-changed one; its weight stays as it is."""
+    """Puts a layer into a state, from any other state, even a half-changed one; its weight stays as it is."""
     layer.__class__ = nn.Linear
     if state.recipe is None:
         remove_attribute(layer, RECIPE)
@@ -92,17 +92,17 @@ def _note_pass(model: nn.Module, _: Any) -> None:
 
 
 def has_run(model: nn.Module) -> bool:
-    """Returns whether the model has run since its passes are noted."""
+    """Returns whether the model has run since ``note_passes`` began to note its forward passes."""
     return get_attribute(model, RAN_SPARSE) is not None
 
 
 def notes_passes(model: nn.Module) -> bool:
-    """Returns whether the passes of a model are noted."""
+    """Returns whether the forward passes of a model are being noted."""
     return any(hook is _note_pass for hook in model._forward_pre_hooks.values())
 
 
 def note_passes(model: nn.Module, noting: bool, ran: bool) -> None:
-    """Begins or stops to note the passes of a model; ``ran`` is what ``has_run`` returns until the next pass."""
+    """Begins or stops noting the forward passes of a model; ``has_run`` returns ``ran`` until the next pass."""
     if noting and not notes_passes(model):
         model.register_forward_pre_hook(_note_pass)
     if not noting:

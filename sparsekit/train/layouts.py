@@ -1,4 +1,4 @@
-"""The hardware layout that a weight trains in: whether its device has one, and whether it was measured to be faster."""
+"""Chooses the hardware layout that a weight trains in: one that its device has, and that was measured to be faster."""
 
 import statistics
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .product import Recipe, multiply
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-MAX_TOKENS = 4096  # the ratio at more tokens is about the same
+MAX_TOKENS = 4096  # with more tokens the ratio is about the same
 ROUNDS = 9
 
 
@@ -32,14 +32,14 @@ def traced_as_constant(function: Callable[Arguments, Result]) -> Callable[Argume
 def hardware_layout(
     device: torch.device, dtype: torch.dtype, shape: torch.Size, transposable: bool
 ) -> tuple[str | None, str]:
-    """Returns the packed 2:4 layout in which a device multiplies such a weight, or None and the reason.
+    """Returns the hardware layout in which a device can multiply by such a weight; or None, and the reason.
 
-    Without a layout a layer multiplies densely by its masked weight: a dense layer, plus one pass over the weight.
+    Without a layout, a layer masks its weight in one more pass over it, and multiplies by it as a dense layer does.
 
     Args:
         device, dtype: the device of the product, and the dtype it is computed in.
         shape: the shape of the weight, ``[rows, cols]``.
-        transposable: whether the transpose of the weight is multiplied too.
+        transposable: whether the transpose of the weight is packed too.
     """
     names, reason = _packable_layouts(device)
     rows, cols = shape
@@ -57,7 +57,7 @@ def hardware_layout(
 
 @traced_as_constant
 def _packable_layouts(device: torch.device) -> tuple[tuple[str, ...], str]:
-    """Returns the device's layouts that a weight can be packed in at every step, and the reason if there is none."""
+    """Returns the layouts of a device in which this library can pack a weight; the reason if there is none."""
     names, reason = hardware_layouts(device)
     return tuple(name for name in names if name in MULTIPLES), reason
 
@@ -79,17 +79,17 @@ RATIOS: dict[StepKind, dict[int, float]] = {}
 def is_faster(kind: StepKind, tokens: int) -> bool:
     """Returns whether a training step in the layout is at least 1.05 times as fast as by a masked dense product.
 
-    This is measured at the first call for each power of two of tokens, as ``torch.backends.cudnn.benchmark`` does. A
-    layout that fails, needs too much memory or gives wrong results has the ratio 0. Nothing can be measured while a
-    CUDA graph is captured; the result is then False unless the ratio is known already.
+    Like ``torch.backends.cudnn.benchmark``, the first call for each token bucket measures this. A layout that fails,
+    needs too much memory or gives wrong results gets the ratio 0. While a CUDA graph is captured nothing can be
+    measured, so the result is False unless the ratio is known.
     """
     ratios = RATIOS.setdefault(kind, {})
     bucket = min(1 << max(tokens - 1, 0).bit_length(), MAX_TOKENS)
     if bucket not in ratios:
         if kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        # A thread of its own is not affected by what the caller's thread has switched on: hooks on saved tensors and
-        # dispatch modes (activation checkpointing counts every tensor that is saved), autocast, inference mode.
+        # Another thread is not affected by what the caller's thread has switched on: autocast, inference mode, hooks on
+        # saved tensors and dispatch modes (activation checkpointing counts every tensor that is saved).
         with ThreadPoolExecutor(1) as thread:
             ratios[bucket] = thread.submit(_measure_ratio, kind, bucket).result()
     return ratios[bucket] >= RATIO

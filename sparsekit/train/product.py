@@ -1,4 +1,4 @@
-"""The product of sparse training: by the pruned weight, with a gradient for the dense weight."""
+"""The product of sparse training, which multiplies by the pruned weight and has a gradient for the dense one."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ from ..ops.train24 import train_linear24, train_prune24
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a layer trains; the fields are arguments of ``sparse_training_``."""
+    """The arguments of ``sparse_training_`` that say how a layer trains."""
 
     backward: Literal["straight_through", "transposable"]
     decay: float
@@ -30,21 +30,21 @@ class Recipe:
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, layout: str | None) -> Tensor:
     """Computes ``x @ pruned.T + bias``, where ``pruned`` is ``weight`` with zeros where the recipe's mask drops it.
 
-    Gradients of ``x`` and ``bias`` are those of this product. ``weight`` gets the gradient of ``pruned``, also for its
-    dropped entries, plus ``decay * (weight - pruned)``. Autocast works as in ``F.linear``; the mask is always that of
+    ``x`` and ``bias`` get the gradients of this product. ``weight`` gets the gradient of ``pruned``, for its dropped
+    entries too, plus ``decay * (weight - pruned)``. Autocast works as in ``F.linear``; the mask is always chosen from
     the weight as it is stored.
 
-    Nothing is kept from one call to the next, because a cache could not know when it is stale: fused optimizers, writes
-    through ``.data`` and FSDP's gathering change a weight without a new ``_version``.
+    Nothing is cached from one call to the next, because there is no way to see that a weight has changed: fused
+    optimizers, writes through ``.data`` and FSDP's gathering do not change its ``_version``.
 
     Args:
         x, weight, bias: as in ``F.linear``.
         recipe: chooses the mask.
-        layout: the hardware layout of the pruned weight; None for a dense product with it.
+        layout: the hardware layout to pack the pruned weight in; None multiplies by it as a dense weight.
     """
     autocast = autocast_dtype(x)
     dtype = autocast or weight.dtype
-    # Packing a weight in both directions prunes it too, but ranks the weight in the dtype it is given, without decay.
+    # Packing in both directions prunes too, but it ranks the weight in the dtype of the product, and has no decay.
     if layout is None or not recipe.transposable or recipe.decay or weight.dtype != dtype:
         weight = train_prune24(weight, transposable=recipe.transposable, decay=recipe.decay)
     if layout is None:

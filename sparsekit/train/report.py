@@ -14,15 +14,15 @@ from .layouts import RATIOS, StepKind, hardware_layout
 
 @dataclass(frozen=True)
 class TrainLayerReport:
-    """One layer that was selected.
+    """One selected layer of a sparse training.
 
     Args:
         name: its name in the model.
         shape: the shape of its weight.
-        product: what it multiplies with: a hardware layout such as ``"cusparselt_sm90"`` at the token counts at which
-            that is at least 1.05 times as fast, else ``"masked dense"``; or ``"plain"`` if it is a plain layer.
-        reason: why it does not use a hardware layout, or what was measured of the layout so far: the time of a masked
-            dense training step divided by that of a step in the layout.
+        product: how it multiplies: in a hardware layout such as ``"cusparselt_sm90"``, at the token counts at which
+            that is at least 1.05 times as fast; as ``"masked dense"``; or as a ``"plain"`` layer, which trains dense.
+        reason: why it has no hardware layout, or what was measured so far: the time of a masked dense training step
+            divided by that of a step in the layout.
     """
 
     name: str
@@ -32,7 +32,7 @@ class TrainLayerReport:
 
 
 def report_layer(name: str, layer: nn.Linear, dense_reason: str | None) -> TrainLayerReport:
-    """Returns how a layer is multiplied now; ``dense_reason`` says why ``finish()`` left it dense, if it did."""
+    """Returns the report of a layer as it is; ``dense_reason`` says why ``finish()`` left it dense, if it did."""
     weight, shape = layer.weight, tuple(layer.weight.shape)
     if not isinstance(layer, MaskedLinear):
         return TrainLayerReport(name, shape, "plain", dense_reason or "its sparse training is over")

@@ -24,9 +24,9 @@ UNCALLED = "it was never called: what reads its weight instead goes on with the 
 
 
 class SparseTraining:
-    """A model's training with 2:4 weights, until ``finish()`` or ``undo()``; ``str`` gives a table.
+    """The training of a model with 2:4 weights, which ``finish()`` or ``undo()`` ends; ``str`` gives a table.
 
-    Made by ``sparse_training_``. The end of a ``with`` calls ``undo()``, which changes nothing after ``finish()``.
+    ``sparse_training_`` returns it. The end of a ``with`` calls ``undo()``, which does nothing after ``finish()``.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], skipped: tuple[TrainLayerReport, ...]) -> None:
@@ -37,7 +37,7 @@ class SparseTraining:
 
     @property
     def layers(self) -> tuple[TrainLayerReport, ...]:
-        """The report of every selected layer: how it is multiplied now, on its device and under this autocast."""
+        """The reports of all selected layers, for the device that each is on and the present autocast."""
         return (
             *(report_layer(name, layer, self._dense_reasons.get(name)) for name, layer in self._layers.items()),
             *self._skipped,
@@ -49,10 +49,10 @@ class SparseTraining:
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> None:
-        """Makes the weights 2:4, as the layers multiply by them now, in plain layers with stored masks.
+        """Makes the weights 2:4 by their present masks, and the layers plain ones with stored masks.
 
-        The output of the model stays the same. A layer that no pass of the model has called stays dense, because
-        something else reads its dense weight. If the model has not run at all, all layers become 2:4. Continue with
+        The output of the model stays the same. A layer that the model never called stays dense, because something else
+        reads its dense weight. If the model has not run at all, all layers become 2:4. Continue with
         ``keep_masks``, ``compress_`` or ``save``. A second call does nothing.
 
         Raises:
@@ -88,7 +88,7 @@ class SparseTraining:
         torch.clear_autocast_cache()
 
     def undo(self) -> None:
-        """Makes the layers plain ones again, with their dense weights as they are now.
+        """Makes the layers plain ones again, with their dense weights as trained so far.
 
         Raises:
             ValueError: a weight is computed since the training began, or FSDP has sharded a layer by itself; nothing is
@@ -102,7 +102,7 @@ class SparseTraining:
             undo.commit()
 
     def _end(self, undo: Undo) -> None:
-        """Stops to note passes, unless another training of the model goes on."""
+        """Stops noting passes, unless another training of the model is running."""
         if not any(isinstance(module, MaskedLinear) for module in self._model.modules()):
             _note(undo, self._model, False, False)
 
@@ -115,13 +115,13 @@ class SparseTraining:
         try:
             self.undo()
         except (ValueError, RuntimeError):
-            if error is None:  # what the caller raised says more
+            if error is None:  # the error of the caller is the more important one
                 raise
 
     def _running(self) -> dict[str, MaskedLinear]:
         running = {name: layer for name, layer in self._layers.items() if isinstance(layer, MaskedLinear)}
         for name, layer in running.items():
-            if sharding(layer):  # which gave it a class of its own
+            if sharding(layer):  # FSDP has changed its class
                 raise ValueError(SHARDED)
             if type(layer) is not MaskedLinear or layer._parameters.get("weight") is None:
                 raise ValueError(
@@ -154,7 +154,7 @@ def _mask_bits(name: str, layer: MaskedLinear) -> Tensor:
 
 
 def _restore_dropped(weight: Tensor, bits: Tensor, dropped: Tensor) -> None:
-    """Writes the dropped entries back."""
+    """Writes the dropped entries of a weight back."""
     weight.masked_scatter_(~unpack_bits(bits, weight.shape[1]), dropped)
 
 
@@ -167,10 +167,10 @@ def sparse_training_(
 ) -> SparseTraining:
     """Makes the linear layers of a model train with 2:4 weights, in place.
 
-    Every call of a layer multiplies only by the two largest magnitudes of every four consecutive inputs of its current
-    weight. The gradient reaches the whole dense weight, so that dropped entries can come back. An optimizer, new or
-    used, keeps the same Parameters; hooks, state dict, autocast, gradient
-    checkpointing, ``torch.compile``, DDP and copies of the model work as before::
+    In every call, a layer multiplies only by the two largest magnitudes of every four consecutive inputs of its weight
+    as it is then. The gradient reaches the whole dense weight, so that dropped entries can come back. The Parameters
+    stay the same objects, so that any optimizer can go on; hooks, state dict, autocast, gradient checkpointing,
+    ``torch.compile``, DDP and copies of the model work as before::
 
         with sk.sparse_training_(model) as training:
             for batch in batches:
@@ -178,20 +178,20 @@ def sparse_training_(
             training.finish()
         sk.compress_(model)
 
-    A weight is packed in every call if the GPU's 2:4 tensor cores take its shape and the product is of 16 bits (also by
-    autocast), but only at token counts at which a forward and backward pass was measured to be right and at least 1.05
-    times as fast as a dense product with the masked weight. Otherwise the layer uses that dense product: a dense layer,
-    plus one pass over the weight. ``print(training)`` shows which layer uses what, and why. A process measures once per
-    shape and power of two of tokens, at the first call or during compilation; this waits for the GPU some tens of
-    milliseconds. Nothing is measured while a CUDA graph is captured: train a few steps before, or the graph multiplies
-    densely.
+    On a GPU whose 2:4 tensor cores take the shape of the weight, and in 16 bits (also by autocast), the weight is
+    packed in every call, but only at token counts at which a forward and backward pass gave right results and was at
+    least 1.05 times as fast as a dense product with the masked weight. Otherwise the layer uses that dense product,
+    which costs as much as a dense layer and one pass over the weight. ``print(training)`` shows which layer uses what,
+    and why. A process measures once per shape and token bucket, at the first call or during compilation; it then waits
+    for the GPU for some tens of milliseconds. Nothing can be measured while a CUDA graph is captured: train a few steps
+    before, or the graph multiplies densely.
 
-    From the forward to the backward pass a layer holds one pruned or packed copy of its weight. A model that FSDP has
-    sharded trains as well, but is finished in a plain copy that has loaded the full state dict.
+    From the forward to the backward pass, a layer holds one pruned or packed copy of its weight. A model that FSDP has
+    sharded can train too, but must be finished in a plain copy that has loaded the full state dict.
 
-    Layers whose weight is tied or read by their parent train dense, as do subclasses of ``nn.Linear``; the table says
-    why. Stored masks of the other layers are removed. A layer that trains sparse already, in a copy of a model for
-    instance, goes on with the new arguments.
+    A layer trains dense if its weight is tied, if its parent reads the weight, or if it is a subclass of ``nn.Linear``;
+    the table says why. Stored masks of the other layers are removed. A layer that trains sparse already, as in a copy
+    of a model, goes on with the new arguments.
 
     Args:
         model: any module tree.
@@ -202,7 +202,7 @@ def sparse_training_(
         decay: adds ``decay * weight`` to the gradients of dropped weights, which makes masks settle: SR-STE
             (https://arxiv.org/abs/2102.04010), where 2e-4 is used with SGD. Adam evens out the sizes of gradients and
             needs more: 0.05 was best for a small language model. It is added in every backward pass: divide it by the
-            number of passes that are accumulated, and multiply it by the scale of a gradient scaler.
+            number of passes whose gradients are accumulated, and multiply it by the scale of a gradient scaler.
         where: a predicate on ``(name, module)`` that selects layers; None selects all.
 
     Returns:
