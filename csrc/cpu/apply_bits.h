@@ -1,4 +1,5 @@
-// A row of weights under a mask that is given as bits: pruned, with the mask as bytes, and added to the column sums.
+// Applies a mask that is given as bits to a row of weights: writes the pruned row and the mask as bytes, and adds the
+// kept magnitudes to the column sums.
 #pragma once
 
 #include "lanes.h"

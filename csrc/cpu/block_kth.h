@@ -1,5 +1,6 @@
-// The k-th largest key of a block. For a small k, of several blocks abreast: the k-th largest of the maxima of 16 parts
-// is a lower bound that few keys reach, and those few go through a sorting network. Else by bisection.
+// The k-th largest key of a block. For a small k, kLanes blocks are searched at once, one to a lane: the k-th largest
+// of the maxima of 16 parts is a lower bound that few keys reach, and a sorting network sorts those few. For a larger
+// k, or where too many keys reach the bound, by bisection.
 #pragma once
 
 #include "float_lanes.h"
@@ -10,33 +11,33 @@ namespace {
 
 // A vector of keys; the compiler turns its operators into the instructions of the level.
 typedef int32_t KeyLanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-constexpr int kAtOnce = 32 / kLanes > 4 ? 32 / kLanes : 4;  // vectors
-constexpr int kFew = kAtOnce * kLanes;
+constexpr int kVectorsAtOnce = 32 / kLanes > 4 ? 32 / kLanes : 4;
+constexpr int kKeysAtOnce = kVectorsAtOnce * kLanes;
 
 // By reference: by value GCC copies it in halves.
 inline const KeyLanes& lanes_at(const int32_t* keys) { return *reinterpret_cast<const KeyLanes*>(keys); }
 inline KeyLanes& lanes_at(int32_t* keys) { return *reinterpret_cast<KeyLanes*>(keys); }
 
-// The keys of a block in row-major order, padded to a multiple of kFew with -1, which is below every key.
+// The keys of a block in row-major order, padded to a multiple of kKeysAtOnce with -1, which is below every key.
 struct BlockKeys {
   const int32_t* keys;
   int64_t count;
 
-  static int64_t padded(int64_t count) { return (count + kFew - 1) / kFew * kFew; }
+  static int64_t padded(int64_t count) { return (count + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce; }
   int64_t end() const { return padded(count); }
 };
 
 int64_t count_above(const BlockKeys& block, int32_t bound) {
-  KeyLanes counts[kAtOnce] = {};
-  for (int64_t i = 0; i < block.end(); i += kFew)
-    for (int j = 0; j < kAtOnce; ++j) counts[j] -= lanes_at(block.keys + i + j * kLanes) > bound;
-  for (int j = 1; j < kAtOnce; ++j) counts[0] += counts[j];
+  KeyLanes counts[kVectorsAtOnce] = {};
+  for (int64_t i = 0; i < block.end(); i += kKeysAtOnce)
+    for (int j = 0; j < kVectorsAtOnce; ++j) counts[j] -= lanes_at(block.keys + i + j * kLanes) > bound;
+  for (int j = 1; j < kVectorsAtOnce; ++j) counts[0] += counts[j];
   int32_t total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += counts[0][lane];
   return total;
 }
 
-// Any 0 < k < block.count; `low` is 0 or a better lower bound.
+// For any 0 < k < block.count; `low` is a lower bound of the result, 0 if none is known.
 int32_t kth_by_bisection(const BlockKeys& block, int64_t k, int32_t low) {
   KeyLanes best = lanes_at(block.keys);
   for (int64_t i = kLanes; i < block.end(); i += kLanes) {
@@ -55,14 +56,14 @@ int32_t kth_by_bisection(const BlockKeys& block, int64_t k, int32_t low) {
     const int32_t middle = low + (high - low) / 2;
     const int64_t above = count_above(block, middle);
     if (above == k) return middle + 1;
-    const int32_t more = -static_cast<int32_t>(above > k);  // all ones or none: a branch would be a coin's toss
+    const int32_t more = -static_cast<int32_t>(above > k);  // all ones or none: branches would be mispredicted
     low += (middle + 1 - low) & more;
     high += (middle - high) & ~more;
   }
   return high;
 }
 
-// The keys from `low` on as bits, of 32.
+// Which of 32 keys are `low` or larger, as bits.
 inline uint32_t bits_from(const int32_t* keys, int32_t low) {
 #if defined(SPARSEKIT_AVX512)
   const __m512i least = _mm512_set1_epi32(low);
@@ -84,7 +85,7 @@ inline uint32_t bits_from(const int32_t* keys, int32_t low) {
 
 constexpr int kParts = 16;       // the largest k for which the maxima of parts bound the k-th key
 constexpr int kCandidates = 32;  // up to this many keys from the bound on are sorted
-constexpr int kRoom = kCandidates + kFew + kLanes;
+constexpr int kCandidateRoom = kCandidates + kKeysAtOnce + kLanes;
 
 // The maxima of 16 parts.
 void part_maxima(const BlockKeys& block, int32_t* maxima) {
@@ -98,19 +99,20 @@ void part_maxima(const BlockKeys& block, int32_t* maxima) {
   for (int j = 0; j < kVectors; ++j) lanes_at(maxima + j * kLanes) = best[j];
 }
 
-// The keys from `low` on, in order and then -1; returns how many, which is right up to kCandidates.
+// Copies the keys that are `low` or larger, followed by -1, and returns how many there are. Beyond kCandidates it may
+// stop early.
 int64_t collect(const BlockKeys& block, int32_t low, int32_t* to) {
   int64_t found = 0;
-  for (int64_t start = 0; start < block.end() && found <= kCandidates; start += kFew)
+  for (int64_t start = 0; start < block.end() && found <= kCandidates; start += kKeysAtOnce)
 #if defined(SPARSEKIT_AVX512)
-    for (int64_t i = start; i < start + kFew; i += kLanes) {
+    for (int64_t i = start; i < start + kKeysAtOnce; i += kLanes) {
       const __m512i keys = load(block.keys + i);
       const __mmask16 in = _mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(low));
       _mm512_storeu_si512(to + found, _mm512_maskz_compress_epi32(in, keys));
       found += std::popcount(static_cast<uint16_t>(in));
     }
 #elif defined(SPARSEKIT_AVX2)
-    for (int64_t i = start; i < start + kFew; i += kLanes) {
+    for (int64_t i = start; i < start + kKeysAtOnce; i += kLanes) {
       static constexpr auto kSetBits = [] {
         std::array<std::array<uint8_t, 8>, 256> table{};
         for (int bits = 0; bits < 256; ++bits)
@@ -126,7 +128,7 @@ int64_t collect(const BlockKeys& block, int32_t low, int32_t* to) {
       found += std::popcount(bits);
     }
 #else
-    for (int64_t i = start; i < start + kFew; ++i) {
+    for (int64_t i = start; i < start + kKeysAtOnce; ++i) {
       to[found] = block.keys[i];
       found += block.keys[i] >= low;
     }
@@ -143,7 +145,7 @@ inline void transpose(KeyLanes (&lanes)[kLanes]) {
   std::memcpy(lanes, floats, sizeof floats);
 }
 
-// 16 keys of each of kLanes blocks, `pitch` apart: a vector has the i-th of all.
+// Loads 16 keys of each of kLanes blocks, `pitch` apart: vector i has the i-th key of every block.
 inline void load_sixteen(const int32_t* keys, int64_t pitch, KeyLanes (&sixteen)[16]) {
   for (int start = 0; start < 16; start += kLanes) {
     KeyLanes lanes[kLanes];
@@ -154,13 +156,13 @@ inline void load_sixteen(const int32_t* keys, int64_t pitch, KeyLanes (&sixteen)
 }
 
 template <int i, int j>
-void order(KeyLanes (&keys)[16]) {  // the larger first
+void order(KeyLanes (&keys)[16]) {  // the larger key first
   const KeyLanes a = keys[i], b = keys[j];
   keys[i] = a > b ? a : b;
   keys[j] = a > b ? b : a;
 }
 
-// Batcher's merge of the sorted even and odd halves of what begins at kStart, kStep apart, up to kEnd.
+// Batcher's odd-even merge of the two sorted halves of kCount keys from kStart, of which every kApart-th is looked at.
 template <int kStart, int kCount, int kApart>
 void merge_sorted(KeyLanes (&keys)[16]) {
   if constexpr (kApart * 2 >= kCount) {
@@ -183,7 +185,7 @@ void sort(KeyLanes (&keys)[16]) {
   }
 }
 
-// Sorts what first falls and then rises, or the other way round.
+// Sorts a bitonic sequence: one that first falls and then rises, or the other way round.
 template <int kApart = 8>
 void sort_bitonic(KeyLanes (&keys)[16]) {
   if constexpr (kApart > 0) {
@@ -194,10 +196,11 @@ void sort_bitonic(KeyLanes (&keys)[16]) {
   }
 }
 
-// The k-th largest keys of kLanes blocks, or -1 less a lower bound where more keys reach that than are sorted.
+// The k-th largest keys of up to kLanes blocks. Where more keys reach the lower bound than are sorted, -1 - bound
+// instead.
 template <class KeysOf>
-void kth_abreast(KeysOf keys_of, int64_t blocks, int64_t k, int32_t* kth) {
-  int32_t maxima[kLanes * kParts] = {}, candidates[kLanes * kRoom], low[kLanes];
+void kth_of_lanes(KeysOf keys_of, int64_t blocks, int64_t k, int32_t* kth) {
+  int32_t maxima[kLanes * kParts] = {}, candidates[kLanes * kCandidateRoom], low[kLanes];
   int64_t found[kLanes];
   for (int64_t block = 0; block < blocks; ++block) part_maxima(keys_of(block), maxima + block * kParts);
   KeyLanes sorted[16], more[16];
@@ -205,10 +208,11 @@ void kth_abreast(KeysOf keys_of, int64_t blocks, int64_t k, int32_t* kth) {
   sort(sorted);
   lanes_at(low) = sorted[k - 1];
   for (int64_t block = 0; block < blocks; ++block)
-    found[block] = collect(keys_of(block), low[block], candidates + block * kRoom);
-  for (int64_t block = blocks; block < kLanes; ++block) std::fill_n(candidates + block * kRoom, kCandidates, 0);
-  load_sixteen(candidates, kRoom, sorted);
-  load_sixteen(candidates + 16, kRoom, more);
+    found[block] = collect(keys_of(block), low[block], candidates + block * kCandidateRoom);
+  for (int64_t block = blocks; block < kLanes; ++block)
+    std::fill_n(candidates + block * kCandidateRoom, kCandidates, 0);
+  load_sixteen(candidates, kCandidateRoom, sorted);
+  load_sixteen(candidates + 16, kCandidateRoom, more);
   sort(sorted);
   sort(more);
   for (int i = 0; i < 16; ++i) sorted[i] = sorted[i] > more[15 - i] ? sorted[i] : more[15 - i];
@@ -225,11 +229,11 @@ void kth_of_blocks(KeysOf keys_of, int64_t blocks, int64_t k, int32_t* kth) {
     return;
   }
   for (int64_t first = 0; k <= kParts && first < blocks; first += kLanes)
-    kth_abreast([&](int64_t block) { return keys_of(first + block); }, std::min<int64_t>(kLanes, blocks - first), k,
+    kth_of_lanes([&](int64_t block) { return keys_of(first + block); }, std::min<int64_t>(kLanes, blocks - first), k,
                 kth + first);
   for (int64_t block = 0; block < blocks; ++block) {
     const BlockKeys keys = keys_of(block);
-    const int32_t low = k <= kParts ? -1 - kth[block] : 0;  // what is at least 0 is a bound
+    const int32_t low = k <= kParts ? -1 - kth[block] : 0;  // a bound where not negative
     if (keys.count <= k)
       kth[block] = 0;
     else if (low >= 0)

@@ -1,4 +1,5 @@
-// Block scores. The order of additions is the definition: rows one after the other, then columns by halves.
+// Block scores. The order of the additions is part of the definition: first the rows, one after the other, then the
+// columns, the second half to the first until one is left.
 #pragma once
 
 #include "block_strips.h"
@@ -6,7 +7,7 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// `from` as floats: itself, or converted into `to` where the compiler would convert one at a time.
+// Returns `from` where the compiler converts it well by itself. Else converts it into `to`, and returns that.
 inline const float* as_floats(const float* from, float*, int64_t) { return from; }
 inline const BF16* as_floats(const BF16* from, float*, int64_t) { return from; }
 inline const float* as_floats(const F16* from, float* to, int64_t count) {
@@ -20,7 +21,7 @@ inline const float* as_floats(const F16* from, float* to, int64_t count) {
   return to;
 }
 
-// total += the scores of one row. The mask clears bits: a choice by a bool would be a branch for every entry.
+// Adds the scores of one row to `total`. The mask clears bits, since to choose by a bool would be a branch per entry.
 template <bool kScaled, bool kMasked, class T>
 void add_row(const T* weight, const float* scale, const bool* mask, float* __restrict total, int64_t cols) {
   for (int64_t i = 0; i < cols; ++i) {
@@ -40,8 +41,8 @@ void add_row(const T* weight, const float* scale, const bool* mask, float* total
          : add_row<false, false>(weight, scale, mask, total, cols);
 }
 
-// Adds the right half of every block's columns to the left half. kHalf: the columns of a half, 0 where only known when
-// running; `width` then is what is there of the two, and columns without a partner get a zero.
+// Adds the right half of every block's columns to the left half. kHalf is the number of columns of a half if it is
+// known when compiling, else 0. `width` may be less than two halves: columns without a partner then get a zero.
 template <int64_t kHalf>
 void fold(const float* __restrict from, float* __restrict to, int64_t blocks, int64_t width, int64_t half) {
   if constexpr (kHalf > 0) half = kHalf, width = 2 * kHalf;
@@ -51,7 +52,7 @@ void fold(const float* __restrict from, float* __restrict to, int64_t blocks, in
   }
 }
 
-// The sum of every `width` columns of `total`; `spare` is as large.
+// Sums every `width` columns of `total` into `scores`; `spare` is as large as `total`.
 inline void fold_blocks(float* total, float* spare, int64_t blocks, int64_t width, float* scores) {
   float* from = total;
   float* to = spare;
@@ -79,16 +80,16 @@ inline void fold_blocks(float* total, float* spare, int64_t blocks, int64_t widt
   std::copy_n(from, blocks, scores);
 }
 
-// The sums of the columns of a strip of blocks, and room to fold them into scores.
+// The sums of the columns of a strip of blocks, with room to add them up to scores.
 class StripTotals {
  public:
   explicit StripTotals(int64_t width) : width_(width), sums_(new float[2 * width]) {}
 
   float* sums() { return sums_.get(); }
 
-  // For the `cols` columns of a strip, all that it has of its blocks' `width`.
+  // Begins a strip of `cols` columns; `width` is that of its blocks if all were whole.
   void clear(int64_t cols, int64_t width) {
-    std::fill_n(sums(), cols, -0.0f);  // plus x it is x, even where x is -0.0
+    std::fill_n(sums(), cols, -0.0f);  // -0.0 + x is x, even where x is -0.0
     std::fill(sums() + cols, sums() + width, 0.0f);
   }
 
@@ -106,8 +107,9 @@ class StripTotals {
 }  // namespace
 
 void block_scores(const BlockScoresArgs& a, int64_t begin, int64_t end) {
-  const int64_t wide = (a.cols + a.block_cols - 1) / a.block_cols;
-  const int64_t blocks = std::min(wide, std::max<int64_t>(1, kStripEntries / a.block_cols)), width = blocks * a.block_cols;
+  const int64_t blocks_across = (a.cols + a.block_cols - 1) / a.block_cols;
+  const int64_t blocks = std::min(blocks_across, std::max<int64_t>(1, kStripEntries / a.block_cols));
+  const int64_t width = blocks * a.block_cols;
   StripTotals totals(width);
   const std::unique_ptr<float[]> floats(new float[width]);
   dispatch(a.dtype, [&]<class T>(T*) {
@@ -119,7 +121,7 @@ void block_scores(const BlockScoresArgs& a, int64_t begin, int64_t end) {
                 a.mask ? a.mask + row * a.cols + strip.left : nullptr, totals.sums(), strip.cols);
       }
       totals.score(strip, a.block_rows, a.block_cols,
-                   a.scores + strip.top / a.block_rows * wide + strip.left / a.block_cols);
+                   a.scores + strip.top / a.block_rows * blocks_across + strip.left / a.block_cols);
     });
   });
 }

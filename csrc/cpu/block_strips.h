@@ -1,4 +1,4 @@
-// A row of blocks, cut into strips of blocks that fit the first-level cache.
+// Strips: neighboring blocks of a row of blocks, as many as fit the first-level cache.
 #pragma once
 
 #include "lanes.h"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kStripEntries = 4096;  // 16 KB of floats or keys, half the cache
 
-// Whole blocks, but for the last of a row of blocks.
+// A strip: all its blocks are whole, except at the edges of the matrix.
 struct BlockStrip {
   int64_t top, rows, left, cols;
 

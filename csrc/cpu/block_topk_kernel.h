@@ -1,5 +1,5 @@
-// The top k of every block: keys gathered into the first-level cache, the k-th largest of each found, and the keys not
-// below it kept, less the last of those equal to it where that makes too many.
+// The top k of every block. The keys of a strip are gathered in the first-level cache and the k-th largest key of each
+// block is found. The keys that are not below it are kept; if these are too many, the last that equal it are dropped.
 #pragma once
 
 #include "block_kth.h"
@@ -8,7 +8,7 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// Which keys stay, a bit each, as words of 32.
+// Writes which keys are kept, a bit for each key.
 void keep_topk(const BlockKeys& block, int64_t k, int32_t kth, uint32_t* kept) {
   const int64_t words = block.end() / 32;
   int64_t excess = -k;
@@ -30,7 +30,7 @@ void load_keys(const T* score, int32_t* keys, int64_t cols) {
   for (int64_t i = 0; i < cols; ++i) keys[i] = magnitude_key(score[i]);
 }
 
-// Bits as bytes.
+// Stores 32 bits as bytes.
 inline void store_bits(uint32_t bits, bool* mask) {
 #if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
   const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
@@ -43,7 +43,7 @@ inline void store_bits(uint32_t bits, bool* mask) {
 }
 
 struct TopkScratch {
-  int64_t blocks, pitch;  // blocks side by side, and room for the keys of one
+  int64_t blocks, pitch;  // blocks of a strip, and keys from one block to the next
   std::unique_ptr<int32_t[]> keys, kth;
   std::unique_ptr<uint32_t[]> kept;
   std::unique_ptr<bool[]> bytes;
@@ -58,7 +58,7 @@ struct TopkScratch {
   }
 };
 
-// kCols: the columns of a block where they are known when compiling, else 0.
+// kCols is the number of columns of a block if it is known when compiling, else 0.
 template <class T, int64_t kCols>
 void topk_strip(const BlockTopkArgs& a, const BlockStrip& strip, const TopkScratch& scratch) {
   const int64_t side = kCols > 0 ? kCols : a.block_cols, pitch = scratch.pitch;

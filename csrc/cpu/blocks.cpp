@@ -1,5 +1,4 @@
-// Block scores, top-k per block and tiers: block_scores, block_topk_mask, tier_prune,
-// tier_scores.
+// Block scores, top-k per block and tiers: block_scores, block_topk_mask, tier_prune, tier_scores.
 #include <tuple>
 
 #include "tensor_args.h"
@@ -12,9 +11,9 @@ int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) 
 Tensor block_scores(Tensor weight, int64_t block_rows, int64_t block_cols, std::optional<Tensor> scale,
                     std::optional<Tensor> mask) {
   const FloatMode exact(FloatMode::kExact);
-  const int64_t tall = ceil_div(weight.size(0), block_rows), wide = ceil_div(weight.size(1), block_cols);
-  Tensor scores = empty(weight, {tall, wide}, ScalarType::Float);
-  if (tall * wide == 0) return scores;
+  const int64_t down = ceil_div(weight.size(0), block_rows), across = ceil_div(weight.size(1), block_cols);
+  Tensor scores = empty(weight, {down, across}, ScalarType::Float);
+  if (down * across == 0) return scores;
   const Rows rows = rows_of(weight);
   const BlockScoresArgs args{.weight = weight.const_data_ptr(),
                              .weight_stride = rows.stride,
@@ -27,7 +26,7 @@ Tensor block_scores(Tensor weight, int64_t block_rows, int64_t block_cols, std::
                              .block_cols = block_cols,
                              .dtype = dtype_of(weight)};
   const Kernels& table = kernels();
-  parallel_for(tall, row_grain(rows.cols * block_rows),
+  parallel_for(down, row_grain(rows.cols * block_rows),
                [&](int64_t begin, int64_t end) { table.block_scores(args, begin, end); });
   return scores;
 }
@@ -87,9 +86,9 @@ std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64
 Tensor tier_scores(Tensor weight, int64_t k, int64_t block_rows, int64_t block_cols, std::optional<Tensor> scale,
                    std::optional<Tensor> score_scale, bool squared) {
   const FloatMode exact(FloatMode::kExact);
-  const int64_t tall = ceil_div(weight.size(0), block_rows), wide = ceil_div(weight.size(1), block_cols);
-  Tensor scores = empty(weight, {3, tall, wide}, ScalarType::Float);
-  if (tall * wide == 0) return scores;
+  const int64_t down = ceil_div(weight.size(0), block_rows), across = ceil_div(weight.size(1), block_cols);
+  Tensor scores = empty(weight, {3, down, across}, ScalarType::Float);
+  if (down * across == 0) return scores;
   const Rows rows = rows_of(weight);
   const TierScoresArgs args{.weight = weight.const_data_ptr(),
                             .weight_stride = rows.stride,
@@ -104,7 +103,7 @@ Tensor tier_scores(Tensor weight, int64_t k, int64_t block_rows, int64_t block_c
                             .squared = squared,
                             .dtype = dtype_of(weight)};
   const Kernels& table = kernels();
-  parallel_for(tall, row_grain(rows.cols * block_rows),
+  parallel_for(down, row_grain(rows.cols * block_rows),
                [&](int64_t begin, int64_t end) { table.tier_scores(args, begin, end); });
   return scores;
 }

@@ -1,4 +1,4 @@
-// Which levels this processor can run: it must have every feature that the compiler was allowed to use.
+// Finds which SIMD levels this processor can run: those of which it has all features that the compiler could use.
 #pragma once
 
 #include <string_view>
@@ -9,7 +9,7 @@
 
 namespace sparsekit {
 
-// Whether has(feature) holds for every name of a list, "avx2,fma"; for an empty one it does.
+// Whether has(feature) holds for every name of a list such as "avx2,fma". For an empty list it does.
 template <class Has>
 bool has_all(std::string_view features, Has has) {
   while (!features.empty()) {
@@ -20,7 +20,7 @@ bool has_all(std::string_view features, Has has) {
   return true;
 }
 
-// Whether this processor, and its operating system, have a feature of that name. Unknown names it has not.
+// Whether this processor and its operating system have the feature of this name; false for unknown names.
 inline bool has_feature(std::string_view name) {
 #if defined(__x86_64__)
   unsigned a, b, c, d;

@@ -1,4 +1,4 @@
-// The element types, one at a time: conversions to and from float, and the integer that ranks a magnitude.
+// Single elements of the dtypes: conversion from and to float, and the integer key that ranks by magnitude.
 #pragma once
 
 #include "simd_level_headers.h"
@@ -30,7 +30,7 @@ inline float to_float(F16 value) {
 #endif
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 template <class T>
 T from_float(float value);
 
@@ -75,7 +75,7 @@ constexpr int kNanKey<F16> = 0x7c01;
 template <>
 constexpr int kNanKey<BF16> = 0x7f81;
 
-// Integers in the order of the magnitudes: -0.0 equals 0.0, every NaN is equal and above Inf.
+// Keys that order values by magnitude: -0.0 equals 0.0, and all NaNs are equal and above Inf.
 inline int32_t magnitude_key(float value) {
   return std::min(std::bit_cast<int32_t>(value) & 0x7fffffff, kNanKey<float>);
 }
@@ -84,8 +84,8 @@ int32_t magnitude_key(T value) {
   return std::min(value.bits & 0x7fff, kNanKey<T>);
 }
 
-// Marks the entries of a group that rank first: those that fewer than n others of the m go before, by a larger key or by
-// an equal one at a lower index. nm_kernel.h ranks many groups at a time by the same rule.
+// Marks the n entries of a group of m that rank first: by larger key, then by lower index. nm_kernel.h ranks many
+// groups at a time by the same rule.
 inline void keep_first(const int32_t* keys, bool* keep, int n, int m) {
   for (int i = 0; i < m; ++i) {
     int before = 0;
@@ -95,7 +95,8 @@ inline void keep_first(const int32_t* keys, bool* keep, int n, int m) {
   }
 }
 
-// An entry of a mask that came from outside: a tensor of bool may be a view of any bytes, which are no bool to C++.
+// Whether an entry of a caller's mask is set. A bool tensor may be a view of bytes other than 0 and 1, which C++ must
+// not read as bool.
 inline bool is_set(const bool* mask, int64_t i) { return reinterpret_cast<const uint8_t*>(mask)[i] != 0; }
 
 // Whether all are neither Inf nor NaN.
@@ -106,7 +107,7 @@ bool all_finite(const T* values, int64_t count) {
   return largest < kNanKey<T> - 1;
 }
 
-// Calls body with a null pointer of the element type.
+// Calls body with a null pointer to the element type.
 template <class Body>
 auto dispatch(DType dtype, Body body) {
   switch (dtype) {
@@ -119,10 +120,10 @@ auto dispatch(DType dtype, Body body) {
   }
 }
 
-// Adds what dropped weights contribute where an input is Inf or NaN: 0 times that is NaN, as in the dense product. A
-// kernel that skips dropped weights calls this once it has met such an input.
+// Adds the products of dropped weights, which are 0, with inputs that are Inf or NaN: NaN, as in the dense product. A
+// kernel that skips dropped weights calls this if it meets such an input.
 //
-// x is [tokens, cols], y [tokens, rows] with tokens `stride` apart. keeps(row, col): whether a weight was multiplied.
+// x is [tokens, cols] and y [tokens, rows], with tokens `stride` apart. keeps(row, col) says whether a weight is kept.
 template <class T, class Keeps>
 void multiply_dropped(const T* x, int64_t tokens, int64_t cols, T* y, int64_t rows, int64_t stride, Keeps keeps) {
   for (int64_t token = 0; token < tokens; ++token, x += cols, y += stride) {

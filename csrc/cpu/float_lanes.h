@@ -1,4 +1,4 @@
-// Vectors of kLanes floats: what the kernels with one token to a lane are made of.
+// Vectors of kLanes floats, for the kernels that have one token in each lane.
 #pragma once
 
 #include "elements.h"
@@ -17,7 +17,7 @@ inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 inline bool any_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 
-// Four values to broadcast. Straight from memory: a shuffle would take the port of a multiply-add.
+// Four values to broadcast, each straight from memory: a shuffle would occupy a port that multiply-adds need.
 using Quad = const float*;
 inline Quad load_quad(const float* values) { return values; }
 template <int i>
@@ -47,7 +47,7 @@ inline void store_lanes(BF16* to, Floats lanes) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
 }
 
-// Lane j of vector i changes places with lane i of vector j.
+// Exchanges lane j of vector i with lane i of vector j.
 inline void transpose(Floats (&m)[16]) {
   Floats pairs[16], quads[16];
   for (int i = 0; i < 16; i += 2) {
@@ -83,7 +83,7 @@ inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
 inline bool any_nan(Floats a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
 
-// Four values to broadcast. One load and a shuffle each: loads are what these kernels are short of.
+// Four values to broadcast, by one load and a shuffle for each: loads are the bottleneck of these kernels.
 using Quad = __m256;
 inline Quad load_quad(const float* values) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(values)); }
 template <int i>
@@ -115,7 +115,7 @@ inline void store_lanes(BF16* to, Floats lanes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(low, high));
 }
 
-// Lane j of vector i changes places with lane i of vector j.
+// Exchanges lane j of vector i with lane i of vector j.
 inline void transpose(Floats (&m)[8]) {
   Floats pairs[8], quads[8];
   for (int i = 0; i < 8; i += 2) {

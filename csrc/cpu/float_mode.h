@@ -1,4 +1,5 @@
-// How a thread rounds, and whether it flushes denormals: what `torch.set_flush_denormal` sets, of its own thread alone.
+// The floating-point mode of a thread: how it rounds and whether it flushes denormals. `torch.set_flush_denormal` sets
+// it for the calling thread only.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@
 
 namespace sparsekit {
 
-// A mode of this thread for as long as the object lives. What decides a mask or a score computes in kExact, so that it
-// depends on no mode; a product computes in the mode of its caller.
+// Sets the mode of this thread for as long as the object lives. Ops that decide a mask or a score run in kExact, so
+// that the result does not depend on the caller's mode; products run in the caller's mode.
 class FloatMode {
  public:
   explicit FloatMode(uint64_t mode) : before_(current()), changed_(mode != before_) {
@@ -23,7 +24,7 @@ class FloatMode {
 
 #if defined(__x86_64__)
   static constexpr uint64_t kExact = 0x1f80;  // round to nearest, keep denormals, trap nothing
-  static uint64_t current() { return _mm_getcsr() & ~uint64_t{0x3f}; }  // without the flags that operations leave
+  static uint64_t current() { return _mm_getcsr() & ~uint64_t{0x3f}; }  // without the exception flags
 
  private:
   static void set(uint64_t mode) { _mm_setcsr(static_cast<uint32_t>(mode)); }

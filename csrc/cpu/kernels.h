@@ -1,7 +1,7 @@
 // The table of CPU kernels. They take pointers and sizes and know nothing of torch, so that C++ tests can call them.
 //
-// To read on: an op's file (nm.cpp, sparse24.cpp, ...) turns tensors into one of the structs below, splits the rows over
-// threads, and calls the table of the active SIMD level. x_kernel.h is the kernel itself, a template that
+// Where to read on: an op's file (nm.cpp, sparse24.cpp, ...) turns tensors into one of the structs below, splits the
+// rows over threads, and calls the table of the active SIMD level. x_kernel.h is the kernel itself, a template that
 // simd_level_*.cpp compile once per SIMD level, through simd_level_table.h. elements.h (scalars), lanes.h (integer
 // vectors), float_lanes.h (float vectors) are what kernels are written in.
 #pragma once
@@ -28,7 +28,7 @@ struct NmArgs {
   int64_t cols;
   int n, m;
   DType dtype;
-  bool stream;  // whether to write past the caches, because the outputs are larger than they are
+  bool stream;  // whether to write past the caches, because the outputs do not fit them
 };
 
 struct BlockScoresArgs {

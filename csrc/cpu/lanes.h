@@ -6,10 +6,10 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// Whether an address suits a streaming store.
+// Whether an address is aligned for streaming stores.
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 64 == 0; }
 
-// Streaming stores become visible to other threads.
+// Makes streaming stores visible to other threads.
 inline void fence() {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -19,7 +19,7 @@ inline void fence() {
 // Ones in the lowest `count` bits, of 64.
 inline uint64_t low_bits(int64_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
 
-// The first columns of a mask are in the first bytes, whatever the byte order of the machine.
+// Stores the lowest byte first, whatever the byte order of the machine.
 inline void store_bytes(uint8_t* to, uint64_t bits, int64_t bytes) {
   for (int64_t i = 0; i < bytes; ++i) to[i] = static_cast<uint8_t>(bits >> 8 * i);
 }
@@ -32,7 +32,7 @@ inline void pack_bits(const bool* mask, uint8_t* bits, int64_t cols) {
   }
 }
 
-// For lane i the lane (i + r) % m of its group.
+// The index, for lane i, of lane (i + r) % m of its group.
 template <class Int, int kLanes, int m, int r>
 alignas(64) constexpr std::array<Int, kLanes> rotation = [] {
   std::array<Int, kLanes> from{};
@@ -40,7 +40,7 @@ alignas(64) constexpr std::array<Int, kLanes> rotation = [] {
   return from;
 }();
 
-// The same for groups of four 16-bit lanes as bytes within 128 bits, what pshufb takes.
+// The same for groups of four 16-bit lanes, as the byte indices within 128 bits that pshufb takes.
 template <int kBytes, int r>
 alignas(64) constexpr std::array<int8_t, kBytes> rotation_bytes = [] {
   std::array<int8_t, kBytes> from{};
@@ -51,7 +51,7 @@ alignas(64) constexpr std::array<int8_t, kBytes> rotation_bytes = [] {
 // The same for groups of four 32-bit lanes as an immediate.
 constexpr int rotation4(int r) { return r % 4 | (1 + r) % 4 << 2 | (2 + r) % 4 << 4 | (3 + r) % 4 << 6; }
 
-// One where the rotation by r reaches lane i from a lower index of its group.
+// One where the rotation by r brings lane i an entry of a lower index of its group, else zero.
 template <class Int, int kLanes, int m, int r>
 alignas(64) constexpr std::array<Int, kLanes> wrapped = [] {
   std::array<Int, kLanes> ones{};

@@ -1,42 +1,43 @@
-// linear24. Few tokens: the weight is read once, expanded in registers, and several rows share every load of x. Many
-// tokens: the tokens are the vector lanes, and half of the arithmetic is really skipped.
+// linear24. For few tokens the weight is read once and expanded in registers, and several rows share every load of x.
+// For many tokens the vector lanes are tokens, so that dropped weights cost no arithmetic.
 #pragma once
 
-#include "row_strips.h"
+#include "row_vectors.h"
 #include "token_tiles.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// How many weight rows are worked on at once: rows * tokens sums, the rows' weights and one vector of x stay in registers
-// (32 with AVX-512, else 16).
+// How many weight rows are worked on at once: rows * tokens sums, the rows' weights and one vector of x stay in
+// registers (32 with AVX-512, else 16).
 #if defined(SPARSEKIT_AVX512)
-constexpr int rows_together(int) { return 4; }
+constexpr int rows_at_once(int) { return 4; }
 #else
-constexpr int rows_together(int tokens) { return tokens <= 2 ? 4 : 3; }
+constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 4 : 3; }
 #endif
 
-constexpr int64_t kGrain = 65536;  // products of one piece: fewer are not worth waking a thread
+constexpr int64_t kGrain = 65536;  // products of one piece: fewer are not worth a thread
 constexpr int64_t kPrefetchBytes = 1024;
 
-// x as [chunk][strip][token of the chunk][column of the strip], whole strips only, so that one pointer walks it.
+// Copies x as [chunk][vector][token of the chunk][column of the vector], so that one pointer walks it. Columns after
+// the last whole vector are left out.
 template <class T>
-void pack_inputs(const Linear24Args& a, typename Strip<T>::Input* packed) {
-  constexpr int kCols = Strip<T>::kCols;
+void pack_inputs(const Linear24Args& a, typename RowVector<T>::Input* packed) {
+  constexpr int kCols = RowVector<T>::kCols;
   const TokenChunks chunks(a.tokens);
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
     for (int64_t col = 0; col + kCols <= a.cols; col += kCols)
       for (int64_t token = chunks.begin(chunk); token < chunks.begin(chunk + 1); ++token) {
         const T* x = static_cast<const T*>(a.x) + token * a.cols + col;
-        for (int i = 0; i < kCols; ++i) *packed++ = Strip<T>::input(x[i]);
+        for (int i = 0; i < kCols; ++i) *packed++ = RowVector<T>::input(x[i]);
       }
 }
 
-// kRows rows from `row` times kTokens tokens from `token`. A sum takes its columns in the same order whatever kRows and
-// kTokens are, so that neither the threads nor the other tokens change a result.
+// Multiplies kRows rows from `row` by kTokens tokens from `token`. The order of additions does not depend on kRows and
+// kTokens, so that neither the threads nor the other tokens change a result.
 template <class T, int kRows, int kTokens>
-void rows_times_tokens(const Linear24Args& a, const typename Strip<T>::Input* inputs, int64_t row, int64_t token) {
-  using S = Strip<T>;
+void rows_times_tokens(const Linear24Args& a, const typename RowVector<T>::Input* inputs, int64_t row, int64_t token) {
+  using S = RowVector<T>;
   constexpr int kLine = std::max<int>(2 * 64 / sizeof(T), S::kCols);  // columns of a cache line of values
   const int64_t stored = 2 * (a.cols / 4) + a.cols % 4, bytes = (a.cols + 7) / 8;
   const T* values[kRows];
@@ -49,7 +50,7 @@ void rows_times_tokens(const Linear24Args& a, const typename Strip<T>::Input* in
   for (auto& of_row : sums)
     for (auto& sum : of_row) sum = S::zero();
 
-  const auto strip = [&](int offset) __attribute__((always_inline)) {
+  const auto add_vector = [&](int offset) __attribute__((always_inline)) {
     decltype(S::expand(values[0], bits[0])) weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = S::expand(values[r] + offset / 2, bits[r] + offset / 8);
     for (int t = 0; t < kTokens; ++t) {
@@ -64,14 +65,14 @@ void rows_times_tokens(const Linear24Args& a, const typename Strip<T>::Input* in
   constexpr int64_t kAhead = kPrefetchBytes / sizeof(T);
   int64_t col = 0;
   for (; col + kLine <= a.cols; col += kLine) {
-    // Past the end of a row lies what this group has read already: go on in the next group.
+    // The next rows belong to this group and are read already: prefetch those of the next group.
     const int64_t ahead = kAhead + (col / 2 + kAhead < stored ? 0 : (kRows - 1) * stored);
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(values[r] + ahead);
-    for (int offset = 0; offset < kLine; offset += S::kCols) strip(offset);
+    for (int offset = 0; offset < kLine; offset += S::kCols) add_vector(offset);
     advance(kLine);
   }
   for (; col + S::kCols <= a.cols; col += S::kCols) {
-    strip(0);
+    add_vector(0);
     advance(S::kCols);
   }
 
@@ -91,23 +92,23 @@ void rows_times_tokens(const Linear24Args& a, const typename Strip<T>::Input* in
 template <class T>
 struct RowsTask {
   const Linear24Args& args;
-  const typename Strip<T>::Input* inputs;
+  const typename RowVector<T>::Input* inputs;
 };
 
 // All tokens of the row groups [begin, end), in chunks of kTokens or one less.
 template <class T, int kTokens>
 void row_groups(int64_t begin, int64_t end, void* context) {
-  constexpr int kRows = rows_together(kTokens);
+  constexpr int kRows = rows_at_once(kTokens);
   const auto& [a, inputs] = *static_cast<const RowsTask<T>*>(context);
-  const int64_t strips = a.cols / Strip<T>::kCols * Strip<T>::kCols, last = std::min(end * kRows, a.rows);
+  const int64_t packed_cols = a.cols / RowVector<T>::kCols * RowVector<T>::kCols, last = std::min(end * kRows, a.rows);
   const TokenChunks chunks(a.tokens);
   const auto all_tokens = [&]<int kHeight>(std::integral_constant<int, kHeight>, int64_t row) {
     for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
       const int64_t token = chunks.begin(chunk);
       if (chunks.size(chunk) == kTokens)
-        rows_times_tokens<T, kHeight, kTokens>(a, inputs + token * strips, row, token);
+        rows_times_tokens<T, kHeight, kTokens>(a, inputs + token * packed_cols, row, token);
       else
-        rows_times_tokens<T, kHeight, std::max(kTokens - 1, 1)>(a, inputs + token * strips, row, token);
+        rows_times_tokens<T, kHeight, std::max(kTokens - 1, 1)>(a, inputs + token * packed_cols, row, token);
     }
   };
   int64_t row = begin * kRows;
@@ -119,7 +120,7 @@ template <class T, int kTokens = 1>
 void linear24_rows(const Linear24Args& a, ParallelFor parallel_for) {
   if constexpr (kTokens < kMaxTokens)
     if (TokenChunks(a.tokens).largest() > kTokens) return linear24_rows<T, kTokens + 1>(a, parallel_for);
-  using Input = typename Strip<T>::Input;
+  using Input = typename RowVector<T>::Input;
   std::unique_ptr<Input[]> packed;
   const Input* inputs;
   if constexpr (std::is_same_v<Input, T>) inputs = static_cast<const T*>(a.x);
@@ -129,18 +130,18 @@ void linear24_rows(const Linear24Args& a, ParallelFor parallel_for) {
     inputs = packed.get();
   }
   RowsTask<T> task{a, inputs};
-  constexpr int kRows = rows_together(kTokens);
+  constexpr int kRows = rows_at_once(kTokens);
   const int64_t grain = 1 + kGrain / (a.cols * a.tokens * kRows + 1);
   parallel_for((a.rows + kRows - 1) / kRows, grain, row_groups<T, kTokens>, &task);
 }
 
-// Many tokens. Per thread this allocates a tile of x, the sums of a block of rows, and 16-bit values in fp32: kTileBytes +
-// kSumsBytes + kTileBytes at most, whatever the shape.
+// Many tokens. Every thread allocates a tile of x, the sums of a block of rows, and the fp32 of 16-bit values: at most
+// kTileBytes + kSumsBytes + kTileBytes, whatever the shape.
 
 constexpr int64_t kRowsAhead = 2;      // of the weight, in steps of rows_per_step
 constexpr int64_t kRowsConverted = 8;  // of 16-bit values at once
 
-// Where a thread keeps what it works on.
+// The working memory of a thread.
 struct LanesScratch {
   float* tile;    // [input][token]
   float* values;  // [row][kept]
@@ -213,7 +214,7 @@ struct LanesTask {
   LanesPlan plan;
 };
 
-// Item i is a block of rows times a tile of tokens, all the tiles of a block one after the other.
+// Computes item i, a block of rows times a tile of tokens; the tiles of one block of rows have consecutive items.
 template <class T>
 void lanes_item(const LanesTask& task, int64_t item, const LanesScratch& scratch) {
   const auto& [a, plan] = task;
@@ -233,7 +234,7 @@ template <class T>
 void lanes_items(int64_t begin, int64_t end, void* context) {
   const auto& task = *static_cast<const LanesTask*>(context);
   constexpr int64_t kLine = 64 / sizeof(float), kTile = kTileBytes / sizeof(float);
-  // At most kTile / kLanes / 2 values of a row go with a tile, and a tail.
+  // A row has at most kTile / kLanes / 2 values in a tile, and a tail.
   constexpr int64_t kValues = std::is_same_v<T, float> ? 0 : kRowsConverted * (kTile / kLanes / 2 + kLine);
   const int64_t size = kLine + kTile + kValues + task.plan.block_rows * task.plan.widest * kLanes;
   const std::unique_ptr<float[]> memory(new float[size]);

@@ -12,7 +12,7 @@ const void* data(Tensor& tensor) {
   return tensor.const_data_ptr();
 }
 
-// Whether `starts` rises from zeros to the numbers of blocks that are stored: kernels index by it.
+// Whether `starts` rises from 0 to the number of stored blocks of each form. Kernels index by it, so it must.
 bool counts_blocks(const int32_t* starts, int64_t rows, const std::array<int64_t, 3>& stored) {
   bool right = true;
   for (int form = 0; form < 3; ++form) {

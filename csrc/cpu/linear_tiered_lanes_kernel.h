@@ -1,8 +1,8 @@
-// linear_tiered for many tokens: the tokens are the vector lanes, and every form's own arithmetic is all that is done.
+// linear_tiered for many tokens: the vector lanes are tokens, and dropped weights cost no arithmetic.
 //
-// A run is the blocks of a row of blocks that meet one tile of x, a fixed number of them, so that the order of additions
-// is the same whatever the tile's width, and neither the threads nor the other tokens change a result. Per thread it
-// allocates a tile of x, the sums of some rows of blocks, and a run's blocks in fp32.
+// A run is those blocks of a row of blocks that are multiplied by one tile of x. Their number is fixed, so that the
+// order of additions does not depend on the tile's width, and neither the threads nor the other tokens change a result.
+// Every thread allocates a tile of x, the sums of some rows of blocks, and the fp32 of a run's blocks.
 #pragma once
 
 #include "tiered_blocks.h"
@@ -11,25 +11,23 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// The blocks of a row of blocks that meet a tile of x, times that tile.
-
-// A kept entry of a top-k block: where its row's sums begin, and its input in the tile, in floats.
+// A kept entry of a top-k block, with the offsets of its row's sums and of its input in the tile, in floats.
 struct TopkEntry {
   float value;
   int32_t sums, input;
 };
 
-// Blocks in fp32, those of a form one after the other.
+// A run's blocks in fp32, sorted by form.
 struct BlockRun {
   int64_t block_rows, block_cols;
   int64_t counts[kTiers];
-  const int32_t* inputs[kTiers];  // where the first input of every block lies in the tile, in floats
+  const int32_t* inputs[kTiers];  // the offset of every block's first input in the tile, in floats
   const float* dense;
   const float* values;
   const uint8_t* bits;
   const TopkEntry* entries;
   int64_t entry_count;
-  const char* ahead[2];  // dense blocks and values to prefetch, so many bytes with every row
+  const char* ahead[2];  // dense blocks and 2:4 values to prefetch, ahead_bytes with every row
   int64_t ahead_bytes[2];
 };
 
@@ -133,7 +131,7 @@ struct TieredPlan {
   }
 };
 
-// Where a thread keeps what it works on.
+// The working memory of a thread.
 struct TieredScratch {
   float* tile;    // [input][token]
   float* sums;    // [row][token]
@@ -183,7 +181,7 @@ struct TieredLanesBlock {
                        [this](int64_t r, int64_t col) { return stores(a, row + r, col); });
   }
 
-  // The run of the i-th row of blocks, without its blocks.
+  // The run of the i-th row of blocks, before its blocks are loaded.
   BlockRun listed(int64_t i, int64_t block, int64_t blocks) const {
     BlockRun run{};
     run.block_rows = a.block_rows;
@@ -219,13 +217,13 @@ struct TieredLanesBlock {
     run.entries = scratch.entries;
     run.entry_count = run.counts[kTopk] * a.k;
     with_positions(a, [&](const auto* positions) {
-      const Places places(a.block_rows, a.block_cols);
+      const BlockPositions in_block(a.block_rows, a.block_cols);
       const T* topk = static_cast<const T*>(a.topk) + cursor[kTopk] * a.k;
       positions += cursor[kTopk] * a.k;
       TopkEntry* entry = scratch.entries;
       for (int64_t b = 0; b < run.counts[kTopk]; ++b)
         for (int64_t e = 0; e < a.k; ++e, ++topk, ++positions) {
-          const int64_t position = places.inside(*positions), row = places.row(position);
+          const int64_t position = in_block.inside(*positions), row = in_block.row(position);
           const int64_t col = position - row * a.block_cols;
           *entry++ = {to_float(*topk), static_cast<int32_t>(row * width),
                       run.inputs[kTopk][b] + static_cast<int32_t>(col * width)};
@@ -246,7 +244,7 @@ struct TieredLanesTask {
   TieredPlan plan;
 };
 
-// Item i is some rows of blocks times a tile of tokens, all the tiles of the rows one after the other.
+// Item i is some rows of blocks times a tile of tokens; the tiles of the same rows have consecutive items.
 template <class T>
 void tiered_lanes_items(int64_t begin, int64_t end, void* context) {
   const auto& [a, plan] = *static_cast<const TieredLanesTask*>(context);

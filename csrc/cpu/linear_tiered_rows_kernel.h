@@ -1,39 +1,40 @@
-// linear_tiered for few tokens: the weight is read once, expanded in registers, with the sums of a row of blocks in the
-// L1 cache.
+// linear_tiered for few tokens: the weight is read once and expanded in registers; the sums of a row of blocks are in
+// the L1 cache.
 #pragma once
 
 #include "float_lanes.h"
-#include "row_strips.h"
+#include "row_vectors.h"
 #include "tiered_blocks.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-constexpr int64_t kBlocksGrain = 65536;  // products of one piece: fewer are not worth waking a thread
+constexpr int64_t kBlocksGrain = 65536;  // products of one piece: fewer are not worth a thread
 constexpr int64_t kBlocksAhead = 2048;   // bytes of prefetch
-// A row of blocks is gone through in so many parts, each with its share of every form: the dense blocks wait for memory,
-// the top-k blocks for arithmetic, and the caches are filled for the ones while the others are worked on. At AVX2,
+// A row of blocks is divided into so many parts, each with a share of every form. Dense blocks are bound by memory and
+// top-k blocks by arithmetic, so that memory is prefetched for the ones while the others are computed. At AVX2,
 // 4096x4096 and one token, 32 parts took 0.93 of the time of 8.
 constexpr int64_t kBlockParts = 32;
 
 #if defined(SPARSEKIT_AVX512_BF16)
 template <class T>
-struct TierStrip : Strip<T> {};
+struct TierRowVector : RowVector<T> {};
 template <>
-struct TierStrip<BF16> : Bf16FloatStrip {};  // a pair of 16-bit strips would span two blocks
+struct TierRowVector<BF16> : Bf16FloatRowVector {};  // a vector of 32 columns would span two blocks
 #else
 template <class T>
-using TierStrip = Strip<T>;
+using TierRowVector = RowVector<T>;
 #endif
 
-// What a thread keeps of a row of blocks: the columns of the blocks of each form, and a vector of sums per row and token.
+// The working memory of a thread: the columns of the blocks of each form in a row of blocks, and a vector of sums for
+// each row and token.
 struct BlockRowScratch {
   int32_t* lists[kTiers];
   int64_t counts[kTiers];
   float* sums;  // [row][token][lane]
 };
 
-// x in fp32, tokens `stride` apart, zero past the last column up to whole blocks.
+// x in fp32, with tokens `stride` apart, padded with zeros to whole blocks.
 struct TieredInputs {
   const float* x;
   int64_t stride;
@@ -41,7 +42,7 @@ struct TieredInputs {
 
 template <class T, int kTokens>
 struct BlockRowTimesTokens {
-  using S = TierStrip<T>;
+  using S = TierRowVector<T>;
   using Vector = decltype(S::zero());
   static constexpr int kCols = S::kCols;
 
@@ -51,17 +52,17 @@ struct BlockRowTimesTokens {
   const BlockRowScratch& scratch;
   int64_t block_rows = a.block_rows, block_cols = a.block_cols, size = block_rows * block_cols;
 
-  // One row of a block after the other, as strips.
+  // The rows of a block, one after the other, as vectors.
   struct DenseRows {
     const T* from;
     int64_t cols;
 
-    Vector strip(int s) const {
+    Vector vector(int v) const {
 #if defined(SPARSEKIT_AVX512) || defined(SPARSEKIT_AVX2)
-      return load_lanes(from + s * kCols);
+      return load_lanes(from + v * kCols);
 #else
       Vector weights;
-      for (int lane = 0; lane < kCols; ++lane) weights.at[lane] = to_float(from[s * kCols + lane]);
+      for (int lane = 0; lane < kCols; ++lane) weights.at[lane] = to_float(from[v * kCols + lane]);
       return weights;
 #endif
     }
@@ -72,40 +73,41 @@ struct BlockRowTimesTokens {
     const uint8_t* bits;
     int64_t cols;
 
-    Vector strip(int s) const { return S::expand(values + s * (kCols / 2), bits + s * (kCols / 8)); }
+    Vector vector(int v) const { return S::expand(values + v * (kCols / 2), bits + v * (kCols / 8)); }
     const T* next() {
       bits += cols / 8;
       return values += cols / 2;
     }
   };
 
-  // Adds the products of kStrips strips of every row of a block.
-  template <int kStrips, class Rows>
-  void add_strips(const float* inputs, Rows weights) const {
-    Vector input[kTokens][kStrips];
+  // Adds the products of kVectors vectors of every row of a block.
+  template <int kVectors, class Rows>
+  void add_vectors(const float* inputs, Rows weights) const {
+    Vector input[kTokens][kVectors];
     for (int t = 0; t < kTokens; ++t)
-      for (int s = 0; s < kStrips; ++s) input[t][s] = S::load(inputs + t * stride + s * kCols);
+      for (int v = 0; v < kVectors; ++v) input[t][v] = S::load(inputs + t * stride + v * kCols);
     float* sums = scratch.sums;
     const float* end = sums + block_rows * kTokens * kCols;
 #pragma GCC unroll 4
     for (; sums != end; sums += kTokens * kCols) {
-      Vector weight[kStrips];
-      for (int s = 0; s < kStrips; ++s) weight[s] = weights.strip(s);
+      Vector weight[kVectors];
+      for (int v = 0; v < kVectors; ++v) weight[v] = weights.vector(v);
       __builtin_prefetch(reinterpret_cast<const char*>(weights.next()) + kBlocksAhead);
       for (int t = 0; t < kTokens; ++t) {
         Vector sum = S::load(sums + t * kCols);
-        for (int s = 0; s < kStrips; ++s) sum = S::madd(weight[s], input[t][s], sum);
+        for (int v = 0; v < kVectors; ++v) sum = S::madd(weight[v], input[t][v], sum);
         std::memcpy(sums + t * kCols, &sum, sizeof sum);
       }
     }
   }
 
-  // The strips of a block in pairs, so that a sum is loaded and stored once for two products. at(col) has its rows.
+  // Adds the products of a block by pairs of vectors, so that a sum is loaded and stored once for two products. at(col)
+  // returns the rows from column col on.
   template <class At>
   void add_block(const float* inputs, At at) const {
     int64_t col = 0;
-    for (; col + 2 * kCols <= block_cols; col += 2 * kCols) add_strips<2>(inputs + col, at(col));
-    if (col < block_cols) add_strips<1>(inputs + col, at(col));
+    for (; col + 2 * kCols <= block_cols; col += 2 * kCols) add_vectors<2>(inputs + col, at(col));
+    if (col < block_cols) add_vectors<1>(inputs + col, at(col));
   }
 
   void add_dense(const T* dense, int64_t begin, int64_t end) const {
@@ -121,17 +123,18 @@ struct BlockRowTimesTokens {
       });
   }
 
-  // Neighboring entries often share a row: they go to different lanes of its sum, so that none waits for the other.
+  // Neighboring entries often share a row: they are added to different lanes of its sum, so that none waits for
+  // another.
   template <class Position>
   void add_topk(const T* topk, const Position* positions, int64_t begin, int64_t end) const {
-    const Places places(block_rows, block_cols);
+    const BlockPositions in_block(block_rows, block_cols);
     const int64_t k = a.k;
     for (int64_t i = begin; i < end; ++i) {
       const float* inputs = x + scratch.lists[kTopk][i];
       const T* values = topk + i * k;
       const Position* at = positions + i * k;
       for (int64_t e = 0; e < k; ++e) {
-        const int64_t position = places.inside(at[e]), row = places.row(position);
+        const int64_t position = in_block.inside(at[e]), row = in_block.row(position);
         const float weight = to_float(values[e]);
         const float* input = inputs + position - row * block_cols;
         float* sum = scratch.sums + row * kTokens * kCols + e % kCols;
@@ -166,7 +169,7 @@ struct BlockRowTimesTokens {
   }
 };
 
-// The rows of blocks in pieces of about the same number of stored entries.
+// Divides the rows of blocks into pieces with about the same number of stored entries.
 struct BlockRowPlan {
   const LinearTieredArgs& a;
   int64_t rows = (a.rows + a.block_rows - 1) / a.block_rows, pieces;
@@ -182,7 +185,7 @@ struct BlockRowPlan {
   int64_t first_row(int64_t piece) const {
     if (piece == pieces) return rows;
     const int64_t wanted = entries(rows) * piece / pieces;
-    int64_t low = 0, high = rows;  // the first row of blocks that so many entries come before
+    int64_t low = 0, high = rows;  // of the first row of blocks with so many entries before it
     while (low < high) {
       const int64_t middle = (low + high) / 2;
       if (entries(middle) < wanted)
@@ -207,7 +210,7 @@ void block_row_pieces(int64_t begin, int64_t end, void* context) {
   const auto& [a, plan, inputs] = *static_cast<const BlockRowTask<T>*>(context);
   const int64_t blocks = (a.cols + a.block_cols - 1) / a.block_cols;
   const std::unique_ptr<int32_t[]> lists(new int32_t[kTiers * (blocks + 1)]);
-  const std::unique_ptr<float[]> sums(new float[a.block_rows * kTokens * TierStrip<T>::kCols]);
+  const std::unique_ptr<float[]> sums(new float[a.block_rows * kTokens * TierRowVector<T>::kCols]);
   BlockRowScratch scratch{{lists.get(), lists.get() + blocks + 1, lists.get() + 2 * (blocks + 1)}, {}, sums.get()};
   const TokenChunks chunks(a.tokens);
   for (int64_t row = plan.first_row(begin); row < plan.first_row(end); ++row) {
@@ -229,7 +232,7 @@ void linear_tiered_rows(const LinearTieredArgs& a, ParallelFor parallel_for) {
   if constexpr (kTokens < kMaxTokens)
     if (TokenChunks(a.tokens).largest() > kTokens) return linear_tiered_rows<T, kTokens + 1>(a, parallel_for);
   const int64_t padded = (a.cols + a.block_cols - 1) / a.block_cols * a.block_cols;
-  TieredInputs inputs{nullptr, padded + 16};  // no multiple of the page, where tokens would compete for the same sets
+  TieredInputs inputs{nullptr, padded + 16};  // not whole pages, which would share sets of the cache
   std::unique_ptr<float[]> copied;
   if (std::is_same_v<T, float> && a.tokens == 1 && a.cols == padded) {
     inputs.x = static_cast<const float*>(a.x);

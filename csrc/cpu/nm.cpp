@@ -6,8 +6,8 @@
 namespace sparsekit {
 namespace {
 
-// Groups do not cross rows that are whole multiples of m, nor bytes of bits those of 8, so a contiguous tensor may be
-// cut anew: many short rows cost no row starts, and one long row is shared by all threads.
+// Where every row is whole groups, and whole bytes of the mask's bits, a contiguous tensor is divided into rows of
+// another length: many short rows then cost nothing extra, and one long row is shared by all threads.
 void run_flat(NmArgs args, int64_t count) {
   const int64_t width = 16384 / (8 * args.m) * (8 * args.m), pieces = count / width;
   const Kernels& table = kernels();
@@ -31,7 +31,8 @@ void run(const NmArgs& args, int64_t rows) {
                [&](int64_t begin, int64_t end) { table.nm(args, begin, end); });
 }
 
-// The mask of `weight`; where `pruned` is given, contiguous or the weight itself, it gets what the mask keeps.
+// Returns the mask of `weight`, and writes the kept entries into `pruned`, which may be null, contiguous, or the
+// weight.
 Tensor masked(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale, Tensor* pruned) {
   const FloatMode exact(FloatMode::kExact);
   Tensor mask = empty(weight, shape_of(weight), ScalarType::Bool);

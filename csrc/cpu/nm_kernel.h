@@ -1,5 +1,5 @@
-// N:M masks: an entry stays if fewer than n of its group's m go before it, by a larger magnitude or by an equal one
-// at a lower index.
+// N:M masks: an entry is kept if fewer than n entries of its group of m rank before it, by larger magnitude or, where
+// magnitudes are equal, by lower index.
 #pragma once
 
 #include "lanes.h"
@@ -22,7 +22,7 @@ int32_t nm_key(const NmRow<T>& row, int64_t i) {
   return row.scale ? magnitude_key(to_float(row.weight[i]) * row.scale[i]) : magnitude_key(row.weight[i]);
 }
 
-// Any n:m, several groups abreast: loops over `lane` become vectors.
+// Any n:m, for several groups at once: the compiler turns the loops over `lane` into vector instructions.
 template <class T>
 void nm_any(const NmRow<T>& row, int64_t cols, int n, int m) {
   constexpr int kGroups = 16;
@@ -66,7 +66,7 @@ auto nm_keep(Keys key, int n) {
   return nm_keep<M>(key, n, std::make_integer_sequence<int, M - 1>());
 }
 
-// Which of the entries from i on stay, as many as a vector of T holds.
+// Which entries from i on are kept, for as many as a vector of T holds.
 template <int M, bool kScaled, class T>
 auto nm_keep_at(const NmRow<T>& row, int64_t i, int n) {
   if constexpr (!kScaled)
@@ -78,7 +78,7 @@ auto nm_keep_at(const NmRow<T>& row, int64_t i, int n) {
                 nm_keep<M>(magnitude_keys(row.weight + i + Keys32::kLanes, row.scale + i + Keys32::kLanes), n));
 }
 
-// Columns [0, cols), a multiple of kStep.
+// Columns [0, cols), where cols is a multiple of kStep.
 template <int M, bool kScaled, class T>
 void nm_steps(NmRow<T> row, int64_t cols, int n) {
   constexpr int kLanes = Keys32::kLanes * 4 / sizeof(T);
@@ -121,7 +121,7 @@ void nm_grouped(const NmRow<T>& row, int64_t cols, int n) {
 
 #endif
 
-// Which of 64 columns 2:4 keeps, the first in the lowest bit. kScaled: a scale is given.
+// Which of 64 columns 2:4 keeps, the first in the lowest bit. kScaled says whether a scale is given.
 template <bool kScaled, class T>
 uint64_t kept24(const T* weight, const float* scale) {
   const NmRow<T> row{weight, kScaled ? scale : nullptr, nullptr, nullptr, nullptr, false, false};
@@ -142,7 +142,7 @@ uint64_t kept24(const T* weight, const float* scale) {
   return bits;
 }
 
-// The same of fewer columns: what is left over of groups is kept, and bits past the last column are 0.
+// The same for fewer columns: columns after the last whole group are kept, and bits after the last column are 0.
 template <bool kScaled, class T>
 uint64_t kept24(const T* weight, const float* scale, int64_t cols) {
   T padded[64] = {};
@@ -171,7 +171,7 @@ void nm(const NmArgs& a, int64_t begin, int64_t end) {
       T* pruned = a.pruned ? static_cast<T*>(a.pruned) + i * a.pruned_stride : nullptr;
       bool* mask = a.mask ? a.mask + i * a.cols : nullptr;
       uint8_t* bits = a.bits ? a.bits + i * ((a.cols + 7) / 8) : nullptr;
-      const bool past_caches = a.stream && pruned != weight;  // in place, the caches hold the line already
+      const bool past_caches = a.stream && pruned != weight;  // in place, the cache lines have just been read
       nm_row<T>({weight, a.scale, pruned, mask, bits, a.stream && aligned(mask), past_caches && aligned(pruned)},
                 a.cols, a.n, a.m);
     }

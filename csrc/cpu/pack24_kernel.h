@@ -1,13 +1,13 @@
 // The packed 2:4 format: two values and four mask bits for every group of four.
 #pragma once
 
-#include "compress.h"
+#include "compress_expand.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// The two bits that a group keeps, by its four mask bits: two stay as they are, fewer are completed by the rule of
-// torch.sparse's semi-structured conversion, and of more (never reached where the pattern is checked) the lowest two.
+// The two bits that a group keeps, by its four mask bits. Two stay as they are. Fewer are completed by the rule of
+// torch.sparse's semi-structured conversion. Of more, which a check refuses, the lowest two are kept.
 constexpr uint8_t kComplete[16] = {0b1100, 0b0101, 0b0110, 0b0011, 0b1100, 0b0101, 0b0110, 0b0011,
                                    0b1100, 0b1001, 0b1010, 0b0011, 0b1100, 0b0101, 0b0110, 0b0011};
 
@@ -15,8 +15,10 @@ inline bool is_zero(float value) { return value == 0; }
 inline bool is_zero(F16 value) { return (value.bits & 0x7fff) == 0; }
 inline bool is_zero(BF16 value) { return (value.bits & 0x7fff) == 0; }
 
-// A group's bits as it keeps them, eight bits for two groups.
-constexpr uint8_t complete2(unsigned two) { return static_cast<uint8_t>(kComplete[two & 15] | kComplete[two >> 4] << 4); }
+// The same for the eight bits of two groups.
+constexpr uint8_t complete2(unsigned bits) {
+  return static_cast<uint8_t>(kComplete[bits & 15] | kComplete[bits >> 4] << 4);
+}
 
 // Packs the columns from `column`, a multiple of 8, one group at a time; returns the first bad group, or -1.
 template <class T>
@@ -40,7 +42,7 @@ int64_t pack24_columns(const T* weight, const bool* mask, T* values, uint8_t* bi
   return bad;
 }
 
-// The inverse; a group of the bitmask that has not two bits is read as if it were completed.
+// The inverse. A group whose bitmask does not have two bits set is completed by the same rule.
 template <class T>
 void unpack24_columns(const T* values, const uint8_t* bitmask, T* weight, int64_t column, int64_t cols) {
   values += column / 2;
@@ -55,13 +57,13 @@ void unpack24_columns(const T* values, const uint8_t* bitmask, T* weight, int64_
 
 constexpr uint64_t kEveryGroup = 0x1111111111111111;
 
-// How many of the four bits of each group are set, as 16 times four bits.
+// How many of the four bits of each group are set: 16 counts of four bits.
 inline uint64_t count_bits(uint64_t kept) {
   const uint64_t pairs = kept - (kept >> 1 & 0x5555555555555555);
   return (pairs & 0x3333333333333333) + (pairs >> 2 & 0x3333333333333333);
 }
 
-// The groups whose count is more than two, or with `exact` other than two, as their lowest bits.
+// The lowest bit of every group whose count is more than two or, with `exact`, is not two.
 inline uint64_t bad_groups(uint64_t counts, bool exact) {
   const uint64_t ones = counts, twos = counts >> 1, fours = counts >> 2;
   return (fours | (exact ? ones | ~twos : ones & twos)) & kEveryGroup;
@@ -78,7 +80,7 @@ inline uint64_t complete(uint64_t kept) {
   return result;
 }
 
-// Packs whole 64-column pieces; returns the first bad group, or -1.
+// Packs whole pieces of 64 columns; returns the first bad group, or -1.
 template <class T>
 int64_t pack24_pieces(const T* weight, const bool* mask, T* values, uint8_t* bitmask, int64_t cols, bool stream) {
   int64_t bad = -1;
@@ -106,7 +108,7 @@ void unpack24_pieces(const T* values, const uint8_t* bitmask, T* weight, int64_t
   }
 }
 
-// Columns that pieces cover.
+// How many columns are in whole pieces.
 inline int64_t piece_columns(int64_t cols) { return cols / 64 * 64; }
 
 #else

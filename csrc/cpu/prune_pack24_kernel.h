@@ -1,7 +1,7 @@
-// 2:4 pruning and packing in one: the mask stays in registers and the dense weight is read once.
+// 2:4 pruning and packing in one pass: the mask stays in registers, and the dense weight is read once.
 #pragma once
 
-#include "compress.h"
+#include "compress_expand.h"
 #include "nm_kernel.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {

@@ -29,7 +29,7 @@ struct Keep8 {
 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-// Streaming goes past the caches, and needs an aligned address.
+// A streaming store goes past the caches and needs an aligned address.
 inline void store(void* to, __m256i lanes, bool stream) {
   if (stream)
     _mm256_stream_si256(static_cast<__m256i*>(to), lanes);
@@ -73,7 +73,7 @@ Keys16 rotate(Keys16 key) {
   return {_mm256_shuffle_epi8(key.lanes, load(rotation_bytes<32, R>.data()))};
 }
 
-// One less in the lanes that a rotation by R reaches from a lower index of their group.
+// Subtracts one from the lanes that a rotation by R fills from a lower index of their group.
 template <int M, int R>
 Keys32 minus_wrapped(Keys32 key) {
   return {_mm256_sub_epi32(key.lanes, load(wrapped<int32_t, 8, M, R>.data()))};
@@ -95,7 +95,7 @@ inline Keep16 less(Keys16 count, int n) {
   return {_mm256_cmpgt_epi16(_mm256_set1_epi16(static_cast<int16_t>(n)), count.lanes)};
 }
 
-// Two vectors of lanes as one of half the width.
+// Joins two vectors of lanes to one whose lanes have half the width.
 inline Keep16 join(Keep32 low, Keep32 high) {
   return {_mm256_permute4x64_epi64(_mm256_packs_epi32(low.lanes, high.lanes), 0xd8)};
 }
@@ -112,7 +112,7 @@ void store_kept(void* to, const void* from, Keep keep, bool stream) {
   store(to, _mm256_and_si256(load(from), keep.lanes), stream);
 }
 
-// The lanes of entries [i, i + lanes) from bits, as many as a vector of T holds.
+// The lanes to keep of the entries from i on, as many as a vector of T holds, from bits.
 template <class T, int i>
 auto keep_bits(uint64_t bits) {
   if constexpr (sizeof(T) == 4) {
@@ -126,7 +126,7 @@ auto keep_bits(uint64_t bits) {
   }
 }
 
-// 64 bits as bytes.
+// Stores 64 bits as bytes.
 inline void store_mask64(bool* to, uint64_t bits, bool stream) {
   const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
@@ -145,7 +145,7 @@ __m256 magnitudes(const T* weight, const float* scale) {
   return score;
 }
 
-// total += the lanes to keep.
+// Adds the scores of the lanes to keep to `total`.
 inline void add_kept(__m256 score, Keep32 keep, float* total) {
   score = _mm256_and_ps(score, _mm256_castsi256_ps(keep.lanes));
   _mm256_storeu_ps(total, _mm256_add_ps(_mm256_loadu_ps(total), score));

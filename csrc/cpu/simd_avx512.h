@@ -29,7 +29,7 @@ struct Keep8 {
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 
-// Streaming goes past the caches, and needs an aligned address.
+// A streaming store goes past the caches and needs an aligned address.
 inline void store(void* to, __m512i lanes, bool stream) {
   if (stream)
     _mm512_stream_si512(static_cast<__m512i*>(to), lanes);
@@ -73,7 +73,7 @@ Keys16 rotate(Keys16 key) {
   return {_mm512_ror_epi64(key.lanes, 16 * R)};
 }
 
-// One less in the lanes that a rotation by R reaches from a lower index of their group.
+// Subtracts one from the lanes that a rotation by R fills from a lower index of their group.
 template <int M, int R>
 Keys32 minus_wrapped(Keys32 key) {
   return {_mm512_sub_epi32(key.lanes, load(wrapped<int32_t, 16, M, R>.data()))};
@@ -97,7 +97,7 @@ inline Keep16 less(Keys16 count, int n) {
   return {_mm512_cmplt_epi16_mask(count.lanes, _mm512_set1_epi16(static_cast<int16_t>(n)))};
 }
 
-// Two masks as one.
+// Joins two masks to one.
 inline Keep16 join(Keep32 low, Keep32 high) { return {_mm512_kunpackw(high.bits, low.bits)}; }
 inline Keep8 join(Keep16 low, Keep16 high) { return {_mm512_kunpackd(high.bits, low.bits)}; }
 
@@ -112,7 +112,7 @@ inline void store_kept(void* to, const void* from, Keep16 keep, bool stream) {
   store(to, _mm512_maskz_mov_epi16(keep.bits, load(from)), stream);
 }
 
-// The lanes of entries [i, i + lanes) from bits, as many as a vector of T holds.
+// The lanes to keep of the entries from i on, as many as a vector of T holds, from bits.
 template <class T, int i>
 auto keep_bits(uint64_t bits) {
   if constexpr (sizeof(T) == 4)
@@ -121,7 +121,7 @@ auto keep_bits(uint64_t bits) {
     return Keep16{static_cast<__mmask32>(bits >> i)};
 }
 
-// 64 bits as bytes.
+// Stores 64 bits as bytes.
 inline void store_mask64(bool* to, uint64_t bits, bool stream) { store_mask(to, Keep8{bits}, stream); }
 
 // The magnitudes, times the scale.
@@ -133,7 +133,7 @@ __m512 magnitudes(const T* weight, const float* scale) {
   return score;
 }
 
-// total += the lanes to keep.
+// Adds the scores of the lanes to keep to `total`.
 inline void add_kept(__m512 score, Keep32 keep, float* total) {
   score = _mm512_castsi512_ps(_mm512_maskz_mov_epi32(keep.bits, _mm512_castps_si512(score)));
   _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), score));

@@ -1,6 +1,6 @@
-// Included by every SIMD level before its target region: all standard headers, because an inline function of theirs that
-// is compiled inside the region could be the copy that the linker keeps for other levels; and the macros that open and
-// close the region.
+// Included by every SIMD level before its target region: all standard headers, because an inline function of theirs
+// that is compiled inside the region could be the copy that the linker keeps for other levels; and the macros that open
+// and close the region.
 #pragma once
 
 #include <algorithm>

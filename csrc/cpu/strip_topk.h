@@ -1,4 +1,4 @@
-// The entries that top-k keeps of the blocks of a strip, as bits, row by row.
+// What the top-k blocks of a strip keep, as bits, row by row.
 #pragma once
 
 #include "block_topk_kernel.h"
@@ -7,7 +7,7 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// Adds bits [first, first + count) of words to others at `at`.
+// Adds bits [first, first + count) of `from` to `words`, from bit `at` on.
 inline void copy_bits(const uint32_t* from, int64_t first, uint64_t* words, int64_t at, int64_t count) {
   for (int64_t done = 0, some; done < count; done += some) {
     const int64_t source = first + done, target = at + done;
@@ -45,7 +45,7 @@ inline void keep24(int32_t* keys, int64_t cols) {
   }
 }
 
-// Args: of a kernel that ranks the entries of `weight` by magnitude times `scale`, and keeps `k`.
+// Args is the struct of a kernel that ranks the entries of `weight` by magnitude times `scale`, and keeps `k`.
 template <class Args>
 class StripTopk {
  public:
@@ -56,24 +56,24 @@ class StripTopk {
         keys_(new int32_t[blocks_ * pitch_]),
         kth_(new int32_t[blocks_]),
         kept_(new uint32_t[blocks_ * pitch_ / 32]),
-        named_(new int64_t[blocks_]) {}
+        topk_blocks_(new int64_t[blocks_]) {}
 
-  // The most blocks of a strip.
+  // How many blocks a strip has at most.
   int64_t blocks() const { return blocks_; }
 
-  // Begins a strip without top-k blocks, and names one of its blocks as such.
-  void clear() { found_ = 0; }
-  void add(int64_t block) { named_[found_++] = block; }
+  // clear() begins a strip; add() says that one of its blocks is a top-k block.
+  void clear() { topk_count_ = 0; }
+  void add(int64_t block) { topk_blocks_[topk_count_++] = block; }
 
-  // Finds what the named blocks keep. kCols: the columns of a block where they are known when compiling, else 0.
-  // `nested`: of what 2:4 keeps, and nothing that is 0.
+  // Finds what the top-k blocks keep. kCols is the number of columns of a block if it is known when compiling, else 0.
+  // If `nested`, only entries that 2:4 keeps and that are not 0 can be kept.
   template <class T, int64_t kCols>
   void choose(const BlockStrip& strip, bool nested) {
     const auto keys_of = [&](int64_t i) {
       return BlockKeys{keys_.get() + i * pitch_, strip.rows * cols_of(strip, i)};
     };
-    for (int64_t i = 0; i < found_; ++i) {
-      const int64_t left = strip.left + named_[i] * a_.block_cols, cols = cols_of(strip, i);
+    for (int64_t i = 0; i < topk_count_; ++i) {
+      const int64_t left = strip.left + topk_blocks_[i] * a_.block_cols, cols = cols_of(strip, i);
       int32_t* keys = keys_.get() + i * pitch_;
       for (int64_t row = 0; row < strip.rows; ++row, keys += cols) {
         const T* weight = static_cast<const T*>(a_.weight) + (strip.top + row) * a_.weight_stride + left;
@@ -87,17 +87,17 @@ class StripTopk {
       }
       std::fill(keys, keys_.get() + i * pitch_ + keys_of(i).end(), -1);
     }
-    kth_of_blocks(keys_of, found_, a_.k, kth_.get());
-    for (int64_t i = 0; i < found_; ++i)
+    kth_of_blocks(keys_of, topk_count_, a_.k, kth_.get());
+    for (int64_t i = 0; i < topk_count_; ++i)
       keep_topk(keys_of(i), a_.k, nested ? std::max(kth_[i], 1) : kth_[i], kept_.get() + i * pitch_ / 32);
   }
 
-  // Adds what they keep of one row to the bits of the columns of the strip.
+  // Sets the bits of the columns that the top-k blocks keep in one row of the strip.
   template <int64_t kCols>
   void add_kept_bits(const BlockStrip& strip, int64_t row, uint64_t* kept) const {
-    for (int64_t i = 0; i < found_; ++i) {
+    for (int64_t i = 0; i < topk_count_; ++i) {
       const uint32_t* bits = kept_.get() + i * pitch_ / 32;
-      const int64_t left = named_[i] * a_.block_cols, cols = cols_of(strip, i);
+      const int64_t left = topk_blocks_[i] * a_.block_cols, cols = cols_of(strip, i);
       if (kCols == 16 && cols == 16)
         kept[left / 64] |= uint64_t{bits[row / 2] >> row % 2 * 16 & 0xffff} << left % 64;
       else
@@ -107,14 +107,14 @@ class StripTopk {
 
  private:
   int64_t cols_of(const BlockStrip& strip, int64_t i) const {
-    return std::min(a_.block_cols, strip.cols - named_[i] * a_.block_cols);
+    return std::min(a_.block_cols, strip.cols - topk_blocks_[i] * a_.block_cols);
   }
 
   const Args& a_;
-  int64_t pitch_, blocks_, found_ = 0;    // room for the keys of a block, and blocks side by side
-  std::unique_ptr<int32_t[]> keys_, kth_;  // of the top-k blocks, one after the other
-  std::unique_ptr<uint32_t[]> kept_;       // which of the keys
-  std::unique_ptr<int64_t[]> named_;       // which block each of those is
+  int64_t pitch_, blocks_, topk_count_ = 0;  // pitch_: keys from one block to the next
+  std::unique_ptr<int32_t[]> keys_, kth_;    // of the top-k blocks, one after the other
+  std::unique_ptr<uint32_t[]> kept_;         // a bit for each key
+  std::unique_ptr<int64_t[]> topk_blocks_;   // the index of each top-k block in the strip
 };
 
 }  // namespace

@@ -47,7 +47,7 @@ struct Rows {
   int64_t rows, cols, stride;
 };
 
-// The tensor's memory as rows, if its strides allow that; it may have any number of dimensions.
+// The tensor's memory as rows if its strides allow that; the tensor may have any number of dimensions.
 inline std::optional<Rows> rows_in_place(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, cols = tensor.size(last);
   if (tensor.numel() == 0) return Rows{0, cols, cols};  // its strides may be anything
@@ -79,10 +79,10 @@ const T* contiguous_data(std::optional<Tensor>& tensor) {
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
-// Whether an output is so large that it is better written past the caches.
+// Whether an output is so large that it should be written past the caches.
 inline bool exceeds_caches(int64_t bytes) { return bytes > 8 << 20; }
 
-// Runs torch's parallel_for; every thread computes in the floating-point mode of the caller.
+// Runs torch's parallel_for, every thread of it in the floating-point mode of the caller.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
   const uint64_t mode = FloatMode::current();
@@ -92,7 +92,7 @@ void parallel_for(int64_t count, int64_t grain, const Body& body) {
   });
 }
 
-// parallel_for with the signature that kernels call, if they divide their work themselves.
+// parallel_for with the signature of ParallelFor, for kernels that divide their work themselves.
 inline void parallel_ranges(int64_t count, int64_t grain, RangeBody body, void* context) {
   parallel_for(count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }

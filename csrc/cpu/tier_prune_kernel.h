@@ -1,5 +1,5 @@
-// Tiers: which entries of a strip of blocks stay, as bits; then mask, pruned copy and column sums, while the strip is
-// in the caches.
+// Prunes the blocks of a strip by their tiers: finds the kept entries as bits, then writes the mask, the pruned copy
+// and the column sums while the strip is in the caches.
 #pragma once
 
 #include "apply_bits.h"
@@ -21,46 +21,47 @@ inline void fill_bits(uint64_t* words, int64_t at, int64_t count) {
 
 struct TierScratch {
   StripTopk<TierPruneArgs> topk;
-  std::unique_ptr<uint64_t[]> dense, two, kept;  // a bit for each column of the strip: of its tier; of one row
+  std::unique_ptr<uint64_t[]> dense, sparse24;  // a bit for each column of the strip: whether its block is of this tier
+  std::unique_ptr<uint64_t[]> kept;             // the same: whether one row keeps it
   StripTotals totals;
 
   explicit TierScratch(const TierPruneArgs& a) : topk(a), totals(topk.blocks() * a.block_cols) {
     const int64_t words = (topk.blocks() * std::min(a.block_cols, a.cols) + 63) / 64;
-    for (auto* bits : {&dense, &two, &kept}) bits->reset(new uint64_t[words]);
+    for (auto* bits : {&dense, &sparse24, &kept}) bits->reset(new uint64_t[words]);
   }
 };
 
-// What a strip keeps of one row, into s.kept.
+// Writes what a row of a strip keeps into s.kept.
 template <class T, int64_t kCols>
 void keep_row(const TierPruneArgs& a, const BlockStrip& strip, int64_t row, const TierScratch& s) {
   const T* weight = static_cast<const T*>(a.weight) + (strip.top + row) * a.weight_stride + strip.left;
   const float* scale = a.scale ? a.scale + strip.left : nullptr;
   for (int64_t word = 0; word * 64 < strip.cols; ++word) {
     s.kept[word] = s.dense[word];
-    if (!s.two[word]) continue;
+    if (!s.sparse24[word]) continue;
     const int64_t i = word * 64, cols = std::min<int64_t>(64, strip.cols - i);
     const auto kept = [&]<bool kScaled>(std::bool_constant<kScaled>) {
       const float* from = kScaled ? scale + i : nullptr;
       return cols == 64 ? kept24<kScaled>(weight + i, from) : kept24<kScaled>(weight + i, from, cols);
     };
-    s.kept[word] |= s.two[word] & (scale ? kept(std::true_type{}) : kept(std::false_type{}));
+    s.kept[word] |= s.sparse24[word] & (scale ? kept(std::true_type{}) : kept(std::false_type{}));
   }
   s.topk.add_kept_bits<kCols>(strip, row, s.kept.get());
 }
 
 template <class T, int64_t kCols>
 void tier_strip(const TierPruneArgs& a, const BlockStrip& strip, TierScratch& s) {
-  const int64_t wide = (a.cols + a.block_cols - 1) / a.block_cols;
-  const int64_t first = strip.top / a.block_rows * wide + strip.left / a.block_cols;
+  const int64_t blocks_across = (a.cols + a.block_cols - 1) / a.block_cols;
+  const int64_t first = strip.top / a.block_rows * blocks_across + strip.left / a.block_cols;
   const uint8_t* tiers = a.tiers + first;
   const int64_t blocks = strip.blocks(a.block_cols), words = (strip.cols + 63) / 64;
   std::fill_n(s.dense.get(), words, 0);
-  std::fill_n(s.two.get(), words, 0);
+  std::fill_n(s.sparse24.get(), words, 0);
   s.topk.clear();
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t left = block * a.block_cols, cols = std::min(a.block_cols, strip.cols - left);
     if (tiers[block] == kDense) fill_bits(s.dense.get(), left, cols);
-    if (tiers[block] == kSparse24) fill_bits(s.two.get(), left, cols);
+    if (tiers[block] == kSparse24) fill_bits(s.sparse24.get(), left, cols);
     if (tiers[block] > kSparse24) s.topk.add(block);
   }
   s.topk.choose<T, kCols>(strip, a.nested);

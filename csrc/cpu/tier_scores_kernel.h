@@ -1,4 +1,4 @@
-// What every block would keep of its score in each tier, in one pass.
+// The score that every block would keep in each tier, in one pass.
 #pragma once
 
 #include "block_scores_kernel.h"
@@ -9,7 +9,7 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// One row of a strip. All pointers but the totals' are to its first column.
+// One row of a strip. All pointers are to its first column.
 template <class T>
 struct TierRow {
   const T* weight;
@@ -19,7 +19,7 @@ struct TierRow {
 };
 
 template <bool kSquared, class T>
-void add_tiers(const TierRow<T>& row, float* dense, float* two, float* topk) {
+void add_tiers(const TierRow<T>& row, float* dense, float* sparse24, float* topk) {
   int64_t i = 0;
 #if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
   const auto add_at = [&]<int lane>(std::integral_constant<int, lane>) {
@@ -28,7 +28,7 @@ void add_tiers(const TierRow<T>& row, float* dense, float* two, float* topk) {
     Floats score = magnitudes<true>(row.weight + at, row.score_scale + at);
     if constexpr (kSquared) score = multiply_add(score, score, zeros());
     store_lanes(dense + at, add(load_lanes(dense + at), score));
-    add_kept(score, kept, two + at);
+    add_kept(score, kept, sparse24 + at);
     add_kept(score, keep_bits<float, lane>(row.topk[i / 64]), topk + at);
   };
   for (; i + 64 <= row.cols; i += 64) {
@@ -47,7 +47,7 @@ void add_tiers(const TierRow<T>& row, float* dense, float* two, float* topk) {
       float score = std::fabs(to_float(row.weight[i + j])) * row.score_scale[i + j];
       if constexpr (kSquared) score *= score;
       dense[i + j] += score;
-      two[i + j] += kept >> j & 1 ? score : 0.0f;
+      sparse24[i + j] += kept >> j & 1 ? score : 0.0f;
       topk[i + j] += row.topk[i / 64] >> j & 1 ? score : 0.0f;
     }
   }
@@ -56,7 +56,7 @@ void add_tiers(const TierRow<T>& row, float* dense, float* two, float* topk) {
 struct TierScoresScratch {
   StripTopk<TierScoresArgs> topk;
   int64_t width;
-  std::unique_ptr<float[]> ones;  // in place of a scale that is not given
+  std::unique_ptr<float[]> ones;  // stands in for a scale that is not given
   std::unique_ptr<uint64_t[]> kept;
   StripTotals totals[kTiers];
 
@@ -72,7 +72,7 @@ struct TierScoresScratch {
 
 template <class T, int64_t kCols>
 void score_strip(const TierScoresArgs& a, const BlockStrip& strip, TierScoresScratch& s) {
-  const int64_t wide = (a.cols + a.block_cols - 1) / a.block_cols, blocks = strip.blocks(a.block_cols);
+  const int64_t blocks_across = (a.cols + a.block_cols - 1) / a.block_cols, blocks = strip.blocks(a.block_cols);
   s.topk.clear();
   for (int64_t block = 0; a.k > 0 && block < blocks; ++block) s.topk.add(block);
   s.topk.template choose<T, kCols>(strip, false);
@@ -86,10 +86,10 @@ void score_strip(const TierScoresArgs& a, const BlockStrip& strip, TierScoresScr
                           a.score_scale ? a.score_scale + strip.left : s.ones.get(), s.kept.get(), strip.cols};
     add_to(from, s.totals[kDense].sums(), s.totals[kSparse24].sums(), s.totals[kTopk].sums());
   }
-  float* scores = a.scores + strip.top / a.block_rows * wide + strip.left / a.block_cols;
+  float* scores = a.scores + strip.top / a.block_rows * blocks_across + strip.left / a.block_cols;
   for (StripTotals& totals : s.totals) {
     totals.score(strip, a.block_rows, a.block_cols, scores);
-    scores += (a.rows + a.block_rows - 1) / a.block_rows * wide;
+    scores += (a.rows + a.block_rows - 1) / a.block_rows * blocks_across;
   }
 }
 

@@ -7,8 +7,8 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// Where the blocks of each form lie among `count` neighbors of the map, as multiples of `step`, in order. Each form is
-// written at every block and counted at its own, since a branch on the form would be mispredicted at every other one.
+// Lists the indices, times `step`, of the blocks of each form among `count` blocks of the tier map. Every index is
+// written to all three lists, but only the list of its form moves on: a branch on the form would often be mispredicted.
 inline void list_tiers(const uint8_t* tiers, int64_t count, int32_t step, int32_t* const (&lists)[kTiers],
                        int64_t (&counts)[kTiers]) {
   int64_t dense = 0, sparse24 = 0, topk = 0;
@@ -22,17 +22,17 @@ inline void list_tiers(const uint8_t* tiers, int64_t count, int32_t step, int32_
   counts[kDense] = dense, counts[kSparse24] = sparse24, counts[kTopk] = topk;
 }
 
-// No more blocks of a form than `starts` counts up to the end of a row of blocks: a map that does not belong to them reads
-// nothing beyond what is stored.
+// Limits the counts to what `starts` says a row of blocks has, so that a tier map that contradicts it never makes a
+// kernel read beyond what is stored.
 inline void limit_counts(const LinearTieredArgs& a, int64_t block_row, const int32_t* first, int64_t (&counts)[kTiers]) {
   const int32_t* end = a.starts + kTiers * (block_row + 1);
   for (int tier = 0; tier < kTiers; ++tier) counts[tier] = std::min<int64_t>(counts[tier], end[tier] - first[tier]);
 }
 
-// Positions in a block, those beyond it taken for the last one, and their rows without a division.
-class Places {
+// Positions in a block: limits one to the last entry, and finds its row without a division.
+class BlockPositions {
  public:
-  Places(int64_t block_rows, int64_t block_cols)
+  BlockPositions(int64_t block_rows, int64_t block_cols)
       : last_(block_rows * block_cols - 1), inverse_(((1 << kShift) + block_cols - 1) / block_cols) {}
   template <class Position>
   int64_t inside(Position position) const {
@@ -45,7 +45,7 @@ class Places {
   int64_t last_, inverse_;
 };
 
-// Calls body with `positions` as a pointer to what it holds.
+// Calls body with `positions` as a pointer to its element type.
 template <class Body>
 void with_positions(const LinearTieredArgs& a, Body body) {
   if (a.block_rows * a.block_cols <= 256)

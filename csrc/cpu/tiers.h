@@ -1,4 +1,4 @@
-// The forms of a block, by their number in a tier map.
+// The forms of a block, numbered as in a tier map.
 #pragma once
 
 #include "simd_level_headers.h"

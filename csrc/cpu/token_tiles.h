@@ -1,5 +1,5 @@
-// What the kernels for many tokens share. Their vector lanes are tokens: a tile of x lies [input][token] in the L1 cache,
-// and a kept weight is broadcast and multiplied by the vector of tokens of its input.
+// What the kernels for many tokens share. Their vector lanes are tokens: a tile of x is in the L1 cache as
+// [input][token], and a kept weight is broadcast and multiplied by the vectors of tokens of its input.
 #pragma once
 
 #include "float_lanes.h"
@@ -7,17 +7,17 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-constexpr int64_t kLanesTokens = 16;  // from so many tokens on these kernels are faster
+constexpr int64_t kLanesTokens = 16;  // from this many tokens on, these kernels are faster
 
 // A tile of 8 vectors of tokens leaves a quarter of the L1 cache, where that is 32 KB, to the weight and the sums. At
 // AVX2, 4096x4096 and 128 tokens, 16 KB took 1.4 times as long, and 4 or 6 vectors 1.2 times.
 constexpr int kMaxVectors = 8;
 constexpr int64_t kTileBytes = 24576;
-constexpr int64_t kRun = kTileBytes / (kMaxVectors * kLanes * sizeof(float));  // columns that are summed by themselves
-static_assert(kRun % 8 == 0 && kRun % kLanes == 0);  // whole bytes of the bitmask, whole squares to transpose
+constexpr int64_t kRun = kTileBytes / (kMaxVectors * kLanes * sizeof(float));  // columns that are summed separately
+static_assert(kRun % 8 == 0 && kRun % kLanes == 0);  // whole bytes of the bitmask, and whole squares to transpose
 constexpr int64_t kSumsBytes = 131072;  // a quarter of the L2 cache
 
-// The tokens in tiles and the rows in blocks, both as even as they come.
+// Divides the tokens into tiles and the rows into blocks, both as evenly as possible.
 struct LanesPlan {
   int64_t vectors, tiles, widest, blocks, block_rows;
 
@@ -41,8 +41,8 @@ struct LanesPlan {
   int64_t first_vector(int64_t tile) const { return vectors * tile / tiles; }
 };
 
-// `inputs` columns of x, whose tokens are `stride` apart, as [input][token]; the lanes past the last token repeat it.
-// Returns whether all are finite.
+// Copies `inputs` columns of x, whose tokens are `stride` apart, as [input][token]. Lanes after the last token repeat
+// it. Returns whether all values are finite.
 template <class T>
 bool load_tile(const T* from, int64_t stride, int64_t tokens, int vectors, int64_t inputs, float* tile) {
   const int64_t width = vectors * kLanes;
@@ -72,7 +72,7 @@ bool load_tile(const T* from, int64_t stride, int64_t tokens, int vectors, int64
   return !any_nan(all) && !std::isnan(rest_times_zero);
 }
 
-// Sums [row][token], rows `width` apart, to y [token][row], tokens `stride` apart, with the bias.
+// Adds the bias to sums [row][token], rows `width` apart, and stores them as y [token][row], tokens `stride` apart.
 template <class T>
 void store_sums(const float* sums, int64_t width, int64_t rows, int64_t tokens, const T* bias, T* y, int64_t stride) {
   int64_t r = 0;
@@ -91,7 +91,7 @@ void store_sums(const float* sums, int64_t width, int64_t rows, int64_t tokens, 
       y[t * stride + r] = from_float<T>(sums[r * width + t] + (bias ? to_float(bias[r]) : 0.0f));
 }
 
-// Where the four kept of eight inputs lie in a tile, in bytes: four times 16 bits for every byte of the bitmask.
+// The offsets, in bytes, of the four kept of eight inputs in a tile: four times 16 bits for every byte of the bitmask.
 struct KeptOffsets {
   uint64_t of_byte[256];
 
@@ -115,7 +115,7 @@ struct WeightPiece {
   int64_t ahead_stride, ahead_bytes;
 };
 
-// Weight rows that share a step, so that enough independent sums hide the latency of a multiply-add (8 or more).
+// How many weight rows share a step: enough for 8 or more independent sums, which hide the latency of a multiply-add.
 constexpr int rows_per_step(int vectors) {
 #if defined(SPARSEKIT_AVX512)
   return vectors >= 8 ? 1 : vectors >= 4 ? 2 : 4;
@@ -124,9 +124,9 @@ constexpr int rows_per_step(int vectors) {
 #endif
 }
 
-// Adds kRows rows' products to sums [row][token], by runs of kRun columns that are summed by themselves: at 4096 columns
-// one long sum had 3 times the error of the dense layer. A tile is whole runs long, so that the order of additions is the
-// same whatever its width, and neither the threads nor the other tokens change a result.
+// Adds kRows rows' products to sums [row][token]. The products of every kRun columns are summed separately first: at
+// 4096 columns one long sum had 3 times the error of the dense layer. A tile has a multiple of kRun columns, so that
+// the order of additions does not depend on its width, and neither the threads nor the other tokens change a result.
 template <int kVectors, int kRows, int64_t kRun>
 inline __attribute__((always_inline)) void rows_times_tile(const WeightPiece& piece, int64_t row, const float* tile,
                                                            const KeptOffsets& offsets, bool first, float* sums) {
@@ -173,7 +173,7 @@ inline __attribute__((always_inline)) void rows_times_tile(const WeightPiece& pi
       values[r] += 4 * bytes;
       bits[r] += bytes;
       const int64_t rest = columns % 8;
-      int64_t left = rest / 4 * 2 + rest % 4;  // values, whatever the bits say
+      int64_t left = rest / 4 * 2 + rest % 4;  // values that are stored, even if more bits are set
       for (int64_t i = 0; i < rest; ++i)
         if (*bits[r] >> i & 1 && left-- > 0)
           add_products(r, broadcast(*values[r]++), inputs + i * kTokens * sizeof(float));

@@ -1,25 +1,25 @@
 // Transposable 2:4 masks: the best of the 90 patterns of every 4x4 tile, one tile to a lane.
 //
-// Two rows leave one, two or six ways to complete a pattern with the other two. A sum rounds monotonically, so the best
-// total of a first half is reached by the best of its second halves: 36 totals are compared instead of 90, in the order
-// of the patterns. Which second half reached it first is told afterwards.
+// Once rows 0 and 1 are chosen, there are one, two or six ways to complete the pattern with rows 2 and 3. Rounding
+// never reverses the order of two sums, so the best total comes from the best completion: 36 totals are compared
+// instead of 90, in the order of the patterns. Which completion reached the total first is found afterwards.
 #pragma once
 
 #include "nm_kernel.h"
-#include "tiles.h"
+#include "tiles4x4.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// The columns that a row can keep, as bits, in lexicographic order; 5 - i are the columns that i does not keep.
+// The pairs of columns that a row can keep, as bits, in lexicographic order; pair 5 - i is the complement of pair i.
 constexpr int kPairs[6] = {0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100};
 
-// What row 2 and row 3 keep, in the first pattern whose rows 0 and 1 keep the pairs p and q. Where p and q share one
-// column, the only other pattern exchanges the two.
-struct Half {
+// The pairs that rows 2 and 3 keep in the first pattern whose rows 0 and 1 keep the pairs p and q. Where p and q share
+// one column, there is one other such pattern, which has the two exchanged.
+struct LowerRows {
   int row2, row3;
 };
-constexpr Half completion(int p, int q) {
+constexpr LowerRows lower_rows(int p, int q) {
   for (int row2 = 0; row2 < 6; ++row2)
     for (int row3 = 0; row3 < 6; ++row3)
       if ((kPairs[row2] & kPairs[row3]) == (15 & ~(kPairs[p] | kPairs[q])) &&
@@ -28,28 +28,29 @@ constexpr Half completion(int p, int q) {
   return {};
 }
 
-// The sums of the magnitudes that each row keeps of each pair, as bits.
+// The sum of the magnitudes of each pair of columns in each row, as the bits of a float.
 using RowSums = TileInts[4][6];
 
-// What rows 0 and 1 keep with the first completion, four bits a row; without it where they are complements.
+// The pattern of rows 0 and 1 with the first completion, four bits a row; rows 0 and 1 alone where they are
+// complements.
 constexpr int kept_bits(int p, int q) {
-  const Half half = completion(p, q);
-  return kPairs[p] | kPairs[q] << 4 | (q == 5 - p ? 0 : kPairs[half.row2] << 8 | kPairs[half.row3] << 12);
+  const LowerRows lower = lower_rows(p, q);
+  return kPairs[p] | kPairs[q] << 4 | (q == 5 - p ? 0 : kPairs[lower.row2] << 8 | kPairs[lower.row3] << 12);
 }
 
 struct BestPattern {
   TileInts total;
-  TileInts first;  // the total with the first completion; where rows 0 and 1 are complements, without one
+  TileInts first;  // the total with the first completion; that of rows 0 and 1 alone where they are complements
   TileInts kept;
 };
 
 template <int p, int q>
 void consider(const RowSums& sums, const TileInts& any_complements, BestPattern& best) {
   constexpr bool kComplements = q == 5 - p;
-  constexpr Half kHalf = completion(p, q);
-  const TileInts top = plus(sums[0][p], sums[1][q]), bottom = plus(sums[2][kHalf.row2], sums[3][kHalf.row3]);
+  constexpr LowerRows kLower = lower_rows(p, q);
+  const TileInts top = plus(sums[0][p], sums[1][q]), bottom = plus(sums[2][kLower.row2], sums[3][kLower.row3]);
   TileInts best_bottom = kComplements ? any_complements : bottom;
-  if constexpr (!kComplements && p != q) best_bottom = larger(bottom, plus(sums[2][kHalf.row3], sums[3][kHalf.row2]));
+  if constexpr (!kComplements && p != q) best_bottom = larger(bottom, plus(sums[2][kLower.row3], sums[3][kLower.row2]));
   const TileInts total = plus(top, best_bottom), better = total > best.total;
   best.total = larger(total, best.total);
   best.first = better ? (kComplements ? top : plus(top, bottom)) : best.first;
@@ -77,7 +78,7 @@ inline TileInts best_pattern(const RowSums& sums) {
   return best.kept < 0x100 ? best.kept | below : completed;
 }
 
-// A tile to each lane: 4 rows of 4 * kLanes columns.
+// Writes the mask of 4 rows of 4 * kLanes columns, one tile to a lane.
 template <class T>
 void mask_tiles(const T* score, int64_t stride, bool* mask, int64_t mask_stride, bool stream) {
   RowSums sums;
@@ -96,8 +97,8 @@ void mask_tiles(const T* score, int64_t stride, bool* mask, int64_t mask_stride,
 }  // namespace
 
 void transposable(const TransposableArgs& a, int64_t begin, int64_t end) {
-  constexpr int64_t kStrip = 4 * kLanes;
-  const int64_t full = a.cols / 4 * 4, whole = full / kStrip * kStrip, rest = full - whole;
+  constexpr int64_t kTileCols = 4 * kLanes;
+  const int64_t full = a.cols / 4 * 4, whole = full / kTileCols * kTileCols, rest = full - whole;
   dispatch(a.dtype, [&]<class T>(T*) {
     for (int64_t top = 4 * begin; top < std::min(4 * end, a.rows); top += 4) {
       const T* score = static_cast<const T*>(a.score) + top * a.score_stride;
@@ -109,14 +110,14 @@ void transposable(const TransposableArgs& a, int64_t begin, int64_t end) {
         break;
       }
       const bool stream = a.stream && aligned(mask) && a.cols % 64 == 0;
-      for (int64_t i = 0; i < whole; i += kStrip) mask_tiles(score + i, a.score_stride, mask + i, a.cols, stream);
+      for (int64_t i = 0; i < whole; i += kTileCols) mask_tiles(score + i, a.score_stride, mask + i, a.cols, stream);
       if (rest > 0) {
-        T padded[4 * kStrip] = {};
-        alignas(64) bool tiles[4 * kStrip];
+        T padded[4 * kTileCols] = {};
+        alignas(64) bool tiles[4 * kTileCols];
         for (int row = 0; row < 4; ++row)
-          std::copy_n(score + row * a.score_stride + whole, rest, padded + row * kStrip);
-        mask_tiles(padded, kStrip, tiles, kStrip, false);
-        for (int row = 0; row < 4; ++row) std::copy_n(tiles + row * kStrip, rest, mask + row * a.cols + whole);
+          std::copy_n(score + row * a.score_stride + whole, rest, padded + row * kTileCols);
+        mask_tiles(padded, kTileCols, tiles, kTileCols, false);
+        for (int row = 0; row < 4; ++row) std::copy_n(tiles + row * kTileCols, rest, mask + row * a.cols + whole);
       }
       for (int64_t i = full; i < a.cols; ++i) {
         const T column[4] = {score[i], score[a.score_stride + i], score[2 * a.score_stride + i],

@@ -1,5 +1,5 @@
-// The kept entries of 64 columns: found, moved together, and spread again. Every group of four keeps two, so 8 columns
-// always make 4 values and no counting is needed.
+// Finds the kept entries of 64 columns, compresses them to 32 values, and expands values to columns. Every group of
+// four keeps two, so that 8 columns always make 4 values and nothing has to be counted.
 #pragma once
 
 #include "lanes.h"
@@ -12,10 +12,10 @@ namespace {
 inline __m128i load128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 inline __m128i load64(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
 
-// For every byte of mask bits: which of the 8 columns the k-th value is from, and which value column i gets (0x80:
-// none), for values of kSize bytes, as byte indices that pshufb takes.
+// For every byte of mask bits, the byte indices that pshufb takes: kCompressBytes says which of the 8 columns value k
+// comes from, and kExpandBytes which value column i gets (0x80 for none). A value has kSize bytes.
 template <int kSize>
-constexpr auto kFrom = [] {
+constexpr auto kCompressBytes = [] {
   std::array<std::array<uint8_t, 4 * kSize>, 256> table{};
   for (int bits = 0; bits < 256; ++bits)
     for (int i = 0, k = 0; i < 8; ++i)
@@ -26,7 +26,7 @@ constexpr auto kFrom = [] {
   return table;
 }();
 template <int kSize>
-constexpr auto kTo = [] {
+constexpr auto kExpandBytes = [] {
   std::array<std::array<uint8_t, 8 * kSize>, 256> table{};
   for (int bits = 0; bits < 256; ++bits)
     for (int i = 0, k = 0; i < 8; ++i) {
@@ -56,7 +56,7 @@ uint64_t nonzero_bits(const T* weight) {
          uint64_t{_mm512_test_epi16_mask(load(weight + 32), magnitude)} << 32;
 }
 
-// In registers: a compress that stores is microcoded on Zen 4.
+// Compresses in registers: the instruction that compresses into memory is microcoded, and slow, on Zen 4.
 inline void compress64(const float* weight, uint64_t kept, float* values, bool stream) {
   for (int i = 0; i < 64; i += 32) {
     const __m512i low = _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept >> i), load(weight + i));
@@ -104,7 +104,7 @@ uint64_t nonzero_bits(const T* weight) {
 inline void compress64(const float* weight, uint64_t kept, float* values, bool stream) {
   const auto four = [&](int i) {
     int from;
-    std::memcpy(&from, kFrom<1>[kept >> i & 255].data(), 4);
+    std::memcpy(&from, kCompressBytes<1>[kept >> i & 255].data(), 4);
     const __m128i lanes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(from));
     return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(load(weight + i), _mm256_castsi128_si256(lanes)));
   };
@@ -112,7 +112,7 @@ inline void compress64(const float* weight, uint64_t kept, float* values, bool s
 }
 inline void expand64(const float* values, uint64_t kept, float* weight, bool stream) {
   for (int i = 0; i < 64; i += 8) {
-    const __m256i lanes = _mm256_cvtepi8_epi32(load64(kTo<1>[kept >> i & 255].data()));
+    const __m256i lanes = _mm256_cvtepi8_epi32(load64(kExpandBytes<1>[kept >> i & 255].data()));
     const __m256i spread = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(load128(values + i / 2)), lanes);
     store(weight + i, _mm256_andnot_si256(_mm256_srai_epi32(lanes, 31), spread), stream);
   }
@@ -148,7 +148,9 @@ inline void store256(void* to, __m128i low, __m128i high, bool stream) {
 }
 template <class T>
 void compress64(const T* weight, uint64_t kept, T* values, bool stream) {
-  const auto four = [&](int i) { return _mm_shuffle_epi8(load128(weight + i), load64(kFrom<2>[kept >> i & 255].data())); };
+  const auto four = [&](int i) {
+    return _mm_shuffle_epi8(load128(weight + i), load64(kCompressBytes<2>[kept >> i & 255].data()));
+  };
   for (int i = 0; i < 64; i += 32)
     store256(values + i / 2, _mm_unpacklo_epi64(four(i), four(i + 8)), _mm_unpacklo_epi64(four(i + 16), four(i + 24)),
              stream);
@@ -156,7 +158,7 @@ void compress64(const T* weight, uint64_t kept, T* values, bool stream) {
 template <class T>
 void expand64(const T* values, uint64_t kept, T* weight, bool stream) {
   const auto eight = [&](int i) {
-    return _mm_shuffle_epi8(load64(values + i / 2), load128(kTo<2>[kept >> i & 255].data()));
+    return _mm_shuffle_epi8(load64(values + i / 2), load128(kExpandBytes<2>[kept >> i & 255].data()));
   };
   for (int i = 0; i < 64; i += 16) store256(weight + i, eight(i), eight(i + 8), stream);
 }

@@ -1,7 +1,8 @@
-// What the kernels for few tokens share: the tokens in chunks, and strips of weight rows.
+// What the kernels for few tokens share: the tokens in chunks, and vectors of weights.
 //
-// A strip is kCols columns of one row, expanded in a register from its kCols / 2 kept values; two of every four columns
-// are kept, so nothing has to be counted. Strip<T>::Input is the type that x is converted to beforehand.
+// A row vector is kCols columns of one weight row, expanded in a register from their kCols / 2 kept values. Two of
+// every four columns are kept, so nothing has to be counted. RowVector<T>::Input is the type that x is converted to
+// beforehand.
 #pragma once
 
 #include "elements.h"
@@ -15,7 +16,7 @@ constexpr int kMaxTokens = 6;
 constexpr int kMaxTokens = 4;
 #endif
 
-// The tokens in chunks whose sums fit the registers, of sizes that differ by at most one.
+// Divides the tokens into chunks whose sums fit the registers; the sizes of chunks differ by at most one.
 struct TokenChunks {
   int64_t tokens, count;
 
@@ -27,7 +28,7 @@ struct TokenChunks {
 
 #if defined(SPARSEKIT_AVX512)
 
-struct FloatStrip {
+struct FloatRowVector {
   using Input = float;
   static constexpr int kCols = 16;
 
@@ -39,7 +40,7 @@ struct FloatStrip {
   static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
   static __m512 madd(__m512 weights, __m512 inputs, __m512 sums) { return _mm512_fmadd_ps(weights, inputs, sums); }
   static float total(__m512 sums) { return _mm512_reduce_add_ps(sums); }
-  static __m512 spread(__m256 kept, const uint8_t* bits) {
+  static __m512 expand_floats(__m256 kept, const uint8_t* bits) {
     uint16_t mask;
     std::memcpy(&mask, bits, sizeof mask);
     return _mm512_maskz_expand_ps(mask, _mm512_castps256_ps512(kept));
@@ -47,30 +48,32 @@ struct FloatStrip {
 };
 
 template <class T>
-struct Strip;
+struct RowVector;
 
 template <>
-struct Strip<float> : FloatStrip {
-  static __m512 expand(const float* values, const uint8_t* bits) { return spread(_mm256_loadu_ps(values), bits); }
-};
-
-template <>
-struct Strip<F16> : FloatStrip {
-  static __m512 expand(const F16* values, const uint8_t* bits) {
-    return spread(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))), bits);
+struct RowVector<float> : FloatRowVector {
+  static __m512 expand(const float* values, const uint8_t* bits) {
+    return expand_floats(_mm256_loadu_ps(values), bits);
   }
 };
 
-struct Bf16FloatStrip : FloatStrip {
+template <>
+struct RowVector<F16> : FloatRowVector {
+  static __m512 expand(const F16* values, const uint8_t* bits) {
+    return expand_floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))), bits);
+  }
+};
+
+struct Bf16FloatRowVector : FloatRowVector {
   static __m512 expand(const BF16* values, const uint8_t* bits) {
     const __m256i kept = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-    return spread(_mm256_castsi256_ps(_mm256_slli_epi32(kept, 16)), bits);
+    return expand_floats(_mm256_castsi256_ps(_mm256_slli_epi32(kept, 16)), bits);
   }
 };
 
 #if defined(SPARSEKIT_AVX512_BF16)
 template <>
-struct Strip<BF16> {
+struct RowVector<BF16> {
   using Input = BF16;
   static constexpr int kCols = 32;
 
@@ -90,13 +93,13 @@ struct Strip<BF16> {
 };
 #else
 template <>
-struct Strip<BF16> : Bf16FloatStrip {};
+struct RowVector<BF16> : Bf16FloatRowVector {};
 #endif
 
 #elif defined(SPARSEKIT_AVX2)
 
-// For every byte of the bitmask the byte shuffle that moves four values of kBytes bytes to its set bits, at the high end
-// of lanes of kLane bytes, and zero everywhere else.
+// For every byte of the bitmask, the byte shuffle that moves four values of kBytes bytes to the lanes whose bits are
+// set. A lane has kLane bytes; a value goes to its high end, and all other bytes are zero.
 template <int kBytes, int kLane>
 struct Shuffles {
   alignas(32) uint8_t control[256][8 * kLane];
@@ -117,7 +120,7 @@ struct Shuffles {
   __m128i narrow(uint8_t bits) const { return _mm_load_si128(reinterpret_cast<const __m128i*>(control[bits])); }
 };
 
-struct FloatStrip {
+struct FloatRowVector {
   using Input = float;
   static constexpr int kCols = 8;
 
@@ -136,10 +139,10 @@ struct FloatStrip {
 };
 
 template <class T>
-struct Strip;
+struct RowVector;
 
 template <>
-struct Strip<float> : FloatStrip {
+struct RowVector<float> : FloatRowVector {
   static __m256 expand(const float* values, const uint8_t* bits) {
     static constexpr Shuffles<4, 4> kShuffles;
     const __m256i kept = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
@@ -148,16 +151,16 @@ struct Strip<float> : FloatStrip {
 };
 
 template <>
-struct Strip<BF16> : FloatStrip {
+struct RowVector<BF16> : FloatRowVector {
   static __m256 expand(const BF16* values, const uint8_t* bits) {
-    static constexpr Shuffles<2, 4> kShuffles;  // to the upper half of fp32 lanes: expanded and converted at once
+    static constexpr Shuffles<2, 4> kShuffles;  // to the upper half of fp32 lanes, which also converts them
     const __m256i kept = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(kept, kShuffles.wide(*bits)));
   }
 };
 
 template <>
-struct Strip<F16> : FloatStrip {
+struct RowVector<F16> : FloatRowVector {
   static __m256 expand(const F16* values, const uint8_t* bits) {
     static constexpr Shuffles<2, 2> kShuffles;
     const __m128i kept = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
@@ -168,7 +171,7 @@ struct Strip<F16> : FloatStrip {
 #else
 
 template <class T>
-struct Strip {
+struct RowVector {
   using Input = float;
   static constexpr int kCols = 8;
   struct Lanes {

@@ -7,8 +7,8 @@
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// Floats that are not negative as their bits, which have the same order. The compiler turns the operators into the
-// instructions of the level.
+// The bits of floats that are not negative: as integers they have the same order. The compiler turns the operators into
+// the instructions of the level.
 typedef int32_t TileInts __attribute__((vector_size(kLanes * 4)));
 typedef float TileFloats __attribute__((vector_size(kLanes * 4)));
 
@@ -73,7 +73,7 @@ void split_columns(const T* row, __m256i (&column)[4]) {
   }
 }
 
-// Two neighboring 16-bit entries to a lane, which are fp32 in its upper half.
+// Loads two neighboring entries to a lane: a bf16 in the upper half of a lane is already the fp32 of the same value.
 inline void split_columns(const BF16* row, __m256i (&column)[4]) {
   const auto sixteen = [&](int i) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i))),
@@ -105,10 +105,10 @@ void load_tiles(const T* row, TileInts (&column)[4]) {
 #endif
 }
 
-// Four bits of every lane as four bytes.
+// Stores four bits of every lane as four bytes.
 inline void store_tiles(bool* mask, const TileInts& bits, bool stream) {
 #if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
-  const TileInts bytes = bits * 0x00204081 & 0x01010101;  // times 1 + 2^7 + 2^14 + 2^21: bit i to bit 8 i, and more
+  const TileInts bytes = bits * 0x00204081 & 0x01010101;  // copies bit i to bit 8 i, by 1 + 2^7 + 2^14 + 2^21
   store(mask, reinterpret_cast<decltype(load(mask))>(bytes), stream);
 #else
   static_cast<void>(stream);
