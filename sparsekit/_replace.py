@@ -7,8 +7,9 @@ from torch import nn
 from ._layers import hooks_reason
 from ._state import SAVE_PRETRAINED, get_attribute, get_original, remove_attribute, set_attribute
 from .masks import remove_mask
-from .nn import Compressed, guard_conversions
+from .nn import Compressed
 from .nn.common import carry_mask
+from .nn.conversion_guard import guard_conversions
 
 Slots = list[tuple[nn.Module, str]]  # the parents of a module, each with the name of the attribute that holds it
 

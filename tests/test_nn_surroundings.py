@@ -19,6 +19,7 @@ from sparsekit.nn import (
     TieredLinear,
     TieredLinearWithDense,
 )
+from sparsekit.nn.conversion_guard import guard_conversions
 
 
 @EVERY
@@ -113,7 +114,7 @@ def deep(kind):
     linear = make(kind)[1]
     model = nn.Sequential(nn.Linear(80, 80), nn.Sequential(nn.LayerNorm(80), linear), nn.Linear(96, 4)).eval()
     model[1][1] = kind.from_linear(linear)
-    sk.nn.guard_conversions(model)
+    guard_conversions(model)
     return model
 
 
@@ -135,7 +136,7 @@ def test_a_dtype_without_a_kernel_is_refused_before_anything_changes(kind, conve
 def test_a_guard_goes_with_the_compressed_layer():
     model = deep(Linear24)
     model[1][1] = model[1][1].to_linear()
-    sk.nn.guard_conversions(model)
+    guard_conversions(model)
     assert "_apply" not in vars(model) and model.double()[1][1].weight.dtype == torch.float64
 
 

@@ -12,7 +12,7 @@ from .. import _timing
 from .._batches import Forward, Progress
 from .._layers import Where, check_model
 from .._undo import Undo, change, restoring
-from ..nn import autocast_dtype
+from ..nn.common import autocast_dtype
 from .choose import OBJECTIVES, Choice, choose
 from .measure import Measure
 from .memory import resident_bytes, weight_bytes

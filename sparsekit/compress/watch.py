@@ -11,7 +11,7 @@ from .. import _timing
 from .._batches import Forward, as_batches, layer_input, observing, run_batch
 from .._forwards import around_forwards, watch_reads
 from .._trees import copied
-from ..nn import autocast_dtype
+from ..nn.common import autocast_dtype
 from .sites import LinearSite, must_stay_reason
 
 # More are as good as this many for a ratio, and take longer to measure.

@@ -1,8 +1,6 @@
 """Compressed linear layers: packed tensors and one op call."""
 
-from .common import autocast_dtype
 from .compressed import Compressed
-from .conversion_guard import guard_conversions
 from .dense_route import DenseRoute, Linear24WithDense, Routes, TieredLinearWithDense
 from .linear24 import Linear24
 from .prepacked import PrepackedLinear
@@ -23,6 +21,4 @@ __all__ = [
     "TieredLinear",
     "TieredLinearWithDense",
     "WeightView",
-    "autocast_dtype",
-    "guard_conversions",
 ]
