@@ -40,6 +40,11 @@ class Compressed(nn.Module):
         """Returns the tensors that the weight is stored in; the first one has the dtype of the weight."""
         raise NotImplementedError
 
+    def resident_tensors(self) -> list[Tensor]:
+        """Returns the tensors that hold the weight in memory, with every copy of it."""
+        own = [*self._parameters.items(), *self._buffers.items()]
+        return [tensor for name, tensor in own if tensor is not None and name not in ("bias", "weight_mask")]
+
     def _unpack(self, *parts: Tensor) -> Tensor:
         """Returns the weight ``[out_features, in_features]`` that is stored in ``parts``, as a new tensor."""
         raise NotImplementedError

@@ -57,6 +57,10 @@ class DenseRoute(Compressed):
     def trainable(self) -> bool:
         return self.frozen or super().trainable
 
+    def resident_tensors(self) -> list[Tensor]:
+        """Returns the tensors of the sparse weight, and its dense copy."""
+        return [*super().resident_tensors(), *([] if self.copy is None else [self.copy])]
+
     def _weights(self) -> list[nn.Parameter]:
         return [weight for name, weight in self._parameters.items() if name != "bias" and weight is not None]
 

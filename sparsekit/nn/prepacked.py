@@ -72,6 +72,10 @@ class PrepackedLinear(Compressed):
     def _parts(self) -> tuple[Tensor, ...]:
         return (self.packed,)
 
+    def resident_tensors(self) -> list[Tensor]:
+        """Returns the reordered weight."""
+        return [self.packed]
+
     def _unpack(self, *parts: Tensor) -> Tensor:
         return prepacked_dense(*parts)
 

@@ -173,6 +173,13 @@ class RoutedLinear24(Linear24):
             return call_op(HARDWARE, x, self.hardware, bias, self.out_features, self.layout, alg_id, split_k, mode)
         return call_op(LINEAR24, x, values, self._buffers["bitmask"], bias)
 
+    def resident_tensors(self) -> list[Tensor]:
+        """Returns ``hardware``, or ``values`` where there is none; the bits; and the dense copy."""
+        tensors = super().resident_tensors()
+        if self.hardware is not None:
+            tensors = [self.hardware, *(tensor for tensor in tensors if tensor is not self.values)]
+        return tensors if self.dense is None else [*tensors, self.dense]
+
     # DataParallel copies parameters and buffers to another GPU, but not these tensors.
     def _replicate_for_data_parallel(self) -> "RoutedLinear24":
         replica = super()._replicate_for_data_parallel()
