@@ -10,7 +10,7 @@ import sparsekit as sk
 from sparsekit.masks import Pattern, get_mask
 from sparsekit.prune.calibration.padding import real_tokens
 from sparsekit.prune.layers import find_layers
-from sparsekit.tiers import Ratios, Step, progressive_tiers, tier_iteration
+from sparsekit.tiers import Ratios, Step, TierOptions, progressive_tiers, tier_iteration
 
 LENGTHS = (3, 9, 1, 5)
 
@@ -96,12 +96,16 @@ def test_tiers_leave_padding_out(sentences):
         ([batch["input_ids"]], {}),
     ):
         each = copy.deepcopy(model)
-        tier_iteration(each, step, batches, calibration=sk.Calibration(**options))
+        tier_iteration(each, step, batches, options=TierOptions(calibration=sk.Calibration(**options)))
         masks.append(get_mask(each.blocks[0]))
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[3])
     each = copy.deepcopy(model)
     progressive_tiers(
-        each, [step], batch["input_ids"], lambda *_: None, calibration=sk.Calibration(token_mask=lambda ids: ids != 0)
+        each,
+        [step],
+        batch["input_ids"],
+        lambda *_: None,
+        options=TierOptions(calibration=sk.Calibration(token_mask=lambda ids: ids != 0)),
     )
     assert torch.equal(get_mask(each.blocks[0]), masks[0])
 

@@ -136,7 +136,12 @@ def test_iterations_are_kept_once(ranks, tmp_path, group):
         models = [copy.deepcopy(model) for _ in range(2)]
         done = ranks(
             lambda rank, models=models, finetune=finetune: progressive_tiers(
-                models[rank], [step], x[rank], finetune, folder=folders[rank], calibration=sk.Calibration(group=group)
+                models[rank],
+                [step],
+                x[rank],
+                finetune,
+                folder=folders[rank],
+                options=sk.tiers.TierOptions(calibration=sk.Calibration(group=group)),
             )
         )
         assert all(isinstance(each, tuple) for each in done), done

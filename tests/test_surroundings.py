@@ -127,9 +127,8 @@ def calls_back(name, model, folder, fault):
             sk.sparse_training_(model, where=where)
         else:
             step = sk.tiers.Step(1, sk.tiers.Ratios(0.5, 0.5, 0.0), 0.5, 0.0, 0.0)
-            sk.tiers.tier_iteration(
-                model, step, Batches(), where=where, calibration=sk.Calibration(forward=forward), progress=progress
-            )
+            options = sk.tiers.TierOptions(where=where, calibration=sk.Calibration(forward=forward))
+            sk.tiers.tier_iteration(model, step, Batches(), options=options, progress=progress)
     finally:
         for handle in handles:
             handle.remove()

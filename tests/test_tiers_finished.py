@@ -48,8 +48,8 @@ CHANGES = {
     "allocation": {"options": TierOptions(allocation="model")},
     "reconstruct": {"options": TierOptions(reconstruct=True)},
     "goal": {"options": TierOptions(goal=STEPS[1].ratios)},
-    "layers": {"where": lambda name, module: name == "0"},
-    "forward": {"calibration": Calibration(forward=lambda model, batch: model(batch))},
+    "layers": {"options": TierOptions(where=lambda name, module: name == "0")},
+    "forward": {"options": TierOptions(calibration=Calibration(forward=lambda model, batch: model(batch)))},
     "batches": {"batches": X[::-1]},
     r"weights \(2.weight\)": {"model": permuted},
     "tier_maps": {"tier_maps": start},
@@ -131,7 +131,11 @@ def test_the_folder_is_tried_before_the_work(dense, tmp_path):
     seen = []
     for folder in (tmp_path / "file", "/proc/below"):
         with pytest.raises(OSError, match=r"file|/proc/below"):
-            run(copy.deepcopy(dense), folder, calibration=Calibration(forward=lambda *_: seen.append(1)))
+            run(
+                copy.deepcopy(dense),
+                folder,
+                options=TierOptions(calibration=Calibration(forward=lambda *_: seen.append(1))),
+            )
     assert not seen
 
 

@@ -139,7 +139,9 @@ def test_one_iteration_from_the_files_of_the_last(task, tmp_path):
     holder = nn.Module()
     holder.layers = model
     batches, forward = [x], lambda m, batch: m.layers(batch)
-    later, _ = tier_iteration(holder, STEPS[1], batches, foreign, calibration=sk.Calibration(forward=forward))
+    later, _ = tier_iteration(
+        holder, STEPS[1], batches, foreign, options=sk.tiers.TierOptions(calibration=sk.Calibration(forward=forward))
+    )
     for name, tier_map in maps.items():
         assert (later[f"layers.{name}"].tiers >= tier_map.tiers).all()
 
@@ -281,7 +283,7 @@ def test_a_layer_that_no_batch_reaches_keeps_its_map(task):
         STEPS[:2],
         [x],
         lambda model, step: None,
-        calibration=sk.Calibration(forward=lambda model, batch: model["used"](batch)),
+        options=sk.tiers.TierOptions(calibration=sk.Calibration(forward=lambda model, batch: model["used"](batch))),
     )
     assert maps["unused"].counts == (4, 0, 0) and "unused" not in reports[-1].demoted
     assert maps["used.0"].ratios == STEPS[1].ratios

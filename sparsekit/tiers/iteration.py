@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class IterationReport:
 
 @dataclass(frozen=True)
 class TierOptions:
-    """Options of how blocks are demoted.
+    """Options of pruning by tiers: which blocks of which layers are demoted first, and how the model is calibrated.
 
     Args:
         criterion: which blocks are demoted first, see ``demote``.
@@ -67,8 +67,12 @@ class TierOptions:
         goal: the shares after the last step; entries that are dropped by then are marked for ``fade``. None marks none.
         block: rows and columns of a block, 16 to 128; GPUs can use 64 and more. Not used with ``tier_maps``.
         k: weights that a top-k block keeps. Not used with ``tier_maps``.
+        where: ``where(name, module)`` selects layers; None selects all linear ones.
+        calibration: how the model is run, as for ``prune_``. Its ``batchnorm`` is not used, and ``allocation`` decides
+            instead of its ``sequential``.
 
     Raises:
+        TypeError: ``where`` cannot be called, or ``calibration`` is not a ``Calibration``.
         ValueError: ``allocation`` is unknown.
     """
 
@@ -78,10 +82,18 @@ class TierOptions:
     goal: Ratios | None = None
     block: tuple[int, int] = (16, 16)
     k: int = 10
+    where: Where | None = None
+    calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
+        check_where(self.where)
+        check_calibration(self.calibration)
         if self.allocation not in ("layer", "model"):
             raise ValueError(f'allocation must be "layer" or "model", got {self.allocation!r}')
+
+    def _for_comparison(self) -> dict[str, Any]:
+        """Returns the options that are compared between calls and processes: all but ``where`` and ``calibration``."""
+        return {name: value for name, value in vars(self).items() if name not in ("where", "calibration")}
 
 
 def tier_iteration(
@@ -90,9 +102,7 @@ def tier_iteration(
     batches: Any,
     tier_maps: Mapping[str, TierMap] | None = None,
     *,
-    where: Where | None = None,
     options: TierOptions | None = None,
-    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, TierMap], IterationReport]:
     """Demotes blocks of all linear layers until the shares of one step are reached, and prunes the layers in place.
@@ -105,10 +115,7 @@ def tier_iteration(
         batches: calibration batches, as ``prune_`` takes them.
         tier_maps: the maps after the step before, by layer name, or by the ends of the names (``layer_3.mlp.up_proj``
             for ``model.layers.3.mlp.up_proj``); None if every block is dense.
-        where: ``where(name, module)`` selects layers; None selects all linear ones.
-        options: how blocks are demoted; None is ``TierOptions()``.
-        calibration: how the model is run, as for ``prune_``; None is ``Calibration()``. Its ``batchnorm`` is not used,
-            and ``options.allocation`` decides instead of its ``sequential``.
+        options: which blocks are demoted, and how the model is calibrated; None is ``TierOptions()``.
         progress: wraps the longest loop and iterates it, as ``tqdm`` does.
 
     Returns:
@@ -123,14 +130,15 @@ def tier_iteration(
     """
     check_model(model)
     check_functions(progress=progress)
-    options, calibration = checked_options(options, calibration)
+    options = checked_options(options)
+    calibration = options.calibration
     statistic = Gram if options.reconstruct else InputNorm
     ranks = Ranks(calibration.group, statistic)
 
     def work(undo: Undo) -> tuple[dict[str, TierMap], IterationReport]:
-        layers = linear_layers(model, where)
+        layers = linear_layers(model, options.where)
         check_weights(layers)
-        ranks.agree({"step": step, **vars(options)}, layers)
+        ranks.agree({"step": step, **options._for_comparison()}, layers)
         before = _starting_maps(layers, tier_maps, options)
         planner = Planner(before, step, options.goal, options.criterion, statistic, calibration.token_mask)
 
@@ -177,24 +185,20 @@ def tier_iteration(
     return change(model, "pruned", ranks.together(work))
 
 
-def checked_options(options: TierOptions | None, calibration: Calibration | None) -> tuple[TierOptions, Calibration]:
-    """Checks the types of both arguments, and returns them with the defaults in place of None."""
+def checked_options(options: TierOptions | None) -> TierOptions:
+    """Checks the type of options, and returns the default in place of None."""
     options = TierOptions() if options is None else options
     if not isinstance(options, TierOptions):
         raise TypeError(f"options must be TierOptions such as TierOptions(k=8), got {options!r}")
-    calibration = Calibration() if calibration is None else calibration
-    check_calibration(calibration)
-    return options, calibration
+    return options
 
 
 def linear_layers(model: nn.Module, where: Where | None) -> list[PrunableLayer]:
     """Returns the layers that ``where`` selects and that can be pruned by tiers.
 
     Raises:
-        TypeError: ``where`` cannot be called.
         ValueError: there is no such layer.
     """
-    check_where(where)
 
     def linear(name: str, module: nn.Module) -> bool:
         return not isinstance(module, nn.Conv2d) and (where is None or where(name, module))

@@ -11,8 +11,7 @@ from torch import nn
 
 from .._batches import Progress, as_batches, evaluating
 from .._digest import digest, digest_batches, digest_modules, digest_tensors, name_of
-from .._layers import Where, check_model
-from ..prune.calibration import Calibration
+from .._layers import check_model
 from ..prune.calibration.ranks import Ranks
 from .finished import FinishedIterations
 from .iteration import IterationReport, TierOptions, checked_options, linear_layers, tier_iteration
@@ -28,9 +27,7 @@ def progressive_tiers(
     *,
     tier_maps: Mapping[str, TierMap] | None = None,
     folder: str | os.PathLike[str] | None = None,
-    where: Where | None = None,
     options: TierOptions | None = None,
-    calibration: Calibration | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, TierMap], list[IterationReport]]:
@@ -54,7 +51,7 @@ def progressive_tiers(
             their order at the start must be the same, and so must the arguments; functions are compared by name. What
             ``finetune`` and ``evaluate`` do cannot be compared: name another folder when they change. Of several
             processes (torch.distributed) the first one writes, and all read.
-        where, options, calibration, progress: as in ``tier_iteration``.
+        options, progress: as in ``tier_iteration``.
         evaluate: returns a number for the report, such as perplexity; is called after every iteration, with the model
             in evaluation mode and without gradients.
 
@@ -72,12 +69,13 @@ def progressive_tiers(
         raise ValueError("schedule must have at least one step, got none")
     finished, reports = None, list[IterationReport]()
     maps = None if tier_maps is None else dict(tier_maps)
-    options, calibration = checked_options(options, calibration)
+    options = checked_options(options)
+    calibration = options.calibration
     ranks = Ranks(calibration.group, None)
     if folder is not None:
         call = {
-            **vars(options),
-            "layers": [layer.name for layer in linear_layers(model, where)],
+            **options._for_comparison(),
+            "layers": [layer.name for layer in linear_layers(model, options.where)],
             "forward": name_of(calibration.forward),
             "token_mask": name_of(calibration.token_mask),
             "tier_maps": None if tier_maps is None else {name: digest(each) for name, each in tier_maps.items()},
@@ -91,16 +89,7 @@ def progressive_tiers(
             maps = ranks.all_or_none(lambda: finished.restore(model, reports[-1].step))
     for step in schedule[len(reports) :]:
         begin = time.perf_counter()
-        maps, report = tier_iteration(
-            model,
-            step,
-            batches,
-            maps,
-            where=where,
-            options=options,
-            calibration=calibration,
-            progress=progress,
-        )
+        maps, report = tier_iteration(model, step, batches, maps, options=options, progress=progress)
         scored = time.perf_counter()
         finetune(model, step)
         seconds = (scored - begin, time.perf_counter() - scored)
