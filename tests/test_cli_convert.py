@@ -168,9 +168,9 @@ def test_malformed_is_refused_and_inspected(change, words, sparse, tmp_path, cap
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"quant_method": "gptq"}, "tells of gptq"),
-        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "tells of marlin-24"),
-        ({"config_groups": {"0": {"format": "pack-quantized"}}}, "tells of pack-quantized"),
+        ({"quant_method": "gptq"}, "names the format gptq;"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "names the format marlin-24;"),
+        ({"config_groups": {"0": {"format": "pack-quantized"}}}, "names the format pack-quantized;"),
     ],
 )
 def test_other_formats_are_refused(said, words, sparse, tmp_path, capsys):

@@ -150,7 +150,7 @@ def read_config_json(path: Path) -> dict[str, Any]:
         strange = [each for each in formats if each not in (None, *READ)]
         if method != METHOD or strange:
             what = method if method != METHOD else strange[0]
-            raise UsageError(f"{path} tells of {what}, and read are {', '.join(READ)} of {METHOD}")
+            raise UsageError(f"{path} names the format {what}; only {', '.join(READ)} of {METHOD} can be read")
     return config
 
 

@@ -109,7 +109,7 @@ def _layer_table(pruned: dict[str, Any]) -> str:
         )
         for layer in pruned["layers"]
     ]
-    shown = table(("layer", "shape", "pattern", "sparsity", "error", "seconds", "dense", "packed"), rows)
+    shown = html_table(("layer", "shape", "pattern", "sparsity", "error", "seconds", "dense", "packed"), rows)
     left = "".join(f"<li>{escape(each['name'])}: {escape(each['reason'])}</li>" for each in pruned["skipped"])
     return f"<h2>Layers</h2>{shown}" + (f'<p class="note">Left dense:</p><ul class="note">{left}</ul>' if left else "")
 
@@ -126,7 +126,7 @@ def _speed(timed: dict[str, Any]) -> str:
         (count, *(f"{timings['compressed'][key]:.2f}x" for key in ("ratio", "best_dense")))
         for count, timings in timed["models"].items()
     ]
-    compared = table(("tokens a pass", "over plain dense", "over the best dense"), rows)
+    compared = html_table(("tokens a pass", "over plain dense", "over the best dense"), rows)
     layers = [
         (
             f"{len(layer['layers'])} of {'x'.join(map(str, layer['shape']))}",
@@ -137,7 +137,7 @@ def _speed(timed: dict[str, Any]) -> str:
     ]
     head = ("layers", "now", *(f"{count} token{'s' * (int(count) != 1)}" for count in timed["models"]))
     each = (
-        table(head, layers, left=(1,))
+        html_table(head, layers, left=(1,))
         if layers
         else '<p class="note">No layer is compressed: nothing was faster than dense.</p>'
     )
@@ -153,11 +153,11 @@ def _packed(packed: dict[str, Any]) -> str:
     rows = [(f"{count} of {shape}", decision, reason) for (shape, decision, reason), count in alike.items()]
     sizes = f"{size(packed['bytes_before'])} → {size(packed['bytes_after'])} in memory"
     counts = ", ".join(map(str, packed["tokens"]))
-    shown = table(("layers", "now", "why"), rows, left=(1, 2))
+    shown = html_table(("layers", "now", "why"), rows, left=(1, 2))
     return f'<h2>Compressed</h2>{shown}<p class="note">For passes of {escape(counts)} tokens; {escape(sizes)}.</p>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = ()) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = ()) -> str:
     """Returns an HTML table of plain text.
 
     The first column and those at the indices ``left`` are aligned to the left, and the latter break long lines.

@@ -116,7 +116,7 @@ class Compressed(nn.Module):
     def weight(self) -> NoReturn:
         _refuse_weight("weight")
 
-    # torch's weight_norm, spectral_norm and prune replace the Parameter "weight", which a compressed layer has not.
+    # torch's weight_norm, spectral_norm and prune replace a Parameter "weight", which a compressed layer does not have.
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.split("_")[0] == "weight":
             _refuse_weight(name)
