@@ -12,5 +12,9 @@ One stage is calibrated at a time, and pruned before the next one is calibrated:
 5. ``prune_`` prunes the layers of the stage, and asks ``calibrate`` for the next.
 """
 
-from .calibrate import Calibration as Calibration
-from .calibrate import calibrate as calibrate
+from .calibrate import Calibration, calibrate
+
+__all__ = [
+    "Calibration",
+    "calibrate",
+]
