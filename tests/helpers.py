@@ -16,6 +16,10 @@ def dtype_id(value: object) -> str:
     return str(value).removeprefix("torch.").replace(" ", "")
 
 
+def shape_id(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
 def pattern_id(pattern: tuple[int, int]) -> str:
     return f"{pattern[0]}of{pattern[1]}"
 
@@ -93,6 +97,14 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     assert actual.is_contiguous()
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
     assert torch.equal(actual.view(bits), expected.contiguous().view(bits))
+
+
+def assert_same_sums(actual: Tensor, expected: Tensor) -> None:
+    """Same dtype, shape and values, the sign of zero included; which NaN a sum is, is up to the processor."""
+    assert actual.is_contiguous()
+    actual = actual.cpu()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())
 
 
 def assert_product(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

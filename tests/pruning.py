@@ -13,6 +13,10 @@ def stack(*widths):
     return nn.Sequential(*(module for layer in layers for module in (layer, nn.Tanh())))
 
 
+class Killed(BaseException):
+    """Ends a run from inside, as a kill would."""
+
+
 def snapshot(model):
     """Everything a failure must bring back, as bits."""
     bits = {name: tensor.clone().view(torch.int32) for name, tensor in model.state_dict().items()}
@@ -20,7 +24,8 @@ def snapshot(model):
     return bits, masks, [module.training for module in model.modules()]
 
 
-def assert_same(model, before):
+def assert_restored(model, before):
+    """Asserts that the model is, to the bit, what ``snapshot`` saw, and has no hooks left."""
     bits, masks, training = snapshot(model)
     assert all(torch.equal(bits[name], tensor) for name, tensor in before[0].items())
     assert masks.keys() == before[1].keys()

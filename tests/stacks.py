@@ -48,6 +48,14 @@ def assert_sparse(model: nn.Module) -> None:
             assert ((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all(), f"{name} is not 2:4"
 
 
+def assert_keeps_masks(trained: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Trains under ``keep_masks``: the weights of ``model`` stay 2:4, and the same on both ranks."""
+    with sk.keep_masks(trained, optimizer):
+        train(trained, optimizer)
+    assert_sparse(model)
+    assert_equal_on_ranks(model)
+
+
 def refused(model: nn.Module, call, *words: str) -> None:
     """The call raises one sentence with one of the words, and the model is as it was."""
     before = {name: full(parameter.detach()).clone() for name, parameter in model.named_parameters()}
@@ -108,11 +116,7 @@ def ddp_keep_masks() -> None:
     model = make().train()
     sk.prune_(model, sk.Magnitude("2:4"))
     wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
-    with sk.keep_masks(wrapped, optimizer):
-        train(wrapped, optimizer)
-    assert_sparse(model)
-    assert_equal_on_ranks(model)
+    assert_keeps_masks(wrapped, model, torch.optim.AdamW(wrapped.parameters(), lr=0.1))
 
 
 def ddp_sparse_training() -> None:
@@ -141,11 +145,7 @@ def fsdp_keep_masks_after() -> None:
     model = make().train()
     sk.prune_(model, sk.Magnitude("2:4"))
     fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    with sk.keep_masks(model, optimizer):
-        train(model, optimizer)
-    assert_sparse(model)
-    assert_equal_on_ranks(model)
+    assert_keeps_masks(model, model, torch.optim.AdamW(model.parameters(), lr=0.1))
 
 
 def fsdp_keep_masks_of_blocks() -> None:
@@ -154,10 +154,7 @@ def fsdp_keep_masks_of_blocks() -> None:
     for block in model:
         fully_shard(block)
     fully_shard(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with sk.keep_masks(model, optimizer):
-        train(model, optimizer)
-    assert_sparse(model)
+    assert_keeps_masks(model, model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 
 
 def sharded() -> nn.Module:

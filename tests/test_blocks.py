@@ -2,7 +2,19 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, magnitude_order, opcheck, poison, ties
+from helpers import (
+    DTYPES,
+    LAYOUTS,
+    assert_same,
+    assert_same_sums,
+    dtype_id,
+    hostile,
+    magnitude_order,
+    opcheck,
+    poison,
+    shape_id,
+    ties,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,15 +25,6 @@ OPS = torch.ops.sparsekit
 NAN, BIG = float("nan"), 2.0**24  # BIG + 1 rounds to BIG
 BLOCKS = [(16, 16), (1, 1), (1, 7), (4, 8), (3, 5), (32, 32), (16, 1), (64, 16), (1, 64)]
 SHAPES = [(0, 16), (16, 0), (1, 1), (5, 3), (16, 16), (17, 33), (48, 80), (100, 130), (33, 260)]
-
-
-def size_id(size):
-    return "x".join(map(str, size))
-
-
-def same_sums(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)  # which NaN is up to the processor
-    assert actual.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -48,8 +51,8 @@ def test_columns_add_by_halves(simd, row):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("block", BLOCKS, ids=size_id)
-@pytest.mark.parametrize("shape", SHAPES, ids=size_id)
+@pytest.mark.parametrize("block", BLOCKS, ids=shape_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_every_level_equals_reference(simd, dtype, block, shape):
     for weight in (torch.randn(shape).to(dtype), hostile(*shape, dtype=dtype)):
         scale, mask = torch.rand(shape[1]), torch.rand(shape) < 0.5
@@ -57,7 +60,7 @@ def test_every_level_equals_reference(simd, dtype, block, shape):
             for given_mask in (None, mask):
                 expected = block_scores_reference(weight, *block, given_scale, given_mask)
                 poison(expected, expected)
-                same_sums(sk.block_scores(weight, block, scale=given_scale, mask=given_mask), expected)
+                assert_same_sums(sk.block_scores(weight, block, scale=given_scale, mask=given_mask), expected)
         for k in {0, 1, math.prod(block) // 3, math.prod(block)}:
             kept = block_topk_mask_reference(weight, k, *block)
             poison(kept, kept)
@@ -69,14 +72,14 @@ def test_every_level_equals_reference(simd, dtype, block, shape):
 def test_any_strides(simd, layout, dtype):
     base, scale, keep = ties(37, 52, dtype=dtype), torch.rand(52), torch.rand(37, 52) < 0.5
     weight, mask = LAYOUTS[layout](base), LAYOUTS[layout](keep)
-    same_sums(sk.block_scores(weight, scale=scale, mask=mask), block_scores_reference(base, 16, 16, scale, keep))
+    assert_same_sums(sk.block_scores(weight, scale=scale, mask=mask), block_scores_reference(base, 16, 16, scale, keep))
     assert_same(sk.block_topk_mask(weight, 10), block_topk_mask_reference(base, 10, 16, 16))
 
 
 @pytest.mark.parametrize("scale", [hostile(40), torch.zeros(40), -torch.rand(40)], ids=["hostile", "zero", "negative"])
 def test_any_scale(simd, scale):
     weight = hostile(20, 40)
-    same_sums(sk.block_scores(weight, scale=scale), block_scores_reference(weight, 16, 16, scale, None))
+    assert_same_sums(sk.block_scores(weight, scale=scale), block_scores_reference(weight, 16, 16, scale, None))
 
 
 def test_masked_nan_does_not_count(simd):
@@ -90,7 +93,7 @@ def test_large_and_threads(simd, threads):
     kept = block_topk_mask_reference(weight, 10, 16, 16)
     for count in (1, 2):
         threads(count)
-        same_sums(sk.block_scores(weight, scale=scale), scores)
+        assert_same_sums(sk.block_scores(weight, scale=scale), scores)
         assert_same(sk.block_topk_mask(weight, 10), kept)
 
 
@@ -140,7 +143,7 @@ def test_scores_are_sums(simd, rows, cols, block, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(0, 4), (17, 33)], ids=size_id)
+@pytest.mark.parametrize("shape", [(0, 4), (17, 33)], ids=shape_id)
 def test_opcheck(dtype, shape):
     weight, mask = torch.randn(shape).to(dtype), torch.rand(shape) < 0.5
     opcheck(OPS.block_scores.default, (weight, 16, 16, None, None))

@@ -1,6 +1,18 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, magnitude_order, opcheck, pattern_id, poison, ties
+from helpers import (
+    DTYPES,
+    LAYOUTS,
+    assert_same,
+    dtype_id,
+    hostile,
+    magnitude_order,
+    opcheck,
+    pattern_id,
+    poison,
+    shape_id,
+    ties,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,10 +37,6 @@ SHAPES = [
     (5, 1031),
     (64, 256),
 ]
-
-
-def shape_id(shape):
-    return "x".join(map(str, shape))
 
 
 def bools(text):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, pattern_id, poison
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, pattern_id, poison, shape_id
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,10 +11,6 @@ NAN = float("nan")
 OPS = torch.ops.sparsekit
 PATTERNS = [(2, 4), (1, 4), (4, 4), (4, 8), (1, 1), (1, 2), (2, 5), (3, 7), (8, 16), (31, 32)]
 SHAPES = [(0,), (1,), (3,), (8,), (37,), (3, 0), (0, 8), (7, 33), (2, 3, 5), (2, 3, 2, 12), (5, 1031), (64, 256)]
-
-
-def shape_id(shape):
-    return "x".join(map(str, shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

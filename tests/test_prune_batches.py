@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from pruning import assert_same, snapshot, stack
+from pruning import assert_restored, snapshot, stack
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -70,7 +70,7 @@ def test_an_exhausted_loader_is_an_error():
     before = snapshot(model)
     with pytest.raises(ValueError, match="batches gave no batch"):
         sk.prune_(model, sk.Wanda("2:4"), loader)
-    assert_same(model, before)
+    assert_restored(model, before)
 
 
 class Cache:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pruning import assert_same, snapshot, stack
+from pruning import assert_restored, snapshot, stack
 from torch import nn
 
 import sparsekit as sk
@@ -143,7 +143,7 @@ def test_generators_are_read_once_or_rejected():
         sk.prune_(model, sk.Wanda("2:4"), generator, calibration=sk.Calibration(sequential=False))
     with pytest.raises(ValueError, match="batches gave no batch"):
         sk.prune_(model, sk.Wanda("2:4"), [])
-    assert_same(model, before)
+    assert_restored(model, before)
 
 
 def test_input_norm_is_the_root_mean_square():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from experts import EXPERTS, HIDDEN, INNER, Stacked, stacked_and_separate
 from interrupts import assert_all_or_nothing
-from pruning import assert_same, snapshot
+from pruning import assert_restored, snapshot
 from torch import nn
 
 import sparsekit as sk
@@ -145,7 +145,7 @@ def test_a_failure_brings_every_expert_back():
     before = snapshot(model)
     with pytest.raises(ValueError, match="NaN or infinite"):
         sk.prune_(model, sk.Wanda("2:4"), [*batches(), torch.full((4, 8), torch.inf)])
-    assert_same(model, before)
+    assert_restored(model, before)
     assert not masked_parameters(model[0].experts) and "forward" not in vars(model[0].experts)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from pruning import assert_same, snapshot, stack
+from pruning import assert_restored, snapshot, stack
 from torch import nn
 
 import sparsekit as sk
@@ -37,7 +37,7 @@ def test_a_failing_method_leaves_no_trace(error, sequential, pruned):
     before = snapshot(model)
     with pytest.raises(error, match="the third layer"):
         sk.prune_(model, Fails("2:4", error), [torch.randn(3, 8)], calibration=sk.Calibration(sequential=sequential))
-    assert_same(model, before)
+    assert_restored(model, before)
 
 
 def test_a_failing_batch_leaves_no_trace():
@@ -56,7 +56,7 @@ def test_a_failing_batch_leaves_no_trace():
 
     with pytest.raises(KeyboardInterrupt, match="late"):
         sk.prune_(model, sk.Wanda("2:4"), [torch.randn(3, 8)] * 2, calibration=sk.Calibration(forward=forward))
-    assert_same(model, before)
+    assert_restored(model, before)
 
 
 def test_nan_weights_are_an_error():
@@ -65,7 +65,7 @@ def test_nan_weights_are_an_error():
     before = snapshot(model)
     with pytest.raises(ValueError, match="the weight of 2 contains NaN"):
         sk.prune_(model, sk.Magnitude("2:4"))
-    assert_same(model, before)
+    assert_restored(model, before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -75,4 +75,4 @@ def test_inputs_that_are_not_numbers_are_an_error(value):
     x[2, 3] = value
     with pytest.raises(ValueError, match="a calibration input of 0 is NaN or infinite"):
         sk.prune_(model, sk.Wanda("2:4"), [x])
-    assert_same(model, before)
+    assert_restored(model, before)

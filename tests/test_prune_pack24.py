@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison, shape_id, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,10 +9,6 @@ from sparsekit.ops.sparse24 import prune_pack24_reference
 
 OPS = torch.ops.sparsekit
 SHAPES = [(0, 8), (3, 0), (1, 1), (1, 3), (2, 4), (5, 7), (3, 63), (2, 64), (7, 66), (4, 128), (3, 197), (9, 260)]
-
-
-def size_id(size):
-    return "x".join(map(str, size))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -28,7 +24,7 @@ def test_literal(simd, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", SHAPES, ids=size_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_every_level_equals_reference(simd, dtype, shape):
     cols = shape[1]
     for weight in (torch.randn(shape).to(dtype), ties(*shape, dtype=dtype), hostile(*shape, dtype=dtype)):
@@ -79,7 +75,7 @@ def test_gradient(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(0, 8), (3, 12), (5, 7)], ids=size_id)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 12), (5, 7)], ids=shape_id)
 def test_opcheck(dtype, shape):
     weight = torch.randn(shape).to(dtype)
     opcheck(OPS.prune_pack24.default, (weight.clone().requires_grad_(), None))

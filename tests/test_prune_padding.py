@@ -47,7 +47,7 @@ def padded(sentences, side="right", tokens=11):
     return {"input_ids": ids, "attention_mask": mask.long()}
 
 
-def assert_same(one, other):
+def assert_same_pruning(one, other):
     (first, report), (second, expected) = one, other
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -70,8 +70,10 @@ def test_padded_sentences_are_sentences(layout, side, method, sentences):
     model = Tagger(layout)
     batch = padded(sentences, side)
     single = [{"input_ids": each} for each in sentences]
-    assert_same(pruned(model, method, [batch]), pruned(model, method, single))
-    assert_same(pruned(model, method, [batch], sequential=False), pruned(model, method, single, sequential=False))
+    assert_same_pruning(pruned(model, method, [batch]), pruned(model, method, single))
+    assert_same_pruning(
+        pruned(model, method, [batch], sequential=False), pruned(model, method, single, sequential=False)
+    )
     other, _ = pruned(model, sk.Wanda("2:4"), [batch["input_ids"]])  # without a mask the padding decides
     assert not torch.equal(get_mask(other.blocks[0]), get_mask(pruned(model, sk.Wanda("2:4"), single)[0].blocks[0]))
 
@@ -79,11 +81,11 @@ def test_padded_sentences_are_sentences(layout, side, method, sentences):
 def test_a_function_says_what_counts(sentences):
     model, batch = Tagger(), padded(sentences)
     expected = pruned(model, sk.Wanda("2:4"), [{"input_ids": each} for each in sentences])
-    assert_same(
+    assert_same_pruning(
         pruned(model, sk.Wanda("2:4"), [(batch["input_ids"],)], token_mask=lambda batch: batch[0] != 0), expected
     )
     everything = pruned(model, sk.Wanda("2:4"), [batch["input_ids"]])
-    assert_same(pruned(model, sk.Wanda("2:4"), [batch], token_mask=lambda batch: None), everything)
+    assert_same_pruning(pruned(model, sk.Wanda("2:4"), [batch], token_mask=lambda batch: None), everything)
 
 
 def test_tiers_leave_padding_out(sentences):
@@ -113,7 +115,7 @@ def test_tiers_leave_padding_out(sentences):
 def test_a_batch_of_padding_alone_counts_nothing(sentences):
     model, batch = Tagger(), padded(sentences)
     nothing = {key: torch.zeros_like(value) for key, value in batch.items()}
-    assert_same(pruned(model, sk.Wanda("2:4"), [nothing, batch]), pruned(model, sk.Wanda("2:4"), [batch]))
+    assert_same_pruning(pruned(model, sk.Wanda("2:4"), [nothing, batch]), pruned(model, sk.Wanda("2:4"), [batch]))
     with pytest.raises(ValueError, match="no calibration batch reached any of the selected layers"):
         sk.prune_(model, sk.Wanda("2:4"), [nothing])
 

@@ -16,7 +16,7 @@ WANDA = sk.Wanda("2:4")
 METHODS = [sk.Magnitude("2:4"), WANDA, sk.SparseGPT("2:4"), sk.LeastSquares(sk.Swaps(WANDA))]
 
 
-def assert_same(model, state):
+def assert_unchanged(model, state):
     assert not difference(model_state(model), state, identity=False)
 
 
@@ -30,7 +30,7 @@ def test_all_see_all_batches(ranks, method):
     model, x = stack(16, 16, 8), data()
     models = [copy.deepcopy(model) for _ in range(2)]
     first, second = ranks(lambda rank: sk.prune_(models[rank], method, list(x[rank].split(20 if rank else 40))))
-    assert_same(models[0], model_state(models[1]))
+    assert_unchanged(models[0], model_state(models[1]))
     assert first.layers == second.layers
     report = sk.prune_(model, method, list(x))
     for one, other in zip(model.parameters(), models[0].parameters(), strict=True):
@@ -73,7 +73,7 @@ def test_a_layer_that_one_rank_alone_reaches(ranks, sequential):
     )
     assert [layer.name for layer in reports[0].layers] == ["0", "1"]
     assert reports[0].layers == reports[1].layers and "2" in {each.name for each in reports[1].skipped}
-    assert_same(models[0], model_state(models[1]))
+    assert_unchanged(models[0], model_state(models[1]))
 
 
 def test_tiers_agree(ranks):
@@ -82,7 +82,7 @@ def test_tiers_agree(ranks):
     (maps, report), (other, expected) = ranks(
         lambda rank: tier_iteration(models[rank], step, x[rank], options=sk.tiers.TierOptions(reconstruct=True))
     )
-    assert_same(models[0], model_state(models[1]))
+    assert_unchanged(models[0], model_state(models[1]))
     assert all(torch.equal(maps[name].tiers, other[name].tiers) for name in maps) and report == expected
 
 
@@ -95,7 +95,7 @@ def test_a_run_is_gone_on_with_by_all(ranks, tmp_path):
         return own
 
     first, again = ranks(prune), ranks(prune)
-    assert_same(first[0], model_state(again[1]))
+    assert_unchanged(first[0], model_state(again[1]))
     other = x.flip(0)  # each rank has batches, and those of the other one
     for error in ranks(lambda rank: prune(rank, other)):
         assert "run.json belongs to another run: it differs in batches" in str(error)
@@ -110,7 +110,7 @@ def test_iterations_are_gone_on_with_by_all(ranks, tmp_path):
         return own
 
     first, again = ranks(prune), ranks(prune)
-    assert_same(first[0], model_state(again[1]))
+    assert_unchanged(first[0], model_state(again[1]))
     other = x.flip(0)
     for error in ranks(lambda rank: prune(rank, other)):
         assert "call.json belongs to another run: it differs in batches" in str(error)
@@ -156,7 +156,7 @@ def test_batchnorm_averages_over_all(ranks):
     models = [copy.deepcopy(model) for _ in range(2)]
     batches = [[x[0]], [*x[1].split(10)]]
     reports = ranks(lambda rank: sk.prune_(models[rank], WANDA, batches[rank]))
-    assert_same(models[0], model_state(models[1]))
+    assert_unchanged(models[0], model_state(models[1]))
     assert reports[0].batchnorm == ("1",) and models[0][1].num_batches_tracked == 5
     y = [models[0][0](each) for each in (*batches[0], *batches[1])]
     torch.testing.assert_close(models[0][1].running_mean, torch.stack([each.mean(0) for each in y]).mean(0).detach())
@@ -168,7 +168,7 @@ def test_alone(ranks):
     ranks(lambda rank: rank or sk.prune_(models[0], WANDA, x[0], calibration=sk.Calibration(group="alone")))
     ranks(lambda rank: rank or sk.prune_(models[1], sk.Magnitude("2:4")))  # nothing to add up
     sk.prune_(model, WANDA, x[0])
-    assert_same(model, model_state(models[0]))
+    assert_unchanged(model, model_state(models[0]))
 
 
 def _wrapped(rank, folder):

@@ -7,15 +7,11 @@ import random
 import pytest
 import torch
 from experts import HIDDEN, stacked_and_separate
-from pruning import assert_same, snapshot, stack
+from pruning import Killed, assert_restored, snapshot, stack
 
 import sparsekit as sk
 from sparsekit._json import write_record
 from sparsekit.masks import get_mask
-
-
-class Killed(BaseException):
-    pass
 
 
 def run(model, x, folder, die_at=None, method=None):
@@ -107,7 +103,7 @@ def test_refuses_what_differs_in_anything(tmp_path, what):
     method, before = options.pop("method", sk.SparseGPT("2:4")), snapshot(model)
     with pytest.raises(ValueError, match=rf"run\.json belongs to another run: it differs in .*{what.split('-')[0]}"):
         sk.prune_(model, method, batches, resume=tmp_path, **options)
-    assert_same(model, before)
+    assert_restored(model, before)
 
 
 def test_a_run_that_has_finished_nothing_is_nobodys(tmp_path):
@@ -147,7 +143,7 @@ def test_any_damage_is_refused_by_name(tmp_path, name):
         before = snapshot(model)
         with pytest.raises(ValueError, match=name):
             sk.prune_(model, sk.Wanda("2:4"), x, resume=tmp_path)
-        assert_same(model, before)
+        assert_restored(model, before)
     path.unlink()
     if name != "run.json":
         with pytest.raises(ValueError, match=rf"{name} is missing, and run\.json counts it as finished"):

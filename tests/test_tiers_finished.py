@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from pruning import assert_same, snapshot, stack
+from pruning import assert_restored, snapshot, stack
 
 from sparsekit import Calibration
 from sparsekit._json import write_record
@@ -65,7 +65,7 @@ def test_another_call_is_refused(dense, kept, what):
     before = snapshot(model)
     with pytest.raises(ValueError, match=rf"call\.json belongs to another run: it differs in {what}; name another"):
         run(model, kept, **options)
-    assert_same(model, before)
+    assert_restored(model, before)
 
 
 def test_the_same_call_and_a_longer_schedule_go_on(dense, tmp_path):
@@ -98,7 +98,7 @@ def test_damage_is_refused_by_name(dense, kept, name):
         before = snapshot(model)
         with pytest.raises(ValueError, match=name):
             run(model, kept)
-        assert_same(model, before)
+        assert_restored(model, before)
     path.unlink()
     if name != "report.json":
         with pytest.raises(ValueError, match=name):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pruning import assert_same, snapshot, stack
+from pruning import Killed, assert_restored, snapshot, stack
 from torch import nn
 
 import sparsekit as sk
@@ -29,10 +29,6 @@ STEPS = (
     Step(2, Ratios(0.5, 0.25, 0.25), 0.25, 0.25, 2),
     Step(3, Ratios(0.25, 0.5, 0.25), 0.25, 0.0, 1),
 )
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture
@@ -164,7 +160,7 @@ def test_a_failure_leaves_the_model_as_it_was(task):
         progressive_tiers(model, (), [x], lambda model, step: None)
     with pytest.raises(ValueError, match="nothing to prune: the model has no linear layer"):
         tier_iteration(nn.Sequential(nn.Conv2d(4, 4, 3)), STEPS[0], [x])
-    assert_same(model, before)
+    assert_restored(model, before)
 
 
 @pytest.mark.parametrize("allocation", ["layer", "model"])

@@ -12,7 +12,7 @@ from sparsekit.train import layouts
 CPU, SHAPE, LAYOUT = torch.device("cpu"), torch.Size((128, 128)), "cusparselt_sm90"
 
 
-class Clock:
+class StepClock:
     """A clock that reports given times of dense and sparse steps, by the token count."""
 
     def __init__(self, seconds):
@@ -39,7 +39,7 @@ def timed(monkeypatch):
     monkeypatch.setattr(train24, "_product", lambda x, *rest: products.append(len(x)) or product(x, *rest))
 
     def use(seconds):
-        clock = Clock(seconds)
+        clock = StepClock(seconds)
         clock.products = products
         monkeypatch.setattr(layouts, "clock", lambda device, evict_cache: clock)
         return clock

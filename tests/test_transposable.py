@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, poison, shape_id, ties
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,10 +24,6 @@ SHAPES = [
     (17, 131),
     (8, 256),
 ]
-
-
-def size_id(size):
-    return "x".join(map(str, size))
 
 
 def rows(mask):
@@ -63,7 +59,7 @@ def test_every_pattern_is_found(simd):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", SHAPES, ids=size_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_every_level_equals_reference(simd, dtype, shape):
     for score in (torch.randn(shape).to(dtype), ties(*shape, dtype=dtype), hostile(*shape, dtype=dtype)):
         expected = transposable_mask24_reference(score)
@@ -98,7 +94,7 @@ def test_two_of_every_row_and_column(simd, height, width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(0, 4), (8, 12), (7, 9)], ids=size_id)
+@pytest.mark.parametrize("shape", [(0, 4), (8, 12), (7, 9)], ids=shape_id)
 def test_opcheck(dtype, shape):
     opcheck(OPS.transposable_mask24.default, (torch.randn(shape).to(dtype),))
     opcheck(OPS.transposable_mask24.default, (torch.randn(shape).to(dtype).t(),))

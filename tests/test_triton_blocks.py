@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, assert_same_sums, dtype_id, hostile, poison, shape_id, ties
 
 from sparsekit.ops.blocks import block_scores_reference, block_topk_mask_reference
 
@@ -28,13 +28,7 @@ TILINGS = [
 
 
 def tiling_id(value):
-    return "x".join(map(str, value)) if isinstance(value, tuple) else dtype_id(value)
-
-
-def same_sums(actual, expected):
-    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(actual.cpu().signbit() & ~actual.cpu().isnan(), expected.signbit() & ~expected.isnan())
-    assert actual.is_contiguous()
+    return shape_id(value) if isinstance(value, tuple) else dtype_id(value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -73,7 +67,7 @@ def test_scores_equal_reference(gpu, shape, block, dtype):
         expected = block_scores_reference(weight, *block, given_scale, given_mask)
         poison(expected)
         on_gpu = [tensor if tensor is None else tensor.to(gpu) for tensor in (given_scale, given_mask)]
-        same_sums(blocks.block_scores(weight.to(gpu), *block, *on_gpu), expected)
+        assert_same_sums(blocks.block_scores(weight.to(gpu), *block, *on_gpu), expected)
 
 
 @tilings
@@ -110,7 +104,7 @@ def test_all_nans_are_equal(gpu, dtype):
 def test_any_strides(gpu, layout):
     base, keep = ties(20, 36, dtype=torch.float16), torch.rand(20, 36) < 0.5
     weight, mask = LAYOUTS[layout](base.to(gpu)), LAYOUTS[layout](keep.to(gpu))
-    same_sums(blocks.block_scores(weight, 16, 16, None, mask), block_scores_reference(base, 16, 16, None, keep))
+    assert_same_sums(blocks.block_scores(weight, 16, 16, None, mask), block_scores_reference(base, 16, 16, None, keep))
     assert_same(blocks.block_topk_mask(weight, 10, 16, 16).cpu(), block_topk_mask_reference(base, 10, 16, 16))
 
 
@@ -121,7 +115,7 @@ def test_every_configuration(gpu, config):
         assert_same(
             blocks.block_topk_mask(score.to(gpu), 10, 16, 16).cpu(), block_topk_mask_reference(score, 10, 16, 16)
         )
-        same_sums(
+        assert_same_sums(
             blocks.block_scores(score.to(gpu), 16, 16, None, None), block_scores_reference(score, 16, 16, None, None)
         )
 
@@ -133,7 +127,7 @@ def test_rows_as_wide_as_layers(gpu, dtype):
         blocks.block_topk_mask(score.to(gpu), 5000, 1, 14336).cpu(), block_topk_mask_reference(score, 5000, 1, 14336)
     )
     score = torch.cat([score, hostile(2, 4000, dtype=dtype)], 1)  # beyond the registers of sums
-    same_sums(
+    assert_same_sums(
         blocks.block_scores(score.to(gpu), 2, 17000, None, None), block_scores_reference(score, 2, 17000, None, None)
     )
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, sparse24
+from triton_linear import KERNELS, NAN, random, record_grids
 
 from sparsekit.ops.linear24 import linear24_reference
 from sparsekit.ops.sparse24 import pack24_reference
@@ -11,8 +12,6 @@ from sparsekit.triton_kernels import linear24 as family  # noqa: E402
 from sparsekit.triton_kernels.linear24 import TABLE, linear24  # noqa: E402
 
 HALVES = (torch.float16, torch.bfloat16)
-NAN = float("nan")
-KERNELS = (torch.float32, torch.bfloat16)  # a dtype of each kernel
 FAST = "32x8"  # the configuration with the fewest steps to interpret
 
 
@@ -20,10 +19,6 @@ def packed(gpu, rows, cols, dtype):
     weight, mask = sparse24(rows, cols, dtype)
     values, bitmask = pack24_reference(weight, mask, True)
     return weight.to(gpu), values.to(gpu), bitmask.to(gpu)
-
-
-def random(gpu, *shape, dtype):
-    return torch.randn(shape).to(dtype).to(gpu)
 
 
 def assert_linear(x, weight, values, bitmask, bias):
@@ -165,18 +160,8 @@ def test_splits_add_up_in_order(gpu, monkeypatch):
     """Three splits of the columns on a pretended GPU, each launch of which is counted."""
     weight, values, bitmask = packed(gpu, 5, 1100, torch.bfloat16)
     x, bias = random(gpu, 2, 1100, dtype=torch.bfloat16), random(gpu, 5, dtype=torch.bfloat16)
-    grids = []
-
-    class Spy:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return self.kernel[grid]
-
     monkeypatch.setattr(family, "processors", lambda tensor: 3)
-    monkeypatch.setattr(family, "_linear24_kernel", Spy(family._linear24_kernel))
+    grids = record_grids(monkeypatch, family, "_linear24_kernel")
     with TABLE.force("128x8_split"):
         assert_linear(x, weight, values, bitmask, bias)
     assert grids == [(1, 3)]

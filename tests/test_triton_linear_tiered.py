@@ -1,6 +1,7 @@
 import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id
+from triton_linear import KERNELS, NAN, random, record_grids
 
 from sparsekit.ops.linear_tiered import linear_tiered_reference
 from sparsekit.ops.tiered import pack_tiered
@@ -14,8 +15,6 @@ from sparsekit.triton_kernels._tiered_columns import Packed  # noqa: E402
 from sparsekit.triton_kernels._tiered_unpack import unpack_tiered  # noqa: E402
 from sparsekit.triton_kernels.linear_tiered import TABLE, linear_tiered  # noqa: E402
 
-NAN = float("nan")
-KERNELS = (torch.float32, torch.bfloat16)  # a dtype of each kernel
 FAST = "16"  # the configuration with the fewest steps to interpret
 
 
@@ -29,10 +28,6 @@ def packed(gpu, rows, cols, dtype, block=(16, 16), k=10, tiers=None):
 
 def on(gpu, parts):
     return parts.to(gpu)
-
-
-def random(gpu, *shape, dtype):
-    return torch.randn(shape).to(dtype).to(gpu)
 
 
 def assert_linear(x, weight, parts, bias):
@@ -178,18 +173,8 @@ def test_splits_add_up_in_order(gpu, monkeypatch):
     """Two splits of the units on a pretended GPU, each launch of which is counted."""
     weight, parts = packed(gpu, 5, 900, torch.bfloat16)
     x, bias = random(gpu, 2, 900, dtype=torch.bfloat16), random(gpu, 5, dtype=torch.bfloat16)
-    grids = []
-
-    class Spy:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return self.kernel[grid]
-
     monkeypatch.setattr(tiered, "processors", lambda tensor: 1)
-    monkeypatch.setattr(tiered, "_linear_tiered_kernel", Spy(tiered._linear_tiered_kernel))
+    grids = record_grids(monkeypatch, tiered, "_linear_tiered_kernel")
     monkeypatch.setattr(TABLE, "force", lambda fast, force=TABLE.force: force("8_split"))
     assert_linear(x, weight, parts, bias)
     assert grids == [(1, 2)]

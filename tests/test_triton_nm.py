@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, pattern_id, poison, ties
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, pattern_id, poison, shape_id, ties
 
 from sparsekit.ops.nm import nm_mask_bits_reference, nm_prune_reference
 
@@ -13,10 +13,6 @@ fast = pytest.importorskip("sparsekit.triton_kernels._nm24")
 
 PATTERNS = [(2, 4), (1, 4), (3, 4), (1, 1), (1, 2), (4, 8), (16, 32), (2, 5), (3, 3), (5, 13)]
 SHAPES = [(0,), (3,), (37,), (3, 0), (0, 8), (1, 1), (2, 3, 12), (7, 64), (5, 259), (3, 1032)]
-
-
-def shape_id(shape):
-    return "x".join(map(str, shape))
 
 
 def check(base, gpu, n, m, scale=None, layout=torch.Tensor.contiguous):

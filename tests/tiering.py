@@ -17,6 +17,11 @@ def tiered(rows, cols, block=(16, 16), dtype=torch.float32, k=10):
     return sk.tier_prune(torch.randn(rows, cols).to(dtype), tiers, k, block)[:2]
 
 
+def random_tiers(shape, block, count=4):
+    """A tier map of a weight of this shape, of tiers below ``count``."""
+    return torch.randint(0, count, (-(-shape[0] // block[0]), -(-shape[1] // block[1])), dtype=torch.uint8)
+
+
 def tiers_of(rows, cols, block=(16, 16), shares=SHARES):
     """A tier map with these shares of dense and 2:4 blocks, to the nearest block, in places drawn at random."""
     grid = -(-rows // block[0]), -(-cols // block[1])

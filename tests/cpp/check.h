@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -122,6 +123,13 @@ class Random {
   std::mt19937_64 engine_;
   std::normal_distribution<float> normal_;
 };
+
+// Small pieces from the end: a kernel may not count on their order, nor on how the range is divided.
+inline void parallel_for(int64_t count, int64_t grain, sparsekit::RangeBody body, void* context) {
+  const int64_t step = std::max<int64_t>(grain, 1);
+  for (int64_t begin = (count - 1) / step * step; begin >= 0 && count > 0; begin -= step)
+    body(begin, std::min(begin + step, count), context);
+}
 
 // A mask of bytes as the bits of every row.
 inline std::vector<char> as_bits(const std::vector<char>& mask, int64_t rows, int64_t cols) {

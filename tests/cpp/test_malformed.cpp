@@ -10,7 +10,7 @@ using sparsekit::RangeBody;
 
 namespace {
 
-void parallel_for(int64_t count, int64_t, RangeBody body, void* context) { body(0, count, context); }
+void in_one_piece(int64_t count, int64_t, RangeBody body, void* context) { body(0, count, context); }
 
 // All ones, or any bits.
 void fill_bits(Random& random, Buffer& bits) {
@@ -29,7 +29,7 @@ void two_of_four(const Kernels& level, DType dtype, int64_t tokens, int64_t cols
   fill_bits(random, bitmask);
   level.linear24({.x = x.data(), .values = values.data(), .bitmask = bitmask.as<uint8_t>(), .bias = nullptr,
                   .y = y.data(), .tokens = tokens, .rows = rows, .cols = cols, .threads = 2, .dtype = dtype},
-                 parallel_for);
+                 in_one_piece);
   level.unpack24({.values = values.data(), .bitmask = bitmask.as<uint8_t>(), .weight = weight.data(), .cols = cols,
                   .dtype = dtype, .stream = false},
                  0, rows);
@@ -87,7 +87,7 @@ void tiered(const Kernels& level, DType dtype, int64_t tokens, int64_t block_row
                        .starts = starts.as<int32_t>(), .bias = nullptr, .y = y.data(), .tokens = tokens, .rows = rows,
                        .cols = cols, .block_rows = block_rows, .block_cols = block_cols, .k = k, .threads = 2,
                        .dtype = dtype},
-                      parallel_for);
+                      in_one_piece);
 }
 
 }  // namespace

@@ -5,16 +5,8 @@
 
 using namespace check;
 using sparsekit::LinearTieredArgs;
-using sparsekit::RangeBody;
 
 namespace {
-
-// In small pieces from the end: a kernel may not count on order, nor on how the range is cut.
-void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) {
-  const int64_t step = std::max<int64_t>(grain, 1);
-  for (int64_t begin = (count - 1) / step * step; begin >= 0 && count > 0; begin -= step)
-    body(begin, std::min(begin + step, count), context);
-}
 
 struct Case {
   DType dtype;
