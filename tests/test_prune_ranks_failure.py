@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 from interrupts import model_state
 from pruning import stack
-from test_prune_ranks import WANDA, assert_same, data
+from test_prune_ranks import WANDA, assert_unchanged, data
 from torch import nn
 
 import sparsekit as sk
@@ -45,7 +45,7 @@ def test_a_failure_in_one_rank_ends_all(ranks, where, sequential):
     assert isinstance(second, KeyError)
     assert isinstance(first, RankFailed) and "rank 1 failed with KeyError: 'my own'" in str(first)
     for each, was in zip(models, before, strict=True):
-        assert_same(each, was)
+        assert_unchanged(each, was)
     reports = ranks(lambda rank: sk.prune_(models[rank], WANDA, x[rank]))  # nothing is left of it
     assert reports[0].layers == reports[1].layers
 
@@ -62,8 +62,8 @@ def test_a_failure_in_the_last_step_of_one_rank(ranks):
 
     first, second = ranks(lambda rank: sk.prune_(models[rank], WANDA, x[rank], progress=progress))
     assert isinstance(second, KeyboardInterrupt) and isinstance(first, RankFailed)
-    assert_same(models[0], before[0])
-    assert_same(models[1], before[1])
+    assert_unchanged(models[0], before[0])
+    assert_unchanged(models[1], before[1])
 
 
 def changed(model, rank):
