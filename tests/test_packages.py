@@ -19,6 +19,7 @@ def test_a_call_names_the_function(package, function):
     ):
         module("model", "method", batches=[])
     assert callable(getattr(sk, function))
+    assert not hasattr(module, package)  # a module of the same name could be taken for the function as well
 
 
 def test_it_is_a_package_like_any_other():

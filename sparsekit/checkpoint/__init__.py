@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with weights, packed weights and masks, and their structure in its metadata."""
 
 from .._packages import name_functions as _name_functions
-from .checkpoint import load, save
+from .save_load import load, save
 
 __all__ = [
     "load",

@@ -20,7 +20,7 @@ measured at (step 5), as in ``"0.50x, 0% won at 128 tokens"``. ``"given back: ..
 
 from .._packages import name_functions as _name_functions
 from .._timing import Timing
-from .compress import compress_, decompress_
+from .compress_model import compress_, decompress_
 from .measure import Measure
 from .report import CompressLayerReport, CompressReport
 

@@ -7,7 +7,7 @@ from .calibration import Calibration
 from .calibration.statistics import Gram, InputNorm, Statistic
 from .mask_keeper import MaskKeeper, keep_masks
 from .methods import RIA, Magnitude, Method, Wanda
-from .prune import prune_
+from .prune_model import prune_
 from .refinements import LeastSquares, Swaps
 from .report import PruneLayerReport, PruneReport, Skipped
 from .sparsegpt import SparseGPT

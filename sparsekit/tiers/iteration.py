@@ -19,7 +19,7 @@ from ..prune.calibration.ranks import Ranks, local_buffers
 from ..prune.calibration.statistics import Gram, InputNorm
 from ..prune.full_precision import full_precision
 from ..prune.layers import PrunableLayer, check_result, check_weights, find_layers, nothing_to
-from ..prune.prune import check_calibration
+from ..prune.prune_model import check_calibration
 from .demote import Criterion
 from .fade import fading_of, mark_fading
 from .planner import Allocation, CalibratedStages, Planner
