@@ -110,6 +110,27 @@ def refuse(path, match, model=None):
     assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
 
 
+def put(*keys, value):
+    """A change for ``forge``: the value at these keys of the structure."""
+
+    def change(structure, tensors):
+        *parents, last = keys
+        for key in parents:
+            structure = structure[key]
+        structure[last] = value
+
+    return change
+
+
+def drop(name):
+    """A change for ``forge`` that deletes a tensor."""
+
+    def change(structure, tensors):
+        del tensors[name]
+
+    return change
+
+
 def forge(path, change):
     """Rewrites a checkpoint with a changed structure or tensors and a digest that fits, as a hostile writer would."""
     with safe_open(path, "pt") as file:

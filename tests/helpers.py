@@ -58,6 +58,15 @@ def outputs_and_gradients(module, x):
     return y.detach(), x.grad
 
 
+def assert_linear_gradients(layer, linear, x):
+    """Output, and gradients of the input and the bias, are those of ``linear``; both then hold their gradients."""
+    layer.bias = nn.Parameter(linear.bias.detach().clone())
+    (y, grad_x), (expected, expected_grad_x) = (outputs_and_gradients(module, x) for module in (layer, linear))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(grad_x, expected_grad_x)
+    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+
+
 def _transposed(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from checkpoints import contents, forge, make, mixed, refuse
+from checkpoints import contents, drop, forge, make, mixed, put, refuse
 from safetensors.torch import save_file
 from torch import nn
 
@@ -55,16 +55,6 @@ def test_refuses_what_is_no_checkpoint(path, tmp_path):
         sk.load(make(), tmp_path / "missing")
 
 
-def _put(*keys, value):
-    def change(structure, tensors):
-        *parents, last = keys
-        for key in parents:
-            structure = structure[key]
-        structure[last] = value
-
-    return change
-
-
 def _bit(name, byte=0, bit=1):
     def change(structure, tensors):
         tensors[name][0, byte] ^= bit
@@ -72,14 +62,7 @@ def _bit(name, byte=0, bit=1):
     return change
 
 
-def _drop(name):
-    def change(structure, tensors):
-        del tensors[name]
-
-    return change
-
-
-def _forget(key):
+def _drop_key(key):
     def change(structure, tensors):
         del structure[key]
 
@@ -99,33 +82,33 @@ def _tensor(name, tensor):
 
 LAYER = ("layers", "first")
 FORGERIES = {
-    "version": (_put("version", value=2), "version 2 of the format, this sparsekit reads version 1"),
-    "version-type": (_put("version", value="1"), "no 'version' of type int"),
+    "version": (put("version", value=2), "version 2 of the format, this sparsekit reads version 1"),
+    "version-type": (put("version", value="1"), "no 'version' of type int"),
     "not-json": (lambda structure, tensors: "{", "its structure is not JSON"),
     "deep": (lambda structure, tensors: "[" * 100_000, "its structure is not JSON"),
     "list": (lambda structure, tensors: "[]", "no 'version' of type int"),
-    "no-layers": (_forget("layers"), "no 'layers' of type dict"),
-    "no-shared": (_forget("shared"), "no 'shared' of type dict"),
-    "shared-type": (_put("shared", value={"head.weight": 3}), "'shared' must map names to names"),
-    "shared-with-nothing": (_put("shared", value={"head.weight": "x"}), "'head.weight' cannot share the tensor 'x'"),
-    "shared-twice": (_put("shared", "conv.bias", value="norm.bias"), "'conv.bias' cannot share"),
-    "shared-misfit": (_put("shared", "head.weight", value="conv.bias"), r"head.weight has shape \(3,\)"),
-    "layer-type": (_put(*LAYER, value=[]), "layer 'first' has no 'kind' of type str"),
-    "kind": (_put(*LAYER, "kind", value="linear12"), "layer 'first' is 'linear12', known are"),
-    "shape-negative": (_put(*LAYER, "shape", value=[-1, 10]), r"layer 'first' has the shape \[-1, 10\]"),
-    "shape-absurd": (_put(*LAYER, "shape", value=[1 << 60, 1 << 60]), r"the model's has \(12, 10\)"),
-    "shape-1d": (_put(*LAYER, "shape", value=[12]), r"layer 'first' has the shape \[12\]"),
-    "shape-bool": (_put(*LAYER, "shape", value=[True, True]), "layer 'first' has the shape"),
-    "transposed": (_put(*LAYER, "transposed", value=True), "first.values has shape"),
-    "transposed-type": (_put(*LAYER, "transposed", value=1), "no 'transposed' of type bool"),
-    "tokens": (_put("layers", "second", "tokens", value=1 << 40), "tokens, 1 to 1048576 are allowed"),
-    "tokens-type": (_put("layers", "second", "tokens", value=1.5), "no 'tokens' of type int"),
-    "mask-type": (_put(*LAYER, "mask", value=[]), "mask of layer 'first' has the axis None"),
-    "mask-axis": (_put(*LAYER, "mask", "axis", value=2), "the axis 2, for a weight of 2 dimensions"),
-    "mask-pattern": (_put(*LAYER, "mask", "pattern", value="9:4"), "a pattern is .* got '9:4'"),
-    "mask-dropped": (_put(*LAYER, "mask", value=None), "unexpected first.weight_mask"),
-    "no-values": (_drop("first.values"), "'first.values' is missing"),
-    "no-bias": (_drop("first.bias"), "missing first.bias"),
+    "no-layers": (_drop_key("layers"), "no 'layers' of type dict"),
+    "no-shared": (_drop_key("shared"), "no 'shared' of type dict"),
+    "shared-type": (put("shared", value={"head.weight": 3}), "'shared' must map names to names"),
+    "shared-with-nothing": (put("shared", value={"head.weight": "x"}), "'head.weight' cannot share the tensor 'x'"),
+    "shared-twice": (put("shared", "conv.bias", value="norm.bias"), "'conv.bias' cannot share"),
+    "shared-misfit": (put("shared", "head.weight", value="conv.bias"), r"head.weight has shape \(3,\)"),
+    "layer-type": (put(*LAYER, value=[]), "layer 'first' has no 'kind' of type str"),
+    "kind": (put(*LAYER, "kind", value="linear12"), "layer 'first' is 'linear12', known are"),
+    "shape-negative": (put(*LAYER, "shape", value=[-1, 10]), r"layer 'first' has the shape \[-1, 10\]"),
+    "shape-absurd": (put(*LAYER, "shape", value=[1 << 60, 1 << 60]), r"the model's has \(12, 10\)"),
+    "shape-1d": (put(*LAYER, "shape", value=[12]), r"layer 'first' has the shape \[12\]"),
+    "shape-bool": (put(*LAYER, "shape", value=[True, True]), "layer 'first' has the shape"),
+    "transposed": (put(*LAYER, "transposed", value=True), "first.values has shape"),
+    "transposed-type": (put(*LAYER, "transposed", value=1), "no 'transposed' of type bool"),
+    "tokens": (put("layers", "second", "tokens", value=1 << 40), "tokens, 1 to 1048576 are allowed"),
+    "tokens-type": (put("layers", "second", "tokens", value=1.5), "no 'tokens' of type int"),
+    "mask-type": (put(*LAYER, "mask", value=[]), "mask of layer 'first' has the axis None"),
+    "mask-axis": (put(*LAYER, "mask", "axis", value=2), "the axis 2, for a weight of 2 dimensions"),
+    "mask-pattern": (put(*LAYER, "mask", "pattern", value="9:4"), "a pattern is .* got '9:4'"),
+    "mask-dropped": (put(*LAYER, "mask", value=None), "unexpected first.weight_mask"),
+    "no-values": (drop("first.values"), "'first.values' is missing"),
+    "no-bias": (drop("first.bias"), "missing first.bias"),
     "unknown-layer": (_ghost, "there is no layer 'ghost' with a weight"),
     "extra-tensor": (_tensor("ghost", torch.zeros(1)), "it does not fit the model: unexpected ghost"),
     "wrong-shape": (_tensor("norm.bias", torch.zeros(4)), r"norm.bias has shape \(4,\), the model's \(3,\)"),

@@ -1,10 +1,11 @@
 """Checkpoints of tiered layers: the stored tensors, the refused files, and a real model from pruning to loading."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from checkpoints import contents, forge, make, refuse, tiered
+from checkpoints import contents, drop, forge, make, put, refuse, tiered
 from compressing import decisions
 from safetensors.torch import load_file
 from torch import nn
@@ -14,6 +15,7 @@ from sparsekit.masks import get_mask, get_mask_info
 from sparsekit.nn import TieredLinear
 from sparsekit.tiers import Ratios, Step, TierMap, progressive_tiers
 
+_put = partial(put, "layers", "0")
 PARTS = ("tiers", "dense", "values", "bitmask", "topk", "positions")
 
 
@@ -100,13 +102,6 @@ def test_a_transposed_layer_keeps_its_orientation(path):
     assert loaded[0].transposed and torch.equal(loaded[0].weight, conv.weight) and loaded[0].k == 3
 
 
-def _put(key, value):
-    def change(structure, tensors):
-        structure["layers"]["0"][key] = value
-
-    return change
-
-
 def _set(part, index, value):
     def change(structure, tensors):
         tensors[f"0.{part}"][index] = value
@@ -121,13 +116,6 @@ def _replace(part, make):
     return change
 
 
-def _drop(part):
-    def change(structure, tensors):
-        del tensors[f"0.{part}"]
-
-    return change
-
-
 def _all(*changes):
     def change(structure, tensors):
         for each in changes:
@@ -137,27 +125,33 @@ def _all(*changes):
 
 
 FORGERIES = {
-    "block-type": (_put("block", "8x8"), "layer '0' has no 'block' of type list"),
-    "block-sides": (_put("block", [8]), r"layer '0' has blocks of \[8\], not of two positive sides"),
-    "block-float": (_put("block", [8, 8.0]), r"layer '0' has blocks of \[8, 8.0\], not of two positive sides"),
-    "block-zero": (_put("block", [0, 8]), r"layer '0' has blocks of \[0, 8\], not of two positive sides"),
-    "block": (_put("block", [9, 8]), r"blocks of \(8, 8\) and k=3 in a layer of \(9, 8\) and k=3"),
-    "k-type": (_put("k", True), "layer '0' has no 'k' of type int"),
-    "k": (_put("k", 4), r"blocks of \(8, 8\) and k=3 in a layer of \(8, 8\) and k=4"),
+    "block-type": (_put("block", value="8x8"), "layer '0' has no 'block' of type list"),
+    "block-sides": (_put("block", value=[8]), r"layer '0' has blocks of \[8\], not of two positive sides"),
+    "block-float": (
+        _put("block", value=[8, 8.0]),
+        r"layer '0' has blocks of \[8, 8.0\], not of two positive sides",
+    ),
+    "block-zero": (_put("block", value=[0, 8]), r"layer '0' has blocks of \[0, 8\], not of two positive sides"),
+    "block": (_put("block", value=[9, 8]), r"blocks of \(8, 8\) and k=3 in a layer of \(9, 8\) and k=3"),
+    "k-type": (_put("k", value=True), "layer '0' has no 'k' of type int"),
+    "k": (_put("k", value=4), r"blocks of \(8, 8\) and k=3 in a layer of \(8, 8\) and k=4"),
     "k-above-the-block": (
-        _all(_put("k", 65), *(_replace(part, lambda t: t.new_zeros(2, 65)) for part in ("topk", "positions"))),
+        _all(
+            _put("k", value=65),
+            *(_replace(part, lambda t: t.new_zeros(2, 65)) for part in ("topk", "positions")),
+        ),
         "k=65 in a layer of .* and k=65",
     ),
-    "shape": (_put("shape", [10, 20]), r"layer '0' has shape \(10, 20\), the model's has \(10, 12\)"),
+    "shape": (_put("shape", value=[10, 20]), r"layer '0' has shape \(10, 20\), the model's has \(10, 12\)"),
     "shape-absurd": (
-        _all(_put("shape", [1 << 59, 0]), _replace("tiers", lambda t: t.new_zeros(1 << 56, 0))),
+        _all(_put("shape", value=[1 << 59, 0]), _replace("tiers", lambda t: t.new_zeros(1 << 56, 0))),
         r"the model's has \(10, 12\)",
     ),
     "tiers-absurd": (_replace("tiers", lambda t: t.new_zeros(1 << 56, 0)), r"tiers has shape .* needs \(2, 2\)"),
     "grid": (_replace("tiers", lambda t: t.view(1, 4)), r"tiers has shape \(1, 4\), its layer needs \(2, 2\)"),
-    "shape-3d": (_put("shape", [10, 4, 3]), r"layer '0' has the shape \[10, 4, 3\]"),
-    "no-tiers": (_drop("tiers"), "the tensor '0.tiers' is missing"),
-    "no-positions": (_drop("positions"), "the tensor '0.positions' is missing"),
+    "shape-3d": (_put("shape", value=[10, 4, 3]), r"layer '0' has the shape \[10, 4, 3\]"),
+    "no-tiers": (drop("0.tiers"), "the tensor '0.tiers' is missing"),
+    "no-positions": (drop("0.positions"), "the tensor '0.positions' is missing"),
     "tier-3": (_set("tiers", (1, 1), 3), "tiers must be 0, 1 or 2, got 3"),
     "tiers-dtype": (_replace("tiers", torch.Tensor.long), "tiers must be torch.uint8, got torch.int64"),
     "tiers-1d": (_replace("tiers", torch.flatten), r"tiers has shape \(4,\), its layer needs \(2, 2\)"),

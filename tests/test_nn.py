@@ -1,4 +1,4 @@
-"""Linear24, and what it and PrepackedLinear have in common: state, copies, conversions, compilation."""
+"""Linear24, and what it has in common with other compressed layers: state, copies, conversions, compilation."""
 
 import copy
 import io
@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import outputs_and_gradients, sparse_linear
-from layer_kinds import EVERY, compiles, make
+from helpers import assert_linear_gradients, sparse_linear
+from layer_kinds import EACH, EVERY, compiles, make
 from torch import nn
 
 import sparsekit as sk
@@ -156,24 +156,25 @@ def test_state_dict_round_trip_through_a_file(kind):
     assert torch.equal(other(x), layer(x))
 
 
-@BOTH
+@EACH
 def test_to_dtype_and_device(kind):
-    linear = sparse_linear()
-    layer = kind.from_linear(linear).to(torch.bfloat16)
-    x = torch.randn(3, 40, dtype=torch.bfloat16)
+    layer, linear = make(kind)
+    integers = {key: part.dtype for key, part in layer.named_buffers() if not part.is_floating_point()}
+    layer.to(torch.bfloat16)
+    x = torch.randn(3, 80, dtype=torch.bfloat16)
     linear.to(torch.bfloat16)
     assert layer(x).dtype == torch.bfloat16
+    assert integers == {key: layer.get_buffer(key).dtype for key in integers}
     torch.testing.assert_close(layer(x), linear(x), rtol=2e-2, atol=2e-2)
     assert torch.equal(layer.float().weight, linear.float().weight)
     assert layer(x.float()).dtype == torch.float32
-    assert layer.to("meta")(x.float().to("meta")).shape == (3, 48)
+    assert layer.to("meta")(x.float().to("meta")).shape == (3, 96)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_follows_linear(kind, dtype):
-    linear = sparse_linear()
-    layer, x = kind.from_linear(linear), torch.randn(3, 40)
+    (layer, linear), x = make(kind), torch.randn(3, 80)
     with torch.autocast("cpu", dtype):
         expected, got = linear(x), layer(x)
     assert got.dtype == expected.dtype == dtype
@@ -182,13 +183,8 @@ def test_autocast_follows_linear(kind, dtype):
 
 def test_linear24_gradients():
     linear = sparse_linear()
-    layer, x = Linear24.from_linear(linear), torch.randn(2, 3, 40)
-    layer.bias = nn.Parameter(linear.bias.detach().clone())
-    y, grad_x = outputs_and_gradients(layer, x)
-    expected_y, expected_grad_x = outputs_and_gradients(linear, x)
-    torch.testing.assert_close(y, expected_y)
-    torch.testing.assert_close(grad_x, expected_grad_x)
-    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+    layer = Linear24.from_linear(linear)
+    assert_linear_gradients(layer, linear, torch.randn(2, 3, 40))
     kept = linear.weight.detach() != 0
     torch.testing.assert_close(
         sk.Packed24(layer.values.grad, layer.bitmask, (len(layer.values.grad), 40)).to_dense(),
@@ -196,13 +192,12 @@ def test_linear24_gradients():
     )
 
 
-@BOTH
+@EACH
 @compiles
 def test_compiles_whole(kind):
     torch._dynamo.reset()
-    linear = sparse_linear()
-    model = nn.Sequential(kind.from_linear(linear), nn.ReLU(), nn.Linear(48, 3)).eval()
-    x = torch.randn(5, 40)
+    model = nn.Sequential(make(kind)[0], nn.ReLU(), nn.Linear(96, 3)).eval()
+    x = torch.randn(5, 80)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
 

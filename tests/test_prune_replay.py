@@ -1,8 +1,6 @@
 """Partial passes in which finished stages give what they gave before."""
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,12 +154,9 @@ def test_the_callers_modes_hold_in_the_passes():
     assert dtypes == {torch.bfloat16} and grad == {False}
 
 
-def test_a_real_decoder_with_its_cache(monkeypatch):
-    data = os.environ.get("SPARSEKIT_DATA")
-    if not data:
-        pytest.skip("SPARSEKIT_DATA is unset")
+def test_a_real_decoder_with_its_cache(monkeypatch, data):
     transformers = pytest.importorskip("transformers")
-    folder = Path(data) / "ckpt_stories260K" / "hf"
+    folder = data / "ckpt_stories260K" / "hf"
     dense = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert dense.config.use_cache
     batches = [{"input_ids": torch.randint(3, 500, (2, 20))} for _ in range(2)]

@@ -1,4 +1,4 @@
-"""TieredLinear: state, copies, conversions, gradients and compilation."""
+"""TieredLinear: state, copies, gradients and training; what it has in common with other layers is in test_nn."""
 
 import copy
 import io
@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import DTYPES, dtype_id, outputs_and_gradients
+from helpers import DTYPES, assert_linear_gradients, dtype_id
 from tiering import prune_tiers, tiered_linear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -209,34 +209,10 @@ def test_a_state_dict_that_does_not_fit_is_refused_whole():
     assert torch.equal(layer.bias, before["0.bias"] + 1)
 
 
-def test_to_dtype_and_device():
-    linear = tiered_linear()
-    layer, x = TieredLinear.from_linear(linear).to(torch.bfloat16), torch.randn(3, 80, dtype=torch.bfloat16)
-    linear.to(torch.bfloat16)
-    assert layer(x).dtype == torch.bfloat16 and layer.tiers.dtype == torch.uint8 and layer.starts.dtype == torch.int32
-    torch.testing.assert_close(layer(x), linear(x), rtol=2e-2, atol=2e-2)
-    assert torch.equal(layer.float().weight, linear.float().weight)
-    assert layer.to("meta")(x.float().to("meta")).shape == (3, 96)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-def test_autocast_follows_linear(dtype):
-    linear = tiered_linear()
-    layer, x = TieredLinear.from_linear(linear), torch.randn(3, 80)
-    with torch.autocast("cpu", dtype):
-        expected, got = linear(x), layer(x)
-    assert got.dtype == expected.dtype == dtype
-    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
-
-
 def test_gradients():
     linear, x = tiered_linear(cols=37, rows=21), torch.randn(2, 3, 37)
     layer = TieredLinear.from_linear(linear)
-    layer.bias = nn.Parameter(linear.bias.detach().clone())
-    (y, grad_x), (expected, expected_grad_x) = (outputs_and_gradients(module, x) for module in (layer, linear))
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(grad_x, expected_grad_x)
-    torch.testing.assert_close(layer.bias.grad, linear.bias.grad)
+    assert_linear_gradients(layer, linear, x)
     gradients = layer.packed._replace(dense=layer.dense.grad, values=layer.values.grad, topk=layer.topk.grad)
     torch.testing.assert_close(gradients.to_dense(), linear.weight.grad * get_mask(linear))
 
@@ -263,12 +239,3 @@ def test_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0] and torch.equal(layer.weight == 0, zeros)
-
-
-@compiles
-def test_compiles_whole():
-    torch._dynamo.reset()
-    model = nn.Sequential(TieredLinear.from_linear(tiered_linear()), nn.ReLU(), nn.Linear(96, 3)).eval()
-    x = torch.randn(5, 80)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))

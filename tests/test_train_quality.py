@@ -1,8 +1,6 @@
 """Sparse training gives a better 2:4 model than one-shot pruning."""
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -91,14 +89,11 @@ def test_decay_settles_the_masks(regression):
 
 
 @pytest.mark.slow
-def test_on_a_real_language_model(ratios):
-    data = os.environ.get("SPARSEKIT_DATA")
-    if not data:
-        pytest.skip("SPARSEKIT_DATA is unset")
+def test_on_a_real_language_model(ratios, data):
     transformers = pytest.importorskip("transformers")
-    folder = Path(data) / "ckpt_stories260K" / "hf"
+    folder = data / "ckpt_stories260K" / "hf"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    stories = (Path(data) / "tinystories" / "tinystories_sample.txt").read_text().split("<|endoftext|>")[:700]
+    stories = (data / "tinystories" / "tinystories_sample.txt").read_text().split("<|endoftext|>")[:700]
     tokens = [torch.tensor(tokenizer(story.strip(), max_length=128, truncation=True)["input_ids"]) for story in stories]
     rows = torch.stack([story for story in tokens if len(story) == 128])
     test, others = rows[:32], rows[32:]
