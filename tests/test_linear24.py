@@ -1,13 +1,18 @@
 import pytest
 import torch
 from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, opcheck, poison, sparse24
+from packed_products import (
+    assert_equal_gradients,
+    assert_nan_stays_in_its_token,
+    assert_same_for_any_threads,
+    assert_same_in_any_batch,
+)
 
 import sparsekit as sk
 from sparsekit.ops.linear24 import linear24_reference
 from sparsekit.ops.sparse24 import pack24_reference
 
 OPS = torch.ops.sparsekit
-NAN = float("nan")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -53,12 +58,8 @@ def test_linear_without_rows_or_columns(simd, rows, cols, tokens):
 @pytest.mark.parametrize("tokens", [1, 4, 40, 130])
 def test_linear_does_not_swallow_nan(simd, tokens):
     weight, mask = sparse24(40, 72)
-    x = torch.randn(tokens, 72)
-    x[tokens // 2, 71] = NAN
-    hit = torch.isnan(sk.linear24(x, sk.pack24(weight, mask)))
-    assert hit[tokens // 2][mask[:, 71]].all()
-    hit[tokens // 2] = False
-    assert not hit.any()
+    packed = sk.pack24(weight, mask)
+    assert_nan_stays_in_its_token(lambda x: sk.linear24(x, packed), torch.randn(tokens, 72), mask)
 
 
 @pytest.mark.parametrize(
@@ -68,16 +69,11 @@ def test_linear_does_not_swallow_nan(simd, tokens):
 def test_gradients_of_linear(dtype, tolerance, leading):
     values, bitmask, shape = sk.pack24(*sparse24(6, 18, dtype))
     x, bias, grad = (torch.randn(shape).to(dtype) for shape in ((*leading, 18), (6,), (*leading, 6)))
-    gradients = []
-    for linear in (
+    assert_equal_gradients(
         lambda x, values, bias: sk.linear24(x, sk.Packed24(values, bitmask, shape), bias),
         lambda x, values, bias: linear24_reference(x, values, bitmask, bias),
-    ):
-        inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, values, bias)]
-        linear(*inputs).backward(grad)
-        gradients.append([tensor.grad for tensor in inputs])
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+        (x, values, bias), grad, rtol=tolerance, atol=tolerance,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,22 +90,14 @@ def test_any_strides(simd, layout, dtype):
 @pytest.mark.parametrize("tokens", [1, 4, 16, 200])
 def test_threads(simd, threads, dtype, tokens):
     packed = sk.pack24(*sparse24(1030, 516, dtype))
-    x, results = torch.randn(tokens, 516).to(dtype), []
-    for count in (1, 2):
-        threads(count)
-        results.append(sk.linear24(x, packed))
-    assert_same(*results)
+    assert_same_for_any_threads(lambda x: sk.linear24(x, packed), torch.randn(tokens, 516).to(dtype), threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("few, many", [(1, 15), (16, 200)])  # on either side of where the kernel changes
 def test_a_token_comes_out_the_same_in_any_batch(simd, dtype, few, many):
     packed, bias = sk.pack24(*sparse24(70, 1030, dtype)), torch.randn(70).to(dtype)
-    x = torch.randn(many, 1030).to(dtype)
-    whole = sk.linear24(x, packed, bias)
-    for start in (0, 1, many // 2, many - few):
-        part = slice(start, start + few)
-        assert_same(sk.linear24(x[part], packed, bias), whole[part])
+    assert_same_in_any_batch(lambda x: sk.linear24(x, packed, bias), torch.randn(many, 1030).to(dtype), few)
 
 
 def test_reference_gradcheck():

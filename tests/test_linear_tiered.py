@@ -2,6 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, opcheck, poison
+from packed_products import (
+    assert_equal_gradients,
+    assert_nan_stays_in_its_token,
+    assert_same_for_any_threads,
+    assert_same_in_any_batch,
+)
 from tiering import BLOCKS, tiered
 
 import sparsekit as sk
@@ -79,12 +85,8 @@ def test_without_rows_or_columns(simd, rows, cols, tokens):
 @pytest.mark.parametrize("tokens", [1, 4, 40, 130])
 def test_does_not_swallow_nan_nor_spread_it(simd, tokens, value):
     weight, mask = tiered(40, 71)
-    x = torch.randn(tokens, 71)
-    x[tokens // 2, 70] = value  # beside the padding
-    hit = ~torch.isfinite(sk.linear_tiered(x, sk.pack_tiered(weight)))
-    assert hit[tokens // 2][mask[:, 70]].all()
-    hit[tokens // 2] = False
-    assert not hit.any()
+    packed, x = sk.pack_tiered(weight), torch.randn(tokens, 71)  # the last column is beside the padding
+    assert_nan_stays_in_its_token(lambda x: sk.linear_tiered(x, packed), x, mask, value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -105,22 +107,14 @@ def test_any_strides(simd, layout, dtype, tokens):
 @pytest.mark.parametrize("tokens", [1, 4, 16, 200])
 def test_threads(simd, threads, dtype, tokens):
     packed = sk.pack_tiered(tiered(1030, 516, dtype=dtype)[0])
-    x, results = torch.randn(tokens, 516).to(dtype), []
-    for count in (1, 2):
-        threads(count)
-        results.append(sk.linear_tiered(x, packed))
-    assert_same(*results)
+    assert_same_for_any_threads(lambda x: sk.linear_tiered(x, packed), torch.randn(tokens, 516).to(dtype), threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("few, many", [(1, 6), (16, 200)])  # on either side of where the kernel changes
 def test_a_token_comes_out_the_same_in_any_batch(simd, dtype, few, many):
     packed, bias = sk.pack_tiered(tiered(70, 1030, dtype=dtype)[0]), torch.randn(70).to(dtype)
-    x = torch.randn(many, 1030).to(dtype)
-    whole = sk.linear_tiered(x, packed, bias)
-    for start in (0, 1, many // 2, many - few):
-        part = slice(start, start + few)
-        assert_same(sk.linear_tiered(x[part], packed, bias), whole[part])
+    assert_same_in_any_batch(lambda x: sk.linear_tiered(x, packed, bias), torch.randn(many, 1030).to(dtype), few)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=dtype_id)
@@ -128,16 +122,11 @@ def test_a_token_comes_out_the_same_in_any_batch(simd, dtype, few, many):
 def test_gradients(dtype, tolerance, leading):
     weight, mask = tiered(33, 40, dtype=dtype)
     x, bias, grad = (torch.randn(shape).to(dtype) for shape in ((*leading, 40), (33,), (*leading, 33)))
-    gradients = []
-    for linear in (
+    assert_equal_gradients(
         lambda x, weight, bias: sk.linear_tiered(x, sk.pack_tiered(weight, mask), bias),
         lambda x, weight, bias: F.linear(x, torch.where(mask, weight, 0), bias),
-    ):
-        inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
-        linear(*inputs).backward(grad)
-        gradients.append([tensor.grad for tensor in inputs])
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=10 * tolerance)
+        (x, weight, bias), grad, rtol=tolerance, atol=10 * tolerance,
+    )  # fmt: skip
 
 
 def test_padding_of_topk_has_no_gradient():
