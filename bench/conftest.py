@@ -3,7 +3,7 @@ from collections.abc import Collection, Mapping
 import pytest
 import torch
 
-from .timing import MIN_ROUNDS, Calls, medians, ratio, time_interleaved
+from .timing import MIN_ROUNDS, Calls, medians, ratio, time_in_turns
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def record(benchmark):
         best: Collection[str] = (),
         shares: Mapping[str, float] | None = None,
     ) -> None:
-        times = time_interleaved({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS)
+        times = time_in_turns({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS)
         for key, share in (shares or {}).items():
             times[key] = [each / share for each in times[key]]
         seconds = medians(times)

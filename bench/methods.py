@@ -57,7 +57,7 @@ def stories() -> tuple[nn.Module, list[Any], list[Tensor]]:
     return model.eval(), [{"input_ids": batch} for batch in torch.stack(windows).split(32)], tokens[:SCORED]
 
 
-class Stage(nn.Module):
+class TransformerLayer(nn.Module):
     """The linear layers of one transformer layer, with residuals; attention has no weight to prune."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Stage(nn.Module):
 
 def stage() -> tuple[nn.Module, list[Any], list[Tensor]]:
     torch.manual_seed(0)
-    return Stage(), list(torch.randn(TOKENS, DIM).split(512)), []
+    return TransformerLayer(), list(torch.randn(TOKENS, DIM).split(512)), []
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, list[Any], list[Tensor]]]] = {"stories260K": stories, "stage": stage}

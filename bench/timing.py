@@ -16,7 +16,7 @@ Calls = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
 
 
-def time_interleaved(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS) -> Times:
+def time_in_turns(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS) -> Times:
     """Returns the seconds of each call, from ``least`` to 101 rounds within ``budget`` seconds, in rotating order."""
     timed = {}
     for key, call in calls.items():

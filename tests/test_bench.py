@@ -45,7 +45,7 @@ def test_calls_take_turns_and_are_compared_round_by_round(monkeypatch):
         return run
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    times = timing.time_interleaved({"own": call("own", 1.0), "slow": call("slow", 3.0)}, budget=0)
+    times = timing.time_in_turns({"own": call("own", 1.0), "slow": call("slow", 3.0)}, budget=0)
     assert times == {"own": [1.0] * 5, "slow": [3.0] * 5}
     assert calls[4:10] == ["slow", "own", "own", "slow", "slow", "own"]  # after two of each to warm up and to size
     assert timing.ratio(times, "own", "slow") == 3

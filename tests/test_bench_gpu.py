@@ -11,7 +11,7 @@ import vendor
 
 from bench.gpu import __main__ as program
 from bench.gpu import memory_ops, products
-from bench.gpu.clock import Clock
+from bench.gpu.clock import KernelClock
 from bench.gpu.goals import MODES
 from bench.gpu.lab import Lab, Sizes
 from bench.gpu.table import details, render
@@ -30,7 +30,7 @@ TINY = Sizes(
 PROPERTIES = SimpleNamespace(name="acted", major=9, minor=0, multi_processor_count=1, total_memory=1, L2_cache_size=1)
 
 
-class CpuClock(Clock):
+class ActedKernelClock(KernelClock):
     """Times calls that have ended when they return, in two rounds."""
 
     cache = 0
@@ -38,8 +38,8 @@ class CpuClock(Clock):
     def __init__(self):
         return
 
-    def time_interleaved(self, contenders, budget=0, *, capture=False, least=2):
-        return super().time_interleaved(contenders, 0, least=2)
+    def time_in_turns(self, contenders, budget=0, *, capture=False, least=2):
+        return super().time_in_turns(contenders, 0, least=2)
 
     def warm_up(self, run):
         run()
@@ -53,7 +53,7 @@ class CpuClock(Clock):
         return ((time.perf_counter() - begin) / calls,) * 2
 
 
-LAB = Lab(torch.device("cpu"), TINY, "cusparselt_sm90", CpuClock(), backend="eager")
+LAB = Lab(torch.device("cpu"), TINY, "cusparselt_sm90", ActedKernelClock(), backend="eager")
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_bench_gpu import LAB, CpuClock
+from test_bench_gpu import LAB, ActedKernelClock
 
 from bench.gpu.checks import check_close, check_same, reference
-from bench.gpu.clock import Clock, Times
+from bench.gpu.clock import KernelClock, Times
 from bench.gpu.rows import Rows, read
 from bench.gpu.tune import keep, tune
 from bench.timing import ratio
@@ -57,13 +57,15 @@ def test_calls_that_differ_in_their_buffers_are_timed_as_one(monkeypatch):
         now[0] += seconds
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    times = CpuClock().time_interleaved({"own": [partial(call, 1.0), partial(call, 2.0)], "slow": [partial(call, 3.0)]})
+    times = ActedKernelClock().time_in_turns(
+        {"own": [partial(call, 1.0), partial(call, 2.0)], "slow": [partial(call, 3.0)]}
+    )
     assert times.device == {"own": [1.5, 1.5], "slow": [3.0, 3.0]} and times.host == times.device
     assert Times({"a": [1.0, 4.0]}, {"a": [2.0, 3.0]}).eager() == {"a": [2.0, 4.0]}
 
 
 def test_inputs_exceed_the_cache():
-    clock = CpuClock()
+    clock = ActedKernelClock()
     clock.cache = 60 * 2**20
     lab = replace(LAB, clock=clock)
     assert [len(lab.sets(list, nbytes)) for nbytes in (2**25, 2**20, 2**30)] == [6, 64, 1]
@@ -112,9 +114,9 @@ def test_clock_queues_up_or_replays(monkeypatch, capturable):
     def call():
         fake.now += 1.0
 
-    clock = Clock(torch.device("cuda", 0))
+    clock = KernelClock(torch.device("cuda", 0))
     assert clock.cache == 100
-    times = clock.time_interleaved({"own": [call, call]}, budget=0, capture=True)
+    times = clock.time_in_turns({"own": [call, call]}, budget=0, capture=True)
     assert times.device["own"] == pytest.approx([0.25 if capturable else 1.0] * 7)
     assert ("own" in times.host) != capturable and len(fake.captured) == capturable
     assert all(cycles >= 50e-6 * 2.1e9 - 1 for cycles in fake.slept)
@@ -125,10 +127,8 @@ def test_clock_queues_up_or_replays(monkeypatch, capturable):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_clock_on_a_gpu():
     device = torch.device("cuda", 0)
-    clock, x = Clock(device), torch.randn(2048, 2048, device=device)
-    times = clock.time_interleaved(
-        {"small": [lambda: x[:64] + 1] * 4, "large": [lambda: x @ x] * 4}, 0.05, capture=True
-    )
+    clock, x = KernelClock(device), torch.randn(2048, 2048, device=device)
+    times = clock.time_in_turns({"small": [lambda: x[:64] + 1] * 4, "large": [lambda: x @ x] * 4}, 0.05, capture=True)
     assert not times.host and ratio(times.device, "small", "large") > 2
 
 
@@ -169,7 +169,7 @@ def tuned(tmp_path, monkeypatch):
 
     def run(calls, check):
         rows = Rows(tmp_path / "rows.jsonl", 60)
-        tune(CpuClock(), rows, known, calls, check)
+        tune(ActedKernelClock(), rows, known, calls, check)
         return read(rows.path), json.loads(user_table().read_text())
 
     yield run

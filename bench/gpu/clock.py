@@ -29,7 +29,7 @@ class Times(NamedTuple):
         return {key: list(map(max, each, self.host[key])) for key, each in self.device.items()}
 
 
-class Clock:
+class KernelClock:
     """A clock of calls on a GPU.
 
     The GPU waits until the host has queued all launches, so that the time between two events is that of the kernels
@@ -39,7 +39,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self.cache = torch.cuda.get_device_properties(device).L2_cache_size  # bytes
 
-    def time_interleaved(
+    def time_in_turns(
         self, contenders: Contenders, budget: float = 0.25, *, capture: bool = False, least: int = MIN_ROUNDS
     ) -> Times:
         """Times every contender in rotating order, after a warm-up.
@@ -56,7 +56,7 @@ class Clock:
 
     def seconds(self, calls: Sequence[Call]) -> float:
         """Returns the median seconds of one call, from three rounds."""
-        return statistics.median(self.time_interleaved({"": calls}, 0, least=3).device[""])
+        return statistics.median(self.time_in_turns({"": calls}, 0, least=3).device[""])
 
     def graph(self, calls: Sequence[Call]) -> Call | None:
         """Captures the calls as one graph and returns a function that replays it; None if they cannot be captured."""

@@ -9,7 +9,7 @@ from bench.shapes import by_name, name
 
 from .goals import MODES, NEVER_SLOWER
 from .lab import Lab, Shape
-from .products import DENSE, at_tokens, compare
+from .products import DENSE, compare, rows_at_tokens
 from .rows import Row, Rows
 
 
@@ -34,7 +34,7 @@ def compress(lab: Lab, rows: Rows) -> None:
                     row = compare(lab, forms, x, right, eager=not MODES[mode])
                     return row | {"goal": {mode: NEVER_SLOWER}, "choice": layer.kernels.get(len(x), layer.decision)}
 
-                at_tokens(lab, rows, shape, lab.sizes.tokens, one)
+                rows_at_tokens(lab, rows, shape, lab.sizes.tokens, one)
 
     rows.for_each(by_name(lab.sizes.linear), at_shape)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench import shapes
 
-from .clock import Call, Clock
+from .clock import Call, KernelClock
 from .rows import Rows
 from .tune import Asked, tune
 
@@ -36,7 +36,7 @@ class Lab:
     device: torch.device
     sizes: Sizes
     layout: str | None  # of cuSPARSELt's packed weights on this GPU
-    clock: Clock
+    clock: KernelClock
     backend: str = "inductor"  # of torch.compile
     tuned: set[Asked] | None = None  # the tables chosen so far, if this run chooses configurations
 
@@ -62,4 +62,4 @@ def gpu_lab(tune: bool = False) -> Lab:
     torch.manual_seed(0)
     major, _ = torch.cuda.get_device_capability(device)
     layout = None if torch.version.hip else {8: "cusparselt_sm80", 9: "cusparselt_sm90"}.get(major)
-    return Lab(device, Sizes(), layout, Clock(device), tuned=set() if tune else None)
+    return Lab(device, Sizes(), layout, KernelClock(device), tuned=set() if tune else None)

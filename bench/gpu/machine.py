@@ -63,7 +63,7 @@ def copy_weights(lab: Lab) -> Row:
 
 def copies(lab: Lab, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Row:
     calls = {"copy_": [partial(to.copy_, of) for to, of in pairs], "clone": [of.clone for _, of in pairs]}
-    seconds, (to, of) = medians(lab.clock.time_interleaved(calls, capture=True).device), pairs[0]
+    seconds, (to, of) = medians(lab.clock.time_in_turns(calls, capture=True).device), pairs[0]
     check_same(to, of)
     rates = {key: 2 * of.nbytes / each / 1e9 for key, each in seconds.items()}
     return {"name": name, "bytes": of.nbytes, "seconds": seconds, "GB/s": rates}
@@ -72,6 +72,6 @@ def copies(lab: Lab, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Row:
 def product(lab: Lab, size: int) -> Row:
     """Times a large dense bf16 product, on random data."""
     left, right = lab.randn(size, size), lab.randn(size, size)
-    times = lab.clock.time_interleaved({"matmul": [lambda: left @ right] * 2}, 0.5)
+    times = lab.clock.time_in_turns({"matmul": [lambda: left @ right] * 2}, 0.5)
     seconds = statistics.median(times.device["matmul"])
     return {"name": "product", "size": size, "seconds": seconds, "TFLOP/s": 2 * size**3 / seconds / 1e12}

@@ -123,7 +123,7 @@ def one(lab: Lab, rows: Rows, key: str, shape: Shape, dtype: str) -> Row:
             calls[COMPILED] = [partial(compiled, weight) for weight, _ in made]
         except Exception as error:
             wrong[COMPILED] = one_line(error)
-    times = lab.clock.time_interleaved(calls, capture=True)
+    times = lab.clock.time_in_turns(calls, capture=True)
     seconds = medians(times.device)
     baselines = {COMPILED: seconds[COMPILED]} if COMPILED in calls else {}
     slow = {USUAL[key][0]: partial(USUAL[key][1], *made[0])} if key in USUAL else {}

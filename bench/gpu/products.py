@@ -91,7 +91,7 @@ def compare(lab: Lab, forms: Mapping[str, Sequence[Product]], x: Tensor, right: 
             timed[key] = [partial(call, x) for call in calls]
         except Exception as error:
             wrong[key] = one_line(error)
-    times = lab.clock.time_interleaved(timed)
+    times = lab.clock.time_in_turns(timed)
     compared = times.eager() if eager else times.device
     row: Row = {"shape": f"{right.shape[1]}x{x.shape[1]}", "tokens": len(x), "goal": {}, "wrong": wrong}
     row |= {"seconds": medians(times.device), "host": medians(times.host)}
@@ -107,7 +107,7 @@ def expected(layer: Layer, x: Tensor) -> Tensor:
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
-def at_tokens(lab: Lab, rows: Rows, shape: Shape, tokens: Sequence[int], do: Callable[[Tensor], Row]) -> None:
+def rows_at_tokens(lab: Lab, rows: Rows, shape: Shape, tokens: Sequence[int], do: Callable[[Tensor], Row]) -> None:
     """Writes, for each token count, the row that ``do`` returns for an input of that many tokens."""
     by_tokens = {f"{name(shape)}, {count} tokens": count for count in tokens}
     rows.for_each(by_tokens, lambda count: do(lab.randn(count, shape[1])))
@@ -138,7 +138,7 @@ def linear(lab: Lab, rows: Rows) -> None:
                 row["said"] = f"{name(shape)}, the host's time for one token: {host}"
             return row
 
-        at_tokens(lab, rows, shape, lab.sizes.tokens, one)
+        rows_at_tokens(lab, rows, shape, lab.sizes.tokens, one)
 
     rows.for_each(by_name(lab.sizes.linear), at_shape)
     made = layers24(lab, lab.sizes.linear[0])
@@ -149,7 +149,7 @@ def linear(lab: Lab, rows: Rows) -> None:
         calls: list[Product] = [lambda x, layer=layer: tuned(x, layer.weight, layer.bias) for layer in made]
         return compare_layers(lab, made, {COMPILED: calls}, x)
 
-    at_tokens(lab, rows, lab.sizes.linear[0], COMPILED_TOKENS, compiled)
+    rows_at_tokens(lab, rows, lab.sizes.linear[0], COMPILED_TOKENS, compiled)
 
 
 def tiered(lab: Lab, rows: Rows) -> None:
@@ -165,7 +165,7 @@ def tiered(lab: Lab, rows: Rows) -> None:
             said = f"{row['shape']}, {len(x)} tokens: {took * 1e6:.1f} us, {faster:.2f}x of cuBLAS, "
             return row | {"said": said + f"{nbytes / took / 1e9:.0f} GB/s of its {nbytes / 1e6:.1f} MB"}
 
-        at_tokens(lab, rows, shape, TIERED_TOKENS, one)
+        rows_at_tokens(lab, rows, shape, TIERED_TOKENS, one)
 
     rows.for_each(by_name((lab.sizes.linear[0], lab.sizes.linear[-1])), at_shape)
 
@@ -176,7 +176,7 @@ def search(lab: Lab, rows: Rows) -> None:
     def at_shape(shape: Shape) -> None:
         made = layers24(lab, shape)
         packed = [_vendor.compress(layer.weight) for layer in made]
-        at_tokens(lab, rows, shape, lab.sizes.tokens, lambda x: best_algorithm(lab, made, packed, x))
+        rows_at_tokens(lab, rows, shape, lab.sizes.tokens, lambda x: best_algorithm(lab, made, packed, x))
 
     rows.for_each(by_name(lab.sizes.linear), at_shape)
 

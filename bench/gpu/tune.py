@@ -9,13 +9,15 @@ from typing import Any
 from bench.timing import medians
 from sparsekit.triton_kernels import _launch
 
-from .clock import Call, Clock
+from .clock import Call, KernelClock
 from .rows import Rows, one_line
 
 Asked = tuple[_launch.Table, str, str]  # a table, for an architecture and a shape class
 
 
-def tune(clock: Clock, rows: Rows, known: set[Asked], calls: Sequence[Call], check: Callable[[Any], None]) -> None:
+def tune(
+    clock: KernelClock, rows: Rows, known: set[Asked], calls: Sequence[Call], check: Callable[[Any], None]
+) -> None:
     """Chooses a configuration for every table that the calls of an op look up, except the ``known`` ones.
 
     The choices are written to the user's table, so that all later calls use them. ``check`` raises if the result of a
@@ -34,7 +36,7 @@ def tune(clock: Clock, rows: Rows, known: set[Asked], calls: Sequence[Call], che
                 wrong[config] = one_line(error)
         if not right:
             raise ValueError(f"no configuration of {table.kernel} is right: {wrong}")
-        seconds = {key: each / len(calls) for key, each in medians(clock.time_interleaved(right).device).items()}
+        seconds = {key: each / len(calls) for key, each in medians(clock.time_in_turns(right).device).items()}
         row = {"kernel": table.kernel, "class": shape_class, "before": table.name(arch, shape_class)}
         row["best"] = min(seconds, key=seconds.__getitem__)
         keep(arch, table.kernel, shape_class, row["best"])

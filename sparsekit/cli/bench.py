@@ -74,7 +74,7 @@ class Bench:
             write_json(self.folder / BENCH_REPORT, found)
             write_page(self.folder)
         if self.json:
-            terminal.write_json(found)
+            terminal.print_json(found)
         else:
             show(found)
         return 0

@@ -91,7 +91,7 @@ class Compress:
                 copy_tokenizer(str(self.folder), model.config, folder)
                 (folder / "README.md").write_text(readme(model, report), encoding="utf-8")
         if self.json:
-            terminal.write_json(found)
+            terminal.print_json(found)
         else:
             show(report)
             terminal.write(f"written to {(self.out or self.folder) / COMPRESSED}")

@@ -69,7 +69,7 @@ class Convert:
             after = sum(path.stat().st_size for path in model_files(folder))
         before = sum(path.stat().st_size for path in files)
         if self.json:
-            terminal.write_json({"to": self.to, "weights": changed, "bytes_before": before, "bytes_after": after})
+            terminal.print_json({"to": self.to, "weights": changed, "bytes_before": before, "bytes_after": after})
         else:
             done = f"{changed} weights {'unpacked' if self.to == 'dense' else 'packed'}"
             terminal.write(f"{done}, {terminal.size(before)} -> {terminal.size(after)}, written to {self.out}")

@@ -104,7 +104,7 @@ class Inspect:
         if self.json:
             rows = [asdict(layer) for layer in layers]
             good = not (broken or (expected and strange))
-            terminal.write_json({"ok": good, **totals(layers), "not_understood": strange, "layers": rows})
+            terminal.print_json({"ok": good, **totals(layers), "not_understood": strange, "layers": rows})
         else:
             _show(layers)
         if strange:

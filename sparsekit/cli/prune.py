@@ -117,7 +117,7 @@ class Prune:
             if self.report:
                 write_page(folder)
         if self.json:
-            terminal.write_json(found)
+            terminal.print_json(found)
         else:
             show(found, self.out)
         return 0

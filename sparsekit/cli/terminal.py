@@ -43,7 +43,7 @@ def write(text: str) -> None:
     sys.stdout.write(printable(text) + "\n")
 
 
-def write_json(data: Any) -> None:
+def print_json(data: Any) -> None:
     """Writes the results to stdout as JSON, for a program to read."""
     sys.stdout.write(to_json(data) + "\n")
 
