@@ -193,7 +193,21 @@ def test_report_reads_and_saves(ratios, tmp_path):
 def test_report_shows_what_was_turned_down(ratios):
     ratios |= {"2:4": 0.97, "prepacked": 1.02}
     text = str(sk.compress_(blocks(1), torch.randn(3, 16)))
-    assert "prepacked: 1.02x, 100% won at 4 tokens" in text and "0.97x" not in text  # the runner-up alone
+    assert "0.97x (0.97x)  2:4: 0.97x, 0% won at 4 tokens (0.up)" in text  # a user asks why it is not sparse
+    assert "prepacked" not in text
+    reason = sk.compress_(blocks(1), torch.randn(3, 16)).layers[0].reason
+    assert "prepacked: 1.02x, 100% won at 4 tokens (1.05x is needed)" in reason
+
+
+def test_report_names_the_plain_layers_of_a_row(ratios):
+    ratios |= {"2:4": 0.9, "prepacked": 0.8}
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))).eval()
+    sk.prune_(model, sk.Magnitude("2:4"), where=lambda name, _: name != "5")
+    model[4].weight.data.fill_(1)
+    lines = str(sk.compress_(model, torch.randn(1, 8))).splitlines()
+    assert lines[1].endswith("2:4: 0.90x, 0% won at 1 token (0, 1, 2 and 1 more)")
+    assert "its weight is not zero where its mask drops it" in lines[2] + lines[3]
+    assert any("2:4: not 2:4; prepacked: 0.80x, 0% won at 1 token (5)" in line for line in lines)
 
 
 def test_measured_for_real_on_small_layers():

@@ -91,6 +91,21 @@ def test_one_losing_count_is_a_veto_that_names_it(ratios):
     assert lost in report.layers[0].reason
 
 
+@pytest.mark.parametrize(
+    ("objective", "keep_dense", "training", "said"),
+    [
+        ("speed", True, True, ", faster at 1: with a dense copy it cannot be trained, and it is in training mode"),
+        ("speed", False, False, ", faster at 1: try keep_dense=True"),
+        ("size", False, False, "; tiered"),  # which takes no dense copy
+    ],
+)
+def test_the_advice_can_be_followed(ratios, objective, keep_dense, training, said):
+    ratios |= {"2:4": up_to_16(3.0, 0.5), "prepacked": 0.9}
+    model, measure = blocks(1).train(training), sk.Measure(tokens=(1, 128))
+    report = sk.compress_(model, objective=objective, keep_dense=keep_dense, measure=measure)
+    assert f"2:4: 0.50x, 0% won at 128 tokens{said}" in report.layers[0].reason
+
+
 @pytest.mark.parametrize("kind", ["2:4", "tiered"])
 def test_a_dense_copy_answers_where_it_is_faster(ratios, kind):
     ratios |= {kind: up_to_16(3.0, 0.5), "prepacked": 0.9, "dense": up_to_16(1.0, 1.2)}

@@ -18,7 +18,7 @@ def test_literal(ratios):
         "layers      now        1 token        16 tokens      why",
         "2 of 64x64  2:4        3.00x (3.00x)  3.00x (3.00x)  fastest; next prepacked: faster than plain, but slower",
         "1 of 64x64  prepacked  2.00x (2.00x)  2.00x (2.00x)  fastest",
-        "ratios: times the plain layer (times the best dense); of what a layer became, or of the runner-up",
+        "ratios: times the plain layer (times the best dense); of what a layer became, else of what came closest",
         "sparse (2:4 or tiered): 2 layers, 0.0 MiB -> 0.0 MiB; only prepacked, dense: 1 layer, 0.0 MiB -> 0.0 MiB",
         # 3 x 17 seconds; 17 / 3 + 17 / 3 + 17 / 2; 3 x 17 / 2
         "linear layers alone: 2.57x plain; prepacked, without any sparsity, they would be 2.00x, "
@@ -44,6 +44,12 @@ def test_nothing_faster_is_said(ratios):
     text = str(report)
     assert "nothing is faster than dense on this machine: every layer stays as it is" in text
     assert "sparsity" not in text and "whole model" not in text and report.speedup == report.dense_speedup == 1
+
+
+def test_where_nothing_was_measured_nothing_is_said_of_speed(ratios):
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))).eval()
+    text = str(sk.compress_(model, torch.randn(1, 8)))
+    assert "no layer was measured: each row says why" in text and "nothing is faster" not in text
 
 
 def test_of_no_layers(ratios):

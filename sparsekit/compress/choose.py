@@ -15,7 +15,7 @@ from .gpu import GPU_CANDIDATES
 from .kinds import Kind, kinds_of
 from .measure import Measure
 from .sites import LinearSite
-from .trial import Loss, Objective, Option, Trial
+from .trial import Objective, Option, Rejection, Trial
 from .tune import measure_kinds
 
 OBJECTIVES = ("speed", "size")
@@ -129,33 +129,32 @@ def choose_one(
         keep_dense: whether the caller allows a dense copy.
     """
     options: list[Option] = []
-    losses: dict[str, Loss] = {}
+    rejected: dict[str, Rejection] = {}
     remarks: list[str] = []
     for candidate, reason in unsupported.items():
         if reason is not None:
-            losses[candidate.name] = Loss(reason)
+            rejected[candidate.name] = Rejection(reason)
             continue
         trial = Trial(site, candidate, timings, objective)
         found = list(trial.options())
         options += found
         if not found:
-            losses[candidate.name] = trial.loss()
+            rejected[candidate.name] = trial.rejection()
         remarks += trial.remarks()
         if keep_dense and not candidate.dense:
             remarks += filter(None, [no_dense_copy_reason(site.layer)])
     if not options:
-        closest = max(losses, key=lambda name: losses[name].ratio)
-        reason = "; ".join([*_lines(losses), *remarks])
-        undecided = any(loss.undecided for loss in losses.values())
-        return Choice(None, {}, reason, f"{closest}: {losses[closest].reason}", timings, undecided)
+        reason = "; ".join([*_lines(rejected), *remarks])
+        undecided = any(each.undecided for each in rejected.values())
+        return Choice(None, {}, reason, _short_reason(unsupported, rejected), timings, undecided)
     best, verdict = _best(options, objective)
     others = {
-        option.candidate.name: _loss_to(best, option) for option in options if option.candidate is not best.candidate
+        option.candidate.name: _second(best, option) for option in options if option.candidate is not best.candidate
     }
     tried = {candidate.name for candidate, reason in unsupported.items() if reason is None}
-    runners_up = {**others, **{name: loss for name, loss in losses.items() if name in tried}}
+    runners_up = {**others, **{name: each for name, each in rejected.items() if name in tried}}
     why = "; ".join([verdict, *(f"next {line}" for line in _lines(runners_up)[:1])])
-    reason = "; ".join([verdict + _kernels_text(best), *remarks, *_lines({**losses, **others})])
+    reason = "; ".join([verdict + _kernels_text(best), *remarks, *_lines({**rejected, **others})])
     return Choice(best.candidate, best.kernels, reason, why, timings)
 
 
@@ -171,12 +170,24 @@ def _best(options: list[Option], objective: Objective) -> tuple[Option, str]:
     return best, f"as fast as {fastest.candidate.name}, and smaller"
 
 
-def _loss_to(best: Option, other: Option) -> Loss:
-    return Loss(f"faster than plain, but {'slower' if other.seconds > best.seconds else 'larger'}")
+def _short_reason(unsupported: Mapping[Candidate, str | None], rejected: Mapping[str, Rejection]) -> str:
+    """Returns why a layer is not sparse: what the closest sparse candidate was measured at.
+
+    Where none was measured, it is why the first cannot be, and what a dense candidate was measured at.
+    """
+    sparse = [candidate.name for candidate in unsupported if not candidate.dense]
+    closest = max(sparse, key=lambda name: rejected[name].ratio)
+    dense = [candidate.name for candidate, reason in unsupported.items() if candidate.dense and reason is None]
+    names = [closest, *dense] if all(reason for each, reason in unsupported.items() if not each.dense) else [closest]
+    return "; ".join(_lines({name: rejected[name] for name in names}))
 
 
-def _lines(losses: Mapping[str, Loss]) -> list[str]:
-    return [f"{name}: {loss.reason}" for name, loss in losses.items()]
+def _second(best: Option, other: Option) -> Rejection:
+    return Rejection(f"faster than plain, but {'slower' if other.seconds > best.seconds else 'larger'}")
+
+
+def _lines(rejected: Mapping[str, Rejection]) -> list[str]:
+    return [f"{name}: {each.reason}" for name, each in rejected.items()]
 
 
 def _kernels_text(option: Option) -> str:

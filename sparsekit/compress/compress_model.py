@@ -17,7 +17,7 @@ from .choose import OBJECTIVES, Choice, choose
 from .measure import Measure
 from .memory import resident_bytes, weight_bytes
 from .report import CompressLayerReport, CompressReport
-from .sites import LinearSite, find_sites
+from .sites import LinearSite, find_sites, other_dtype_reason
 from .swap import Swap, restore_all
 from .trial import Objective
 from .watch import bucket, watch
@@ -192,8 +192,7 @@ def _count(site: LinearSite, counts: tuple[int, ...] | None) -> None:
     """Adds one call at each of these token counts, at the usual ones for None."""
     weight = site.layer.weight
     if counts is None or counts:
-        if (dtype := autocast_dtype(weight)) not in (None, weight.dtype):
-            site.reason = f"it runs in {dtype} under autocast, its weight is {weight.dtype}"
+        site.reason = other_dtype_reason(site.layer, filter(None, [autocast_dtype(weight)]))
         usual = GPU_TOKENS if _timing.is_gpu(weight.device) else TOKENS
         site.calls.update(bucket(count, weight.device) for count in (usual if counts is None else counts))
 
@@ -222,7 +221,7 @@ def _layer_report(site: LinearSite, choice: Choice | None, module: nn.Module | N
     if choice is None:
         reason = site.reason or ""
         return CompressLayerReport(
-            site.name, site.shape, "plain", reason, calls, bytes_before=weight, bytes_after=weight
+            site.name, site.shape, "plain", reason, calls, why=reason, bytes_before=weight, bytes_after=weight
         )
     return CompressLayerReport(
         site.name,

@@ -47,12 +47,12 @@ class CompressLayerReport:
         return self.decision not in ("plain", "prepacked")
 
     def timing(self, tokens: int) -> Timing | None:
-        """Returns the timing of what was chosen at a token count; where the layer stays, of the best that was not."""
+        """Returns the timing of what was chosen at a token count; where the layer stays, of its best sparse kernel."""
         found = {name: timing for name, timing in self.timings.get(tokens, {}).items() if timing is not None}
         if tokens in self.kernels:
             return found[self.kernels[tokens]]
-        turned_down = [timing for name, timing in found.items() if name not in ("plain", "dense")]
-        return max(turned_down, key=lambda timing: timing.ratio, default=None)
+        sparse = [timing for name, timing in found.items() if name not in ("plain", "dense", "prepacked")]
+        return max(sparse, key=lambda timing: timing.ratio, default=found.get("prepacked"))
 
     def seconds(self, kernel: str = "") -> float:
         """Returns the time of all calls in the batches: of the layer as it is now, or with one kernel.

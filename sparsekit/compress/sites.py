@@ -1,12 +1,13 @@
 """The linear layers of a model: where they are, and why one must stay what it is."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._layers import (
@@ -89,6 +90,13 @@ def must_stay_reason(layer: nn.Module) -> str | None:
     known = {"weight", "bias", "weight_mask", "weight_fading"}
     own = (layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()) - known
     return f"it also holds {', '.join(sorted(own))}" if own else None
+
+
+def other_dtype_reason(layer: nn.Linear, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Returns why a layer must stay if it computes in these dtypes, or None if they are that of its weight."""
+    if others := sorted({str(dtype) for dtype in dtypes if dtype != layer.weight.dtype}):
+        return f"it runs in {', '.join(others)}, its weight is {layer.weight.dtype}: convert the model to compress it"
+    return None
 
 
 def _sharded(model: nn.Module) -> set[nn.Module]:

@@ -9,12 +9,17 @@ from ..masks import LOST_ZEROS, WAY_BACK
 if TYPE_CHECKING:
     from .report import CompressLayerReport, CompressReport
 
+MAX_NAMES = 3  # of plain layers in a row
+
 
 def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], list[list[str]]]:
-    """Returns the head and the rows of a table; layers of one shape, decision and measurement share a row."""
+    """Returns the head and the rows of a table; layers of one shape, reason and measurement share a row.
+
+    The rows of plain layers end with their names, three at most.
+    """
     alike: dict[object, list[CompressLayerReport]] = {}
     for layer in layers:
-        alike.setdefault((layer.shape, layer.decision, layer.why or layer.reason, str(layer.timings)), []).append(layer)
+        alike.setdefault((layer.shape, layer.decision, layer.reason, str(layer.timings)), []).append(layer)
     buckets = sorted({tokens for layer in layers for tokens in layer.timings})
     head = ["layers", "now", *("1 token" if tokens == 1 else f"{tokens} tokens" for tokens in buckets), "why"]
     rows = []
@@ -22,7 +27,9 @@ def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], li
         first = members[0]
         ratios = [_ratios(first.timing(tokens)) for tokens in buckets]
         shape = "x".join(map(str, first.shape))
-        rows.append([f"{len(members)} of {shape}", first.decision, *ratios, first.why or first.reason])
+        why = first.why or first.reason
+        why = f"{why} ({_names(members)})" if first.decision == "plain" else why
+        rows.append([f"{len(members)} of {shape}", first.decision, *ratios, why])
     return head, rows
 
 
@@ -30,9 +37,9 @@ def summary(report: "CompressReport") -> Iterator[str]:
     """Yields the lines below the table, which sum it up."""
     layers = report.layers
     if any(layer.timings for layer in layers):
-        yield "ratios: times the plain layer (times the best dense); of what a layer became, or of the runner-up"
-    if filled := sum(LOST_ZEROS in layer.reason for layer in layers):
-        yield f"{filled} with a stored mask whose weight {LOST_ZEROS}: {WAY_BACK}"
+        yield "ratios: times the plain layer (times the best dense); of what a layer became, else of what came closest"
+    if filled := [layer for layer in layers if LOST_ZEROS in layer.reason]:
+        yield f"{len(filled)} with a stored mask whose weight {LOST_ZEROS}: {WAY_BACK}"
     if report.swapped:
         sparse = [layer for layer in layers if layer.sparse]
         packed = [layer for layer in layers if layer.decision == "prepacked"]
@@ -42,8 +49,10 @@ def summary(report: "CompressReport") -> Iterator[str]:
             f"linear layers alone: {report.speedup:.2f}x plain; prepacked, without any sparsity, they would be "
             f"{report.dense_speedup:.2f}x, so sparsity itself brings {share:.2f}x"
         )
-    elif layers and not report.undecided:
+    elif any(layer.timings for layer in layers) and not report.undecided:
         yield "nothing is faster than dense on this machine: every layer stays as it is"
+    elif layers and not report.undecided:
+        yield "no layer was measured: each row says why"
     if report.passes:
         yield f"whole model: {', '.join(f'{timing.ratio:.2f}x' for timing in report.passes)} plain, on the batches"
     elif report.remark:
@@ -58,6 +67,11 @@ def summary(report: "CompressReport") -> Iterator[str]:
         f"{report.bytes_before / 2**20:.1f} MiB -> {report.bytes_after / 2**20:.1f} MiB, "
         f"measured in {report.tune_seconds:.1f} s, converted in {report.conversion_seconds:.1f} s"
     )
+
+
+def _names(layers: Sequence["CompressLayerReport"]) -> str:
+    first = ", ".join(layer.name for layer in layers[:MAX_NAMES])
+    return first if len(layers) <= MAX_NAMES else f"{first} and {len(layers) - MAX_NAMES} more"
 
 
 def _bytes(what: str, layers: Sequence["CompressLayerReport"]) -> str:

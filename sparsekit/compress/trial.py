@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from .._timing import PARITY_RATIO, Timing, Timings
-from .candidates import DENSE, Candidate
+from .._timing import PARITY_RATIO, RATIO, WINS, Timing, Timings
+from .candidates import DENSE, Candidate, no_dense_copy_reason
 from .sites import LinearSite
 
 Objective = Literal["speed", "size"]
@@ -27,8 +27,8 @@ class Option(NamedTuple):
     seconds: float
 
 
-class Loss(NamedTuple):
-    """Why a candidate may not take a layer's place.
+class Rejection(NamedTuple):
+    """Why a candidate does not take a layer's place.
 
     Args:
         reason: in words.
@@ -87,30 +87,41 @@ class Trial:
                 ]
                 yield Option(self.candidate, chosen, nbytes, sum(seconds))
 
-    def loss(self) -> Loss:
-        """Returns why there is no option: what the candidate's best kernel takes at the token count of its worst."""
+    def rejection(self) -> Rejection:
+        """Returns why there is no option: what was measured at the token count where the candidate is worst."""
         best: dict[int, Timing] = {}
         for tokens, measured in self.right.items():
             timings = [timing for name, timing in measured.items() if name in self.own]
             if not timings:
                 first = min(self.wrong[name] for name in self.own & self.wrong.keys())
-                return Loss(f"a wrong result {at_tokens(first)}")
+                return Rejection(f"a wrong result {at_tokens(first)}")
             best[tokens] = max(timings, key=lambda timing: (self._accepts("", timing), timing.ratio))
         lost = {tokens: timing for tokens, timing in best.items() if not self._accepts("", timing)}
         if not lost:
-            return Loss(
+            return Rejection(
                 "no single layout is faster at every number of tokens", min(each.ratio for each in best.values())
             )
         worst = min(lost, key=lambda tokens: (lost[tokens].undecided, lost[tokens].ratio))
         timing, won = lost[worst], [str(tokens) for tokens in best if tokens not in lost]
-        reason = f"{timing.ratio:.2f}x, {timing.wins:.0%} won {at_tokens(worst)}"
+        reason = f"{timing.ratio:.2f}x, {timing.wins:.0%} won {at_tokens(worst)}{self._needed(timing)}"
         if timing.undecided:
-            return Loss(f"undecided, the machine is busy (spread {timing.spread:.1f}): {reason}", timing.ratio, True)
-        if won and not self.candidate.dense:
-            copy = self.right[worst].get(DENSE)
-            advice = "try keep_dense=True" if copy is None else f"a dense copy has {copy.ratio:.2f}x there"
-            reason += f", faster at {', '.join(won)}: {advice}"
-        return Loss(reason, timing.ratio)
+            busy = f"undecided, the machine is busy (spread {timing.spread:.1f})"
+            return Rejection(f"{busy}: {reason}", timing.ratio, undecided=True)
+        if won and not self.candidate.dense and not self.for_size:
+            reason += f", faster at {', '.join(won)}: {self._advice(self.right[worst].get(DENSE))}"
+        return Rejection(reason, timing.ratio)
+
+    def _needed(self, timing: Timing) -> str:
+        """Returns what a ratio that reads like a win falls short of; empty for one that does not."""
+        if self.for_size or timing.ratio < 1:
+            return ""
+        return f" ({RATIO}x is needed)" if timing.ratio < RATIO else f" ({WINS:.0%} is needed)"
+
+    def _advice(self, copy: Timing | None) -> str:
+        """Returns what can be done about a token count at which the candidate is too slow, if it wins at others."""
+        if copy is not None:
+            return f"a dense copy has {copy.ratio:.2f}x there ({PARITY_RATIO}x is needed)"
+        return no_dense_copy_reason(self.site.layer) or "try keep_dense=True"
 
     def remarks(self) -> list[str]:
         """Returns what else there is to say: which of several kernels were wrong, and which the layer cannot have."""

@@ -12,7 +12,7 @@ from .._batches import Forward, as_batches, layer_input, observing, run_batch
 from .._forwards import around_forwards, watch_reads
 from .._trees import copied
 from ..nn.common import autocast_dtype
-from .sites import LinearSite, must_stay_reason
+from .sites import LinearSite, must_stay_reason, other_dtype_reason
 
 # More are as good as this many for a ratio, and take longer to measure.
 MAX_TOKENS, MAX_GPU_TOKENS = 512, 8192
@@ -51,8 +51,12 @@ def watch(model: nn.Module, sites: list[LinearSite], batches: Any, forward: Forw
     if runs == 0:
         raise ValueError("batches must hold at least one batch, got none")
     for site in free:  # a pass may also have changed the layer, by a hook of its own for one
-        ruled_out = reads.get(site.layer) or _ruled_out(site, dtypes[site.name] - {site.layer.weight.dtype})
-        site.reason = must_stay_reason(site.layer) or ruled_out
+        site.reason = (
+            must_stay_reason(site.layer)
+            or reads.get(site.layer)
+            or other_dtype_reason(site.layer, dtypes[site.name])
+            or (None if site.calls else "the batches do not run it")
+        )
     return kept
 
 
@@ -72,10 +76,3 @@ def _watching(sites: list[LinearSite], count: Callable[..., None]) -> AbstractCo
         return run
 
     return around_forwards({site.layer: around(site) for site in sites})
-
-
-def _ruled_out(site: LinearSite, other_dtypes: set[torch.dtype]) -> str | None:
-    """Returns why a layer cannot be swapped after what the batches showed, or None where it can."""
-    if other_dtypes:
-        return f"it runs in {', '.join(sorted(map(str, other_dtypes)))}, its weight is {site.layer.weight.dtype}"
-    return None if site.calls else "the batches do not run it"

@@ -42,12 +42,12 @@ def judge(
 ) -> tuple[dict[str, Choice], tuple[Timing, ...], str]:
     """Times passes of a model with and without its compressed layers, in turns, and gives back what does not pay.
 
-    Where the whole is slower with all of them, kinds of layers are added one after the other. One with which the model
-    is slower than without is given back, and so is one with which a pass fails.
+    Where the whole is slower with all of them, groups of layers are added one after the other. A group with which the
+    model is slower than without is given back, and so is one with which a pass fails.
 
     Args:
         swap: the compressed modules.
-        choices: what was decided for each layer. Layers of one shape and decision stay or go together.
+        choices: what was decided for each layer. Layers of one shape and decision are a group.
         passes: what the model is timed on.
 
     Returns:
@@ -70,26 +70,26 @@ def judge(
             timings, loss = _pays(swap, kept, frozenset(), passes)
             if loss is not None:
                 losses |= dict.fromkeys(kept, loss)
-                kept, timings = _kinds_that_pay(swap, choices, kept, losses, passes)
+                kept, timings = _groups_that_pay(swap, choices, kept, losses, passes)
     lost = losses.keys() - kept
     stand = {name: choice.given_back(losses[name]) if name in lost else choice for name, choice in choices.items()}
     return stand, timings, ""
 
 
-def _kinds_that_pay(
+def _groups_that_pay(
     swap: Swap, choices: Mapping[str, Choice], names: frozenset[str], losses: dict[str, str], passes: Passes
 ) -> tuple[frozenset[str], tuple[Timing, ...]]:
-    """Returns the layers with which, kind by kind, the model is not slower, and notes in ``losses`` what is lost."""
-    kinds: dict[object, set[str]] = {}
+    """Returns the layers that stay if groups are added one by one, and notes in ``losses`` what is lost with others."""
+    groups: dict[object, set[str]] = {}
     for name in [name for name in swap.modules if name in names]:
-        kinds.setdefault((swap.sites[name].shape, choices[name].decision), set()).add(name)
+        groups.setdefault((swap.sites[name].shape, choices[name].decision), set()).add(name)
     kept: frozenset[str] = frozenset()
-    for kind in kinds.values() if len(kinds) > 1 else ():
-        _, loss = _pays(swap, kept | kind, kept, passes)
+    for group in groups.values() if len(groups) > 1 else ():
+        _, loss = _pays(swap, kept | group, kept, passes)
         if loss is None:
-            kept |= kind
+            kept |= group
         else:
-            losses |= dict.fromkeys(kind, loss)
+            losses |= dict.fromkeys(group, loss)
     timings, loss = _pays(swap, kept, frozenset(), passes) if kept else ((), None)
     return (kept, timings) if loss is None else (frozenset(), ())
 
