@@ -8,16 +8,23 @@ from torch import nn
 
 from sparsekit.nn import (
     Linear24,
-    Linear24WithDense,
+    Plan,
     PrepackedLinear,
+    Route,
     RoutedLinear24,
+    RoutedTieredLinear,
     TieredLinear,
-    TieredLinearWithDense,
 )
 
+
+class WithoutPlan(RoutedLinear24):
+    """A routed layer that follows no plan."""
+
+
 KINDS = {"linear24": Linear24, "tiered": TieredLinear, "prepacked": PrepackedLinear}
-ALL = KINDS | {"routed": RoutedLinear24, "24 dense": Linear24WithDense, "tiered dense": TieredLinearWithDense}
-DENSE = (Linear24WithDense, TieredLinearWithDense)
+ALL = KINDS | {"without plan": WithoutPlan, "24 routed": RoutedLinear24, "tiered routed": RoutedTieredLinear}
+DENSE = (RoutedLinear24, RoutedTieredLinear)
+PLAN = Plan((Route(8, "sparse"), Route(16, "dense")))
 EACH = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 EVERY = pytest.mark.parametrize("kind", ALL.values(), ids=ALL)
 SPARSE = pytest.mark.parametrize("kind", [Linear24, TieredLinear])
@@ -28,7 +35,7 @@ def make(kind):
     """Returns a compressed layer of 80 inputs and 96 outputs, and the dense layer that it replaces."""
     linear = tiered_linear().eval() if issubclass(kind, TieredLinear) else sparse_linear(80, 96)
     layer = kind.from_linear(linear)
-    return (layer.follow(((8, False), (1, True)), 16) if kind in DENSE else layer), linear
+    return (layer.follow(PLAN) if kind in DENSE else layer), linear
 
 
 class Reads(nn.Module):

@@ -23,7 +23,7 @@ class TableClock:
         name = "tiered" if isinstance(call, TieredLinear) else "plain"
         if isinstance(call, RoutedLinear24):
             (route,) = call.plan.routes
-            name = route[2:] if route.kernel == "hardware" else route.kernel
+            name = {"hardware": route[2:], "sparse": "linear24"}.get(route.kernel, route.kernel)
         seconds = self.table.get(name, self.table.get("other", 9.0))
         self.asked.append((name, len(x)))
         return seconds(len(x)) if callable(seconds) else seconds

@@ -37,7 +37,7 @@ def test_different_token_counts_get_different_kernels(table, vendor):
     layer = model[0].up
     assert type(layer) is RoutedLinear24
     assert layer.plan.layout == SM90
-    assert layer.plan.routes == (Route(16, "linear24"), Route(512, "hardware", 2))
+    assert layer.plan.routes == (Route(16, "sparse"), Route(512, "hardware", 2))
     name = f"{SM90}:2:1:-1"
     assert report.layers[0].kernels == {1: "linear24", 16: "linear24", 64: name, 512: name}
     assert report.layers[0].timing(64).ratio == 2.5
@@ -82,10 +82,10 @@ def test_a_count_at_which_nothing_is_faster(table, keep_dense):
         assert "2:4: 1.03x, 100% won at 64 tokens" in report.layers[0].reason
         assert report.layers[0].timing(64).ratio == pytest.approx(1 / 0.97)
         return
-    assert model[0].up.plan.routes == (Route(1, "linear24"), Route(512, "dense"))
+    assert model[0].up.plan.routes == (Route(1, "sparse"), Route(512, "dense"))
     assert model[0].up.plan.layout is None
     assert report.layers[0].kernels == {1: "linear24", 64: "dense", 512: "dense"}
-    assert torch.equal(model[0].up.dense, dense[0].up.weight)
+    assert torch.equal(model[0].up.copy, dense[0].up.weight)
     with torch.no_grad():
         for batch in batches:
             torch.testing.assert_close(model(batch), dense(batch), rtol=2e-2, atol=2e-2)
@@ -117,7 +117,7 @@ def test_a_dense_copy_needs_eval_mode(table):
     assert "training mode: call model.eval() first" in report.layers[0].reason
     assert (
         set(decisions(report).values()) == {"2:4"}
-        and model[0].up.dense is None
+        and model[0].up.copy is None
         and "dense" not in report.layers[0].timings[4]
     )
 
@@ -138,7 +138,7 @@ def test_a_layout_that_only_another_gpu_of_the_model_has(table, monkeypatch, tmp
     sk.compress_(model_of(), batches_of(8))
     monkeypatch.setattr(gpu, "hardware_layouts", lambda device: ((), "none on this one"))
     report = sk.compress_(model := model_of(), batches_of(8))
-    assert model[0].up.plan.routes == (Route(8, "linear24"),) and model[0].up.plan.layout is None
+    assert model[0].up.plan.routes == (Route(8, "sparse"),) and model[0].up.plan.layout is None
     assert f"{SM90}:0:1:-1" in report.layers[0].timings[8]  # remembered
     said = "fastest: linear24 at 8 tokens; none on this one; tiered: its whole weight is 2:4"
     assert report.layers[0].reason == said

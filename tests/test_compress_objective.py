@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.compress import Timing, tune
-from sparsekit.nn import Linear24WithDense, TieredLinearWithDense
+from sparsekit.nn import Plan, Route, RoutedLinear24, RoutedTieredLinear
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_a_dense_copy_answers_where_it_is_faster(ratios, kind):
     assert set(decisions(report).values()) == {kind}
     assert report.layers[0].kernels == {1: kind, 16: kind, 128: "dense"}
     layer = model[0].up if kind == "2:4" else model[0]
-    assert type(layer) is (Linear24WithDense if kind == "2:4" else TieredLinearWithDense)
-    assert layer.routes == ((16, False), (128, True))
+    assert type(layer) is (RoutedLinear24 if kind == "2:4" else RoutedTieredLinear)
+    assert layer.plan == Plan((Route(16, "sparse"), Route(128, "dense")))
     assert report.layers[0].bytes_after > report.layers[0].bytes_before
     with torch.no_grad():
         for x, y in zip(batches, expected, strict=True):
@@ -143,7 +143,7 @@ def test_a_dense_copy_has_to_pay(ratios, two_four, dense, prepacked, decision, c
     ratios |= {"2:4": two_four, "dense": dense, "prepacked": prepacked}
     report = sk.compress_(model := blocks(1), measure=sk.Measure(tokens=(1, 128)), keep_dense=True)
     assert set(decisions(report).values()) == {decision}
-    assert (type(model[0].up) is Linear24WithDense) is copy
+    assert (type(model[0].up) is RoutedLinear24) is copy
     assert ("faster at 1: a dense copy has 0.96x there" in report.layers[0].reason) is (dense == 0.96)
 
 

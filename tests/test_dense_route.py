@@ -11,18 +11,27 @@ from tiering import tiered_linear
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.nn import DenseRoute, Linear24, Linear24WithDense, TieredLinear, TieredLinearWithDense, dense_route
+from sparsekit.nn import (
+    Linear24,
+    Plan,
+    Route,
+    Routed,
+    RoutedLinear24,
+    RoutedTieredLinear,
+    TieredLinear,
+    routed,
+)
 
-ROUTES = ((4, False), (16, True), (1 << 62, False))
-KINDS = pytest.mark.parametrize("kind", [Linear24WithDense, TieredLinearWithDense], ids=["2:4", "tiered"])
+PLAN = Plan((Route(4, "sparse"), Route(16, "dense"), Route(64, "sparse")))
+KINDS = pytest.mark.parametrize("kind", [RoutedLinear24, RoutedTieredLinear], ids=["2:4", "tiered"])
 
 
 def make(kind, dtype=torch.float32, **kwargs):
-    if kind is Linear24WithDense:
+    if kind is RoutedLinear24:
         linear = sparse_linear(40, 48, dtype=dtype, **kwargs)
     else:
         linear = tiered_linear(40, 48, dtype=dtype, **kwargs).eval()
-    return linear, kind.from_linear(linear).follow(ROUTES, 16)
+    return linear, kind.from_linear(linear).follow(PLAN)
 
 
 @pytest.fixture
@@ -40,8 +49,8 @@ def dense_calls(monkeypatch):
     class Recorded:
         linear = staticmethod(recorded(F.linear))
 
-    monkeypatch.setattr(dense_route, "prepacked_linear", recorded(dense_route.prepacked_linear))
-    monkeypatch.setattr(dense_route, "F", Recorded)
+    monkeypatch.setattr(routed, "prepacked_linear", recorded(routed.prepacked_linear))
+    monkeypatch.setattr(routed, "F", Recorded)
     return calls
 
 
@@ -66,8 +75,8 @@ def test_the_token_count_chooses(dense_calls, kind, leading, dense):
 @KINDS
 def test_it_is_the_sparse_layer_to_everybody_else(kind):
     linear, layer = make(kind)
-    plain = (Linear24 if kind is Linear24WithDense else TieredLinear).from_linear(linear)
-    assert isinstance(layer, type(plain)) and isinstance(layer, DenseRoute)
+    plain = (Linear24 if kind is RoutedLinear24 else TieredLinear).from_linear(linear)
+    assert isinstance(layer, type(plain)) and isinstance(layer, Routed)
     assert {key: tensor.tolist() for key, tensor in layer.state_dict().items()} == {
         key: tensor.tolist() for key, tensor in plain.state_dict().items()
     }
@@ -126,7 +135,7 @@ def test_it_cannot_be_trained_but_passes_gradients_on(dense_calls, kind):
     assert layer.to_linear().weight.requires_grad
     frozen, _ = make(kind)
     frozen.weight.requires_grad_(False)
-    layer = kind.from_linear(frozen.train()).follow(ROUTES, 16)
+    layer = kind.from_linear(frozen.train()).follow(PLAN)
     assert not layer.trainable and layer(x).shape == (9, 48)
 
 
@@ -169,7 +178,7 @@ def test_saved_as_the_sparse_layer_and_loaded_into_either(dense_calls, kind, tmp
         sk.load(model, tmp_path / "model.safetensors")
         with torch.no_grad():
             close(model(x), linear(x))
-    assert type(other[0]) is kind and other[0].routes == ROUTES and not isinstance(fresh[0], DenseRoute)
+    assert type(other[0]) is kind and other[0].plan == PLAN and not isinstance(fresh[0], Routed)
     assert dense_calls == [9] and other[0].trainable
 
 

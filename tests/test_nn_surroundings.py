@@ -7,17 +7,18 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_kinds import EACH, EVERY, SPARSE, Reads, make
+from layer_kinds import EACH, EVERY, SPARSE, Reads, WithoutPlan, make
 from torch import nn
 
 import sparsekit as sk
 from sparsekit.nn import (
     Linear24,
-    Linear24WithDense,
+    Plan,
     PrepackedLinear,
+    Route,
     RoutedLinear24,
+    RoutedTieredLinear,
     TieredLinear,
-    TieredLinearWithDense,
 )
 from sparsekit.nn.conversion_guard import guard_conversions
 
@@ -52,7 +53,7 @@ def test_an_assigned_state_brings_its_device(kind):
     torch.testing.assert_close(empty(x), linear(x))
 
 
-@pytest.mark.parametrize("kind", [Linear24, RoutedLinear24, Linear24WithDense])
+@pytest.mark.parametrize("kind", [Linear24, WithoutPlan, RoutedLinear24])
 @pytest.mark.parametrize(
     "name, change, match",
     [
@@ -261,7 +262,7 @@ def test_a_frozen_layer_keeps_no_activation(kind, autocast, wrap):
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(20, 80).clone(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("kind", [Linear24WithDense, TieredLinearWithDense])
+@pytest.mark.parametrize("kind", [RoutedLinear24, RoutedTieredLinear])
 def test_a_dense_copy_follows_what_is_written_to_the_weight(kind):
     layer, linear = make(kind)
     x = torch.randn(20, 80)  # so many that the copy answers
@@ -275,10 +276,10 @@ def test_a_dense_copy_follows_what_is_written_to_the_weight(kind):
         torch.testing.assert_close(averaged(x), layer(x))
 
 
-@pytest.mark.parametrize("kind", [Linear24WithDense, TieredLinearWithDense])
+@pytest.mark.parametrize("kind", [RoutedLinear24, RoutedTieredLinear])
 def test_a_dense_copy_leaves_gradients_to_the_sparse_weight(kind):
     linear = make(kind)[1].requires_grad_(False)
-    layer = kind.from_linear(linear).follow(((1, True),), 16).train()
+    layer = kind.from_linear(linear).follow(Plan((Route(16, "dense"),))).train()
     layer.requires_grad_(True)
     layer(torch.randn(20, 80)).sum().backward()
     assert all(weight.grad is not None for weight in layer._weights())

@@ -10,10 +10,10 @@ from helpers import dtype_id, sparse_linear
 from torch import nn
 from vendor import Vendor, install
 
-from sparsekit.nn import Linear24, Plan, Route, RoutedLinear24, routed24
+from sparsekit.nn import Linear24, Plan, Route, RoutedLinear24, routed, routed24
 
 SM90 = "cusparselt_sm90"
-ROUTES = (Route(4, "linear24"), Route(16, "hardware", 3), Route(64, "hardware", 1, 4, 2))
+ROUTES = (Route(4, "sparse"), Route(16, "hardware", 3), Route(64, "hardware", 1, 4, 2))
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 # torch warns about its own use of torch.jit while it compiles.
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -25,7 +25,7 @@ def vendor(monkeypatch):
 
 
 def plan(dtype=torch.float16, layout=SM90, routes=ROUTES):
-    return Plan("cpu", dtype, layout, routes)
+    return Plan(routes, "cpu", dtype, layout)
 
 
 def make(cols=40, rows=48, dtype=torch.float16, routes=ROUTES, layout=SM90, **kwargs):
@@ -108,7 +108,7 @@ def test_gradients_reach_values_and_the_packed_weight_follows(vendor):
     assert len(vendor.calls) == 1
 
 
-@pytest.mark.parametrize("kernel", ["hardware", "dense", "linear24"])
+@pytest.mark.parametrize("kernel", ["hardware", "dense", "sparse"])
 @torch.no_grad()
 def test_a_call_with_another_weight_is_multiplied_by_that(kernel):
     layer = make(routes=(Route(16, kernel),))[1]
@@ -128,12 +128,12 @@ def test_frozen_values_leave_gradients_of_x_to_the_libraries(monkeypatch):
     assert_close(torch.autograd.grad(layer(x), x, upstream)[0], (upstream.float() @ linear.weight.float()).half())
 
 
-DENSE = (Route(4, "linear24"), Route(16, "dense"), Route(64, "hardware", 3))
+DENSE = (Route(4, "sparse"), Route(16, "dense"), Route(64, "hardware", 3))
 
 
 def test_a_dense_copy_answers_where_it_is_faster(vendor, monkeypatch):
     linear, layer = make(routes=DENSE)
-    assert torch.equal(layer.dense, linear.weight) and layer.dense.data_ptr() != linear.weight.data_ptr()
+    assert torch.equal(layer.copy, linear.weight) and layer.copy.data_ptr() != linear.weight.data_ptr()
     with torch.no_grad():
         for tokens, called in ((2, 0), (9, 0), (40, 1)):
             x = torch.randn(tokens, 40).half()
@@ -144,7 +144,7 @@ def test_a_dense_copy_answers_where_it_is_faster(vendor, monkeypatch):
         assert_close(layer(x) - linear.bias, 2 * (exact(linear, x) - linear.bias))
         layer.values.div_(2)
         layer(x)
-        layer.dense = layer.dense * 2
+        layer.copy = layer.copy * 2
         assert_close(layer(x) - linear.bias, 2 * (exact(linear, x) - linear.bias))
 
 
@@ -158,7 +158,7 @@ def test_a_dense_copy_cannot_be_trained():
     with torch.no_grad():
         assert layer(torch.randn(3, 40).half()).shape == (3, 48)
     layer.follow(plan())
-    assert layer.values.requires_grad and layer.dense is None and not layer.frozen
+    assert layer.values.requires_grad and layer.copy is None and not layer.frozen
     linear.weight.requires_grad_(False)
     frozen = RoutedLinear24.from_linear(linear.train()).follow(plan(routes=DENSE))
     assert frozen(torch.randn(3, 40).half()).shape == (3, 48) and not frozen.trainable
@@ -172,7 +172,7 @@ def test_copies_are_equal_and_apart(vendor, clone, routes):
     twin = clone(layer)
     assert torch.equal(twin.hardware, layer.hardware) and twin.hardware.data_ptr() != layer.hardware.data_ptr()
     assert twin.values.untyped_storage().data_ptr() == twin.hardware.untyped_storage().data_ptr()
-    assert (twin.dense is None) == (layer.dense is None) and twin.trainable
+    assert (twin.copy is None) == (layer.copy is None) and twin.trainable
     with torch.no_grad():
         assert torch.equal(twin(x), layer(x))
         twin.values.zero_()
@@ -188,7 +188,7 @@ def test_a_pickle_holds_the_weight_once(vendor):
 @pytest.mark.parametrize("routes", [ROUTES, DENSE], ids=["", "dense"])
 def test_loading_a_state_dict_rebuilds(vendor, assign, routes):
     (_, layer), (other, _) = make(66, 65, routes=routes), make(66, 65)
-    read = [tensor for tensor in (layer.hardware, layer.dense) if tensor is not None]
+    read = [tensor for tensor in (layer.hardware, layer.copy) if tensor is not None]
     layer.load_state_dict(Linear24.from_linear(other).state_dict(), assign=assign)
     for tokens in (2, 9, 40):
         x = torch.randn(tokens, 66).half()
@@ -196,7 +196,7 @@ def test_loading_a_state_dict_rebuilds(vendor, assign, routes):
             assert_close(layer(x), exact(other, x))
     assert vendor.calls
     assert torch.equal(layer.weight, other.weight)
-    for kept, tensor in zip((layer.hardware, layer.dense), read, strict=False):
+    for kept, tensor in zip((layer.hardware, layer.copy), read, strict=False):
         assert kept is tensor  # a captured CUDA graph goes on reading here
     assert layer.values.untyped_storage().data_ptr() == layer.hardware.untyped_storage().data_ptr()
     plain = Linear24(66, 65, dtype=torch.float16)
@@ -209,22 +209,22 @@ def test_elsewhere_it_is_a_plain_linear24(vendor, monkeypatch):
     x = torch.randn(16, 40)
     with torch.no_grad():
         layer.to(torch.float32)
-        assert layer.hardware is None and not layer.ready
+        assert layer.hardware is None and layer.ready_for is None
         torch.testing.assert_close(layer(x), linear.float()(x))
         layer.to(torch.bfloat16)
         assert layer(x.bfloat16()).dtype == torch.bfloat16
         assert not vendor.calls
         layer.half()
-        assert layer.ready and layer.hardware is not None
+        assert layer.ready_for == torch.float16 and layer.hardware is not None
         assert_close(layer(x.half()), linear.half()(x.half()))
         assert len(vendor.calls) == 1
         packed = layer.hardware
         assert layer.to("cpu").hardware is packed  # nothing moved
         assert layer.to("meta")(x.half().to("meta")).shape == (16, 48) and layer.hardware is None
-    monkeypatch.setattr(routed24, "device_name", lambda device: "another GPU")
+    monkeypatch.setattr(routed, "device_name", lambda device: "another GPU")
     _, layer = make()
-    assert layer.hardware is None and not layer.ready
-    assert str(layer).endswith("bias=True, kernels=linear24)")
+    assert layer.hardware is None and layer.ready_for is None
+    assert str(layer).endswith("bias=True, routes=(sparse))")
 
 
 def test_autocast(vendor):
@@ -266,4 +266,6 @@ def test_compiles_whole_and_for_any_token_count(monkeypatch, routes):
 
 
 def test_repr():
-    assert str(make(routes=DENSE)[1]).endswith("out_features=48, bias=True, kernels=linear24/dense/hardware)")
+    assert str(make(routes=DENSE)[1]).endswith(
+        "out_features=48, bias=True, routes=(sparse to 4, dense to 16, then hardware))"
+    )

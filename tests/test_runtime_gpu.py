@@ -43,9 +43,9 @@ def kernels(device):
 
 
 def routed(linear, layout):
-    kernel = "linear24" if layout is None else "hardware"
+    kernel = "sparse" if layout is None else "hardware"
     weight = linear.weight
-    plan = Plan(device_name(weight.device), weight.dtype, layout, (Route(1, kernel),))
+    plan = Plan((Route(1, kernel),), device_name(weight.device), weight.dtype, layout)
     return RoutedLinear24.from_linear(linear).follow(plan)
 
 

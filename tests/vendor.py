@@ -93,7 +93,7 @@ class PaddingVendor(Vendor):
 def install(monkeypatch, vendor: Vendor, capability: tuple[int, int] = (9, 0)) -> Vendor:
     """Makes the CPU that GPU, for everything that asks."""
     from sparsekit import _timing
-    from sparsekit.nn import routed24
+    from sparsekit.nn import routed, routed24
     from sparsekit.ops import _vendor, layouts
 
     monkeypatch.setattr(layouts, "_found", {})  # of this GPU, and forgotten with it
@@ -104,5 +104,6 @@ def install(monkeypatch, vendor: Vendor, capability: tuple[int, int] = (9, 0)) -
     monkeypatch.setattr(torch, "_sparse_semi_structured_mm", vendor.cutlass_mm)
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", vendor.cutlass_addmm)
     monkeypatch.setattr(_timing, "is_gpu", lambda device: True)
+    monkeypatch.setattr(routed, "prepack", lambda weight, tokens: weight)  # as it returns weights on a GPU
     monkeypatch.setattr(routed24, "HARDWARE", _vendor.hardware_linear24)
     return vendor

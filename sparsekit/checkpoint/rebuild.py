@@ -11,13 +11,12 @@ from .._state import get_original, set_original
 from ..masks import remove_mask, set_mask_bits
 from ..nn import (
     Compressed,
-    DenseRoute,
     Linear24,
-    Linear24WithDense,
     PrepackedLinear,
+    Routed,
     RoutedLinear24,
+    RoutedTieredLinear,
     TieredLinear,
-    TieredLinearWithDense,
 )
 from .mask_file import remove_masks
 from .structure import LayerRecord, join
@@ -74,27 +73,26 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
     ):
         raise ValueError(f"layer {name!r} is {layer.kind!r} in the file and {type(module).__name__} in the model")
     device, trainable = _device(_stored(module)), _is_trainable(module)
+    plan = module.plan if isinstance(module, Routed) else None
+    if plan is not None and plan.layout is not None and layer.kind != "linear24":
+        plan = None  # tensor cores multiply the packed 2:4 weight only
     new: Compressed
     if layer.kind == "linear24":
         rows, cols = layer.matrix
         values, bitmask = (tensors[join(name, part)].to(device) for part in ("values", "bitmask"))
-        plan = module.plan if isinstance(module, RoutedLinear24) else None
         kind = Linear24 if plan is None else RoutedLinear24
-        kind = Linear24WithDense if isinstance(module, DenseRoute) else kind
         new = kind(cols, rows, False, transposed=layer.transposed, device="meta", dtype=values.dtype)
         new.values, new.bitmask = nn.Parameter(values, requires_grad=trainable), bitmask
-        if isinstance(new, RoutedLinear24) and plan is not None:
-            new.follow(plan)
     elif layer.kind == "tiered":
         packed = layer.tiered(name, tensors).to(device)
-        tiered = TieredLinearWithDense if isinstance(module, DenseRoute) else TieredLinear
+        tiered = TieredLinear if plan is None else RoutedTieredLinear
         new = tiered(packed, transposed=layer.transposed, requires_grad=trainable)
     else:
         weight = tensors[join(name, "weight")].to(device)
         weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)
         new = PrepackedLinear(weight, None, tokens=layer.tokens, transposed=layer.transposed)
-    if isinstance(new, DenseRoute) and isinstance(module, DenseRoute):
-        new.follow(module.routes, module.tokens)
+    if isinstance(new, Routed) and plan is not None:
+        new.follow(plan)
     new.bias = module.bias  # type: ignore[assignment]
     original = get_original(module) if isinstance(module, Compressed) else module
     if original is module:

@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Mapping
 from functools import cache
-from typing import ClassVar, TypeVar
+from itertools import groupby
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from ..masks import get_mask, lost_zeros_reason, tier_sizes
 from ..nn import (
     Compressed,
     Linear24,
-    Linear24WithDense,
+    Plan,
     PrepackedLinear,
-    Routes,
+    Route,
+    RoutedLinear24,
+    RoutedTieredLinear,
     TieredLinear,
-    TieredLinearWithDense,
 )
 from ..ops import backends, pack_tiered
 from ..ops.prepacked import prepack
@@ -26,7 +28,6 @@ from .kinds import Kind
 from .tiers import TierShares, kept_matrix
 
 DENSE = "dense"  # the kernel that multiplies by a dense copy beside a sparse weight
-T = TypeVar("T")
 MAX_SHARE = 0.9  # of the dense bytes; a layer in tiers that takes more is not worth measuring
 
 
@@ -56,6 +57,15 @@ class Candidate:
             kernels: the kernel for each token count. The last one answers larger counts as well.
         """
         raise NotImplementedError
+
+    def routes(self, kernels: Mapping[int, str]) -> tuple[Route, ...]:
+        """Returns the routes by rising token count, with neighbors of one kernel joined."""
+        groups = groupby(sorted(kernels.items()), key=lambda item: item[1])
+        return tuple(self.route(max(group)[0], kernel) for kernel, group in groups)
+
+    def route(self, tokens: int, kernel: str) -> Route:
+        """Returns the route of one kernel."""
+        return Route(tokens, "dense" if kernel == DENSE else "sparse")
 
     def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
         """Returns what is to be timed on an input, by the name of the kernel; None for one that is wrong.
@@ -97,7 +107,7 @@ class Sparse24(Candidate):
         transposed = is_transposed(layer)
         if DENSE not in kernels.values():
             return Linear24.from_linear(layer, transposed=transposed)
-        return Linear24WithDense.from_linear(layer, transposed=transposed).follow(_routes(kernels), max(kernels))
+        return RoutedLinear24.from_linear(layer, transposed=transposed).follow(Plan(self.routes(kernels)))
 
 
 class Tiered(Candidate):
@@ -131,7 +141,7 @@ class Tiered(Candidate):
         transposed = is_transposed(layer)
         if DENSE not in kernels.values():
             return TieredLinear.from_linear(layer, transposed=transposed)
-        return TieredLinearWithDense.from_linear(layer, transposed=transposed).follow(_routes(kernels), max(kernels))
+        return RoutedTieredLinear.from_linear(layer, transposed=transposed).follow(Plan(self.routes(kernels)))
 
 
 class Prepacked(Candidate):
@@ -191,18 +201,3 @@ def _is_24(kept: Tensor) -> bool:
 @cache
 def _can_prepack(dtype: torch.dtype) -> bool:
     return prepack(torch.zeros(16, 16, dtype=dtype, device="cpu"), 1).is_mkldnn
-
-
-def merged(kernels: Mapping[int, T]) -> list[tuple[int, T]]:
-    """Returns ``(the largest token count, the kernel)`` by rising count, with neighbors of one kernel joined."""
-    ranges: list[tuple[int, T]] = []
-    for tokens, kernel in sorted(kernels.items(), key=lambda item: item[0]):
-        if ranges and ranges[-1][1] == kernel:
-            ranges.pop()
-        ranges.append((tokens, kernel))
-    return ranges
-
-
-def _routes(kernels: Mapping[int, str]) -> Routes:
-    """Returns up to which token count the sparse weight or its dense copy answers."""
-    return tuple(merged({tokens: kernel == DENSE for tokens, kernel in kernels.items()}))

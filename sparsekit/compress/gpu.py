@@ -13,7 +13,7 @@ from ..nn import Compressed, Plan, Route, RoutedLinear24
 from ..ops import hardware_layouts
 from ..ops._vendor import ONE_KERNEL, TWO_KERNELS, suggest
 from ..ops.layouts import device_name
-from .candidates import DENSE, Candidate, Tiered, bytes_24, merged, not_24_reason
+from .candidates import DENSE, Candidate, Tiered, bytes_24, not_24_reason
 from .kinds import Kind
 from .tune import expected, is_right
 
@@ -42,9 +42,13 @@ class Routed24(Candidate):
     def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
         weight = layer.weight
         layout = next(filter(None, map(_layout, kernels.values())), None)
-        routes = tuple(_route(tokens, kernel) for tokens, kernel in merged(kernels))
-        plan = Plan(device_name(weight.device), weight.dtype, layout, routes)
+        plan = Plan(self.routes(kernels), device_name(weight.device), weight.dtype, layout)
         return RoutedLinear24.from_linear(layer, transposed=is_transposed(layer)).follow(plan)
+
+    def route(self, tokens: int, kernel: str) -> Route:
+        if _layout(kernel) is None:
+            return super().route(tokens, kernel)
+        return Route(tokens, "hardware", *map(int, kernel.split(":")[1:]))
 
     def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
         """Returns the decode kernel, the dense copy if one is wanted, and the few best ways of each library."""
@@ -143,9 +147,3 @@ def _name(layout: str, route: Route) -> str:
 
 def _layout(kernel: str) -> str | None:
     return kernel.partition(":")[0] if ":" in kernel else None
-
-
-def _route(tokens: int, kernel: str) -> Route:
-    if _layout(kernel) is None:
-        return Route(tokens, "dense" if kernel == DENSE else "linear24")
-    return Route(tokens, "hardware", *map(int, kernel.split(":")[1:]))

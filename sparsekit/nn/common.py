@@ -1,5 +1,7 @@
 """Helpers of all compressed layers: autocast, transposed weights, stored masks, torch.fx, and changes of weights."""
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,25 +19,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if enabled else None
 
 
-Stamp = tuple[tuple[Tensor, int, int], ...]  # of each weight: the tensor, its address, and how often it was written to
+Stamp = tuple[tuple[int, int], ...]  # of each weight: its address, and how often it was written to
 
 
-def stamp_of(*weights: Tensor) -> Stamp:
-    """Returns a record of weights that tells ``has_changed`` whether they were replaced or written to since.
+def stamp_of(weights: Sequence[Tensor]) -> Stamp:
+    """Returns numbers that change when weights are written to or given other memory.
 
-    It misses writes through ``.data``, and writes to inference tensors, which do not count them.
+    They miss writes through ``.data``, and writes to inference tensors, which do not count them.
     """
-    return tuple((weight, weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+    return tuple([(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights])
 
 
-def has_changed(stamp: Stamp, *weights: Tensor) -> bool:
-    """Returns whether weights were replaced or written to since ``stamp`` was made."""
-    if torch.compiler.is_compiling():
-        return False  # a compiled graph treats what was made of the weights as a constant
-    return any(
-        one is not other or counts != other_counts
-        for (one, *counts), (other, *other_counts) in zip(stamp, stamp_of(*weights), strict=True)
-    )
+def are_same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Returns whether both are the same tensors, not only equal ones."""
+    return len(tensors) == len(others) and all(map(operator.is_, tensors, others))
 
 
 def oriented(weight: Tensor, transposed: bool) -> Tensor:
