@@ -28,10 +28,16 @@ def cases():
 
 @pytest.fixture(scope="module")
 def compiled(request, tmp_path_factory):
-    """What the compilers found, by target and case, of the targets that the chosen tests ask for."""
-    asked = [item.callspec.params.get("target") for item in request.session.items if hasattr(item, "callspec")]
+    """What the compilers found, by target and case, of the targets and the files that the chosen tests ask for."""
+    params = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
     whole = any("every_target" in item.name for item in request.session.items)
-    compilers = Compilers(tmp_path_factory.mktemp("compiled"), TARGETS if whole else sorted(set(asked) & set(TARGETS)))
+    targets, families = ({each[key].partition("/")[0] for each in params} for key in ("target", "name"))
+    folder = tmp_path_factory.mktemp("compiled")
+    compilers = Compilers(folder, TARGETS) if whole else Compilers(folder, sorted(targets), sorted(families))
     yield compilers.found()
     compilers.close()
 

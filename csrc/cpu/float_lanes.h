@@ -1,4 +1,5 @@
-// Vectors of kLanes floats, for the kernels that have one token in each lane.
+// Vectors of kLanes floats, for the kernels that have one token in each lane. `multiply_add` rounds once, at the scalar
+// level twice: it is for products, never for what must be the same at every level.
 #pragma once
 
 #include "elements.h"

@@ -50,7 +50,7 @@ struct Rows {
 // The tensor's memory as rows if its strides allow that; the tensor may have any number of dimensions.
 inline std::optional<Rows> rows_in_place(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1, cols = tensor.size(last);
-  if (tensor.numel() == 0) return Rows{0, cols, cols};  // its strides may be anything
+  if (tensor.numel() == 0) return Rows{0, cols, cols};  // its strides may be anything; it has no rows here, even of a shape [3, 0]
   if (cols > 1 && tensor.stride(last) != 1) return std::nullopt;
   int64_t rows = 1, stride = cols;
   for (int64_t dim = last - 1; dim >= 0; --dim) {

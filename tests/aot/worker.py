@@ -95,13 +95,13 @@ def amd_widths(text):
     return widths
 
 
-def main(target, out):
+def main(target, out, *families):
     driver.set_active(NoDriver(GPUS[target]))
     JITFunction.run = compile_only(JITFunction.run)
     launch = import_module("sparsekit.triton_kernels._launch")
     launch.architecture = lambda tensor: target
     results = {}
-    for family in FAMILIES:
+    for family in families or FAMILIES:
         for case in import_module(f"aot.{family}").CASES:
             if target not in case.targets:
                 continue

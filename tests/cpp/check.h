@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -25,6 +26,16 @@ using sparsekit::Kernels;
 
 // The levels this program can run on this machine, plain first.
 std::vector<const Kernels*> levels();
+
+using Test = void (*)();
+
+// The tests of all files, by name.
+inline std::map<std::string, Test>& tests() {
+  static std::map<std::string, Test> all;
+  return all;
+}
+
+inline bool add(const char* name, Test test) { return tests().emplace(name, test).second; }
 
 inline int failures = 0;
 
@@ -144,14 +155,8 @@ inline constexpr DType kDTypes[] = {DType::F32, DType::F16, DType::BF16};
 
 }  // namespace check
 
-void test_nm();
-void test_pack24();
-void test_prune_pack24();
-void test_blocks();
-void test_tiers();
-void test_transposable();
-void test_linear24();
-void test_tiered();
-void test_sparsegpt();
-void test_malformed();
-void test_features();
+// Defines a test, which `main` finds and runs: TEST(blocks) { ... }
+#define TEST(name)                                                    \
+  static void test_##name();                                          \
+  static const bool registered_##name = check::add(#name, test_##name); \
+  static void test_##name()

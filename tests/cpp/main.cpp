@@ -29,15 +29,10 @@ int main() {
   std::printf("levels:");
   for (const auto* level : check::levels()) std::printf(" %s", level->simd_level);
   std::printf("\n");
-  const std::pair<const char*, void (*)()> tests[] = {
-      {"nm", test_nm},         {"pack24", test_pack24},           {"prune_pack24", test_prune_pack24},
-      {"blocks", test_blocks}, {"tiers", test_tiers},             {"transposable", test_transposable},
-      {"linear24", test_linear24}, {"tiered", test_tiered}, {"sparsegpt", test_sparsegpt},
-      {"malformed", test_malformed}, {"features", test_features}};
-  for (const auto& [name, test] : tests) {
+  for (const auto& [name, test] : check::tests()) {
     const int before = check::failures;
     test();
-    std::printf("%s: %s\n", name, check::failures == before ? "ok" : "FAILED");
+    std::printf("%s: %s\n", name.c_str(), check::failures == before ? "ok" : "FAILED");
     std::fflush(stdout);
   }
   return check::failures != 0;

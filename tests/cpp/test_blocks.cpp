@@ -105,7 +105,7 @@ void negative_zeros(const Kernels& level) {
 
 }  // namespace
 
-void test_blocks() {
+TEST(blocks) {
   constexpr std::pair<int64_t, int64_t> kBlocks[] = {{16, 16}, {8, 8}, {4, 4}, {32, 16}, {16, 32}, {5, 3}, {1, 517}};
   constexpr int64_t kCols[] = {1, 7, 15, 16, 17, 31, 32, 48, 65, 128, 200, 5000};
   uint64_t seed = 0;

@@ -91,7 +91,7 @@ void rounding(const Kernels& level, DType dtype, int64_t tokens) {
 
 }  // namespace
 
-void test_linear24() {
+TEST(linear24) {
   constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200};
   constexpr int64_t kCols[] = {1, 3, 4, 5, 8, 12, 31, 32, 60, 63, 64, 65, 68, 100, 127, 128, 130, 192, 260, 320, 1030};
   constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 33, 64, 65};

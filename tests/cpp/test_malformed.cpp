@@ -92,7 +92,7 @@ void tiered(const Kernels& level, DType dtype, int64_t tokens, int64_t block_row
 
 }  // namespace
 
-void test_malformed() {
+TEST(malformed) {
   uint64_t seed = 0;
   for (const Kernels* level : levels())
     for (DType dtype : kDTypes)
@@ -108,7 +108,7 @@ void test_malformed() {
 }
 
 // A level runs only where the processor has all that it was compiled for.
-void test_features() {
+TEST(features) {
   for (const Kernels* level : {&sparsekit::kernels_scalar,
 #if defined(__x86_64__)
                                &sparsekit::kernels_avx2, &sparsekit::kernels_avx512, &sparsekit::kernels_avx512_bf16

@@ -108,7 +108,7 @@ void literal(const Kernels& level) {
 
 }  // namespace
 
-void test_nm() {
+TEST(nm) {
   constexpr std::pair<int, int> kPatterns[] = {{2, 4}, {1, 4}, {3, 4}, {4, 4},  {4, 8},   {1, 8},   {7, 8},
                                                {1, 1}, {1, 2}, {2, 3}, {5, 16}, {16, 32}, {31, 32}, {3, 31}};
   constexpr int64_t kCols[] = {1, 3, 4, 5, 8, 31, 32, 33, 63, 64, 65, 100, 127, 128, 192, 515, 1024};

@@ -151,7 +151,7 @@ void tails(const Kernels& level, DType dtype) {
 
 }  // namespace
 
-void test_pack24() {
+TEST(pack24) {
   constexpr int64_t kCols[] = {1, 2, 3, 4, 5, 7, 8, 12, 31, 60, 63, 64, 65, 68, 100, 127, 128, 192, 255, 517, 1024};
   uint64_t seed = 0;
   for (const Kernels* level : levels())

@@ -59,7 +59,7 @@ void literal(const Kernels& level) {
 
 }  // namespace
 
-void test_prune_pack24() {
+TEST(prune_pack24) {
   constexpr int64_t kCols[] = {1, 3, 4, 7, 8, 31, 60, 63, 64, 65, 100, 127, 128, 190, 517, 1024};
   uint64_t seed = 0;
   for (const Kernels* level : levels()) {

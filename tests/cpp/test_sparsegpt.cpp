@@ -69,7 +69,7 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
 
 }  // namespace
 
-void test_sparsegpt() {
+TEST(sparsegpt) {
   constexpr std::pair<int, int> kPatterns[] = {{2, 4}, {1, 4}, {4, 8}, {3, 5}, {16, 32}};
   uint64_t seed = 0;
   for (const Kernels* level : levels())

@@ -108,7 +108,7 @@ void run(const Kernels& level, const Case& c, uint64_t seed) {
 
 }  // namespace
 
-void test_tiered() {
+TEST(tiered) {
   constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 7, 9, 15, 16, 17, 31, 33, 64, 65, 100, 129};
   constexpr int64_t kSides[] = {1, 7, 16, 17, 31, 33, 64, 100, 130, 263};
   constexpr int64_t kBlocks[][2] = {{16, 16}, {16, 16}, {8, 8},     {8, 24},  {32, 32},

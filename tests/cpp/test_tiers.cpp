@@ -146,7 +146,7 @@ void literal(const Kernels& level) {
 
 }  // namespace
 
-void test_tiers() {
+TEST(tiers) {
   constexpr std::pair<int64_t, int64_t> kBlocks[] = {{16, 16}, {4, 4}, {32, 16}, {16, 32}, {5, 12}, {1, 516}};
   constexpr int64_t kCols[] = {1, 4, 15, 16, 31, 48, 64, 65, 128, 200, 1030};
   uint64_t seed = 0;

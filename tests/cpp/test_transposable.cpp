@@ -141,7 +141,7 @@ void rounding(const Kernels& level) {
 
 }  // namespace
 
-void test_transposable() {
+TEST(transposable) {
   constexpr int64_t kCols[] = {1, 3, 4, 6, 8, 15, 16, 17, 31, 32, 36, 64, 65, 127, 128, 200};
   uint64_t seed = 0;
   for (const Kernels* level : levels()) {
