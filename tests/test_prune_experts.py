@@ -15,7 +15,7 @@ from sparsekit._layers import expert_axes
 from sparsekit.compress import sites
 from sparsekit.masks import get_mask, get_mask_info, masked_parameters
 
-METHODS = [sk.Wanda("2:4"), sk.SparseGPT("2:4"), sk.Swaps(sk.Wanda("50%")), sk.ADMM("1:4")]
+METHODS = [sk.Wanda("2:4"), sk.RIA("2:4"), sk.SparseGPT("2:4"), sk.Swaps(sk.Wanda("50%")), sk.ADMM("1:4")]
 KEYS = ("gate_up_proj", "down_proj")
 
 

@@ -1,6 +1,7 @@
-"""RIA, SparseGPT, ADMM and the refinements: published results, and what each promises."""
+"""All pruning methods: published results, cases solved by hand, and what each method promises."""
 
 import math
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -21,20 +22,20 @@ X = torch.tensor(
         for t in range(64)
     ]
 )
-WANDA = sk.Wanda("2:4")
-UPDATING = [
-    sk.SparseGPT("2:4"),
-    sk.SparseGPT("50%"),
-    sk.SparseGPT("50% layer"),
-    sk.SparseGPT("50% 2x4"),
-    sk.ADMM("2:4"),
-    sk.ADMM("50%"),
-    sk.ADMM("50% layer"),
-    sk.ADMM("50% 2x4"),
-    sk.LeastSquares(WANDA),
-    sk.LeastSquares(sk.Swaps(sk.SparseGPT("2:4"))),
+WANDA, RIA = sk.Wanda("2:4"), sk.RIA("2:4")
+PATTERNS = ("2:4", "50%", "50% layer", "50% 2x4")
+CHOOSING = [
+    *(method(pattern) for method in (sk.Magnitude, sk.Wanda, sk.RIA) for pattern in PATTERNS),
+    sk.Swaps(WANDA),
     sk.Swaps(sk.Wanda("50%")),
 ]
+UPDATING = [
+    *(method(pattern) for method in (sk.SparseGPT, sk.ADMM) for pattern in PATTERNS),
+    sk.LeastSquares(WANDA),
+    sk.LeastSquares(sk.Swaps(sk.SparseGPT("2:4"))),
+]
+METHODS = CHOOSING + UPDATING
+LADDER = (sk.Magnitude("2:4"), RIA, WANDA, sk.Swaps(WANDA), sk.SparseGPT("2:4"), sk.ADMM("2:4"))  # by layer error
 
 
 def linear(weight):
@@ -61,7 +62,7 @@ def bits(mask):
 @pytest.mark.parametrize(
     ("method", "mask", "total", "squares", "error"),
     [
-        (sk.RIA("2:4"), "5996 5956 396c 36cc", None, None, None),
+        (RIA, "5996 5956 396c 36cc", None, None, None),
         (sk.SparseGPT("2:4", columns=16), "59c6 59c6 9acc 3a5c", 2.4604, 18.5587, 0.06611),
         (sk.SparseGPT("2:4", columns=8), "59c6 59c6 9acc 3a5c", 2.4604, 18.5587, 0.06611),
         # The published threshold drops one more than half: 33 of 64.
@@ -106,12 +107,14 @@ def test_sparsegpt_keeps_a_tail_and_blocks_do_not_matter():
         torch.testing.assert_close(results[0], other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", UPDATING, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_mask_is_the_pattern_and_the_rest_is_zero(method):
-    layer = linear(torch.randn(8, 32))
+    weight = torch.randn(8, 32)
+    layer = linear(weight)
     sk.prune_(layer, method, [correlated(200, 32)])
     mask = get_mask(layer)
     assert torch.equal(layer.weight != 0, mask) and mask.sum() == 128
+    assert torch.equal(layer.weight, torch.where(mask, weight, 0)) == (method in CHOOSING)
     pattern = Pattern.parse(method.pattern)
     if pattern.m:
         assert (mask.view(8, 8, 4).sum(-1) == 2).all()
@@ -193,9 +196,11 @@ def test_least_squares_solves_every_row(pattern):
     assert errors[0] <= errors[1] * (1 + 1e-6) and errors[1] < 1.002 * errors[0]
 
 
-@pytest.mark.parametrize("axis", ["input", "flatten"])
+GRAM = (sk.SparseGPT("2:4"), sk.ADMM("2:4"), sk.LeastSquares(sk.Swaps(sk.Magnitude("2:4"))))
+
+
 @pytest.mark.parametrize(
-    "method", [sk.SparseGPT("2:4"), sk.ADMM("2:4"), sk.LeastSquares(sk.Swaps(sk.Magnitude("2:4")))], ids=str
+    ("axis", "method"), [*product(("input", "flatten"), GRAM), ("flatten", WANDA), ("flatten", RIA)], ids=str
 )
 def test_a_convolution_is_a_linear_layer_on_its_windows(axis, method):
     conv = nn.Conv2d(8, 5, 3, padding=1, stride=2, bias=False)
@@ -211,6 +216,31 @@ def test_a_convolution_is_a_linear_layer_on_its_windows(axis, method):
     torch.testing.assert_close(got.flatten(1), same.weight.detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("method", "axis", "kept"),
+    [
+        (sk.Magnitude("2:4"), "input", "1100 0110"),  # of [4, 9, 3, 1] at the left, of [1, 6, 2, 1] at the right
+        (WANDA, "input", "1010 0011"),  # of [20, 9, 15, 10] and [5, 6, 10, 10]
+        (RIA, "input", "1001 0011"),  # of [2.57, 1.33, 2.48, 3.28] and [2.32, 1.22, 2.40, 3.28]
+        (sk.Magnitude("2:4"), "flatten", "0011 1100"),  # of [4, 1, 9, 6] in channels 0 and 1, of [3, 2, 1, 1] in 2, 3
+        (WANDA, "flatten", "0110 1001"),  # of [4, 7, 9, 6] and [21, 2, 2, 14]
+        (RIA, "flatten", "0110 1001"),  # of [1.15, 2.74, 1.33, 1.22] and [2.94, 1.07, 1.47, 3.88]
+    ],
+    ids=str,
+)
+def test_a_convolution_by_hand(method, axis, kept):
+    """The input norm is one per channel, here 5, 1, 5 and 10; with "flatten" it is one per channel and position.
+
+    There is one output, so that RIA's score is ``(1 + |w| / 27) * norm ** 0.5``.
+    """
+    conv = nn.Conv2d(4, 1, (1, 2))
+    conv.weight.data = torch.tensor([[[[4.0, 1]], [[9, 6]], [[3, 2]], [[1, 1]]]])
+    sk.prune_(conv, method, [torch.tensor([[[[1.0, 7]], [[1, 1]], [[7, 1]], [[2, 14]]]])], axis=axis)
+    mask = get_mask(conv)[0, :, 0]  # [channels, positions]
+    mask = mask.t() if axis == "input" else mask.reshape(2, 4)
+    assert " ".join("".join(str(int(bit)) for bit in group) for group in mask) == kept
+
+
 def test_groups_start_anew_at_every_kernel_position():
     conv = nn.Conv2d(6, 4, 3)
     sk.prune_(conv, sk.SparseGPT("2:4"), [torch.randn(20, 6, 8, 8)])
@@ -218,41 +248,44 @@ def test_groups_start_anew_at_every_kernel_position():
     assert mask[..., 4:].all() and (mask[..., :4].sum(-1) == 2).all()
 
 
-def test_fewer_tokens_than_inputs_and_dead_inputs():
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_fewer_tokens_than_inputs_and_dead_inputs(method):
     x = correlated(5, 32)
     x[:, 7] = 0
-    for method in (sk.SparseGPT("2:4"), sk.ADMM("2:4"), sk.LeastSquares(sk.Swaps(WANDA))):
-        layer = linear(torch.randn(4, 32))
-        assert sk.prune_(layer, method, [x]).error < 0.7
-        assert torch.isfinite(layer.weight).all()
+    layer = linear(torch.randn(4, 32))
+    assert sk.prune_(layer, method, [x]).error < 0.7
+    assert torch.isfinite(layer.weight).all()
+    if method in (WANDA, RIA):
+        assert not get_mask(layer)[:, 7].any()
+
+
+def test_a_gram_matrix_that_is_singular_is_damped_with_a_warning():
     with pytest.warns(UserWarning, match=r"singular in fp32: damped with 1e-06 instead of 0"):
-        sk.prune_(linear(torch.randn(4, 32)), sk.SparseGPT("2:4", damp=0.0), [x * 100])
+        sk.prune_(linear(torch.randn(4, 32)), sk.SparseGPT("2:4", damp=0.0), [100 * correlated(5, 32)])
 
 
-def test_half_precision_is_computed_in_single():
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_half_precision_is_computed_in_single(method):
     weight, x = torch.randn(8, 32), correlated(200, 32)
     single, half = linear(weight.bfloat16().float()), linear(weight.bfloat16())
-    for method in (sk.SparseGPT("2:4"), sk.ADMM("2:4")):
-        sk.prune_(single, method, [x.bfloat16().float()])
-        sk.prune_(half, method, [x.bfloat16()])
-        assert half.weight.dtype == torch.bfloat16
-        torch.testing.assert_close(half.weight.float(), single.weight, rtol=1e-2, atol=1e-2)
+    sk.prune_(single, method, [x.bfloat16().float()])
+    sk.prune_(half, method, [x.bfloat16()])
+    assert half.weight.dtype == torch.bfloat16 and torch.equal(get_mask(half), get_mask(single))
+    tolerance = 0 if method in CHOOSING else 1e-2
+    torch.testing.assert_close(half.weight.float(), single.weight, rtol=tolerance, atol=tolerance)
 
 
 def test_orderings_on_correlated_inputs():
     weight, x = torch.randn(64, 96), correlated(1000, 96)
-    error = {}
-    for method in (sk.Magnitude("2:4"), WANDA, sk.Swaps(WANDA), sk.SparseGPT("2:4"), sk.ADMM("2:4")):
+
+    def error(method):
         layer = linear(weight)
         sk.prune_(layer, method, [x])
-        error[method] = layer_error(weight, layer.weight, x.t() @ x)
-    assert list(error.values()) == sorted(error.values(), reverse=True) and len(set(error.values())) == 5
-    by_pattern = []
-    for pattern in ("1:4", "2:4", "4:8"):
-        layer = linear(weight)
-        sk.prune_(layer, sk.SparseGPT(pattern), [x])
-        by_pattern.append(layer_error(weight, layer.weight, x.t() @ x))
-    assert by_pattern == sorted(by_pattern, reverse=True)
+        return layer_error(weight, layer.weight, x.t() @ x)
+
+    for ladder in (LADDER, [sk.SparseGPT(pattern) for pattern in ("1:4", "2:4", "4:8")]):
+        errors = [error(method) for method in ladder]
+        assert all(better < worse for worse, better in pairwise(errors)), errors
 
 
 def test_refinements_print_and_compare_as_they_are_written():
@@ -274,7 +307,9 @@ def test_refinements_print_and_compare_as_they_are_written():
         (lambda: sk.ADMM("2:4", damp=math.nan), "damp >= 0, got 15, 20 and nan"),
         (lambda: sk.LeastSquares(WANDA, damp=math.inf), "tolerance >= 0, got 100, inf and 0.0003"),
         (lambda: sk.LeastSquares(WANDA, tolerance=math.nan), "tolerance >= 0, got 100, 0.01 and nan"),
-        (lambda: sk.RIA("2:4", power=math.nan), "RIA needs power >= 0, got nan"),
+        (lambda: sk.RIA("2:4", power=math.nan), "RIA needs a finite power >= 0, got nan"),
+        (lambda: sk.RIA("2:4", power=math.inf), "RIA needs a finite power >= 0, got inf"),
+        (lambda: sk.RIA("2:4", power=-1), "RIA needs a finite power >= 0, got -1"),
         (lambda: sk.ADMM("2:4", ramp=30), "0 < ramp <= iterations and damp >= 0, got 30, 20 and 0.1"),
         (lambda: sk.Swaps(WANDA, passes=0), "passes must be at least 1, got 0"),
         (lambda: sk.Swaps(sk.Wanda("50% 16x16")), "pattern of whole blocks, got '50% 16x16'"),

@@ -88,7 +88,7 @@ class RIA(Method):
         power: how much the norms count; the paper uses 0.5.
 
     Raises:
-        ValueError: ``pattern`` is not a pattern, or ``power`` is negative or infinite.
+        ValueError: ``pattern`` is not a pattern, or ``power`` is negative, infinite or NaN.
     """
 
     power: float = 0.5
@@ -97,7 +97,7 @@ class RIA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.power < math.inf:
-            raise ValueError(f"RIA needs power >= 0, got {self.power}")
+            raise ValueError(f"RIA needs a finite power >= 0, got {self.power}")
 
     def prune(self, weight: Tensor, statistic: InputNorm) -> tuple[Tensor, Tensor]:
         size = weight.flatten(1).float().abs()
