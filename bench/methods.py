@@ -2,7 +2,8 @@
 
 Each method prunes to 2:4 in a process of its own. Quality is of stories260K (a trained Llama of 260 thousand
 parameters), calibrated on one part of TinyStories and scored on another; time and memory are also those of a random
-stage of a realistic width.
+stage of a realistic width. It takes about five minutes. ``--method NAME`` measures one method in about half a minute,
+and merges its row into the result file of this machine.
 """
 
 import argparse
@@ -119,32 +120,54 @@ def child(model_name: str, method: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.methods", description=__doc__)
-    parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--method", choices=METHODS)
-    parsed = parser.parse_args()
-    if parsed.model and parsed.method:
-        print(json.dumps(measure(parsed.model, METHODS[parsed.method])))
-        return
-    rows = {}
-    for method in METHODS:
-        rows[method] = {name: child(name, method) for name in MODELS}
-        print(method, rows[method], flush=True)
-    report = {
+def settings() -> dict[str, Any]:
+    """Returns what all rows of a result file have in common."""
+    return {
         "kind": "methods",
         "device": cpu_name(),
         "simd": simd_level(),
         "threads": 1,
         "torch": torch.__version__,
-        "date": today(),
-        "commit": commit(),
         "calibration": CALIBRATION * WINDOW,
-        "scored": int(rows["dense"]["stories260K"]["tokens"]),
         "stage": {"dim": DIM, "tokens": TOKENS},
-        "rows": rows,
     }
-    write(RESULTS / f"{slug(report)}.json", report)
+
+
+def merged(report: dict[str, Any], method: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``report`` with a new row for one method, and with the commits and dates of all rows in its head."""
+    head = {key: report[key] for key in ("commit", "date")}
+    rows = {name: head | each for name, each in report["rows"].items()}
+    rows[method] = {"commit": commit(), "date": today()} | row
+    head = {key: " and ".join(dict.fromkeys(each[key] for each in rows.values())) for key in head}
+    return report | head | {"rows": {name: rows[name] for name in METHODS if name in rows}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.methods", description=__doc__)
+    parser.add_argument("--method", choices=METHODS, help="measure this one alone, and merge its row into the file")
+    parser.add_argument("--model", choices=MODELS, help="with --method: print its results on this model, write nothing")
+    parsed = parser.parse_args()
+    if parsed.model and parsed.method:
+        print(json.dumps(measure(parsed.model, METHODS[parsed.method])))
+        return
+    if parsed.model:
+        parser.error("--model needs --method")
+    common = settings()
+    path, report = RESULTS / f"{slug(common)}.json", {}
+    if parsed.method:
+        report = json.loads(path.read_text()) if path.exists() else {}
+        if any(report.get(key) != value for key, value in common.items()):
+            parser.error(f"{path} does not exist, or has other settings than {common}: run without --method")
+    rows = {}
+    for method in [parsed.method] if parsed.method else METHODS:
+        rows[method] = {name: child(name, method) for name in MODELS}
+        print(method, rows[method], flush=True)
+    if parsed.method:
+        report = merged(report, parsed.method, rows[parsed.method])
+    else:
+        scored = int(rows["dense"]["stories260K"]["tokens"])
+        report = common | {"date": today(), "commit": commit(), "scored": scored, "rows": rows}
+    write(path, report)
     print(render(report))
 
 

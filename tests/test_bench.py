@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import timing
+from bench import methods, timing
 from bench.report import RESULTS, render, slug
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +104,26 @@ def test_report_of_the_methods():
     assert "2:4, calibrated on 16384 tokens, perplexity of 37072 others" in text
     assert "| dense |  | 4.1 |  |  |  |\n| Wanda | 0.307 | 70.4 | 0.5 | 1.2 | 3 |\n" in text
     assert slug(report) == "methods-amd-epyc-9005-avx512-bf16"
+
+
+def test_one_method_is_merged_into_the_report_in_its_place(monkeypatch):
+    rows = {"dense": {"stage": {}}, "ADMM": {"stage": {"seconds": 2.0}}}
+    monkeypatch.setattr(methods, "commit", lambda: "def5678")
+    monkeypatch.setattr(methods, "today", lambda: "2026-02-28")
+    report = REPORT | {"rows": rows}
+    for seconds in (3.0, 1.0):  # the second time, the row is replaced
+        report = methods.merged(report, "RIA", {"stage": {"seconds": seconds}})
+    assert list(report["rows"]) == ["dense", "RIA", "ADMM"]
+    assert report["rows"]["RIA"] == {"commit": "def5678", "date": "2026-02-28", "stage": {"seconds": 1.0}}
+    assert report["rows"]["ADMM"] == {"commit": "abc1234", "date": "2026-01-31", "stage": {"seconds": 2.0}}
+    assert (report["commit"], report["date"]) == ("abc1234 and def5678", "2026-01-31 and 2026-02-28")
+    assert report.keys() == REPORT.keys() and rows.keys() == {"dense", "ADMM"}
+
+
+def test_every_method_is_measured():
+    """On one machine at least: who adds a method cannot measure it on all of them."""
+    stored = [list(json.loads(path.read_text())["rows"]) for path in RESULTS.glob("methods-*.json")]
+    assert list(methods.METHODS) in stored
 
 
 def test_report_has_a_table_for_every_linear_op():

@@ -1,7 +1,9 @@
 """The command line itself: arguments that cannot be parsed, help, the version, and what it needs installed."""
 
+import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from commands import call, refusal
@@ -9,6 +11,9 @@ from commands import call, refusal
 import sparsekit as sk
 from sparsekit import cli
 from sparsekit.cli.arguments import unframed
+from sparsekit.cli.prune import METHODS, Prune
+from sparsekit.prune import Method
+from sparsekit.prune.refinements import Refinement
 
 for package in ("tyro", "rich", "PIL", "transformers"):
     pytest.importorskip(package)
@@ -52,6 +57,15 @@ def test_help_and_version(capsys):
         code, out, _ = call([name, "--help"], capsys)
         assert code == 0 and f"sparsekit {name}" in out and "--json" in out
     assert call(["--version"], capsys) == (0, f"sparsekit {sk.__version__}\n", [])
+
+
+def test_every_method_can_be_named_and_is_explained():
+    """The refinements have options of their own."""
+    classes = {each for each in vars(sk).values() if isinstance(each, type) and issubclass(each, Method)}
+    assert set(METHODS.values()) == {each for each in classes if not issubclass(each, Refinement)}
+    assert get_args(Prune.__annotations__["method"]) == tuple(METHODS)
+    explained = re.search(r" method: (.*?)\.\n", Prune.__doc__, re.DOTALL)[1]
+    assert set(METHODS) <= set(re.findall(r"\w+", explained))
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):

@@ -27,13 +27,7 @@ README = """A model that sparsekit has pruned by {method}: {sparsity:.2%} of the
 
 `sparsekit inspect FOLDER` says what is in it, `sparsekit compress FOLDER --out OTHER` packs it for one machine.
 """
-METHODS: dict[str, type[Method]] = {
-    "magnitude": Magnitude,
-    "wanda": Wanda,
-    "ria": RIA,
-    "sparsegpt": SparseGPT,
-    "admm": ADMM,
-}
+METHODS: dict[str, type[Method]] = {cls.__name__.lower(): cls for cls in (Magnitude, Wanda, RIA, SparseGPT, ADMM)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +40,7 @@ class Prune:
     Args:
         model: a folder, or an id of the Hugging Face hub; safetensors only.
         out: the folder to write; it appears when all is done.
-        method: wanda is fast and good, sparsegpt and admm are better and slower, magnitude needs no text.
+        method: wanda and ria are fast and good, sparsegpt and admm are better and slower, magnitude needs no text.
         pattern: n:m as 2:4 or 4:8, 50% of every row, "50% layer", or "50% 16x16" for whole blocks.
         swaps: then swap weights within their groups while that lowers the error.
         least_squares: then solve for the kept weights.
