@@ -5,12 +5,33 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from sparsekit.masks import get_mask, get_mask_info
+from sparsekit.masks import Pattern, get_mask, get_mask_info
+from sparsekit.prune import Gram
+from sparsekit.prune.layers import find_layers
 
 
 def stack(*widths):
     layers = [nn.Linear(i, o) for i, o in pairwise(widths)]
     return nn.Sequential(*(module for layer in layers for module in (layer, nn.Tanh())))
+
+
+def linear(weight):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight.data = weight.clone()
+    return layer
+
+
+def gram_of(layer, *inputs, axis="input"):
+    """Returns the Gram matrix of a layer that is called with these inputs."""
+    gram = Gram(find_layers(layer, Pattern.parse("2:4"), axis, None)[0][0])
+    for x in inputs:
+        gram.update(x)
+    return gram
+
+
+def correlated(tokens, inputs):
+    """Returns random inputs whose columns are correlated and differ widely in size."""
+    return torch.randn(tokens, inputs) @ torch.randn(inputs, inputs) * torch.randn(inputs).exp()
 
 
 class Killed(BaseException):
