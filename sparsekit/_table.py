@@ -22,7 +22,8 @@ def table_lines(rows: Sequence[Sequence[str]], align: str) -> list[str]:
         widths[-1] = max(WIDTH - before, LEAST)
     lines = []
     for row in rows:
-        first, *more = textwrap.wrap(row[-1], widths[-1]) or [""]
+        text = textwrap.wrap(row[-1], widths[-1], break_on_hyphens=False) if align[-1] == "<" else [row[-1]]
+        first, *more = text or [""]
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip([*row[:-1], first], align, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
         lines += [" " * before + text for text in more]

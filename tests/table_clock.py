@@ -6,6 +6,7 @@ from compressing import blocks
 from sparsekit import _timing
 from sparsekit.compress import Timing, whole
 from sparsekit.nn import RoutedLinear24, TieredLinear
+from sparsekit.nn.routed import Routed
 
 
 class TableClock:
@@ -21,9 +22,10 @@ class TableClock:
 
     def seconds(self, call, x):
         name = "tiered" if isinstance(call, TieredLinear) else "plain"
-        if isinstance(call, RoutedLinear24):
+        if isinstance(call, Routed):
             (route,) = call.plan.routes
-            name = {"hardware": route[2:], "sparse": "linear24"}.get(route.kernel, route.kernel)
+            sparse = "linear24" if isinstance(call, RoutedLinear24) else "tiered"
+            name = {"hardware": route[2:], "sparse": sparse}.get(route.kernel, route.kernel)
         seconds = self.table.get(name, self.table.get("other", 9.0))
         self.asked.append((name, len(x)))
         return seconds(len(x)) if callable(seconds) else seconds

@@ -92,18 +92,39 @@ def test_one_losing_count_is_a_veto_that_names_it(ratios):
 
 
 @pytest.mark.parametrize(
-    ("objective", "keep_dense", "training", "said"),
+    ("objective", "keep_dense", "training", "dense", "said"),
     [
-        ("speed", True, True, ", faster at 1: with a dense copy it cannot be trained, and it is in training mode"),
-        ("speed", False, False, ", faster at 1: try keep_dense=True"),
-        ("size", False, False, "; tiered"),  # which takes no dense copy
+        ("speed", True, True, 1.0, ", faster at 1: with a dense copy it cannot be trained, and it is in training mode"),
+        ("speed", False, False, 1.0, ", faster at 1: try keep_dense=True"),
+        ("speed", True, False, 0.9, ", faster at 1: a dense copy has 0.90x there (0.97x is needed)"),
+        ("speed", True, False, None, ", faster at 1: a dense copy gives a wrong result at 1 token"),
+        ("size", False, False, 1.0, "; tiered"),  # which takes no dense copy
     ],
 )
-def test_the_advice_can_be_followed(ratios, objective, keep_dense, training, said):
-    ratios |= {"2:4": up_to_16(3.0, 0.5), "prepacked": 0.9}
+def test_the_advice_can_be_followed(ratios, objective, keep_dense, training, dense, said):
+    ratios |= {"2:4": up_to_16(3.0, 0.5), "prepacked": 0.9, "dense": dense}
     model, measure = blocks(1).train(training), sk.Measure(tokens=(1, 128))
     report = sk.compress_(model, objective=objective, keep_dense=keep_dense, measure=measure)
-    assert f"2:4: 0.50x, 0% won at 128 tokens{said}" in report.layers[0].reason
+    reason = report.layers[0].reason
+    assert f"2:4: 0.50x, 0% won at 128 tokens{said}" in reason and reason.count("with a dense copy") == training
+
+
+@pytest.mark.parametrize(
+    ("ratio", "wins", "said"),
+    [
+        (1.049, 1.0, "1.04x, 100% won at 1 token (1.05x is needed)"),
+        (1.2, 0.796, "1.20x, 79% won at 1 token (80% is needed)"),
+        (1.02, 0.5, "1.02x, 50% won at 1 token (1.05x and 80% are needed)"),
+        (0.996, 0.4, "0.99x, 40% won at 1 token; tiered"),
+        (0.57, 0.29, "0.57x, 29% won at 1 token; tiered"),
+    ],
+)
+def test_a_reason_says_what_was_needed(ratios, monkeypatch, ratio, wins, said):
+    def measure(calls, plain, x, **_):
+        return {"plain": Timing(1.0, 1.0, 0.0, 1.0, 0.0), **dict.fromkeys(calls, Timing(1.0, ratio, wins, 1.0, 0.0))}
+
+    monkeypatch.setattr(tune, "measure", measure)
+    assert f"2:4: {said}" in sk.compress_(blocks(1), measure=sk.Measure(tokens=(1,))).layers[0].reason
 
 
 @pytest.mark.parametrize("kind", ["2:4", "tiered"])

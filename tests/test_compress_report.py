@@ -52,6 +52,18 @@ def test_where_nothing_was_measured_nothing_is_said_of_speed(ratios):
     assert "no layer was measured: each row says why" in text and "nothing is faster" not in text
 
 
+def test_a_wrong_sparse_result_is_shown(ratios):
+    ratios |= {"tiered": None, "prepacked": 0.9}
+    report = sk.compress_(nn.Sequential(tiered_linear(80, 96)).eval(), measure=sk.Measure(tokens=(1,)))
+    assert report.layers[0].why == "tiered: a wrong result at 1 token"
+
+
+def test_where_the_whole_gains_nothing_that_is_said(ratios):
+    ratios["whole"] = 0.5
+    text = str(sk.compress_(blocks(1), torch.randn(1, 16)))
+    assert "what is faster alone does not make a pass of the model faster" in text and "nothing is faster" not in text
+
+
 def test_of_no_layers(ratios):
     report = sk.compress_(nn.ReLU())
     assert str(report).splitlines()[0].split() == ["layers", "now", "why"]

@@ -12,7 +12,7 @@ import sparsekit as sk
 from sparsekit.compress import cache, candidates, tune
 from sparsekit.compress.tiers import TierShares
 from sparsekit.masks import get_mask_info, remove_mask
-from sparsekit.nn import TieredLinear
+from sparsekit.nn import Route, RoutedTieredLinear, TieredLinear
 from sparsekit.ops import backends
 from sparsekit.tiers import Ratios, Step, TierMap, tier_iteration
 
@@ -198,9 +198,15 @@ def test_tier_map_of_a_layer_without_tiers():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "decision"), [(0.5, "tiered"), (up_to_16(0.5, 0.99), "plain")], ids=["always", "up_to_16"]
+    ("seconds", "keep_dense", "decision", "ratio"),
+    [
+        (0.5, False, "tiered", 2.0),
+        (up_to_16(0.5, 0.99), False, "plain", 1 / 0.99),
+        (up_to_16(0.5, 0.99), True, "tiered", 1.0),
+    ],
+    ids=["always", "up_to_16", "keep dense"],
 )
-def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, decision):
+def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, keep_dense, decision, ratio):
     monkeypatch.undo()  # of the measurement
     install(monkeypatch, Vendor())
     compiled = {"linear_tiered": {"cpu": "acted"}, "linear24": {"cpu": "acted"}}
@@ -210,9 +216,12 @@ def test_on_a_gpu_it_is_one_module_for_all_counts(ratios, monkeypatch, seconds, 
     model = nn.Sequential(tiered_linear(64, 64), nn.Linear(64, 64)).half().eval()
     sk.prune_(model, sk.Magnitude("2:4"), where=lambda name, _: name == "1")
     before, batches = snapshot(model), [torch.randn(tokens, 64).half() for tokens in (1, 300)]
-    report = sk.compress_(model, batches)
+    report = sk.compress_(model, batches, keep_dense=keep_dense)
     assert decisions(report) == {"0": decision, "1": "2:4"}
-    assert report.layers[0].timing(512).ratio == pytest.approx(1 / (seconds if decision == "tiered" else 0.99))
+    assert report.layers[0].timing(512).ratio == pytest.approx(ratio)
+    assert (type(model[0]) is RoutedTieredLinear) is keep_dense
+    if keep_dense:
+        assert model[0].plan.routes == (Route(1, "sparse"), Route(512, "dense"))
     if decision == "plain":
         lost = "tiered: 1.01x, 100% won at 512 tokens (1.05x is needed), faster at 1: try keep_dense=True"
         assert report.layers[0].reason == f"2:4: not 2:4; {lost}"

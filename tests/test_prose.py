@@ -11,9 +11,10 @@ FOLDERS = ("sparsekit", "triton_kernels", "bench", "examples")
 # Words in "s" that are no verbs where they begin a docstring. What is a noun and a verb, such as "Counts", is not here.
 NOT_VERBS = frozenset(
     """
-    arguments bars batches bits blocks bytes codes columns eights entries errors indices its keys kernels layers less
-    lines matrices methods names numbers options pairs parts ratios rows seconds settings shares statistics steps
-    tensors this tiers tokens totals weights windows words
+    across always arguments bars batches bits blocks bytes codes columns eights entries errors indices its keys kernels
+    layers less lines matrices methods names numbers options pairs parts passes perhaps ratios results rows
+    seconds settings sometimes shares statistics steps tensors this tiers tokens totals towards values weights windows
+    words
     """.split()
 )
 

@@ -269,3 +269,24 @@ def test_repr():
     assert str(make(routes=DENSE)[1]).endswith(
         "out_features=48, bias=True, routes=(sparse to 4, dense to 16, then hardware))"
     )
+
+
+def test_a_plan_that_cannot_be_followed_is_refused():
+    with pytest.raises(ValueError, match="at least one route"):
+        Plan(())
+    with pytest.raises(ValueError, match="layout must name"):
+        Plan((Route(16, "hardware"),))
+
+
+def test_an_interrupt_while_it_packs_leaves_a_layer_that_multiplies(monkeypatch):
+    linear, layer = make()
+    state, x = layer.state_dict(), torch.randn(8, 40).half()
+
+    def interrupted(packed, layout):
+        raise KeyboardInterrupt("injected")
+
+    monkeypatch.setattr(routed24, "pack_hardware24", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="injected"):
+        layer.load_state_dict(state)
+    with torch.no_grad():
+        assert_close(layer(x), exact(linear, x))

@@ -27,7 +27,7 @@ from ..ops.sparse24 import values_per_row
 from .kinds import Kind
 from .tiers import TierShares, kept_matrix
 
-DENSE = "dense"  # the kernel that multiplies by a dense copy beside a sparse weight
+DENSE_COPY = "dense"  # the kernel that multiplies by a dense copy beside a sparse weight
 MAX_SHARE = 0.9  # of the dense bytes; a layer in tiers that takes more is not worth measuring
 
 
@@ -65,7 +65,7 @@ class Candidate:
 
     def route(self, tokens: int, kernel: str) -> Route:
         """Returns the route of one kernel."""
-        return Route(tokens, "dense" if kernel == DENSE else "sparse")
+        return Route(tokens, "dense" if kernel == DENSE_COPY else "sparse")
 
     def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
         """Returns what is to be timed on an input, by the name of the kernel; None for one that is wrong.
@@ -76,7 +76,7 @@ class Candidate:
             x: ``[tokens, in_features]``.
             clock: times a call, for candidates that choose among many kernels.
         """
-        names = [self.name, DENSE] if kind.keep_dense and not self.dense else [self.name]
+        names = [self.name, DENSE_COPY] if kind.keep_dense and not self.dense else [self.name]
         return {name: self.build(plain, {kind.layout_tokens: name}) for name in names}
 
     def kernel_sets(self, layer: nn.Linear, measured: Collection[str]) -> list[frozenset[str]]:
@@ -105,7 +105,7 @@ class Sparse24(Candidate):
 
     def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
         transposed = is_transposed(layer)
-        if DENSE not in kernels.values():
+        if DENSE_COPY not in kernels.values():
             return Linear24.from_linear(layer, transposed=transposed)
         return RoutedLinear24.from_linear(layer, transposed=transposed).follow(Plan(self.routes(kernels)))
 
@@ -139,7 +139,7 @@ class Tiered(Candidate):
 
     def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
         transposed = is_transposed(layer)
-        if DENSE not in kernels.values():
+        if DENSE_COPY not in kernels.values():
             return TieredLinear.from_linear(layer, transposed=transposed)
         return RoutedTieredLinear.from_linear(layer, transposed=transposed).follow(Plan(self.routes(kernels)))
 

@@ -15,6 +15,7 @@ from .gpu import GPU_CANDIDATES
 from .kinds import Kind, kinds_of
 from .measure import Measure
 from .sites import LinearSite
+from .table import GIVEN_BACK
 from .trial import Objective, Option, Rejection, Trial
 from .tune import measure_kinds
 
@@ -53,7 +54,7 @@ class Choice:
 
     def given_back(self, loss: str) -> "Choice":
         """Returns the choice to stay plain after all, because of what the whole model loses with this one."""
-        why = f"given back: {loss}"
+        why = f"{GIVEN_BACK}: {loss}"
         return replace(self, candidate=None, kernels={}, why=why, reason=f"{why}; {self.decision}: {self.reason}")
 
 
@@ -141,8 +142,9 @@ def choose_one(
         if not found:
             rejected[candidate.name] = trial.rejection()
         remarks += trial.remarks()
-        if keep_dense and not candidate.dense:
-            remarks += filter(None, [no_dense_copy_reason(site.layer)])
+        note = no_dense_copy_reason(site.layer) if keep_dense and not candidate.dense else None
+        if note is not None and (found or note not in rejected[candidate.name].reason):
+            remarks.append(note)
     if not options:
         reason = "; ".join([*_lines(rejected), *remarks])
         undecided = any(each.undecided for each in rejected.values())
@@ -175,10 +177,10 @@ def _short_reason(unsupported: Mapping[Candidate, str | None], rejected: Mapping
 
     Where none was measured, it is why the first cannot be, and what a dense candidate was measured at.
     """
-    sparse = [candidate.name for candidate in unsupported if not candidate.dense]
-    closest = max(sparse, key=lambda name: rejected[name].ratio)
+    sparse = [candidate for candidate in unsupported if not candidate.dense]
+    closest = max(sparse, key=lambda each: (unsupported[each] is None, rejected[each.name].ratio))
     dense = [candidate.name for candidate, reason in unsupported.items() if candidate.dense and reason is None]
-    names = [closest, *dense] if all(reason for each, reason in unsupported.items() if not each.dense) else [closest]
+    names = [closest.name, *(dense if unsupported[closest] is not None else [])]
     return "; ".join(_lines({name: rejected[name] for name in names}))
 
 

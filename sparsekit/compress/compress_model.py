@@ -55,7 +55,7 @@ def compress_(
     **On a GPU** a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest
     kernel at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that
     gave a wrong result once is refused. A call takes as long as the device or the host, whichever needs longer. A layer
-    in tiers becomes ``nn.TieredLinear`` where that is faster at every count.
+    in tiers becomes ``nn.TieredLinear`` where that is faster.
 
     **The whole model** is then timed on up to four of the batches, compressed and plain in turns: what makes a pass
     slower, or fail, is given back. Without batches there is no pass to time.
@@ -80,7 +80,8 @@ def compress_(
         objective: ``"speed"`` takes what is fastest. ``"size"`` takes the smallest form that is not slower than the
             plain layer, at a ratio of at least 0.97 at every count.
         keep_dense: whether a sparse layer may hold its dense weight as well, to use it at those token counts at which
-            dense is faster: it then gains at some and loses at none, for 13/8 of the bytes instead of 5/8. Without it
+            dense is faster: it then gains at some and loses at none, for 13/8 of the bytes instead of 5/8. It is an
+            ``nn.RoutedLinear24`` or ``nn.RoutedTieredLinear`` then. Without it
             one token count at which the layer loses is a veto. Such a layer cannot be trained.
         measure: the token counts, the time for measuring and whether CUDA graphs are used; None for ``Measure()``.
         progress: wraps the loop over the measurements and iterates it, as ``tqdm`` does.

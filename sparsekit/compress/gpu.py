@@ -13,7 +13,7 @@ from ..nn import Compressed, Plan, Route, RoutedLinear24
 from ..ops import hardware_layouts
 from ..ops._vendor import ONE_KERNEL, TWO_KERNELS, suggest
 from ..ops.layouts import device_name
-from .candidates import DENSE, Candidate, Tiered, bytes_24, not_24_reason
+from .candidates import DENSE_COPY, Candidate, Tiered, bytes_24, not_24_reason
 from .kinds import Kind
 from .tune import expected, is_right
 
@@ -25,7 +25,7 @@ SPLITS = tuple((split_k, mode) for split_k in (2, 4, 8) for mode in (ONE_KERNEL,
 SCREENED, KEPT = 3, 2  # calls to screen an algorithm by, and how many of each library are timed in earnest
 
 
-class Routed24(Candidate):
+class Sparse24OnGpu(Candidate):
     """The 2:4 form on a GPU, in the layout that its tensor cores read or in the plain one that the decode kernel reads.
 
     A layer has one layout. The decode kernel and a dense copy are possible beside each.
@@ -55,7 +55,7 @@ class Routed24(Candidate):
         tokens = kind.layout_tokens
         calls: dict[str, Call | None] = {LINEAR24: self.build(plain, {tokens: LINEAR24})}
         if kind.keep_dense:
-            calls[DENSE] = self.build(plain, {tokens: DENSE})
+            calls[DENSE_COPY] = self.build(plain, {tokens: DENSE_COPY})
         clock.start(plain, x)
         with torch.no_grad():
             exact = expected(plain, x)
@@ -93,7 +93,7 @@ class Routed24(Candidate):
         return hardware_layouts(weight.device)
 
 
-GPU_CANDIDATES = (Routed24(), Tiered())
+GPU_CANDIDATES = (Sparse24OnGpu(), Tiered())
 
 
 class _Screen:

@@ -19,10 +19,10 @@ class CompressLayerReport:
         decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
         reason: why, with every form that was turned down.
         calls: how often the batches ran it, by token count rounded up to a power of two.
-        timings: what was measured, by token count and kernel; None for a wrong result. On a CPU a kernel has the
-            name of the decision, and ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is the
-            decode kernel, ``"dense"`` a dense copy, and ``"cusparselt_sm90:5:2:1"`` cuSPARSELt by algorithm 5 with
-            split-K 2 of mode 1.
+        timings: what was measured, by token count and kernel; None for a wrong result. On a CPU a kernel has the name
+            of the decision, and ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is the
+            decode kernel (``"sparse"`` in a plan), ``"dense"`` a dense copy, and ``"cusparselt_sm90:5:2:1"`` cuSPARSELt
+            by algorithm 5 with split-K 2 of mode 1.
         kernels: the kernel that the layer takes, by token count.
         why: the reason in a few words, with the runner-up alone, as tables show it.
         undecided: whether it stays plain only because the machine was too busy to tell what is faster.

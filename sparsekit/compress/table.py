@@ -9,6 +9,7 @@ from ..masks import LOST_ZEROS, WAY_BACK
 if TYPE_CHECKING:
     from .report import CompressLayerReport, CompressReport
 
+GIVEN_BACK = "given back"  # how the reason of a layer begins that stays because of the whole model
 MAX_NAMES = 3  # of plain layers in a row
 
 
@@ -49,6 +50,8 @@ def summary(report: "CompressReport") -> Iterator[str]:
             f"linear layers alone: {report.speedup:.2f}x plain; prepacked, without any sparsity, they would be "
             f"{report.dense_speedup:.2f}x, so sparsity itself brings {share:.2f}x"
         )
+    elif any(layer.why.startswith(GIVEN_BACK) for layer in layers):
+        yield "every layer stays as it is: what is faster alone does not make a pass of the model faster"
     elif any(layer.timings for layer in layers) and not report.undecided:
         yield "nothing is faster than dense on this machine: every layer stays as it is"
     elif layers and not report.undecided:

@@ -1,10 +1,11 @@
 """One candidate for one layer: the ways in which it may take the plain layer's place, or why there is none."""
 
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from .._timing import PARITY_RATIO, RATIO, WINS, Timing, Timings
-from .candidates import DENSE, Candidate, no_dense_copy_reason
+from .candidates import DENSE_COPY, Candidate, no_dense_copy_reason
 from .sites import LinearSite
 
 Objective = Literal["speed", "size"]
@@ -67,6 +68,7 @@ class Trial:
         for tokens, measured in timings.items():
             for name in [name for name, timing in measured.items() if timing is None]:
                 self.wrong.setdefault(name, tokens)
+        self.has_copy = not candidate.dense and any(DENSE_COPY in measured for measured in timings.values())
         self.right = {
             tokens: {name: timing for name, timing in measured.items() if timing and name not in self.wrong}
             for tokens, measured in timings.items()
@@ -76,12 +78,12 @@ class Trial:
         """Yields the ways to take the layer's place: in each layout, without and with a dense copy."""
         weight = self.site.layer.weight
         for kernels in self.kernel_sets:
-            for usable in [kernels] if self.candidate.dense else [kernels, kernels | {DENSE}]:
+            for usable in [kernels, kernels | {DENSE_COPY}] if self.has_copy else [kernels]:
                 fastest = {tokens: self._fastest(tokens, usable) for tokens in self.right}
                 chosen = {tokens: name for tokens, name in fastest.items() if name is not None}
-                if len(chosen) < len(fastest) or set(chosen.values()) == {DENSE}:
+                if len(chosen) < len(fastest) or set(chosen.values()) == {DENSE_COPY}:
                     continue
-                nbytes = self.nbytes + (weight.nbytes if DENSE in chosen.values() else 0)
+                nbytes = self.nbytes + (weight.nbytes if DENSE_COPY in chosen.values() else 0)
                 seconds = [
                     self.site.calls[tokens] * self.right[tokens][name].seconds for tokens, name in chosen.items()
                 ]
@@ -95,37 +97,41 @@ class Trial:
             if not timings:
                 first = min(self.wrong[name] for name in self.own & self.wrong.keys())
                 return Rejection(f"a wrong result {at_tokens(first)}")
-            best[tokens] = max(timings, key=lambda timing: (self._accepts("", timing), timing.ratio))
-        lost = {tokens: timing for tokens, timing in best.items() if not self._accepts("", timing)}
+            best[tokens] = max(timings, key=lambda timing: (self._accepts(timing), timing.ratio))
+        lost = {tokens: timing for tokens, timing in best.items() if not self._accepts(timing)}
         if not lost:
             return Rejection(
                 "no single layout is faster at every number of tokens", min(each.ratio for each in best.values())
             )
         worst = min(lost, key=lambda tokens: (lost[tokens].undecided, lost[tokens].ratio))
         timing, won = lost[worst], [str(tokens) for tokens in best if tokens not in lost]
-        reason = f"{timing.ratio:.2f}x, {timing.wins:.0%} won {at_tokens(worst)}{self._needed(timing)}"
+        ratio, wins = (math.floor(100 * each + 1e-9) / 100 for each in (timing.ratio, timing.wins))
+        reason = f"{ratio:.2f}x, {wins:.0%} won {at_tokens(worst)}{self._needed(timing)}"
         if timing.undecided:
             busy = f"undecided, the machine is busy (spread {timing.spread:.1f})"
             return Rejection(f"{busy}: {reason}", timing.ratio, undecided=True)
         if won and not self.candidate.dense and not self.for_size:
-            reason += f", faster at {', '.join(won)}: {self._advice(self.right[worst].get(DENSE))}"
+            reason += f", faster at {', '.join(won)}: {self._advice(self.right[worst].get(DENSE_COPY))}"
         return Rejection(reason, timing.ratio)
 
     def _needed(self, timing: Timing) -> str:
-        """Returns what a ratio that reads like a win falls short of; empty for one that does not."""
+        """Returns what a ratio of 1 or more falls short of; empty for one below."""
         if self.for_size or timing.ratio < 1:
             return ""
-        return f" ({RATIO}x is needed)" if timing.ratio < RATIO else f" ({WINS:.0%} is needed)"
+        short = [f"{RATIO}x"] * (timing.ratio < RATIO) + [f"{WINS:.0%}"] * (timing.wins < WINS)
+        return f" ({' and '.join(short)} {'is' if len(short) == 1 else 'are'} needed)"
 
     def _advice(self, copy: Timing | None) -> str:
         """Returns what can be done about a token count at which the candidate is too slow, if it wins at others."""
+        if DENSE_COPY in self.wrong:
+            return f"a dense copy gives a wrong result {at_tokens(self.wrong[DENSE_COPY])}"
         if copy is not None:
             return f"a dense copy has {copy.ratio:.2f}x there ({PARITY_RATIO}x is needed)"
         return no_dense_copy_reason(self.site.layer) or "try keep_dense=True"
 
     def remarks(self) -> list[str]:
         """Returns what else there is to say: which of several kernels were wrong, and which the layer cannot have."""
-        wrong = [name for name in self.wrong if name in self.own and name != self.candidate.name]
+        wrong = [name for name in self.wrong if name in self.own | {DENSE_COPY} and name != self.candidate.name]
         named = [f"{name}: a wrong result {at_tokens(self.wrong[name])}" for name in wrong[:MAX_WRONG]]
         more = [f"{len(wrong) - MAX_WRONG} more wrong results"] if len(wrong) > MAX_WRONG else []
         return [*named, *more, *filter(None, [self.candidate.remark(self.site.layer)])]
@@ -133,12 +139,12 @@ class Trial:
     def _fastest(self, tokens: int, usable: frozenset[str]) -> str | None:
         """Returns the fastest kernel that may replace the plain layer at a token count, or None."""
         timings = {name: timing for name, timing in self.right[tokens].items() if name in usable}
-        accepted = [name for name, timing in timings.items() if self._accepts(name, timing)]
+        accepted = [name for name, timing in timings.items() if self._accepts(timing, dense_copy=name == DENSE_COPY)]
         return min(accepted, key=lambda name: timings[name].seconds, default=None)
 
-    def _accepts(self, name: str, timing: Timing) -> bool:
+    def _accepts(self, timing: Timing, *, dense_copy: bool = False) -> bool:
         """Returns whether a kernel may replace the plain layer."""
-        return timing.faster or ((self.for_size or name == DENSE) and timing.ratio >= PARITY_RATIO)
+        return timing.faster or ((self.for_size or dense_copy) and timing.ratio >= PARITY_RATIO)
 
 
 def at_tokens(tokens: int) -> str:

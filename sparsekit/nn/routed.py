@@ -44,12 +44,21 @@ class Plan:
         device: the model of GPU, as ``ops.layouts.device_name`` returns it; None if the plan holds on every device.
         dtype: the dtype of the weight; None if the plan holds for every dtype.
         layout: the layout of ``hardware_layouts`` that the weight is packed in; None if no route needs one.
+
+    Raises:
+        ValueError: there is no route, or a route needs a layout and there is none.
     """
 
     routes: tuple[Route, ...]
     device: str | None = None
     dtype: torch.dtype | None = None
     layout: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.routes:
+            raise ValueError("routes must hold at least one route, got none")
+        if self.layout is None and any(route.kernel == "hardware" for route in self.routes):
+            raise ValueError("layout must name the layout that the hardware routes read, got None")
 
     @property
     def keeps_dense(self) -> bool:
@@ -70,10 +79,11 @@ class Routed(Compressed):
 
     If a route is dense, the layer stores a dense copy of the weight, which oneDNN reorders on a CPU if it can. The copy
     is made again when the layer is loaded, copied or moved, and when anything else writes to the weight, such as an
-    average of weights; only a write through ``.data`` goes unnoticed. Loading makes it in the same memory, so that a
-    captured CUDA graph computes with the new weight. To make the copy at every step of an optimizer would cost too
-    much, so the weight gets no gradient, and a call in training mode that would need one raises. In a transform of
-    ``torch.func`` the sparse kernel takes the dense routes.
+    average of weights; only a write through ``.data`` goes unnoticed, and in a graph that ``torch.compile`` has made,
+    to which the copy is a constant, any write or replacement. Loading makes it in the same memory, so that a captured
+    CUDA graph computes with the new weight. To make the copy at every step of an optimizer would cost too much, so the
+    weight gets no gradient, and a call in training mode that would need one raises. In a transform of ``torch.func``
+    the sparse kernel takes the dense routes.
     """
 
     plan: Plan | None = None

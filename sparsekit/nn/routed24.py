@@ -31,7 +31,7 @@ class RoutedLinear24(Routed, Linear24):
     @torch.inference_mode(False)  # tensors made in inference mode could not be used outside it
     @torch.no_grad()
     def _prepare(self) -> None:
-        old, self.hardware = self.hardware, None
+        old, self.hardware, self.ready_for = self.hardware, None, None  # nothing half packed is ever multiplied by
         plan = self.plan
         self.on_gpu = plan is not None and plan.device is not None
         if plan is not None and plan.layout is not None and plan.fits(self.values):
@@ -56,9 +56,9 @@ class RoutedLinear24(Routed, Linear24):
         bias: Tensor | None = parameters["bias"] if "bias" in parameters else self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        if kernel == "hardware":
+        if kernel == "hardware" and (hardware := self.hardware) is not None:
             _, _, alg_id, split_k, mode = route
-            return call_op(HARDWARE, x, self.hardware, bias, self.out_features, self.layout, alg_id, split_k, mode)
+            return call_op(HARDWARE, x, hardware, bias, self.out_features, self.layout, alg_id, split_k, mode)
         return call_op(LINEAR24, x, values, self._buffers["bitmask"], bias)
 
     def resident_tensors(self) -> list[Tensor]:

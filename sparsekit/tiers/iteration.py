@@ -91,9 +91,14 @@ class TierOptions:
         if self.allocation not in ("layer", "model"):
             raise ValueError(f'allocation must be "layer" or "model", got {self.allocation!r}')
 
-    def _for_comparison(self) -> dict[str, Any]:
-        """Returns the options that are compared between calls and processes: all but ``where`` and ``calibration``."""
-        return {name: value for name, value in vars(self).items() if name not in ("where", "calibration")}
+
+def comparable(options: TierOptions) -> dict[str, Any]:
+    """Returns the options that calls and processes must agree on, by name.
+
+    Left out are ``where``, since the layers that it selects are compared instead, and ``calibration``, whose functions
+    differ from process to process.
+    """
+    return {name: value for name, value in vars(options).items() if name not in ("where", "calibration")}
 
 
 def tier_iteration(
@@ -138,7 +143,7 @@ def tier_iteration(
     def work(undo: Undo) -> tuple[dict[str, TierMap], IterationReport]:
         layers = linear_layers(model, options.where)
         check_weights(layers)
-        ranks.agree({"step": step, **options._for_comparison()}, layers)
+        ranks.agree({"step": step, **comparable(options)}, layers)
         before = _starting_maps(layers, tier_maps, options)
         planner = Planner(before, step, options.goal, options.criterion, statistic, calibration.token_mask)
 

@@ -14,7 +14,7 @@ from .._digest import digest, digest_batches, digest_modules, digest_tensors, na
 from .._layers import check_model
 from ..prune.calibration.ranks import Ranks
 from .finished import FinishedIterations
-from .iteration import IterationReport, TierOptions, checked_options, linear_layers, tier_iteration
+from .iteration import IterationReport, TierOptions, checked_options, comparable, linear_layers, tier_iteration
 from .schedule import Step
 from .tier_map import TierMap
 
@@ -74,7 +74,7 @@ def progressive_tiers(
     ranks = Ranks(calibration.group, None)
     if folder is not None:
         call = {
-            **options._for_comparison(),
+            **comparable(options),
             "layers": [layer.name for layer in linear_layers(model, options.where)],
             "forward": name_of(calibration.forward),
             "token_mask": name_of(calibration.token_mask),

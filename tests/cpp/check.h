@@ -35,7 +35,11 @@ inline std::map<std::string, Test>& tests() {
   return all;
 }
 
-inline bool add(const char* name, Test test) { return tests().emplace(name, test).second; }
+inline bool add(const char* name, Test test) {
+  if (tests().emplace(name, test).second) return true;
+  std::printf("two tests are named %s\n", name);
+  std::abort();
+}
 
 inline int failures = 0;
 
