@@ -165,12 +165,8 @@ def _check_names(model: set[str], file: set[str]) -> None:
 
 
 def _stored(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """Returns the tensor in which the layer stores its weight."""
-    if isinstance(module, PrepackedLinear):
-        return module.packed
-    if isinstance(module, TieredLinear):
-        return module.dense
-    return module.values if isinstance(module, Linear24) else module.get_parameter(parameter)
+    """Returns a tensor in which the layer stores its weight."""
+    return module._parts()[0] if isinstance(module, Compressed) else module.get_parameter(parameter)
 
 
 def _is_trainable(module: nn.Module) -> bool:

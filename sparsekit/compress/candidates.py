@@ -39,7 +39,13 @@ class Candidate:
     """
 
     name: ClassVar[str]  # in reports
-    dense: ClassVar[bool] = False  # whether it computes with the whole weight, zeros included
+    pattern: ClassVar[str] = ""  # of the zeros that it leaves out: "2:4", "tiers" or, where it computes with all, none
+    allows_copy: ClassVar[bool] = False  # whether a dense copy may lie beside it
+
+    @property
+    def dense(self) -> bool:
+        """Whether it computes with the whole weight, zeros included."""
+        return not self.pattern
 
     def unsupported_reason(self, layer: nn.Linear) -> str | None:
         """Returns why a layer cannot take this form, or is not worth measuring in it; None where it is."""
@@ -76,7 +82,7 @@ class Candidate:
             x: ``[tokens, in_features]``.
             clock: times a call, for candidates that choose among many kernels.
         """
-        names = [self.name, DENSE_COPY] if kind.keep_dense and not self.dense else [self.name]
+        names = [self.name, DENSE_COPY] if kind.keep_dense and self.allows_copy else [self.name]
         return {name: self.build(plain, {kind.layout_tokens: name}) for name in names}
 
     def kernel_sets(self, layer: nn.Linear, measured: Collection[str]) -> list[frozenset[str]]:
@@ -92,6 +98,8 @@ class Sparse24(Candidate):
     """The 2:4 form on a CPU."""
 
     name = "2:4"
+    pattern = "2:4"
+    allows_copy = True
 
     def unsupported_reason(self, layer: nn.Linear) -> str | None:
         if layer.weight.device.type != "cpu":
@@ -114,6 +122,8 @@ class Tiered(Candidate):
     """The form in tiers: every block of the weight is dense, 2:4 or top-k."""
 
     name = "tiered"
+    pattern = "tiers"
+    allows_copy = True
 
     def unsupported_reason(self, layer: nn.Linear) -> str | None:
         if reason := lost_zeros_reason(layer):
@@ -148,7 +158,6 @@ class Prepacked(Candidate):
     """The dense form that oneDNN has reordered."""
 
     name = "prepacked"
-    dense = True
 
     def unsupported_reason(self, layer: nn.Linear) -> str | None:
         weight = layer.weight
@@ -166,6 +175,7 @@ class Prepacked(Candidate):
 
 
 CPU_CANDIDATES = (Sparse24(), Tiered(), Prepacked())
+DENSE_KERNELS = ("plain", *(candidate.name for candidate in CPU_CANDIDATES if candidate.dense))
 
 
 def not_24_reason(layer: nn.Linear) -> str | None:

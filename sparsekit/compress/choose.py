@@ -93,7 +93,7 @@ def choose(
         candidates = [candidate for candidate, reason in unsupported[site.name].items() if reason is None]
         kinds[site.name] = kinds_of(
             site,
-            [candidate.name for candidate in candidates],
+            candidates,
             measure,
             evict_cache=evict_cache(site.layer.weight.device),
             keep_dense=keep_dense and no_dense_copy_reason(site.layer) is None,
@@ -142,7 +142,7 @@ def choose_one(
         if not found:
             rejected[candidate.name] = trial.rejection()
         remarks += trial.remarks()
-        note = no_dense_copy_reason(site.layer) if keep_dense and not candidate.dense else None
+        note = no_dense_copy_reason(site.layer) if keep_dense and candidate.allows_copy else None
         if note is not None and (found or note not in rejected[candidate.name].reason):
             remarks.append(note)
     if not options:

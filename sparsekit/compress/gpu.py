@@ -32,6 +32,8 @@ class Sparse24OnGpu(Candidate):
     """
 
     name = "2:4"
+    pattern = "2:4"
+    allows_copy = True
 
     def unsupported_reason(self, layer: nn.Linear) -> str | None:
         return not_24_reason(layer)

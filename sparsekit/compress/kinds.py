@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .measure import Measure
 from .sites import LinearSite
 from .tiers import TierShares
 
+if TYPE_CHECKING:
+    from .candidates import Candidate
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -30,6 +33,7 @@ class Kind:
         bias: whether the layer has one.
         transposed: whether its weight is ``[in_features, out_features]``.
         candidates: the names of the forms that are measured.
+        patterns: those of the zeros that they leave out.
         layout_tokens: the token count that layouts are chosen for, the largest: its layout is as fast as any for fewer.
         tokens: the token count that is measured.
         evict_cache: whether weights are timed from memory instead of from the cache.
@@ -44,6 +48,7 @@ class Kind:
     bias: bool
     transposed: bool
     candidates: tuple[str, ...]
+    patterns: tuple[str, ...]
     layout_tokens: int
     tokens: int
     evict_cache: bool
@@ -53,12 +58,13 @@ class Kind:
 
 
 def kinds_of(
-    site: LinearSite, candidates: Sequence[str], measure: Measure, *, evict_cache: bool, keep_dense: bool
+    site: LinearSite, candidates: Sequence["Candidate"], measure: Measure, *, evict_cache: bool, keep_dense: bool
 ) -> list[Kind]:
     """Returns the kinds to measure for one layer: one for each of its token counts, none without candidates."""
     if not candidates:
         return []
     layer, device = site.layer, site.layer.weight.device
+    patterns = tuple(dict.fromkeys(candidate.pattern for candidate in candidates if candidate.pattern))
     kind = partial(
         Kind,
         device_name=device_name(device),
@@ -66,12 +72,13 @@ def kinds_of(
         dtype=str(layer.weight.dtype),
         bias=layer.bias is not None,
         transposed=is_transposed(layer),
-        candidates=tuple(candidates),
+        candidates=tuple(candidate.name for candidate in candidates),
+        patterns=patterns,
         layout_tokens=max(site.calls, default=0),
         evict_cache=evict_cache,
         graphs=measure.graphs and _timing.is_gpu(device),
         keep_dense=keep_dense,
-        tiers=TierShares.of(layer).rounded() if "tiered" in candidates else None,
+        tiers=TierShares.of(layer).rounded() if "tiers" in patterns else None,
     )
     return [kind(tokens=tokens) for tokens in sorted(site.calls)]
 
@@ -90,7 +97,7 @@ def random_layer(kind: Kind, layer: nn.Linear) -> tuple[nn.Linear, Tensor]:
     weight = randn(rows, cols).div_(cols**0.5).to(dtype)
     if kind.tiers is not None:
         weight = kind.tiers.prune(weight, generator)
-    elif "2:4" in kind.candidates:
+    elif "2:4" in kind.patterns:
         weight = nm_prune(weight, 2, 4)[0]
     tensors: dict[str, Any] = {
         "weight": weight.t().contiguous() if kind.transposed else weight,

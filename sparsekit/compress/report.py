@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from .._json import write_json
 from .._table import table_lines
 from .._timing import Timing
+from .candidates import DENSE_COPY, DENSE_KERNELS
 from .table import grouped_rows, summary
 
 
@@ -44,28 +45,29 @@ class CompressLayerReport:
     @property
     def sparse(self) -> bool:
         """Whether it computes without the zeros of its weight, at some token count at least."""
-        return self.decision not in ("plain", "prepacked")
+        return self.decision not in DENSE_KERNELS
 
     def timing(self, tokens: int) -> Timing | None:
         """Returns the timing of what was chosen at a token count; where the layer stays, of its best sparse kernel."""
         found = {name: timing for name, timing in self.timings.get(tokens, {}).items() if timing is not None}
         if tokens in self.kernels:
             return found[self.kernels[tokens]]
-        sparse = [timing for name, timing in found.items() if name not in ("plain", "dense", "prepacked")]
-        return max(sparse, key=lambda timing: timing.ratio, default=found.get("prepacked"))
+        sparse = [timing for name, timing in found.items() if name not in (DENSE_COPY, *DENSE_KERNELS)]
+        dense = [timing for name, timing in found.items() if name in DENSE_KERNELS[1:]]
+        return max(sparse or dense, key=lambda timing: timing.ratio, default=None)
 
-    def seconds(self, kernel: str = "") -> float:
-        """Returns the time of all calls in the batches: of the layer as it is now, or with one kernel.
+    def seconds(self, *kernels: str) -> float:
+        """Returns the time of all calls in the batches: of the layer as it is now, or with the fastest of some kernels.
 
-        Where the kernel was not measured, or is slower than the plain layer, the plain layer's time counts.
+        Where none of them was measured, or all are slower than the plain layer, the plain layer's time counts.
         """
         total = 0.0
         for tokens, measured in self.timings.items():
             plain = measured.get("plain")
-            now = measured.get(kernel or self.kernels.get(tokens, "plain"))
-            taken = [timing.seconds for timing in (plain, now) if timing is not None]
+            others = [measured.get(name) for name in kernels or [self.kernels.get(tokens, "plain")]]
+            taken = [timing.seconds for timing in (plain, *others) if timing is not None]
             if taken:
-                total += self.calls[tokens] * (min(taken) if kernel else taken[-1])
+                total += self.calls[tokens] * (min(taken) if kernels else taken[-1])
         return total
 
 
@@ -103,15 +105,16 @@ class CompressReport:
     @property
     def speedup(self) -> float:
         """How many times faster the measured layers are than plain ones, over all calls in the batches; 1 if none."""
-        return self._over_plain("")
+        return self._over_plain()
 
     @property
     def dense_speedup(self) -> float:
-        """How many times faster they would be without any sparsity: prepacked where that is faster than plain."""
-        return self._over_plain("prepacked")
+        """How many times faster they would be without any sparsity: in a dense form where that is faster than plain."""
+        return self._over_plain(*DENSE_KERNELS)
 
-    def _over_plain(self, name: str) -> float:
-        plain, other = (sum(layer.seconds(each) for layer in self.layers) for each in ("plain", name))
+    def _over_plain(self, *kernels: str) -> float:
+        plain = sum(layer.seconds("plain") for layer in self.layers)
+        other = sum(layer.seconds(*kernels) for layer in self.layers)
         return plain / other if other else 1.0
 
     @property

@@ -68,7 +68,7 @@ class Trial:
         for tokens, measured in timings.items():
             for name in [name for name, timing in measured.items() if timing is None]:
                 self.wrong.setdefault(name, tokens)
-        self.has_copy = not candidate.dense and any(DENSE_COPY in measured for measured in timings.values())
+        self.has_copy = candidate.allows_copy and any(DENSE_COPY in measured for measured in timings.values())
         self.right = {
             tokens: {name: timing for name, timing in measured.items() if timing and name not in self.wrong}
             for tokens, measured in timings.items()

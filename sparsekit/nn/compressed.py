@@ -22,6 +22,8 @@ class Compressed(nn.Module):
     """
 
     unsupported_reason: ClassVar[str] = "it is compressed: call decompress_ first"
+    sparse: ClassVar[bool] = True  # whether it stores only some entries of its weight
+    lossy: ClassVar[bool] = False  # whether it multiplies by another weight than the layer that it replaces had
 
     in_features: int
     out_features: int
@@ -37,8 +39,13 @@ class Compressed(nn.Module):
         raise NotImplementedError
 
     def _parts(self) -> tuple[Tensor, ...]:
-        """Returns the tensors that the weight is stored in; the first one has the dtype of the weight."""
+        """Returns the tensors that the weight is stored in, all on one device."""
         raise NotImplementedError
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the dense weight."""
+        return self._parts()[0].dtype
 
     def resident_tensors(self) -> list[Tensor]:
         """Returns the tensors that hold the weight in memory, with every copy of it."""
@@ -105,7 +112,8 @@ class Compressed(nn.Module):
         """
         rows, cols = self.out_features, self.in_features
         shape, stride = ((cols, rows), (1, max(cols, 1))) if self.transposed else ((rows, cols), (max(cols, 1), 1))
-        return view_weight(self._unpack_oriented, self._parts(), shape, stride, self._training_error())
+        error = self._training_error()
+        return view_weight(self._unpack_oriented, self._parts(), shape, stride, self.weight_dtype, error)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -175,8 +183,7 @@ class Compressed(nn.Module):
         Args:
             fn: what ``nn.Module.to``, ``double`` and the like apply to every tensor of a model.
         """
-        stored = self._parts()[0]
-        dtype = fn(torch.empty(0, dtype=stored.dtype, device=stored.device)).dtype
+        dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self._parts()[0].device)).dtype
         if self.dtypes is None or dtype in self.dtypes:
             return None
         return (

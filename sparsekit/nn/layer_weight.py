@@ -14,7 +14,7 @@ from .tiered import TieredLinear
 
 def is_sparse(layer: nn.Module) -> bool:
     """Returns whether a layer keeps only some entries of its weight."""
-    return get_mask_bits(layer) is not None or isinstance(layer, Linear24 | TieredLinear)
+    return get_mask_bits(layer) is not None or (isinstance(layer, Compressed) and layer.sparse)
 
 
 def kept_entries(layer: nn.Module) -> Tensor | None:

@@ -33,6 +33,7 @@ class PrepackedLinear(Compressed):
     """
 
     packed: Tensor
+    sparse = False
     dtypes = None  # any, because the weight stays plain in a dtype that oneDNN does not reorder
 
     def __init__(

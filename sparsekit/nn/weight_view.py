@@ -26,11 +26,16 @@ class WeightView(Tensor):
 
     @staticmethod
     def of(
-        shape: Sequence[int], stride: Sequence[int], offset: int, like: Tensor, make: Callable[[], Tensor]
+        shape: Sequence[int],
+        stride: Sequence[int],
+        offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[[], Tensor],
     ) -> "WeightView":
-        """Returns a view of what ``make`` returns, with the dtype and device of ``like``."""
+        """Returns a view of what ``make`` returns."""
         view: WeightView = Tensor._make_wrapper_subclass(
-            WeightView, shape, strides=stride, storage_offset=offset, dtype=like.dtype, device=like.device
+            WeightView, shape, strides=stride, storage_offset=offset, dtype=dtype, device=device
         )
         view._make, view._meta = make, None
         return view
@@ -76,7 +81,8 @@ class WeightView(Tensor):
     @staticmethod
     @torch.inference_mode(False)  # torch rejects a view of an ordinary tensor that is an inference tensor
     def _view(meta: Tensor, base: "WeightView", make: Callable[[], Tensor]) -> "WeightView":
-        view = WeightView.of(meta.shape, meta.stride(), int(meta.storage_offset()), base, make)
+        offset = int(meta.storage_offset())
+        view = WeightView.of(meta.shape, meta.stride(), offset, base.dtype, base.device, make)
         view._meta = meta
         return view
 
@@ -126,6 +132,7 @@ def view_weight(
     parts: tuple[Tensor, ...],
     shape: tuple[int, int],
     stride: tuple[int, int],
+    dtype: torch.dtype,
     training_error: str | None,
 ) -> Tensor:
     """Returns a ``WeightView`` of ``unpack(*parts)``.
@@ -135,14 +142,15 @@ def view_weight(
 
     Args:
         unpack: makes the dense weight of ``parts``; differentiable.
-        parts: the tensors that the weight is packed in; the first one has its dtype and device.
+        parts: the tensors that the weight is packed in, on its device.
         shape: the shape of the weight.
         stride: the strides of the weight.
+        dtype: the dtype of the weight.
         training_error: the message of the error that computing a gradient of the weight raises; None if it raises none.
     """
     if torch.compiler.is_compiling() or is_jit_tracing() or torch._C._are_functorch_transforms_active():
         return unpack(*parts)
-    view = _differentiable_view(unpack, parts, shape, stride, training_error)
+    view = _differentiable_view(unpack, parts, shape, stride, dtype, training_error)
     view._parts = parts
     return view
 
@@ -162,20 +170,21 @@ def _differentiable_view(
     parts: tuple[Tensor, ...],
     shape: tuple[int, int],
     stride: tuple[int, int],
+    dtype: torch.dtype,
     training_error: str | None,
 ) -> WeightView:
     if training_error is None and not any(part.requires_grad for part in parts):
-        return _view_of_parts(unpack, parts, shape, stride)
+        return _view_of_parts(unpack, parts, shape, stride, dtype)
     # With an input that requires a gradient, the backward pass calls _Unpack.backward, which raises the error.
     wanted = None if training_error is None else torch.empty(0, device=parts[0].device, requires_grad=True)
-    return _Unpack.apply(unpack, shape, stride, training_error, wanted, *parts)
+    return _Unpack.apply(unpack, shape, stride, dtype, training_error, wanted, *parts)
 
 
 def _view_of_parts(
-    unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int]
+    unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int], dtype: torch.dtype
 ) -> WeightView:
     held = [part.detach() for part in parts]  # the data of a Parameter may be replaced later
-    return WeightView.of(shape, stride, 0, parts[0], lambda: unpack(*held))
+    return WeightView.of(shape, stride, 0, dtype, held[0].device, lambda: unpack(*held))
 
 
 class _Unpack(torch.autograd.Function):
@@ -185,13 +194,14 @@ class _Unpack(torch.autograd.Function):
         unpack: Unpack,
         shape: tuple[int, int],
         stride: tuple[int, int],
+        dtype: torch.dtype,
         training_error: str | None,
         _: Tensor | None,
         *parts: Tensor,
     ) -> Tensor:
         ctx.unpack, ctx.training_error = unpack, training_error
         ctx.save_for_backward(*parts)
-        return _view_of_parts(unpack, parts, shape, stride)
+        return _view_of_parts(unpack, parts, shape, stride, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -202,7 +212,7 @@ class _Unpack(torch.autograd.Function):
             dense = ctx.unpack(*parts)
         trained = [part for part in parts if part.requires_grad]
         gradients = iter(torch.autograd.grad(dense, trained, grad, create_graph=torch.is_grad_enabled()))
-        return *[None] * 5, *(next(gradients) if part.requires_grad else None for part in parts)
+        return *[None] * 6, *(next(gradients) if part.requires_grad else None for part in parts)
 
 
 def _changes(func: Any, weight: Any, value: Any = None) -> bool:
