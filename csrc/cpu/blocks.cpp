@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> tier_prune(Tensor weight, Tensor tiers, int64
   Tensor scores = empty(weight, shape_of(tiers), ScalarType::Float);
   if (weight.numel() == 0) return {pruned, mask, scores};
   const Rows rows = rows_of(weight);
-  tiers = torch::stable::contiguous(tiers);
+  tiers = in_order(tiers);
   const TierPruneArgs args{.weight = weight.const_data_ptr(),
                            .weight_stride = rows.stride,
                            .tiers = static_cast<const uint8_t*>(tiers.const_data_ptr()),

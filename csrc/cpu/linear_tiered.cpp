@@ -8,7 +8,7 @@ namespace sparsekit {
 namespace {
 
 const void* data(Tensor& tensor) {
-  tensor = torch::stable::contiguous(tensor);
+  tensor = in_order(tensor);
   return tensor.const_data_ptr();
 }
 
@@ -22,14 +22,35 @@ bool counts_blocks(const int32_t* starts, int64_t rows, const std::array<int64_t
   return right;
 }
 
+// Whether the tensors of a weight and its bias belong together and fit x.
+bool fit(const Tensor& x, const Tensor& tiers, const Tensor& dense, const Tensor& values, const Tensor& bitmask,
+         const Tensor& topk, const Tensor& positions, const Tensor& starts, const std::optional<Tensor>& bias,
+         int64_t rows) {
+  if (!x.is_cpu() || x.dim() == 0 || dense.dim() != 3 || topk.dim() != 2) return false;
+  const ScalarType dtype = x.scalar_type();
+  const int64_t block_rows = dense.size(1), block_cols = dense.size(2), stored = values.size(0);
+  if (block_rows < 1 || block_cols < 1) return false;
+  const int64_t down = (rows + block_rows - 1) / block_rows;
+  const int64_t across = (x.size(x.dim() - 1) + block_cols - 1) / block_cols;
+  return is_like(tiers, ScalarType::Byte, {down, across}) &&
+         is_like(dense, dtype, {dense.size(0), block_rows, block_cols}) &&
+         is_like(values, dtype, {stored, block_rows, block_cols / 2}) &&
+         is_like(bitmask, ScalarType::Byte, {stored, block_rows, block_cols / 8}) &&
+         is_like(topk, dtype, shape_of(topk)) &&
+         is_like(positions, block_rows * block_cols <= 256 ? ScalarType::Byte : ScalarType::Short, shape_of(topk)) &&
+         is_like(starts, ScalarType::Int, {down + 1, 3}) && (!bias || is_like(*bias, dtype, {rows}));
+}
+
 Tensor linear_tiered(Tensor x, Tensor tiers, Tensor dense, Tensor values, Tensor bitmask, Tensor topk, Tensor positions,
                      Tensor starts, std::optional<Tensor> bias, int64_t out_features) {
+  STD_TORCH_CHECK(fit(x, tiers, dense, values, bitmask, topk, positions, starts, bias, out_features),
+                  "linear_tiered: the tensors of the weight and the bias must fit x");
   std::vector<int64_t> shape = shape_of(x);
   const int64_t cols = shape.back();
   shape.back() = out_features;
   Tensor y = empty(x, shape, x.scalar_type());
   if (y.numel() == 0) return y;
-  starts = torch::stable::contiguous(starts);
+  starts = in_order(starts);
   const auto* counts = static_cast<const int32_t*>(starts.const_data_ptr());
   if (!counts_blocks(counts, tiers.size(0), {dense.size(0), values.size(0), topk.size(0)}))
     throw std::invalid_argument("linear_tiered: starts must count the stored blocks, from 0, row by row of blocks");

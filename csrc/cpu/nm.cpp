@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> nm_prune(Tensor weight, int64_t n, int64_t m, std::op
 
 Tensor nm_prune_(Tensor weight, int64_t n, int64_t m, std::optional<Tensor> scale) {
   if (rows_in_place(weight)) return masked(weight, n, m, scale, &weight);
-  Tensor copy = torch::stable::contiguous(weight);
+  Tensor copy = in_order(weight);
   Tensor mask = masked(copy, n, m, scale, &copy);
   torch::stable::copy_(weight, copy);
   return mask;

@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor> prune_pack24(Tensor weight, std::optional<Tensor> sca
 Tensor unpack24(Tensor values, Tensor bitmask, int64_t cols) {
   Tensor weight = empty(values, {values.size(0), cols}, values.scalar_type());
   if (weight.numel() == 0) return weight;
-  values = torch::stable::contiguous(values);
-  bitmask = torch::stable::contiguous(bitmask);
+  values = in_order(values);
+  bitmask = in_order(bitmask);
   const Unpack24Args args{.values = values.const_data_ptr(),
                           .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()),
                           .weight = weight.mutable_data_ptr(),
@@ -95,13 +95,18 @@ Tensor unpack24(Tensor values, Tensor bitmask, int64_t cols) {
 
 Tensor linear24(Tensor x, Tensor values, Tensor bitmask, std::optional<Tensor> bias) {
   std::vector<int64_t> shape = shape_of(x);
+  STD_TORCH_CHECK(!shape.empty() && values.dim() == 2, "linear24: x must have a dimension, and values two");
   const int64_t cols = shape.back(), rows = values.size(0);
+  STD_TORCH_CHECK(x.is_cpu() && is_like(values, x.scalar_type(), {rows, values_per_row(cols)}) &&
+                      is_like(bitmask, ScalarType::Byte, {rows, bytes_per_row(cols)}) &&
+                      (!bias || is_like(*bias, x.scalar_type(), {rows})),
+                  "linear24: values, bitmask and bias must fit x");
   shape.back() = rows;
   Tensor y = empty(x, shape, x.scalar_type());
   if (y.numel() == 0) return y;
-  x = torch::stable::contiguous(x);
-  values = torch::stable::contiguous(values);
-  bitmask = torch::stable::contiguous(bitmask);
+  x = in_order(x);
+  values = in_order(values);
+  bitmask = in_order(bitmask);
   const Linear24Args args{.x = x.const_data_ptr(),
                           .values = values.const_data_ptr(),
                           .bitmask = static_cast<const uint8_t*>(bitmask.const_data_ptr()),

@@ -7,8 +7,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> sparsegpt_columns(Tensor weight, Tensor factor, std::optional<Tensor> given, int64_t n,
                                                    int64_t m) {
   const FloatMode exact(FloatMode::kExact);
-  weight = torch::stable::contiguous(weight);
-  factor = torch::stable::contiguous(factor);
+  weight = in_order(weight);
+  factor = in_order(factor);
   const std::vector<int64_t> shape = shape_of(weight);
   Tensor pruned = empty(weight, shape, ScalarType::Float), error = empty(weight, shape, ScalarType::Float);
   Tensor mask = empty(weight, shape, ScalarType::Bool);

@@ -1,4 +1,5 @@
-// Turns tensors into the arguments of kernels. Shapes and dtypes are checked in Python, before the dispatcher.
+// Turns tensors into the arguments of kernels. Shapes and dtypes are checked in Python, before the dispatcher; those of
+// the products that layers call also here.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -37,9 +38,32 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
-// A new contiguous tensor on the device of `like`.
+// A new contiguous tensor on the device of `like`. torch::stable::new_empty does the same and looks its op up by name.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t dim = shape.size(); dim-- > 0; stride *= std::max<int64_t>(1, shape[dim])) strides[dim] = stride;
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), code, device_type, like.get_device_index(),
+                                                         &tensor));
+  return Tensor(tensor);
+}
+
+// The tensor itself if it is contiguous, else a copy that is. torch::stable::contiguous looks its op up by name.
+inline Tensor in_order(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Whether a tensor is on the CPU and has this dtype and shape. Layers call the products of their weights without any
+// check in Python, which would take longer than a small product, so these kernels check what they read.
+inline bool is_like(const Tensor& tensor, ScalarType dtype, const std::vector<int64_t>& shape) {
+  const auto sizes = tensor.sizes();
+  return tensor.scalar_type() == dtype && tensor.is_cpu() && sizes.size() == shape.size() &&
+         std::equal(shape.begin(), shape.end(), sizes.begin());
 }
 
 // A tensor of one or more dimensions as rows that are `stride` elements apart, each contiguous.
@@ -75,7 +99,7 @@ inline Rows rows_of(Tensor& tensor) {
 template <class T>
 const T* contiguous_data(std::optional<Tensor>& tensor) {
   if (!tensor) return nullptr;
-  tensor = torch::stable::contiguous(*tensor);
+  tensor = in_order(*tensor);
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 

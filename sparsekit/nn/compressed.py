@@ -8,7 +8,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..ops._define import DTYPES
+from ..ops._define import DTYPES, can_call_directly
 from .common import carry_mask, fx_node, oriented
 from .weight_view import is_view_of, view_weight
 
@@ -60,6 +60,17 @@ class Compressed(nn.Module):
         """Computes ``forward`` for an input that is not nested."""
         raise NotImplementedError
 
+    def _multiply_directly(self, input: Tensor) -> Tensor | None:
+        """Computes ``forward`` where torch adds nothing to a call, with as few steps in Python as it can.
+
+        The input has ``in_features`` columns; nothing else is known of it, nor that the tensors of the layer fit.
+
+        Returns:
+            The result; None where only ``_multiply`` can compute it. Where this raises, ``_multiply`` is called too,
+            and raises an error that says what does not fit.
+        """
+        return None
+
     def _training_error(self) -> str | None:
         """Returns the error message if training mode asks for a gradient that the weight cannot have; else None."""
         if not (self.training and self.frozen):
@@ -80,6 +91,13 @@ class Compressed(nn.Module):
             input: ``[..., in_features]``, dense or nested.
         """
         if type(input) is Tensor and not input.is_nested:
+            if can_call_directly():
+                try:
+                    output = self._multiply_directly(input) if input.shape[-1] == self.in_features else None
+                except Exception:
+                    output = None
+                if output is not None:
+                    return output
             return self._multiply(input)
         if isinstance(input, torch.fx.Proxy):
             return fx_node(self, input)

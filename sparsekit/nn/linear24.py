@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..masks import get_mask
 from ..ops import Packed24, linear24, nm_mask, pack24, unpack_bits
 from ..ops._define import DTYPES, call_op, check_like, check_weight, is_jit_tracing
+from ..ops._kernels import call_kernel
 from .common import autocast_dtype, carry_mask, oriented
 from .compressed import Compressed, weight_of
 
@@ -110,6 +111,10 @@ class Linear24(Compressed):
     def _unpack(self, *parts: Tensor) -> Tensor:
         values, bitmask = parts
         return call_op(UNPACK24, values, bitmask, self.in_features)
+
+    def _multiply_directly(self, input: Tensor) -> Tensor | None:
+        parameters = self._parameters  # nn.Module takes 1 us to look up a parameter as an attribute
+        return call_kernel(LINEAR24, input, parameters["values"], self._buffers["bitmask"], parameters["bias"])
 
     def _multiply(self, input: Tensor) -> Tensor:
         values: Tensor = self.values

@@ -80,6 +80,9 @@ class PrepackedLinear(Compressed):
     def _unpack(self, *parts: Tensor) -> Tensor:
         return prepacked_dense(*parts)
 
+    def _multiply_directly(self, input: Tensor) -> Tensor | None:
+        return prepacked_linear(input, self.packed, self._parameters["bias"]) if self.reordered else None
+
     def _multiply(self, input: Tensor) -> Tensor:
         self._check_training()
         if self.reordered and is_jit_tracing():

@@ -92,7 +92,6 @@ class Routed(Compressed):
     reordered = False  # whether oneDNN reordered the copy; read once, because a traced tensor does not tell
     packed_weights: Sequence[Tensor] = ()  # the tensors of the sparse weight that were packed
     stamp: Stamp = ()  # of these when they were packed
-    device_type = "cpu"
 
     def follow(self: Layer, plan: Plan) -> Layer:
         """Packs the weight for ``plan``, by which the layer multiplies from then on; returns the layer itself."""
@@ -126,19 +125,14 @@ class Routed(Compressed):
             self.copy = in_memory_of(old, prepack(self._dense(), self.plan.routes[-1].max_tokens))
             self.reordered = self.copy.is_mkldnn
         self.packed_weights, self.stamp, self.ready_for = weights, stamp_of(weights), weight.dtype
-        self.device_type = "cpu" if weight.is_meta else weight.device.type  # there is no autocast on the meta device
 
     # A small call on a GPU takes as long as the host needs to start it, which is 3 us for `nn.Linear`. So this and
     # `run` look up as little as they can.
-    def _multiply(self, input: Tensor) -> Tensor:
-        if (
-            (torch.is_grad_enabled() and self._needs_gradient())
-            or input.dtype != self.ready_for
-            or torch.is_autocast_enabled(self.device_type)
-            or is_jit_tracing()
-        ):
-            return self._multiply_slow_path(input)
-        return self._multiply_by_plan(input)
+    def _multiply_directly(self, input: Tensor) -> Tensor | None:
+        route = self._route(input) if input.dtype == self.ready_for else None
+        if route is None or self._is_sparse(route):
+            return super()._multiply_directly(input)
+        return self.run(route, input)
 
     def _needs_gradient(self) -> bool:
         """Returns whether gradients reach the weight; raises RuntimeError if they should and cannot."""
@@ -149,23 +143,29 @@ class Routed(Compressed):
                 return True
         return False
 
-    def _multiply_slow_path(self, input: Tensor) -> Tensor:
-        """Multiplies with gradients of the weight, under autocast, in a trace, or where the plan does not hold."""
+    def _multiply(self, input: Tensor) -> Tensor:
         trained = torch.is_grad_enabled() and self._needs_gradient()
         dtype = autocast_dtype(input) or input.dtype
         if trained or dtype != self.ready_for or is_jit_tracing():
             return super()._multiply(input)
-        return self._multiply_by_plan(input.to(dtype))
+        x = input.to(dtype)
+        route = self._route(x)
+        return super()._multiply(x) if route is None else self.run(route, x)  # which rejects a wrong shape
 
-    def _multiply_by_plan(self, x: Tensor) -> Tensor:
+    def _route(self, x: Tensor) -> Route | None:
+        """Returns the route of the plan for the tokens of ``x``; None without a plan, or for a wrong shape."""
         plan, in_features = self.plan, self.in_features
         if plan is None or x.shape[-1:] != (in_features,) or in_features == 0:
-            return super()._multiply(x)  # rejects a wrong shape, which might fit a padded weight
+            return None  # a wrong shape might fit a padded weight
         tokens = x.numel() // in_features
         for route in plan.routes:
             if tokens <= route.max_tokens:
                 break
-        return self.run(route, x)
+        return route
+
+    def _is_sparse(self, route: Route) -> bool:
+        """Returns whether a route multiplies as the sparse layer does."""
+        return route.kernel == "sparse"
 
     def run(self, route: Route, x: Tensor) -> Tensor:
         """Multiplies ``x``, which has the weight's dtype and columns, by the kernel of one route.

@@ -43,11 +43,14 @@ class RoutedLinear24(Routed, Linear24):
             self.values.data = head[: self.out_features, : self.values.shape[1]]
         super()._prepare()
 
+    def _is_sparse(self, route: Route) -> bool:
+        return route.kernel == "sparse" and not self.on_gpu
+
     # To start a kernel on a GPU sooner, this reads parameters from their dictionary, and calls the ops without checking
     # the weight, which was checked when it was packed.
     def run(self, route: Route, x: Tensor) -> Tensor:
         kernel = route.kernel
-        if kernel == "dense" or (kernel == "sparse" and not self.on_gpu):
+        if kernel == "dense" or self._is_sparse(route):
             return super().run(route, x)
         parameters = self._parameters
         values = parameters["values"] if "values" in parameters else None

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..masks import get_mask, tier_sizes
 from ..ops import TieredWeight, linear_tiered, pack_tiered
-from ..ops._define import DTYPES, call_op, is_jit_tracing
+from ..ops._define import is_jit_tracing
+from ..ops._kernels import call_kernel
 from ..ops.tiered import block_starts, check_packed, unpack_blocks
 from .common import autocast_dtype, carry_mask, oriented
 from .compressed import Compressed, weight_of
@@ -131,43 +132,31 @@ class TieredLinear(Compressed):
         tensors = dict(zip(PARTS, parts, strict=True))
         return TieredWeight(**tensors, shape=(self.out_features, self.in_features))
 
-    # Calls the op itself: the checks of linear_tiered take 16 us, much of a small call, and the weight was checked when
-    # the layer was made.
-    def _multiply(self, input: Tensor) -> Tensor:
-        # A parametrization, FSDP and DataParallel turn what was registered into plain attributes.
-        parameters, buffers = self._parameters, self._buffers or vars(self)
-        names = (*TRAINED, "bias")
-        tensors: list[Any] = [parameters[name] if name in parameters else getattr(self, name) for name in names]
-        tensors.insert(0, input)
-        if (dtype := autocast_dtype(input)) is not None:
-            tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-        if not is_jit_tracing() and not self._can_multiply(*tensors):
-            return linear_tiered(input, self.packed, self.bias)  # raises the error
-        input, dense, values, topk, bias = tensors
-        return call_op(
+    def _multiply_directly(self, input: Tensor) -> Tensor | None:
+        parameters, buffers = self._parameters, self._buffers
+        return call_kernel(
             LINEAR_TIERED,
             input,
             buffers["tiers"],
-            dense,
-            values,
+            parameters["dense"],
+            parameters["values"],
             buffers["bitmask"],
-            topk,
+            parameters["topk"],
             buffers["positions"],
             buffers["starts"],
-            bias,
+            parameters["bias"],
             self.out_features,
         )
 
-    def _can_multiply(self, x: Tensor, dense: Tensor, values: Tensor, topk: Tensor, bias: Tensor | None) -> bool:
-        dtype, device, starts = x.dtype, x.device, self.starts
-        return (
-            x.shape[-1:] == (self.in_features,)
-            and dtype in DTYPES
-            and dtype == dense.dtype == values.dtype == topk.dtype
-            and starts is not None
-            and device == dense.device == starts.device
-            and (bias is None or (bias.dtype == dtype and bias.device == device and bias.shape == (self.out_features,)))
-        )
+    def _multiply(self, input: Tensor) -> Tensor:
+        packed = self.packed
+        bias: Tensor | None = self.bias
+        if (dtype := autocast_dtype(input)) is not None:
+            input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+            packed = packed._replace(**{name: getattr(packed, name).to(dtype) for name in TRAINED})
+        if is_jit_tracing():
+            return LINEAR_TIERED(input, *packed.tensors, bias, self.out_features)
+        return linear_tiered(input, packed, bias)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

@@ -47,7 +47,7 @@ def define(
     stem = reference.__module__.rpartition(".")[2]
     reference = without_autocast(reference)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparsekit::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"sparsekit::{name}", _refusing_real_tensors(fake), lib=LIBRARY)
     op = getattr(torch.ops.sparsekit, name).default
     if mutates:
         written = [i for i, each in enumerate(op._schema.arguments) if each.name in mutates]
@@ -94,6 +94,18 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def _refusing_real_tensors(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a fake so that it refuses a mix of tensors on the meta device and others, for which it has no data."""
+
+    @wraps(fake)
+    def run(*args: Any) -> Any:
+        if real := [arg for arg in args if type(arg) in (Tensor, torch.nn.Parameter) and not arg.is_meta]:
+            raise ValueError(f"all tensors must be on the meta device where one is, got one on {real[0].device}")
+        return fake(*args)
+
+    return run
+
+
 def _raising_versions(op: Any, written: list[int]) -> Callable[..., Any]:
     def run(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         for i in written:
@@ -127,6 +139,17 @@ def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():  # the op's autograd layer is Python: 9 us, a third of a small call
         return op(*args)
+
+
+def can_call_directly() -> bool:
+    """Returns whether torch adds nothing to a call: no gradient, autocast, transform, trace or compilation."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or is_jit_tracing()
+    )
 
 
 def check_weight(name: str, tensor: Tensor, dim: int | None = None) -> None:

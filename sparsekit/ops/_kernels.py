@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _native
 from .._native import SlowKernelsWarning as SlowKernelsWarning
 from ._define import DECLARED, LIBRARY, without_autocast
 
 NATIVE = _native.load()
+COMPILED = NATIVE == "loaded"
 _FUNCTION = re.compile(r"^def (\w+)\(", re.MULTILINE)
 
 
@@ -48,6 +50,21 @@ def find_launchers() -> set[str]:
         stem: set(_FUNCTION.findall(file.read_text(encoding="utf-8"))) for stem, file in files.items() if file.exists()
     }
     return {op for op, declared in DECLARED.items() if op in functions.get(declared.stem, ())}
+
+
+def call_kernel(op: Any, x: Tensor, *args: Any) -> Tensor | None:
+    """Calls the compiled CPU kernel of a product, below autograd and without any check of the arguments in Python.
+
+    Returns:
+        What the kernel computes; None where there is none, or ``x`` is on another device.
+
+    Raises:
+        RuntimeError, ValueError: the tensors do not fit together, or are on two devices. The kernel does not say why; the public function of the op does.
+    """
+    if not COMPILED or not x.is_cpu:
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        return op._op(x, *args)
 
 
 def _slow(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from ._define import call_op, define, define_gradient
 def prepacked_linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     if not packed.is_mkldnn or torch._C._are_functorch_transforms_active():
         return F.linear(x, _prepacked_dense(packed), bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
 def prepacked_dense_reference(packed: Tensor) -> Tensor:
@@ -92,4 +92,4 @@ def prepacked_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> T
     grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if grad or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return call_op(_prepacked_linear, x, packed, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
