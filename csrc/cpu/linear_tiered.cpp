@@ -26,7 +26,8 @@ bool counts_blocks(const int32_t* starts, int64_t rows, const std::array<int64_t
 bool fit(const Tensor& x, const Tensor& tiers, const Tensor& dense, const Tensor& values, const Tensor& bitmask,
          const Tensor& topk, const Tensor& positions, const Tensor& starts, const std::optional<Tensor>& bias,
          int64_t rows) {
-  if (!x.is_cpu() || x.dim() == 0 || dense.dim() != 3 || topk.dim() != 2) return false;
+  if (!x.is_cpu() || x.dim() == 0 || dense.dim() != 3 || values.dim() != 3 || topk.dim() != 2)
+    return false;
   const ScalarType dtype = x.scalar_type();
   const int64_t block_rows = dense.size(1), block_cols = dense.size(2), stored = values.size(0);
   if (block_rows < 1 || block_cols < 1) return false;

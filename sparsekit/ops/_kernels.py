@@ -59,7 +59,8 @@ def call_kernel(op: Any, x: Tensor, *args: Any) -> Tensor | None:
         What the kernel computes; None where there is none, or ``x`` is on another device.
 
     Raises:
-        RuntimeError, ValueError: the tensors do not fit together, or are on two devices. The kernel does not say why; the public function of the op does.
+        RuntimeError, ValueError: the tensors do not fit together, or are on two devices. The public function of the op
+            says what does not fit.
     """
     if not COMPILED or not x.is_cpu:
         return None
