@@ -52,6 +52,9 @@ Packed weights and their products
     prune_pack24                 Prunes a weight to 2:4 and packs it.
     Packed24                     A packed 2:4 weight.
     linear24                     Multiplies by a packed 2:4 weight, with gradients.
+    pack_conv24                  Packs a convolution's weight that is 2:4 along its input channels.
+    PackedConv24                 A packed 2:4 weight of a convolution.
+    conv2d24                     Convolves with a packed 2:4 weight, with gradients.
     pack_tiered                  Packs a weight whose blocks are dense, 2:4 or top-k.
     TieredWeight                 A packed weight of such blocks.
     linear_tiered                Multiplies by a packed weight of such blocks, with gradients.
@@ -81,9 +84,11 @@ from .checkpoint import load, save
 from .compress import CompressReport, Measure, compress_, decompress_
 from .ops import (
     Packed24,
+    PackedConv24,
     TieredWeight,
     block_scores,
     block_topk_mask,
+    conv2d24,
     linear24,
     linear_tiered,
     nm_mask,
@@ -91,6 +96,7 @@ from .ops import (
     nm_prune,
     nm_prune_,
     pack24,
+    pack_conv24,
     pack_tiered,
     prune_pack24,
     tier_prune,
@@ -123,6 +129,7 @@ __all__ = [
     "Magnitude",
     "Measure",
     "Packed24",
+    "PackedConv24",
     "PruneReport",
     "SparseGPT",
     "SparseTraining",
@@ -134,6 +141,7 @@ __all__ = [
     "block_topk_mask",
     "compress",
     "compress_",
+    "conv2d24",
     "decompress_",
     "from_sparse_semi_structured",
     "keep_masks",
@@ -147,6 +155,7 @@ __all__ = [
     "nn",
     "ops",
     "pack24",
+    "pack_conv24",
     "pack_tiered",
     "prune",
     "prune_",

@@ -81,6 +81,10 @@ def op_calls(dtype):
     scale, tiers = torch.rand(20), torch.tensor([[0, 1, 2]], dtype=torch.uint8)
     values, bits, _ = sk.pack24(pruned, mask)
     tiered = sk.pack_tiered(torch.randn(20, 20).to(dtype) * (torch.rand(20, 20) < 0.3), block=(8, 8))
+    convolution = sk.pack_conv24(
+        sk.nm_prune(torch.randn(63, 20).to(dtype), 2, 4)[0].view(7, 3, 3, 20).permute(0, 3, 1, 2)
+    )
+    image = torch.randn(2, 20, 6, 5).to(dtype)
     single, factor = torch.randn(6, 8), torch.linalg.cholesky(torch.eye(8) + 0.1).t().contiguous()
     calls = {
         "nm_mask": lambda: sk.nm_mask(weight, 2, 4),
@@ -103,6 +107,7 @@ def op_calls(dtype):
         "linear_tiered": lambda: sk.linear_tiered(x, tiered),
         "linear_tiered_many": lambda: sk.linear_tiered(many, tiered),
         "linear_tiered_reference": lambda: _linear_tiered._op_dk(REFERENCE, x, *tiered.tensors, None, 20),
+        "conv2d24": lambda: sk.conv2d24(image, convolution, padding=1),
         "sparsegpt_columns": lambda: sk.ops.sparsegpt_columns(single, factor),
         "train_prune24": lambda: train_prune24(weight, transposable=True),
         "pack_bits": lambda: sk.ops.pack_bits(mask),

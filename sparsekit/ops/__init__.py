@@ -4,6 +4,7 @@ from ._kernels import SlowKernelsWarning, backends, force_simd, simd_level, simd
 from ._kernels import register_kernels as _register_kernels
 from .bits import pack_bits, unpack_bits
 from .blocks import block_scores, block_topk_mask
+from .conv24 import PackedConv24, conv2d24, pack_conv24
 from .hardware24 import from_hardware24, hardware_multiple, prune_to_hardware24, to_hardware24
 from .hardware24_both import prune_both_to_hardware24
 from .hardware_linear24 import hardware_linear24
@@ -20,11 +21,13 @@ from .transposable import transposable_mask24
 
 __all__ = [
     "Packed24",
+    "PackedConv24",
     "SlowKernelsWarning",
     "TieredWeight",
     "backends",
     "block_scores",
     "block_topk_mask",
+    "conv2d24",
     "force_simd",
     "from_hardware24",
     "hardware_layouts",
@@ -38,6 +41,7 @@ __all__ = [
     "nm_prune_",
     "pack24",
     "pack_bits",
+    "pack_conv24",
     "pack_hardware24",
     "pack_tiered",
     "prune_both_to_hardware24",

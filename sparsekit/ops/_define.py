@@ -122,10 +122,29 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Computes in float64 if PyTorch is set to multiply float32 in TF32 or bfloat16; that setting holds for all threads.
     """
     cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
-    settings: tuple[Any, ...] = (cuda.matmul, mkldnn.matmul, mkldnn, torch.backends)  # type: ignore[attr-defined]
-    exact = all(each.fp32_precision in ("none", "ieee") for each in settings)
-    dtype = torch.float32 if exact else torch.float64
+    dtype = _exact_dtype(cuda.matmul, mkldnn.matmul, mkldnn)  # type: ignore[attr-defined]
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def conv_fp32(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Computes ``F.conv2d`` as ``linear_fp32`` computes ``F.linear``; the result is contiguous."""
+    backend: Any = torch.backends.cudnn if x.is_cuda else torch.backends.mkldnn  # cuDNN is set to TF32 by default
+    dtype = _exact_dtype(backend.conv, backend)
+    inputs = x.to(dtype).contiguous(), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return F.conv2d(*inputs, stride, padding, dilation).to(x.dtype).contiguous()
+
+
+def _exact_dtype(*settings: Any) -> torch.dtype:
+    """Returns float32 if PyTorch multiplies all digits of it, by these settings and the one for all; else float64."""
+    exact = all(each.fp32_precision in ("none", "ieee") for each in (*settings, torch.backends))
+    return torch.float32 if exact else torch.float64
 
 
 def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
