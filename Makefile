@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 TORCH := $(shell grep '^torch==' constraints.txt)
 ARGS ?=
 
-.PHONY: help demo tiers test test-slow test-all bench gpu lint wheel sanitize clean
+.PHONY: help demo tiers test test-slow test-all bench rivals gpu lint wheel sanitize clean
 
 help:
 	@echo 'make demo       train a small language model, make it 2:4 sparse, run it faster than dense'
@@ -16,13 +16,14 @@ help:
 	@echo 'make test       run the test suite without slow tests (under 6 minutes on 2 cores)'
 	@echo 'make test-all   run the whole test suite (under 20 minutes)'
 	@echo 'make bench      time every op against its baselines, write bench/results/ (under 10 minutes)'
+	@echo 'make rivals     time whole models against ONNX Runtime, OpenVINO and torch.compile (about 30 minutes)'
 	@echo 'make gpu        on a machine with a GPU: build into $$(PYTHON) itself, measure (under 6 minutes), test'
 	@echo 'make lint       ruff format, ruff check, mypy'
 	@echo 'make wheel      build the wheel and the source distribution into dist/'
 	@echo 'make sanitize   run the C++ tests under ASan and UBSan'
 	@echo 'make clean      remove all build products, keep $(VENV)'
 	@echo
-	@echo 'ARGS="..." is passed on to demo, tiers, test and gpu. PYTHON=python3.12 chooses the Python. SPARSEKIT_NATIVE=1'
+	@echo 'ARGS="..." is passed on to demo, tiers, test, rivals and gpu. PYTHON=python3.12 chooses the Python. SPARSEKIT_NATIVE=1'
 	@echo 'requires the compiled kernels, 0 never builds them. For a torch without CUDA, a tenth of the download:'
 	@echo '  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
 
@@ -54,6 +55,12 @@ test-all: test test-slow
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
+
+# The other libraries have an environment of their own, because they pin versions of what they share with the tests.
+rivals:
+	@$(MAKE) --no-print-directory VENV=.venv-rivals .venv-rivals/.sparsekit-installed
+	@.venv-rivals/bin/python -m pip install -q -c constraints.txt -r bench/rivals/requirements.txt
+	.venv-rivals/bin/python -m bench.rivals $(ARGS)
 
 # A build that fails does not prevent the measurements, nor does a failing test. Only files with tests for a GPU are
 # collected, because importing the others may need packages that are not installed here.

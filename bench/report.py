@@ -1,4 +1,7 @@
-"""Renders result files as the tables of the README: `python -m bench.report [results/<device>.json]`."""
+"""Renders result files as the tables of the README: `python -m bench.report [results/<device>.json]`.
+
+Without a file it renders all of them, and writes the table of rivals to README and the page docs/rivals.md.
+"""
 
 import datetime
 import json
@@ -12,8 +15,11 @@ from pathlib import Path
 
 from .gpu import table as gpu
 from .gpu.table import table as _table
+from .rivals import table as rivals
 
 RESULTS = Path(__file__).parent / "results"
+README, RIVALS = (RESULTS.parents[1] / name for name in ("README.md", "docs/rivals.md"))
+BEGIN, END = "<!-- rivals: written by python -m bench.report -->\n", "<!-- end of rivals -->"
 
 
 def cpu_name() -> str:
@@ -43,8 +49,8 @@ def write(path: Path, report: dict) -> None:
 
 
 def slug(report: dict) -> str:
-    """Returns the name of a result file: ``methods`` if it is of methods, the device, and on a CPU the SIMD level."""
-    kind = "methods" if report.get("kind") == "methods" else ""
+    """Returns the name of a result file: of methods or rivals the kind, the device, and on a CPU the SIMD level."""
+    kind = report["kind"] if report.get("kind") in ("methods", "rivals") else ""
     return re.sub(r"[^a-z0-9]+", "-", f"{kind} {report['device']} {report.get('simd', '')}".lower()).strip("-")
 
 
@@ -54,6 +60,8 @@ def render(report: dict) -> str:
         return gpu.render(report)
     if report.get("kind") == "methods":
         return _methods(report)
+    if report.get("kind") == "rivals":
+        return rivals.short(report)
     steps = [row for row in report["rows"] if "step" in row]
     memory = [row for row in report["rows"] if "step" not in row and "tokens" not in row]
     linear = [row for row in report["rows"] if "tokens" in row]
@@ -154,6 +162,14 @@ def render_gpus(reports: Iterable[dict]) -> str:
     return "\n".join(map(render, (each for each in reports if each.get("kind") == "gpu"))) or gpu.unmeasured()
 
 
+def rivals_pages(reports: Iterable[dict], readme: str) -> tuple[str, str]:
+    """Returns README with the short tables of rivals between their markers, and the page docs/rivals.md."""
+    measured = [each for each in reports if each.get("kind") == "rivals"]
+    before, _, rest = readme.partition(BEGIN)
+    text = "\n".join(map(rivals.short, measured)) or "Not measured yet.\n"
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", rivals.page(measured)
+
+
 def main() -> None:
     paths = [Path(path) for path in sys.argv[1:]] or sorted(RESULTS.glob("*.json"))
     reports = [json.loads(path.read_text()) for path in paths]
@@ -161,6 +177,10 @@ def main() -> None:
         if report.get("kind") != "gpu":
             print(render(report))
     print(render_gpus(reports), end="")
+    if not sys.argv[1:]:
+        readme, page = rivals_pages(reports, README.read_text(encoding="utf-8"))
+        README.write_text(readme, encoding="utf-8")
+        RIVALS.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
