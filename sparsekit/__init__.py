@@ -55,6 +55,12 @@ Packed weights and their products
     pack_conv24                  Packs a convolution's weight that is 2:4 along its input channels.
     PackedConv24                 A packed 2:4 weight of a convolution.
     conv2d24                     Convolves with a packed 2:4 weight, with gradients.
+    quantize24                   Quantizes a packed 2:4 weight to 8 or 4 bits.
+    QuantizedWeight24            A quantized 2:4 weight.
+    linear24q                    Multiplies by a quantized 2:4 weight.
+    tile24                       Rearranges a quantized 2:4 weight for ``linear24q_int8``.
+    TiledWeight24                A quantized 2:4 weight in that order.
+    linear24q_int8               Multiplies by it with inputs rounded to 8 bits: the fastest.
     pack_tiered                  Packs a weight whose blocks are dense, 2:4 or top-k.
     TieredWeight                 A packed weight of such blocks.
     linear_tiered                Multiplies by a packed weight of such blocks, with gradients.
@@ -85,11 +91,15 @@ from .compress import CompressReport, Measure, compress_, decompress_
 from .ops import (
     Packed24,
     PackedConv24,
+    QuantizedWeight24,
     TieredWeight,
+    TiledWeight24,
     block_scores,
     block_topk_mask,
     conv2d24,
     linear24,
+    linear24q,
+    linear24q_int8,
     linear_tiered,
     nm_mask,
     nm_mask_bits,
@@ -99,8 +109,10 @@ from .ops import (
     pack_conv24,
     pack_tiered,
     prune_pack24,
+    quantize24,
     tier_prune,
     tier_scores,
+    tile24,
     transposable_mask24,
 )
 from .prune import (
@@ -131,10 +143,12 @@ __all__ = [
     "Packed24",
     "PackedConv24",
     "PruneReport",
+    "QuantizedWeight24",
     "SparseGPT",
     "SparseTraining",
     "Swaps",
     "TieredWeight",
+    "TiledWeight24",
     "Wanda",
     "__version__",
     "block_scores",
@@ -146,6 +160,8 @@ __all__ = [
     "from_sparse_semi_structured",
     "keep_masks",
     "linear24",
+    "linear24q",
+    "linear24q_int8",
     "linear_tiered",
     "load",
     "nm_mask",
@@ -160,6 +176,7 @@ __all__ = [
     "prune",
     "prune_",
     "prune_pack24",
+    "quantize24",
     "reestimate_batchnorm_",
     "save",
     "show_config",
@@ -167,6 +184,7 @@ __all__ = [
     "tier_prune",
     "tier_scores",
     "tiers",
+    "tile24",
     "to_sparse_semi_structured",
     "train",
     "transposable_mask24",

@@ -13,6 +13,8 @@ import sparsekit as sk
 from sparsekit.ops import _kernels
 from sparsekit.ops._define import DECLARED
 from sparsekit.ops.linear24 import _linear24
+from sparsekit.ops.linear24q import _linear24q
+from sparsekit.ops.linear24q_int8 import _linear24q_int8
 from sparsekit.ops.linear_tiered import _linear_tiered
 from sparsekit.ops.prepacked import prepack, prepacked_linear
 from sparsekit.ops.train24 import train_linear24, train_prune24
@@ -85,6 +87,8 @@ def op_calls(dtype):
         sk.nm_prune(torch.randn(63, 20).to(dtype), 2, 4)[0].view(7, 3, 3, 20).permute(0, 3, 1, 2)
     )
     image = torch.randn(2, 20, 6, 5).to(dtype)
+    quantized = sk.quantize24(sk.Packed24(values, bits, (9, 20)))
+    tiled = sk.tile24(quantized)
     single, factor = torch.randn(6, 8), torch.linalg.cholesky(torch.eye(8) + 0.1).t().contiguous()
     calls = {
         "nm_mask": lambda: sk.nm_mask(weight, 2, 4),
@@ -102,6 +106,14 @@ def op_calls(dtype):
         "linear24": lambda: sk.linear24(x, sk.Packed24(values, bits, (9, 20)), bias),
         "linear24_many": lambda: sk.linear24(many, sk.Packed24(values, bits, (9, 20)), bias),
         "linear24_reference": lambda: _linear24._op_dk(REFERENCE, x, values, bits, bias),
+        "quantize24": lambda: sk.quantize24(sk.Packed24(values, bits, (9, 20)), "nf4"),
+        "tile24": lambda: sk.tile24(quantized),
+        "dequantized": lambda: tiled.to_dense(),
+        "linear24q": lambda: sk.linear24q(x, quantized, bias),
+        "linear24q_many": lambda: sk.linear24q(many, quantized, bias),
+        "linear24q_reference": lambda: _linear24q._op_dk(REFERENCE, x, *quantized[:3], bias, "int8", 64),
+        "linear24q_int8": lambda: sk.linear24q_int8(x, tiled, bias),
+        "linear24q_int8_reference": lambda: _linear24q_int8._op_dk(REFERENCE, x, tiled.tiles, bias, 9, "int8", 64),
         "pack_tiered": lambda: sk.pack_tiered(weight, block=(8, 8)),
         "unpack_tiered": lambda: tiered.to_dense(),
         "linear_tiered": lambda: sk.linear_tiered(x, tiered),
@@ -152,7 +164,7 @@ def test_every_op_gives_the_same_bits(surroundings, dtype):
         assert len(got) == len(expected), name
         for mine, plain in zip(got, expected, strict=True):
             assert mine.device.type == "cpu", name
-            if name.endswith("_reference"):  # PyTorch's own product rounds as it likes
+            if name.endswith("_reference") or name.startswith("linear24q"):  # PyTorch's own product rounds as it likes
                 torch.testing.assert_close(mine, plain)
             else:
                 assert_same(mine, plain)

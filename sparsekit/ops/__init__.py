@@ -10,20 +10,26 @@ from .hardware24_both import prune_both_to_hardware24
 from .hardware_linear24 import hardware_linear24
 from .layouts import hardware_layouts, pack_hardware24
 from .linear24 import linear24
+from .linear24q import linear24q
+from .linear24q_int8 import linear24q_int8
 from .linear_tiered import linear_tiered
 from .nm import nm_mask, nm_mask_bits, nm_prune, nm_prune_
+from .quant24 import QuantizedWeight24, quantize24
 from .sparse24 import Packed24, pack24, prune_pack24
 from .sparsegpt import sparsegpt_columns
 from .tier_scores import tier_scores
 from .tiered import TieredWeight, pack_tiered
 from .tiers import tier_prune
+from .tiled24 import TiledWeight24, tile24
 from .transposable import transposable_mask24
 
 __all__ = [
     "Packed24",
     "PackedConv24",
+    "QuantizedWeight24",
     "SlowKernelsWarning",
     "TieredWeight",
+    "TiledWeight24",
     "backends",
     "block_scores",
     "block_topk_mask",
@@ -34,6 +40,8 @@ __all__ = [
     "hardware_linear24",
     "hardware_multiple",
     "linear24",
+    "linear24q",
+    "linear24q_int8",
     "linear_tiered",
     "nm_mask",
     "nm_mask_bits",
@@ -47,11 +55,13 @@ __all__ = [
     "prune_both_to_hardware24",
     "prune_pack24",
     "prune_to_hardware24",
+    "quantize24",
     "simd_level",
     "simd_levels",
     "sparsegpt_columns",
     "tier_prune",
     "tier_scores",
+    "tile24",
     "to_hardware24",
     "transposable_mask24",
     "unpack_bits",

@@ -1,0 +1,94 @@
+"""The linear layer on a quantized 2:4 weight with inputs that are rounded to 8 bits, so that products are integers."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._define import call_op, check_weight, define, define_gradient
+from .linear24q import check_product
+from .quant24 import levels
+from .tiled24 import TiledWeight24, check_tiled24, split_tiles, tile_columns
+
+SMALLEST_INPUT = 1e-30  # the largest magnitude of a token counts as at least this, so that 127 / it is finite
+
+
+def linear24q_int8_reference(
+    x: Tensor, tiles: Tensor, bias: Tensor | None, rows: int, quant_type: str, group: int
+) -> Tensor:
+    x32 = F.pad(torch.atleast_2d(x).flatten(0, -2).float(), (0, 1))  # a column of zeros, for padding
+    largest = x32.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_INPUT)
+    finite = largest.isfinite()
+    inputs = torch.where(finite, (x32 * (127 / largest)).round(), 0).double()
+    steps = torch.where(finite, largest / (127 * 127 if quant_type == "nf4" else 127), torch.nan)
+    codes, index, scales = split_tiles(tiles, quant_type)
+    numbers = integer_codes(codes, quant_type).double()
+    weight = numbers.new_zeros(*numbers.shape[:-1], 4).scatter_(-1, index, numbers).flatten(-2)  # [rows, tiles, 64]
+    inputs = inputs[:, tile_columns(x.shape[-1], group, x.device)]  # [tokens, tiles, 64]
+    y = x32.new_zeros(len(inputs), rows)
+    for tile in range(tiles.shape[1]):
+        y += (inputs[:, tile] @ weight[:rows, tile].t()).float() * scales[:rows, tile].float()
+    y = y * steps
+    return (y if bias is None else y + bias.float()).to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def integer_codes(codes: Tensor, quant_type: str) -> Tensor:
+    """Returns the integers that stand for codes: for ``"nf4"`` its levels in steps of 1/127, to the nearest."""
+    if quant_type == "int8":
+        return codes
+    numbers = levels(quant_type, codes.device)
+    return (numbers if quant_type == "int4" else (127 * numbers).round()).to(torch.int8)[codes.long()]
+
+
+def _fake(x: Tensor, tiles: Tensor, bias: Tensor | None, rows: int, quant_type: str, group: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+_linear24q_int8 = define(linear24q_int8_reference, _fake, compiled=False)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, tiles, _, rows, quant_type, group = inputs
+    ctx.kind = (rows, x.shape[-1]), quant_type, group, torch.float32
+    ctx.save_for_backward(tiles if ctx.needs_input_grad[0] else None)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (tiles,) = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad.float() @ TiledWeight24(tiles, *ctx.kind).to_dense()).to(grad.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = torch.atleast_2d(grad).flatten(0, -2).sum(0)
+    return grad_x, None, grad_bias, None, None, None
+
+
+define_gradient(_linear24q_int8, _setup, _backward)
+
+
+def linear24q_int8(x: Tensor, packed: TiledWeight24, bias: Tensor | None = None) -> Tensor:
+    """Computes ``x @ W.T + bias`` where ``W`` is a quantized 2:4 weight, with every token of ``x`` rounded to 8 bits.
+
+    A token is rounded to integers from -127 to 127 times its largest magnitude over 127, ties to even, and the levels
+    of ``"nf4"`` to multiples of 1/127. The products of 64 columns are summed exactly, as integers, scaled, and the sums
+    added in fp32 from the first to the last, so that the result is the same, bit for bit, for every kernel, number of
+    threads and batch. All results of a token that has an Inf or a NaN are NaN.
+
+    Differentiable in ``x`` and ``bias``, as if ``x`` were not rounded.
+
+    Args:
+        x: ``[..., cols]``, float32, float16 or bfloat16, any strides.
+        packed: ``W``, ``[rows, cols]``, as ``tile24`` returns it, of any ``dtype``.
+        bias: ``[rows]`` in ``x``'s dtype, or None.
+
+    Returns:
+        ``[..., rows]`` in ``x``'s dtype.
+
+    Raises:
+        TypeError: a wrong dtype, or dtypes that differ.
+        ValueError: shapes that do not fit together, or two devices.
+    """
+    check_weight("x", x)
+    check_tiled24(packed, x)
+    rows, cols = packed.shape
+    check_product(x, bias, rows, cols)
+    return call_op(_linear24q_int8, x, packed.tiles, bias, rows, packed.quant_type, packed.group)
