@@ -1,6 +1,7 @@
-"""Compressed linear layers: packed tensors and one op call."""
+"""Compressed layers: packed tensors and one op call."""
 
 from .compressed import Compressed
+from .conv24 import Conv2d24
 from .linear24 import Linear24
 from .prepacked import PrepackedLinear
 from .routed import Plan, Route, Routed, RoutedTieredLinear
@@ -10,6 +11,7 @@ from .weight_view import WeightView
 
 __all__ = [
     "Compressed",
+    "Conv2d24",
     "Linear24",
     "Plan",
     "PrepackedLinear",
