@@ -1,6 +1,7 @@
 """Which kernels answer, and how that is chosen."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,11 @@ def test_best_level_is_the_default():
 def test_level_is_there_where_the_cpu_has_it(level, features):
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     assert (level in simd_levels()) == (features <= set(flags.split()))
+
+
+@native
+def test_neon_is_there_on_every_64_bit_arm():
+    assert ("neon" in simd_levels()) == (platform.machine() in ("aarch64", "arm64"))
 
 
 @native

@@ -16,7 +16,7 @@ struct Applied {
   bool stream;
 };
 
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
 
 template <bool kScaled, class T>
 void apply64(const T* weight, uint64_t kept, const float* scale, const Applied<T>& to, int64_t column) {
@@ -37,7 +37,7 @@ void apply64(const T* weight, uint64_t kept, const float* scale, const Applied<T
 template <bool kScaled, class T>
 void apply_bits(const T* weight, const uint64_t* kept, const float* scale, const Applied<T>& to) {
   int64_t i = 0;
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
   for (; i + 64 <= to.cols; i += 64) {
     for (int line = 0; line < static_cast<int>(sizeof(T)); ++line)
       __builtin_prefetch(weight + i + to.cols + line * 64 / sizeof(T), 0, 2);  // the next strip

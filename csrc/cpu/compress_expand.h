@@ -4,13 +4,10 @@
 
 #include "lanes.h"
 
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
-
-inline __m128i load128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
-inline __m128i load64(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
 
 // For every byte of mask bits, the byte indices that pshufb takes: kCompressBytes says which of the 8 columns value k
 // comes from, and kExpandBytes which value column i gets (0x80 for none). A value has kSize bytes.
@@ -36,6 +33,61 @@ constexpr auto kExpandBytes = [] {
     }
   return table;
 }();
+
+#if defined(SPARSEKIT_NEON)
+
+// A bit for each of 64 entries, from vectors of 16 entries: sixteen(i) has ones where entry i + lane has a bit.
+template <class Sixteen>
+uint64_t bits_of_64(Sixteen sixteen) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += 16) bits |= uint64_t{bits_of(sixteen(i))} << i;
+  return bits;
+}
+inline uint64_t mask_bits(const bool* mask) {
+  return bits_of_64([&](int i) { return Keep8{vtstq_u8(load_bytes(mask + i), load_bytes(mask + i))}; });
+}
+inline uint64_t nonzero_bits(const float* weight) {
+  const auto four = [&](int i) {
+    return Keep32{vtstq_u32(vreinterpretq_u32_u8(load_bytes(weight + i)), vdupq_n_u32(0x7fffffff))};
+  };
+  return bits_of_64([&](int i) { return join(join(four(i), four(i + 4)), join(four(i + 8), four(i + 12))); });
+}
+template <class T>
+uint64_t nonzero_bits(const T* weight) {
+  const auto eight = [&](int i) {
+    return Keep16{vtstq_u16(vreinterpretq_u16_u8(load_bytes(weight + i)), vdupq_n_u16(0x7fff))};
+  };
+  return bits_of_64([&](int i) { return join(eight(i), eight(i + 8)); });
+}
+
+inline void compress64(const float* weight, uint64_t kept, float* values, bool) {
+  for (int i = 0; i < 64; i += 8) {
+    const uint8x16x2_t eight = {{load_bytes(weight + i), load_bytes(weight + i + 4)}};
+    store(values + i / 2, vqtbl2q_u8(eight, load_bytes(kCompressBytes<4>[kept >> i & 255].data())), false);
+  }
+}
+template <class T>
+void compress64(const T* weight, uint64_t kept, T* values, bool) {
+  for (int i = 0; i < 64; i += 8) {
+    const uint8x8_t from = vld1_u8(kCompressBytes<2>[kept >> i & 255].data());
+    vst1_u8(reinterpret_cast<uint8_t*>(values + i / 2), vqtbl1_u8(load_bytes(weight + i), from));
+  }
+}
+template <class T>
+void expand64(const T* values, uint64_t kept, T* weight, bool) {
+  for (int i = 0; i < 64; i += 8) {
+    uint8_t four[16] = {};
+    std::memcpy(four, values + i / 2, 4 * sizeof(T));
+    for (int byte = 0; byte < 8 * static_cast<int>(sizeof(T)); byte += 16)
+      store(reinterpret_cast<uint8_t*>(weight + i) + byte,
+            vqtbl1q_u8(load_bytes(four), load_bytes(kExpandBytes<sizeof(T)>[kept >> i & 255].data() + byte)), false);
+  }
+}
+
+#else
+
+inline __m128i load128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+inline __m128i load64(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
 
 #if defined(SPARSEKIT_AVX512)
 
@@ -163,6 +215,7 @@ void expand64(const T* values, uint64_t kept, T* weight, bool stream) {
   for (int i = 0; i < 64; i += 16) store256(weight + i, eight(i), eight(i + 8), stream);
 }
 
+#endif
 #endif
 
 }  // namespace

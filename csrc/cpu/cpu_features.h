@@ -21,7 +21,7 @@ bool has_all(std::string_view features, Has has) {
 }
 
 // Whether this processor and its operating system have the feature of this name; false for unknown names.
-inline bool has_feature(std::string_view name) {
+inline bool has_feature([[maybe_unused]] std::string_view name) {
 #if defined(__x86_64__)
   unsigned a, b, c, d;
   const auto ecx_bit = [&](unsigned leaf, int bit) { return __get_cpuid(leaf, &a, &b, &c, &d) && (c >> bit & 1); };

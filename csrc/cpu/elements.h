@@ -20,6 +20,8 @@ inline float to_float(BF16 value) { return std::bit_cast<float>(static_cast<uint
 inline float to_float(F16 value) {
 #if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
   return _cvtsh_ss(value.bits);
+#elif defined(SPARSEKIT_NEON)
+  return std::bit_cast<__fp16>(value.bits);
 #else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
@@ -50,6 +52,8 @@ template <>
 inline F16 from_float<F16>(float value) {
 #if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
   return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))};
+#elif defined(SPARSEKIT_NEON)
+  return {std::bit_cast<uint16_t>(static_cast<__fp16>(value))};
 #else
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);

@@ -138,23 +138,55 @@ inline void transpose(Floats (&m)[8]) {
 #else
 
 constexpr int kLanes = 4;
-struct Floats {
-  float at[kLanes];
-};
 
-inline Floats zeros() { return {}; }
-inline Floats broadcast(float value) { return {value, value, value, value}; }
-inline Floats add(Floats a, Floats b) {
-  for (int i = 0; i < kLanes; ++i) a.at[i] += b.at[i];
-  return a;
+#if defined(SPARSEKIT_NEON)
+
+using Floats = float32x4_t;
+
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return vfmaq_f32(sum, a, b); }
+
+inline Floats load_lanes(const float* from) { return vld1q_f32(from); }
+inline Floats load_lanes(const F16* from) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from))));
 }
-inline Floats multiply_add(Floats a, Floats b, Floats sum) {
-  for (int i = 0; i < kLanes; ++i) sum.at[i] += a.at[i] * b.at[i];
-  return sum;
+inline Floats load_lanes(const BF16* from) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from)), 16));
 }
+
+inline void store_lanes(float* to, Floats lanes) { vst1q_f32(to, lanes); }
+inline void store_lanes(F16* to, Floats lanes) {
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vreinterpret_u16_f16(vcvt_f16_f32(lanes)));
+}
+inline void store_lanes(BF16* to, Floats lanes) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(lanes), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+  vst1_u16(reinterpret_cast<uint16_t*>(to), vshrn_n_u32(vbslq_u32(vceqq_f32(lanes, lanes), rounded, quiet), 16));
+}
+
+#else
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return sum + a * b; }
+
+template <class T>
+Floats load_lanes(const T* from) {
+  return Floats{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
+}
+template <class T>
+void store_lanes(T* to, Floats lanes) {
+  for (int i = 0; i < kLanes; ++i) to[i] = from_float<T>(lanes[i]);
+}
+
+#endif
+
+inline Floats zeros() { return Floats{}; }
+inline Floats broadcast(float value) { return Floats{value, value, value, value}; }
+inline Floats add(Floats a, Floats b) { return a + b; }
 inline bool any_nan(Floats a) {
   bool found = false;
-  for (int i = 0; i < kLanes; ++i) found |= std::isnan(a.at[i]);
+  for (int i = 0; i < kLanes; ++i) found |= std::isnan(a[i]);
   return found;
 }
 
@@ -165,18 +197,10 @@ Floats broadcast(Quad quad) {
   return broadcast(quad[i]);
 }
 
-template <class T>
-Floats load_lanes(const T* from) {
-  return {to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
-}
-template <class T>
-void store_lanes(T* to, Floats lanes) {
-  for (int i = 0; i < kLanes; ++i) to[i] = from_float<T>(lanes.at[i]);
-}
-
+// Exchanges lane j of vector i with lane i of vector j.
 inline void transpose(Floats (&m)[4]) {
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < i; ++j) std::swap(m[i].at[j], m[j].at[i]);
+  const Floats before[4] = {m[0], m[1], m[2], m[3]};
+  for (int i = 0; i < 4; ++i) m[i] = Floats{before[0][i], before[1][i], before[2][i], before[3][i]};
 }
 
 #endif

@@ -182,6 +182,8 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;         // AVX2, FMA, F16C, BMI, BMI2, LZCNT
 extern const Kernels kernels_avx512;       // AVX-512 F, BW, DQ, VL
 extern const Kernels kernels_avx512_bf16;  // and VBMI, VBMI2, BF16
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
 #endif
 
 // The table in use: that of the best SIMD level of this machine, unless one was forced.

@@ -66,4 +66,6 @@ alignas(64) constexpr std::array<Int, kLanes> wrapped = [] {
 #include "simd_avx512.h"
 #elif defined(SPARSEKIT_AVX2)
 #include "simd_avx2.h"
+#elif defined(SPARSEKIT_NEON)
+#include "simd_neon.h"
 #endif

@@ -99,7 +99,9 @@ struct RowsTask {
 template <class T, int kTokens>
 void row_groups(int64_t begin, int64_t end, void* context) {
   constexpr int kRows = rows_at_once(kTokens);
-  const auto& [a, inputs] = *static_cast<const RowsTask<T>*>(context);
+  const auto& task = *static_cast<const RowsTask<T>*>(context);
+  const Linear24Args& a = task.args;
+  const auto* inputs = task.inputs;  // clang 14 captures no structured binding
   const int64_t packed_cols = a.cols / RowVector<T>::kCols * RowVector<T>::kCols, last = std::min(end * kRows, a.rows);
   const TokenChunks chunks(a.tokens);
   const auto all_tokens = [&]<int kHeight>(std::integral_constant<int, kHeight>, int64_t row) {

@@ -57,15 +57,7 @@ struct BlockRowTimesTokens {
     const T* from;
     int64_t cols;
 
-    Vector vector(int v) const {
-#if defined(SPARSEKIT_AVX512) || defined(SPARSEKIT_AVX2)
-      return load_lanes(from + v * kCols);
-#else
-      Vector weights;
-      for (int lane = 0; lane < kCols; ++lane) weights.at[lane] = to_float(from[v * kCols + lane]);
-      return weights;
-#endif
-    }
+    Vector vector(int v) const { return S::load(from + v * kCols); }
     const T* next() { return from += cols; }
   };
   struct Sparse24Rows {

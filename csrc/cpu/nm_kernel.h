@@ -52,7 +52,7 @@ void nm_any(const NmRow<T>& row, int64_t cols, int n, int m) {
   }
 }
 
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
 
 template <int M, class Keys, int... R>
 auto nm_keep(Keys key, int n, std::integer_sequence<int, R...>) {
@@ -126,7 +126,7 @@ template <bool kScaled, class T>
 uint64_t kept24(const T* weight, const float* scale) {
   const NmRow<T> row{weight, kScaled ? scale : nullptr, nullptr, nullptr, nullptr, false, false};
   uint64_t bits = 0;
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
   const auto keep16 = [&](int i) {
     if constexpr (sizeof(T) == 4)
       return join(nm_keep_at<4, kScaled>(row, i, 2), nm_keep_at<4, kScaled>(row, i + Keys32::kLanes, 2));
@@ -155,9 +155,10 @@ uint64_t kept24(const T* weight, const float* scale, int64_t cols) {
 
 template <class T>
 void nm_row(const NmRow<T>& row, int64_t cols, int n, int m) {
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
   if (m == 4) return row.scale ? nm_grouped<4, true>(row, cols, n) : nm_grouped<4, false>(row, cols, n);
-  if (m == 8) return row.scale ? nm_grouped<8, true>(row, cols, n) : nm_grouped<8, false>(row, cols, n);
+  if constexpr (Keys32::kLanes >= 8)
+    if (m == 8) return row.scale ? nm_grouped<8, true>(row, cols, n) : nm_grouped<8, false>(row, cols, n);
 #endif
   nm_any(row, cols, n, m);
 }

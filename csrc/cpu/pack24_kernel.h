@@ -53,7 +53,7 @@ void unpack24_columns(const T* values, const uint8_t* bitmask, T* weight, int64_
   }
 }
 
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
 
 constexpr uint64_t kEveryGroup = 0x1111111111111111;
 

@@ -5,7 +5,7 @@
 // beforehand.
 #pragma once
 
-#include "elements.h"
+#include "float_lanes.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
@@ -26,6 +26,25 @@ struct TokenChunks {
   int64_t largest() const { return (tokens + count - 1) / count; }
 };
 
+// For every byte of the bitmask, the byte shuffle that moves four values of kBytes bytes to the lanes whose bits are
+// set. A lane has kLane bytes; a value goes to its high end, and all other bytes are zero.
+template <int kBytes, int kLane>
+struct Shuffles {
+  alignas(32) uint8_t control[256][8 * kLane];
+
+  constexpr Shuffles() : control{} {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int lane = 0, next = 0; lane < 8; ++lane) {
+        const bool kept = bits >> lane & 1;
+        for (int i = 0; i < kLane; ++i) {
+          const int byte = i - (kLane - kBytes);
+          control[bits][lane * kLane + i] = kept && byte >= 0 && next < 4 ? next * kBytes + byte : 0x80;
+        }
+        next += kept;
+      }
+  }
+};
+
 #if defined(SPARSEKIT_AVX512)
 
 struct FloatRowVector {
@@ -37,7 +56,10 @@ struct FloatRowVector {
     return to_float(x);
   }
   static __m512 zero() { return _mm512_setzero_ps(); }
-  static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+  template <class T>
+  static __m512 load(const T* x) {
+    return load_lanes(x);
+  }
   static __m512 madd(__m512 weights, __m512 inputs, __m512 sums) { return _mm512_fmadd_ps(weights, inputs, sums); }
   static float total(__m512 sums) { return _mm512_reduce_add_ps(sums); }
   static __m512 expand_floats(__m256 kept, const uint8_t* bits) {
@@ -98,27 +120,10 @@ struct RowVector<BF16> : Bf16FloatRowVector {};
 
 #elif defined(SPARSEKIT_AVX2)
 
-// For every byte of the bitmask, the byte shuffle that moves four values of kBytes bytes to the lanes whose bits are
-// set. A lane has kLane bytes; a value goes to its high end, and all other bytes are zero.
-template <int kBytes, int kLane>
-struct Shuffles {
-  alignas(32) uint8_t control[256][8 * kLane];
-
-  constexpr Shuffles() : control{} {
-    for (int bits = 0; bits < 256; ++bits)
-      for (int lane = 0, next = 0; lane < 8; ++lane) {
-        const bool kept = bits >> lane & 1;
-        for (int i = 0; i < kLane; ++i) {
-          const int byte = i - (kLane - kBytes);
-          control[bits][lane * kLane + i] = kept && byte >= 0 && next < 4 ? next * kBytes + byte : 0x80;
-        }
-        next += kept;
-      }
-  }
-
-  __m256i wide(uint8_t bits) const { return _mm256_load_si256(reinterpret_cast<const __m256i*>(control[bits])); }
-  __m128i narrow(uint8_t bits) const { return _mm_load_si128(reinterpret_cast<const __m128i*>(control[bits])); }
-};
+inline __m256i load_control(const uint8_t (&bytes)[32]) {
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+}
+inline __m128i load_control(const uint8_t (&bytes)[16]) { return _mm_load_si128(reinterpret_cast<const __m128i*>(bytes)); }
 
 struct FloatRowVector {
   using Input = float;
@@ -129,7 +134,10 @@ struct FloatRowVector {
     return to_float(x);
   }
   static __m256 zero() { return _mm256_setzero_ps(); }
-  static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
+  template <class T>
+  static __m256 load(const T* x) {
+    return load_lanes(x);
+  }
   static __m256 madd(__m256 weights, __m256 inputs, __m256 sums) { return _mm256_fmadd_ps(weights, inputs, sums); }
   static float total(__m256 sums) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
@@ -146,7 +154,7 @@ struct RowVector<float> : FloatRowVector {
   static __m256 expand(const float* values, const uint8_t* bits) {
     static constexpr Shuffles<4, 4> kShuffles;
     const __m256i kept = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(kept, kShuffles.wide(*bits)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(kept, load_control(kShuffles.control[*bits])));
   }
 };
 
@@ -155,7 +163,7 @@ struct RowVector<BF16> : FloatRowVector {
   static __m256 expand(const BF16* values, const uint8_t* bits) {
     static constexpr Shuffles<2, 4> kShuffles;  // to the upper half of fp32 lanes, which also converts them
     const __m256i kept = _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)));
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(kept, kShuffles.wide(*bits)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(kept, load_control(kShuffles.control[*bits])));
   }
 };
 
@@ -164,7 +172,7 @@ struct RowVector<F16> : FloatRowVector {
   static __m256 expand(const F16* values, const uint8_t* bits) {
     static constexpr Shuffles<2, 2> kShuffles;
     const __m128i kept = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
-    return _mm256_cvtph_ps(_mm_shuffle_epi8(kept, kShuffles.narrow(*bits)));
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(kept, load_control(kShuffles.control[*bits])));
   }
 };
 
@@ -175,32 +183,40 @@ struct RowVector {
   using Input = float;
   static constexpr int kCols = 8;
   struct Lanes {
-    float at[kCols];
+    Floats low, high;
   };
 
   static float input(T x) { return to_float(x); }
-  static Lanes zero() { return {}; }
-  static Lanes load(const float* x) {
-    Lanes inputs;
-    std::memcpy(inputs.at, x, sizeof inputs.at);
-    return inputs;
+  static Lanes zero() { return {zeros(), zeros()}; }
+  template <class From>
+  static Lanes load(const From* x) {
+    return {load_lanes(x), load_lanes(x + 4)};
   }
-  static Lanes madd(const Lanes& weights, const Lanes& inputs, Lanes sums) {
-    for (int lane = 0; lane < kCols; ++lane) sums.at[lane] += weights.at[lane] * inputs.at[lane];
-    return sums;
+  static Lanes madd(const Lanes& weights, const Lanes& inputs, const Lanes& sums) {
+    return {multiply_add(weights.low, inputs.low, sums.low), multiply_add(weights.high, inputs.high, sums.high)};
   }
   static float total(const Lanes& sums) {
-    return ((sums.at[0] + sums.at[4]) + (sums.at[2] + sums.at[6])) +
-           ((sums.at[1] + sums.at[5]) + (sums.at[3] + sums.at[7]));
+    const Floats four = add(sums.low, sums.high);
+    return (four[0] + four[2]) + (four[1] + four[3]);
   }
   static Lanes expand(const T* values, const uint8_t* bits) {
+#if defined(SPARSEKIT_NEON)
+    static constexpr Shuffles<4, 4> kShuffles;
+    const Floats kept = load_lanes(values);
+    const auto half = [&](int first) {
+      const uint8x16_t from = vld1q_u8(kShuffles.control[*bits] + first);
+      return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(kept), from));
+    };
+    return {half(0), half(16)};
+#else
     Lanes weights;
     for (int lane = 0, next = 0; lane < kCols; ++lane) {
       const int kept = *bits >> lane & 1;
-      weights.at[lane] = kept ? to_float(values[next]) : 0.0f;
+      (lane < 4 ? weights.low : weights.high)[lane % 4] = kept ? to_float(values[next]) : 0.0f;
       next = std::min(next + kept, kCols / 2 - 1);
     }
     return weights;
+#endif
   }
 };
 

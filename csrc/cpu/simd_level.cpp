@@ -19,6 +19,8 @@ const std::vector<const Kernels*>& available() {
 #if defined(__x86_64__)
     for (const Kernels* table : {&kernels_avx2, &kernels_avx512, &kernels_avx512_bf16})
       if (has_all(table->features, has_feature)) found.push_back(table);
+#elif defined(__aarch64__)
+    found.push_back(&kernels_neon);
 #endif
     return found;
   }();

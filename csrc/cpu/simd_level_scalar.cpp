@@ -2,5 +2,6 @@
 #include "simd_level_headers.h"
 
 #define SPARSEKIT_LEVEL scalar
+#define SPARSEKIT_SCALAR
 #define SPARSEKIT_FEATURES ""
 #include "simd_level_table.h"

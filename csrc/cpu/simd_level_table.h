@@ -1,6 +1,7 @@
 // One SIMD level: all kernels, compiled for its target, and the table of them. The file that includes this defines
-// SPARSEKIT_LEVEL (the name), SPARSEKIT_FEATURES (of the target), and SPARSEKIT_AVX2 or SPARSEKIT_AVX512 for the
-// instructions that may be used, with AVX-512 also SPARSEKIT_AVX512_BF16 if there is BF16.
+// SPARSEKIT_LEVEL (the name), SPARSEKIT_FEATURES (of the target), and one of SPARSEKIT_SCALAR, SPARSEKIT_NEON,
+// SPARSEKIT_AVX2 and SPARSEKIT_AVX512 for the instructions that may be used, with AVX-512 also SPARSEKIT_AVX512_BF16 if
+// there is BF16.
 #include "block_scores_kernel.h"
 #include "block_topk_kernel.h"
 #include "linear24_kernel.h"

@@ -19,7 +19,7 @@ inline void copy_bits(const uint32_t* from, int64_t first, uint64_t* words, int6
 template <class T>
 void load_scaled_keys(const T* weight, const float* scale, int32_t* keys, int64_t cols) {
   int64_t i = 0;
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
   for (; scale && i + Keys32::kLanes <= cols; i += Keys32::kLanes)
     store(keys + i, magnitude_keys(weight + i, scale + i).lanes, false);
 #endif
@@ -29,7 +29,7 @@ void load_scaled_keys(const T* weight, const float* scale, int32_t* keys, int64_
 // Zeroes the keys of a row that 2:4 drops. A tail shorter than a group stays.
 inline void keep24(int32_t* keys, int64_t cols) {
   int64_t i = 0;
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
   for (; i + Keys32::kLanes <= cols; i += Keys32::kLanes)
     store_kept(keys + i, keys + i, nm_keep<4>(Keys32{load(keys + i)}, 2), false);
 #endif

@@ -21,7 +21,7 @@ struct TierRow {
 template <bool kSquared, class T>
 void add_tiers(const TierRow<T>& row, float* dense, float* sparse24, float* topk) {
   int64_t i = 0;
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
   const auto add_at = [&]<int lane>(std::integral_constant<int, lane>) {
     const int64_t at = i + lane;
     const Keep32 kept = nm_keep<4>(magnitude_keys(row.weight + at, row.scale + at), 2);

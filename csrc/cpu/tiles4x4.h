@@ -88,12 +88,28 @@ inline void split_columns(const BF16* row, __m256i (&column)[4]) {
   column[3] = _mm256_and_si256(high, upper);
 }
 
+#elif defined(SPARSEKIT_NEON)
+
+// The 4 * kLanes entries of a row: column[i] has the i-th of every four.
+inline void split_columns(const float* row, int32x4_t (&column)[4]) {
+  const float32x4x4_t split = vld4q_f32(row);
+  for (int i = 0; i < 4; ++i) column[i] = vreinterpretq_s32_f32(split.val[i]);
+}
+inline void split_columns(const F16* row, int32x4_t (&column)[4]) {
+  const uint16x4x4_t split = vld4_u16(reinterpret_cast<const uint16_t*>(row));
+  for (int i = 0; i < 4; ++i) column[i] = vreinterpretq_s32_f32(vcvt_f32_f16(vreinterpret_f16_u16(split.val[i])));
+}
+inline void split_columns(const BF16* row, int32x4_t (&column)[4]) {
+  const uint16x4x4_t split = vld4_u16(reinterpret_cast<const uint16_t*>(row));
+  for (int i = 0; i < 4; ++i) column[i] = vreinterpretq_s32_u32(vshll_n_u16(split.val[i], 16));
+}
+
 #endif
 
 // The magnitudes of 4 * kLanes entries of a row: column[i] has the i-th of every four.
 template <class T>
 void load_tiles(const T* row, TileInts (&column)[4]) {
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
   decltype(load(row)) split[4];
   split_columns(row, split);
   for (int i = 0; i < 4; ++i) column[i] = magnitude(reinterpret_cast<TileInts>(split[i]));
@@ -107,7 +123,7 @@ void load_tiles(const T* row, TileInts (&column)[4]) {
 
 // Stores four bits of every lane as four bytes.
 inline void store_tiles(bool* mask, const TileInts& bits, bool stream) {
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
+#if !defined(SPARSEKIT_SCALAR)
   const TileInts bytes = bits * 0x00204081 & 0x01010101;  // copies bit i to bit 8 i, by 1 + 2^7 + 2^14 + 2^21
   store(mask, reinterpret_cast<decltype(load(mask))>(bytes), stream);
 #else

@@ -85,9 +85,15 @@ inline const char* name(DType dtype) {
 
 inline size_t size_of(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
 
+#if defined(__aarch64__) || defined(__clang__)
+using Half = __fp16;  // GCC 12 has _Float16 in C++ for x86 alone, clang 14 for ARM alone
+#else
+using Half = _Float16;
+#endif
+
 inline float get(const void* data, int64_t i, DType dtype) {
   if (dtype == DType::F32) return static_cast<const float*>(data)[i];
-  if (dtype == DType::F16) return static_cast<float>(static_cast<const _Float16*>(data)[i]);
+  if (dtype == DType::F16) return static_cast<float>(static_cast<const Half*>(data)[i]);
   const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
@@ -98,7 +104,7 @@ inline void put(void* data, int64_t i, DType dtype, float value) {
   if (dtype == DType::F32) {
     static_cast<float*>(data)[i] = value;
   } else if (dtype == DType::F16) {
-    static_cast<_Float16*>(data)[i] = static_cast<_Float16>(value);
+    static_cast<Half*>(data)[i] = static_cast<Half>(value);
   } else {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);

@@ -19,6 +19,8 @@ std::vector<const Kernels*> levels() {
   add(sparsekit::kernels_avx2, false);
   add(sparsekit::kernels_avx512, kEmulated);
   add(sparsekit::kernels_avx512_bf16, kEmulated);
+#elif defined(__aarch64__)
+  found.push_back(&sparsekit::kernels_neon);
 #endif
   return found;
 }
