@@ -49,8 +49,8 @@ def write(path: Path, report: dict) -> None:
 
 
 def slug(report: dict) -> str:
-    """Returns the name of a result file: of methods or rivals the kind, the device, and on a CPU the SIMD level."""
-    kind = report["kind"] if report.get("kind") in ("methods", "rivals") else ""
+    """Returns the name of a result file: what it is of, if not of ops, the device, and on a CPU the SIMD level."""
+    kind = report["kind"] if report.get("kind") in ("methods", "rivals", "whole") else ""
     return re.sub(r"[^a-z0-9]+", "-", f"{kind} {report['device']} {report.get('simd', '')}".lower()).strip("-")
 
 
@@ -62,6 +62,8 @@ def render(report: dict) -> str:
         return _methods(report)
     if report.get("kind") == "rivals":
         return rivals.short(report)
+    if report.get("kind") == "whole":
+        return _whole(report)
     steps = [row for row in report["rows"] if "step" in row]
     memory = [row for row in report["rows"] if "step" not in row and "tokens" not in row]
     linear = [row for row in report["rows"] if "tokens" in row]
@@ -116,6 +118,23 @@ def _methods(report: dict) -> str:
         lines.append(cells + [""] * (6 - len(cells)))
     header = ["method", "layer error", "perplexity", "seconds", "seconds, stage", "MiB, stage"]
     return head + "\n\n" + _table(header, lines) + "\n"
+
+
+def _whole(report: dict) -> str:
+    """Renders the milliseconds of a whole model, as ``compress_`` leaves it and in every single form."""
+    model = report["model"]
+    head = (
+        f"{report['device']}, {report['simd']}, {report['threads']} threads, torch {report['torch']}; "
+        f"{model['blocks']} blocks of {model['dim']} to {model['hidden']} and back, {model['pattern']}; "
+        "medians in ms, all forms in turns."
+    )
+    names = list(next(iter(report["rows"].values()))["ms"])
+    lines = []
+    for tokens, row in report["rows"].items():
+        chosen = ", ".join(dict.fromkeys(row["chosen"].values()))
+        ratios = [f"{row['over_plain']:.2f}", f"{row['over_best']:.2f}"]
+        lines.append([tokens, *(f"{row['ms'][name]:.2f}" for name in names), chosen, *ratios])
+    return f"{head}\n\n{_table(['tokens', *names, 'chosen', 'over plain', 'over the best single form'], lines)}\n"
 
 
 def _linear(op: str, rows: list[dict]) -> str:

@@ -17,7 +17,7 @@ Times = dict[str, list[float]]
 
 
 def time_in_turns(calls: Calls, budget: float = 1.0, least: int = MIN_ROUNDS) -> Times:
-    """Returns the seconds of each call, from ``least`` to 101 rounds within ``budget`` seconds, in rotating order."""
+    """Returns the seconds of each call, from ``least`` to 101 rounds within ``budget`` seconds, as ``take_turns``."""
     timed = {}
     for key, call in calls.items():
         call()

@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():  # Triton reads it when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from sparsekit.compress import Timing, candidates, tune, whole
+from sparsekit.compress import Timing, candidates, forms, tune, whole
 from sparsekit.ops import force_simd, simd_levels
 
 os.environ["SPARSEKIT_TUNE_CACHE"] = "0"  # the user's measurements are neither used nor changed
@@ -71,9 +71,9 @@ def ratios(monkeypatch):
     """Replaces the measurement: candidate -> ratio, or a function of the token count; records what was asked.
 
     ``"whole"`` is the ratio of the whole model, or a function of the names compressed and of those that they are
-    compared with.
+    compared with. ``"forms"`` is that of one form for all layers, or a function of its modules and of those chosen.
     """
-    table = {"2:4": 3.0, "tiered": 3.0, "prepacked": 2.0, "dense": 1.0, "whole": 1.5}
+    table = {"2:4": 3.0, "tiered": 3.0, "prepacked": 2.0, "dense": 1.0, "whole": 1.5, "forms": 1.0}
 
     def measure(calls, plain, x, *, dense, clock, budget):
         measured.append((tuple(calls), tuple(x.shape), clock.evict_cache))
@@ -88,8 +88,13 @@ def ratios(monkeypatch):
         ratio = table["whole"](set(shown), set(over)) if callable(table["whole"]) else table["whole"]
         return tuple(Timing(1 / ratio, ratio, 1.0, ratio, 0.0) for _ in work.batches)
 
+    def compare_forms(swap, shown, over, work):
+        ratio = table["forms"](shown, over) if callable(table["forms"]) else table["forms"]
+        return tuple(Timing(1 / ratio, ratio, 1.0, ratio, 0.0) for _ in work.batches)
+
     measured = table["measured"] = []
     monkeypatch.setattr(whole, "compare_passes", compare_passes)
+    monkeypatch.setattr(forms, "compare_passes", compare_forms)
     monkeypatch.setattr(tune, "measure", measure)
     compiled = {"cpu": "avx2"}
     monkeypatch.setattr(candidates, "backends", lambda: {"linear24": compiled, "linear_tiered": compiled})

@@ -1,10 +1,12 @@
 """Timings from a table, for compress_ on an acted GPU."""
 
+from functools import partial
+
 import torch
 from compressing import blocks
 
 from sparsekit import _timing
-from sparsekit.compress import Timing, whole
+from sparsekit.compress import Timing, forms, whole
 from sparsekit.nn import RoutedLinear24, TieredLinear
 from sparsekit.nn.routed import Routed
 
@@ -42,8 +44,10 @@ def install_clock(monkeypatch):
         return made
 
     monkeypatch.setattr(_timing, "clock", make)
-    fast = Timing(0.5, 2.0, 1.0, 2.0, 0.0)
-    monkeypatch.setattr(whole, "compare_passes", lambda swap, shown, over, work: (fast,) * len(work.batches))
+    fast, same = Timing(0.5, 2.0, 1.0, 2.0, 0.0), Timing(1.0, 1.0, 0.5, 1.0, 0.0)
+    for module, timing in ((whole, fast), (forms, same)):
+        compare = partial(lambda timing, swap, shown, over, work: (timing,) * len(work.batches), timing)
+        monkeypatch.setattr(module, "compare_passes", compare)
     return table
 
 

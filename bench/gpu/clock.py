@@ -42,7 +42,7 @@ class KernelClock:
     def time_in_turns(
         self, contenders: Contenders, budget: float = 0.25, *, capture: bool = False, least: int = MIN_ROUNDS
     ) -> Times:
-        """Times every contender in rotating order, after a warm-up.
+        """Times every contender in an order drawn anew, after a warm-up.
 
         There are at least ``least`` rounds, and more until ``budget`` seconds are over. With ``capture``, calls that
         can be captured are replayed as one CUDA graph, without the gaps that the host leaves between them.

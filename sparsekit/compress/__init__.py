@@ -10,12 +10,14 @@ How ``compress_`` works, in the order of its steps:
 4. ``tune`` times the candidates, once for all layers of one ``Kind``, and ``cache`` remembers the times.
 5. ``choose`` makes the ``Choice`` for each layer, by what a ``Trial`` says of each candidate.
 6. ``swap`` puts the new modules in place, and ``whole`` times the whole model: what does not pay there is given back.
+   ``forms`` tries one form for all layers there.
 7. ``report`` says for every layer what it became and why.
 
 **Why did a layer stay dense?** ``print(report)`` says so in its last column, ``report.layers[i].reason`` at length, and
 ``report.layers[i].timings`` has the numbers. A reason alone comes from step 1 or 2: the layer was not measured. A
 reason that begins with the name of a candidate, ``"2:4: ..."``, says why that is unsupported (step 3), or what it was
-measured at (step 5), as in ``"0.50x, 0% won at 128 tokens"``. ``"given back: ..."`` is about the whole model (step 6).
+measured at (step 5), as in ``"0.50x, 0% won at 128 tokens"``. ``"given back: ..."`` and ``"a pass of the whole model
+..."`` are about step 6.
 """
 
 from .._packages import name_functions as _name_functions

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +23,18 @@ from .tune import measure_kinds
 OBJECTIVES = ("speed", "size")
 
 
+class Loss(NamedTuple):
+    """What the whole model loses with a compressed layer.
+
+    Args:
+        reason: in words.
+        undecided: whether the machine was too busy to tell.
+    """
+
+    reason: str
+    undecided: bool = False
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a layer becomes and why.
@@ -33,6 +46,8 @@ class Choice:
         why: the same in a few words, with the runner-up alone.
         timings: what was measured, by token count and kernel.
         undecided: whether it stays plain only because the machine was too busy to measure on.
+        ways: the fastest way to take each form that gave right results, whether or not it is faster than plain.
+        seconds: the time of all calls in the batches with this choice.
     """
 
     candidate: Candidate | None
@@ -41,6 +56,8 @@ class Choice:
     why: str
     timings: dict[int, Timings]
     undecided: bool = False
+    ways: tuple[Option, ...] = ()
+    seconds: float = 0.0
 
     @property
     def decision(self) -> str:
@@ -52,10 +69,21 @@ class Choice:
         assert self.candidate is not None
         return self.candidate.build(layer, self.kernels)
 
-    def given_back(self, loss: str) -> "Choice":
+    def given_back(self, loss: Loss) -> "Choice":
         """Returns the choice to stay plain after all, because of what the whole model loses with this one."""
-        why = f"{GIVEN_BACK}: {loss}"
-        return replace(self, candidate=None, kernels={}, why=why, reason=f"{why}; {self.decision}: {self.reason}")
+        why = f"{GIVEN_BACK}: {loss.reason}"
+        reason = f"{why}; {self.decision}: {self.reason}"
+        plain = replace(self, candidate=None, kernels={}, why=why, reason=reason, seconds=0.0)
+        return replace(plain, undecided=loss.undecided, ways=())
+
+    def taking(self, way: Option) -> "Choice":
+        """Returns the choice to take another way."""
+        return replace(self, candidate=way.candidate, kernels=way.kernels, seconds=way.seconds, undecided=False)
+
+    def because_of_whole(self, ratio: float) -> "Choice":
+        """Returns this choice with the reason that the whole model is faster with it."""
+        why = f"a pass of the whole model is {ratio:.2f}x as fast with every layer {self.decision}"
+        return replace(self, why=why, reason=f"{why}; alone: {self.reason}")
 
 
 def unsupported_reasons(layer: nn.Linear) -> dict[Candidate, str | None]:
@@ -130,6 +158,7 @@ def choose_one(
         keep_dense: whether the caller allows a dense copy.
     """
     options: list[Option] = []
+    ways: list[Option] = []
     rejected: dict[str, Rejection] = {}
     remarks: list[str] = []
     for candidate, reason in unsupported.items():
@@ -139,6 +168,7 @@ def choose_one(
         trial = Trial(site, candidate, timings, objective)
         found = list(trial.options())
         options += found
+        ways += filter(None, [trial.any_way()])
         if not found:
             rejected[candidate.name] = trial.rejection()
         remarks += trial.remarks()
@@ -148,7 +178,12 @@ def choose_one(
     if not options:
         reason = "; ".join([*_lines(rejected), *remarks])
         undecided = any(each.undecided for each in rejected.values())
-        return Choice(None, {}, reason, _short_reason(unsupported, rejected), timings, undecided)
+        short = _short_reason(unsupported, rejected)
+        plain = [measured.get("plain") for measured in timings.values()]
+        seconds = sum(
+            site.calls[tokens] * timing.seconds for tokens, timing in zip(timings, plain, strict=True) if timing
+        )
+        return Choice(None, {}, reason, short, timings, undecided, tuple(ways), seconds)
     best, verdict = _best(options, objective)
     others = {
         option.candidate.name: _second(best, option) for option in options if option.candidate is not best.candidate
@@ -157,7 +192,7 @@ def choose_one(
     runners_up = {**others, **{name: each for name, each in rejected.items() if name in tried}}
     why = "; ".join([verdict, *(f"next {line}" for line in _lines(runners_up)[:1])])
     reason = "; ".join([verdict + _kernels_text(best), *remarks, *_lines({**rejected, **others})])
-    return Choice(best.candidate, best.kernels, reason, why, timings)
+    return Choice(best.candidate, best.kernels, reason, why, timings, False, tuple(ways), best.seconds)
 
 
 def _best(options: list[Option], objective: Objective) -> tuple[Option, str]:

@@ -82,6 +82,8 @@ class CompressReport:
         conversion_seconds: time spent on packing and swapping.
         passes: the whole model's own forward, compressed against plain, on up to four of the batches.
         remark: why the whole model was not timed, where it was not.
+        forms: the whole model with all layers in one form, against what was chosen for each alone, on these batches;
+            for the few forms that might have been faster. Of one that was taken, it says why.
     """
 
     layers: tuple[CompressLayerReport, ...]
@@ -91,6 +93,7 @@ class CompressReport:
     conversion_seconds: float
     passes: tuple[Timing, ...] = ()
     remark: str = ""
+    forms: dict[str, tuple[Timing, ...]] = field(default_factory=dict)
 
     @property
     def swapped(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Puts a compressed layer in the place of a plain one, and the plain one back."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,29 +35,26 @@ class _Emptied:
 
 
 class Swap:
-    """Compressed modules and the plain layers that they stand for, which take turns until ``commit`` keeps one of both.
+    """The plain layers of a model, which take turns with compressed modules until ``commit`` keeps some of those.
 
     Both are in memory meanwhile, so that ``undo`` can put the model back as it was, bit for bit.
     """
 
-    def __init__(self, model: nn.Module, built: Mapping[str, tuple[LinearSite, Compressed]]):
-        self.model = model
-        self.sites = {name: site for name, (site, _) in built.items()}
-        self.modules = {name: module for name, (_, module) in built.items()}
+    def __init__(self, model: nn.Module, sites: Mapping[str, LinearSite]):
+        self.model, self.sites = model, sites
         self.emptied: list[_Emptied] = []
 
-    def show(self, names: Collection[str]) -> None:
-        """Puts the compressed modules of these names in place, and the plain layers of all others."""
-        for name, module in self.modules.items():
-            site = self.sites[name]
-            replace_module(module if name in names else site.layer, site.slots)
+    def show(self, modules: Mapping[str, Compressed]) -> None:
+        """Puts these modules in the places of the layers of these names, and the plain layers in all others."""
+        for name, site in self.sites.items():
+            replace_module(modules.get(name, site.layer), site.slots)
 
-    def commit(self, names: Collection[str]) -> None:
-        """Keeps the compressed modules of these names, and frees the memory of the plain layers that they stand for."""
-        self.show(names)
-        for name in names:
+    def commit(self, modules: Mapping[str, Compressed]) -> None:
+        """Keeps these modules, and frees the memory of the plain layers that they stand for."""
+        self.show(modules)
+        for name, module in modules.items():
             layer = self.sites[name].layer
-            set_original(self.modules[name], layer)
+            set_original(module, layer)
             bits, info = get_mask_bits(layer), get_mask_info(layer)
             self.emptied.append(_Emptied(layer, layer.weight.data, layer.weight.grad, bits, info))
             release_weight(layer)
@@ -70,7 +67,7 @@ class Swap:
             each.layer.weight.data, each.layer.weight.grad = each.weight, each.grad
             if each.bits is not None and each.info is not None:
                 set_mask_bits(each.layer, each.bits, each.info)
-        self.show(())
+        self.show({})
         guard_saving(self.model)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .._timing import Timing
+from .._timing import MAX_SPREAD, Timing
 from ..masks import LOST_ZEROS, WAY_BACK
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def summary(report: "CompressReport") -> Iterator[str]:
         yield f"whole model: {', '.join(f'{timing.ratio:.2f}x' for timing in report.passes)} plain, on the batches"
     elif report.remark:
         yield f"whole model: {report.remark}"
+    for form, timings in report.forms.items():
+        yield f"with every layer {form}: {', '.join(map(_settled, timings))} what was chosen for each layer alone"
     if report.undecided:
         yield (
             f"{len(report.undecided)} undecided: the machine is busy (spread up to {report.disturbance:.1f}), "
@@ -70,6 +72,11 @@ def summary(report: "CompressReport") -> Iterator[str]:
         f"{report.bytes_before / 2**20:.1f} MiB -> {report.bytes_after / 2**20:.1f} MiB, "
         f"measured in {report.tune_seconds:.1f} s, converted in {report.conversion_seconds:.1f} s"
     )
+
+
+def _settled(timing: Timing) -> str:
+    busy = timing.spread > MAX_SPREAD
+    return f"{timing.ratio:.2f}x" + (f" (undecided, the machine is busy: spread {timing.spread:.1f})" if busy else "")
 
 
 def _names(layers: Sequence["CompressLayerReport"]) -> str:

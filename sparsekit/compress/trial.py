@@ -76,18 +76,34 @@ class Trial:
 
     def options(self) -> Iterator[Option]:
         """Yields the ways to take the layer's place: in each layout, without and with a dense copy."""
-        weight = self.site.layer.weight
         for kernels in self.kernel_sets:
             for usable in [kernels, kernels | {DENSE_COPY}] if self.has_copy else [kernels]:
                 fastest = {tokens: self._fastest(tokens, usable) for tokens in self.right}
                 chosen = {tokens: name for tokens, name in fastest.items() if name is not None}
                 if len(chosen) < len(fastest) or set(chosen.values()) == {DENSE_COPY}:
                     continue
-                nbytes = self.nbytes + (weight.nbytes if DENSE_COPY in chosen.values() else 0)
-                seconds = [
-                    self.site.calls[tokens] * self.right[tokens][name].seconds for tokens, name in chosen.items()
-                ]
-                yield Option(self.candidate, chosen, nbytes, sum(seconds))
+                yield self._option(chosen)
+
+    def any_way(self) -> Option | None:
+        """Returns the fastest way to take this form, also where the plain layer is faster; None without a right one."""
+        ways = []
+        for kernels in self.kernel_sets:
+            right = [
+                {name: each for name, each in self.right[tokens].items() if name in kernels} for tokens in self.right
+            ]
+            if not all(right):
+                continue
+            chosen = {
+                tokens: min(timings.items(), key=lambda item: item[1].seconds)[0]
+                for tokens, timings in zip(self.right, right, strict=True)
+            }
+            ways.append(self._option(chosen))
+        return min(ways, key=lambda way: way.seconds, default=None)
+
+    def _option(self, chosen: dict[int, str]) -> Option:
+        nbytes = self.nbytes + (self.site.layer.weight.nbytes if DENSE_COPY in chosen.values() else 0)
+        seconds = [self.site.calls[tokens] * self.right[tokens][name].seconds for tokens, name in chosen.items()]
+        return Option(self.candidate, chosen, nbytes, sum(seconds))
 
     def rejection(self) -> Rejection:
         """Returns why there is no option: what was measured at the token count where the candidate is worst."""
