@@ -1,8 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, assert_product, assert_same, dtype_id, opcheck, poison, sparse24
-from packed_products import assert_nan_stays_in_its_token
+from helpers import DTYPES, LAYOUTS, assert_product, assert_same, dtype_id, opcheck, poison, sparse24
+from packed_products import assert_nan_stays_in_its_token, assert_same_for_any_threads, assert_same_in_any_batch
 from test_quant24 import quantized
 
 import sparsekit as sk
@@ -47,6 +47,31 @@ def test_does_not_swallow_nan(simd, tokens, quant_type):
     weight, mask = sparse24(40, 72)
     packed = sk.quantize24(sk.pack24(weight, mask), quant_type)
     assert_nan_stays_in_its_token(lambda x: sk.linear24q(x, packed), torch.randn(tokens, 72), mask)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_any_strides(simd, layout, quant_type):
+    packed, bias, x = quantized(7, 70, quant_type), torch.randn(7), torch.randn(3, 70)
+    strided = packed._replace(
+        **{name: LAYOUTS[layout](getattr(packed, name)) for name in ("values", "scales", "bitmask")}
+    )
+    y = sk.linear24q(LAYOUTS[layout](x), strided, torch.stack([bias, bias], 1)[:, 0])
+    assert_same(y, sk.linear24q(x, packed, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("tokens", [1, 4, 16, 200])
+def test_threads(simd, threads, dtype, tokens):
+    packed = quantized(1030, 516, "int8")
+    assert_same_for_any_threads(lambda x: sk.linear24q(x, packed), torch.randn(tokens, 516).to(dtype), threads)
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("few, many", [(1, 15), (16, 70)])  # on either side of where the kernel changes
+def test_a_token_comes_out_the_same_in_any_batch(simd, quant_type, few, many):
+    packed, bias = quantized(70, 1030, quant_type), torch.randn(70)
+    assert_same_in_any_batch(lambda x: sk.linear24q(x, packed, bias), torch.randn(many, 1030), few)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

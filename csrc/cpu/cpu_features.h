@@ -39,6 +39,7 @@ inline bool has_feature([[maybe_unused]] std::string_view name) {
   if (name == "avx512vl") return __builtin_cpu_supports("avx512vl");
   if (name == "avx512vbmi") return __builtin_cpu_supports("avx512vbmi");
   if (name == "avx512vbmi2") return __builtin_cpu_supports("avx512vbmi2");
+  if (name == "avx512vnni") return __builtin_cpu_supports("avx512vnni");
   if (name == "avx512bf16") return __builtin_cpu_supports("avx512bf16");
 #endif
   return false;

@@ -11,6 +11,7 @@
 namespace sparsekit {
 
 enum class DType : uint8_t { F32, F16, BF16 };
+enum class QuantType : uint8_t { Int8, Int4, Nf4 };
 
 // Runs body(begin, end, context) over [0, count) in parallel, in pieces of at least `grain`.
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
@@ -126,6 +127,30 @@ struct Linear24Args {
   DType dtype;
 };
 
+// All contiguous, in the layout of ops/quant24.py.
+struct Linear24qArgs {
+  const void* x;  // [tokens, cols]
+  const uint8_t* values;
+  const uint16_t* scales;  // [rows, ceil(cols / group)] of bfloat16
+  const uint8_t* bitmask;
+  const void* bias;  // [rows] or null
+  void* y;           // [tokens, rows]
+  int64_t tokens, rows, cols, group;
+  QuantType type;
+  DType dtype;
+};
+
+// All contiguous; the tiles in the layout of ops/tiled24.py.
+struct Linear24qInt8Args {
+  const void* x;         // [tokens, cols]
+  const uint8_t* tiles;  // [ceil(rows / 8), tiles of a row, bytes of a tile]
+  const void* bias;      // [rows] or null
+  void* y;               // [tokens, rows]
+  int64_t tokens, rows, cols, group;
+  QuantType type;
+  DType dtype;
+};
+
 // All contiguous, in the layout of ops/tiered.py.
 struct LinearTieredArgs {
   const void* x;         // [tokens, cols]
@@ -172,6 +197,8 @@ struct Kernels {
   void (*prune_pack24)(const PrunePack24Args&, int64_t begin, int64_t end);
   void (*unpack24)(const Unpack24Args&, int64_t begin, int64_t end);
   void (*linear24)(const Linear24Args&, ParallelFor);
+  void (*linear24q)(const Linear24qArgs&, ParallelFor);
+  void (*linear24q_int8)(const Linear24qInt8Args&, ParallelFor);
   void (*linear_tiered)(const LinearTieredArgs&, ParallelFor);
   // Rows [begin, end).
   void (*sparsegpt)(const SparsegptArgs&, int64_t begin, int64_t end);
@@ -181,7 +208,7 @@ extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;         // AVX2, FMA, F16C, BMI, BMI2, LZCNT
 extern const Kernels kernels_avx512;       // AVX-512 F, BW, DQ, VL
-extern const Kernels kernels_avx512_bf16;  // and VBMI, VBMI2, BF16
+extern const Kernels kernels_avx512_bf16;  // and VBMI, VBMI2, VNNI, BF16
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 #endif

@@ -1,10 +1,12 @@
 // One SIMD level: all kernels, compiled for its target, and the table of them. The file that includes this defines
 // SPARSEKIT_LEVEL (the name), SPARSEKIT_FEATURES (of the target), and one of SPARSEKIT_SCALAR, SPARSEKIT_NEON,
 // SPARSEKIT_AVX2 and SPARSEKIT_AVX512 for the instructions that may be used, with AVX-512 also SPARSEKIT_AVX512_BF16 if
-// there is BF16.
+// there is BF16, and SPARSEKIT_VNNI if there is vpdpbusd.
 #include "block_scores_kernel.h"
 #include "block_topk_kernel.h"
 #include "linear24_kernel.h"
+#include "linear24q_int8_kernel.h"
+#include "linear24q_kernel.h"
 #include "linear_tiered_kernel.h"
 #include "nm_kernel.h"
 #include "pack24_kernel.h"
@@ -34,6 +36,8 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .prune_pack24 = SPARSEKIT_LEVEL::prune_pack24,
     .unpack24 = SPARSEKIT_LEVEL::unpack24,
     .linear24 = SPARSEKIT_LEVEL::linear24,
+    .linear24q = SPARSEKIT_LEVEL::linear24q,
+    .linear24q_int8 = SPARSEKIT_LEVEL::linear24q_int8,
     .linear_tiered = SPARSEKIT_LEVEL::linear_tiered,
     .sparsegpt = SPARSEKIT_LEVEL::sparsegpt,
 };

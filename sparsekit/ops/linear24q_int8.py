@@ -43,7 +43,7 @@ def _fake(x: Tensor, tiles: Tensor, bias: Tensor | None, rows: int, quant_type: 
     return x.new_empty(*x.shape[:-1], rows)
 
 
-_linear24q_int8 = define(linear24q_int8_reference, _fake, compiled=False)
+_linear24q_int8 = define(linear24q_int8_reference, _fake)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

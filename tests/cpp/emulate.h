@@ -2,6 +2,7 @@
 // Force-included, so that it comes before the kernels.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -96,6 +97,31 @@ inline float sum(simde__m512 a) {
   return x[0];
 }
 
+inline simde__m512i widen_bytes(__m128i from) {
+  const auto x = lanes<int8_t>(from);
+  std::array<int32_t, 16> result;
+  std::copy(x.begin(), x.end(), result.begin());
+  return vector<simde__m512i>(result);
+}
+
+template <class Vector>
+Vector multiply_pairs(Vector a, Vector b) {
+  const auto x = lanes<int16_t>(a), y = lanes<int16_t>(b);
+  std::array<int32_t, sizeof(Vector) / 4> result;
+  for (size_t i = 0; i < result.size(); ++i) result[i] = x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return vector<Vector>(result);
+}
+
+// Adds the products of unsigned by signed bytes, four to a lane.
+template <class Vector>
+Vector add_products(Vector sums, Vector a, Vector b) {
+  const auto x = lanes<uint8_t>(a);
+  const auto y = lanes<int8_t>(b);
+  auto result = lanes<int32_t>(sums);
+  for (size_t i = 0; i < x.size(); ++i) result[i / 4] += x[i] * y[i];
+  return vector<Vector>(result);
+}
+
 }  // namespace emulated
 
 #undef _mm512_alignr_epi8
@@ -144,3 +170,11 @@ inline float sum(simde__m512 a) {
 #define _mm512_stream_si512(to, a) simde_mm512_store_si512(to, a)
 #undef _mm512_reduce_add_ps
 #define _mm512_reduce_add_ps(a) emulated::sum(a)
+#undef _mm512_cvtepi8_epi32
+#define _mm512_cvtepi8_epi32(a) emulated::widen_bytes(a)
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16(a, b) emulated::multiply_pairs<simde__m512i>(a, b)
+#undef _mm512_dpbusd_epi32
+#define _mm512_dpbusd_epi32(sums, a, b) emulated::add_products<simde__m512i>(sums, a, b)
+#undef _mm256_dpbusd_avx_epi32
+#define _mm256_dpbusd_avx_epi32(sums, a, b) emulated::add_products<__m256i>(sums, a, b)
