@@ -23,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     )
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=5, help="a run that has fewer is continued")
     parser.add_argument("--again", action="store_true", help="forgets what was measured of these rivals")
     parser.add_argument("--short", action="store_true", help="tiny models, one round; no result file is written")
@@ -38,7 +39,7 @@ def main() -> None:
             if options.again or options.short:
                 forget(path, options.only)
             size, rounds = (SHORT[name], 1) if options.short else (MODELS[name], options.rounds)
-            run(path, size, TOKENS, threads, options.only, rounds)
+            run(path, size, options.tokens, threads, options.only, rounds)
     report = result(folder)
     print(table.page([report]))
     if not options.short:

@@ -28,7 +28,7 @@ class Ready:
     """The calls that run a model, by the number of tokens, and what it took to make them."""
 
     calls: dict[int, Call]
-    seconds: float  # to convert the model, once or for every number of tokens
+    seconds: float  # to convert the model, for one number of tokens if each has a conversion of its own
     load: float | None = None  # to make a session of the converted file, where there is a file
 
 
@@ -70,7 +70,7 @@ def compiled(model: nn.Module, inputs: Inputs, threads: int, folder: Path, freez
             torch._dynamo.reset()
             calls[tokens] = torch.compile(copy.copy(model), fullgraph=True, dynamic=False)
             calls[tokens](x)
-    return Ready(calls, time.perf_counter() - begin)
+    return Ready(calls, (time.perf_counter() - begin) / len(calls))
 
 
 def dynamic_int8(model: nn.Module, inputs: Inputs, threads: int, folder: Path) -> Ready:
@@ -174,7 +174,7 @@ def compressed(model: nn.Module, inputs: Inputs, threads: int, folder: Path, pre
     for tokens, x in inputs.items():
         calls[tokens] = copy.deepcopy(model)
         sk.compress_(calls[tokens], [x], **options)
-    return Ready(calls, time.perf_counter() - begin)
+    return Ready(calls, (time.perf_counter() - begin) / len(calls))
 
 
 _TORCH, _ONNX, _OPENVINO = ("torch",), ("onnxscript", "onnxruntime"), ("onnxscript", "openvino")

@@ -124,7 +124,8 @@ def summary(lines: list[Line]) -> dict[str, Line]:
             continue
         known = {key: value for key, value in facts[-1].items() if key not in ("rival", "errors")}
         rows[name] = {"kind": rival.kind, **known, "tokens": {}}
-        for tokens, error in facts[-1].get("errors", {}).items():
+        errors = {tokens: error for line in facts for tokens, error in line.get("errors", {}).items()}
+        for tokens, error in errors.items():
             timed = [line for line in own if line.get("tokens") == int(tokens)]
             seconds = [each for line in timed for each in line["seconds"]]
             if seconds:

@@ -112,8 +112,8 @@ A call follows a pause of 60 ms, so that no thread of another library spins any 
 that is allowed. The cells are milliseconds of a forward pass, best / median. *Error* is the largest relative error of
 the output, by the norm, against plain PyTorch in fp32; in fp32 a rival above 1e-4 is refused. An error above 0.05 is
 bold, and that rival does not count as the fastest one. *Convert* is the time from the dense PyTorch model to the
-converted file or module, for all numbers of tokens; torch.compile found its code in Inductor's cache, the first
-time took it 74 s for the blocks. *Load* is the time from the file to a session that can run.
+converted file or module, for one number of tokens where each has its own; torch.compile found its code in Inductor's
+cache, without it the blocks took 15 s. *Load* is the time from the file to a session that can run.
 *GFLOP/s* is that of a fixed 384x384x384 product in fp32, timed before every turn: the smaller it is, the slower was the
 machine.
 
