@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 import sparsekit as sk
 from sparsekit.ops import _kernels
 from sparsekit.ops._define import DECLARED
+from sparsekit.ops.int8_linear import PackedInt8, int8_linear, quantize_rows
 from sparsekit.ops.linear24 import _linear24
 from sparsekit.ops.linear24q import _linear24q
 from sparsekit.ops.linear24q_int8 import _linear24q_int8
@@ -90,7 +91,9 @@ def op_calls(dtype):
     quantized = sk.quantize24(sk.Packed24(values, bits, (9, 20)))
     tiled = sk.tile24(quantized)
     single, factor = torch.randn(6, 8), torch.linalg.cholesky(torch.eye(8) + 0.1).t().contiguous()
+    int8 = PackedInt8(*quantize_rows(weight))
     calls = {
+        "int8_linear": lambda: int8_linear(x, int8, bias),
         "nm_mask": lambda: sk.nm_mask(weight, 2, 4),
         "nm_mask_bits": lambda: sk.nm_mask_bits(weight, 3, 7),
         "nm_prune": lambda: sk.nm_prune(weight, 2, 4, scale=scale),

@@ -163,8 +163,8 @@ class Prepacked(Candidate):
         weight = layer.weight
         if weight.device.type != "cpu":
             return f"oneDNN has nothing for {weight.device.type}"
-        if layer.training and weight.requires_grad:
-            return "it cannot be trained, and the layer is in training mode: call model.eval() first"
+        if reason := inference_only_reason(layer):
+            return reason
         return None if _can_prepack(weight.dtype) else f"oneDNN has nothing for {weight.dtype} on this CPU"
 
     def nbytes(self, layer: nn.Linear) -> int:
@@ -175,7 +175,6 @@ class Prepacked(Candidate):
 
 
 CPU_CANDIDATES = (Sparse24(), Tiered(), Prepacked())
-DENSE_KERNELS = ("plain", *(candidate.name for candidate in CPU_CANDIDATES if candidate.dense))
 
 
 def not_24_reason(layer: nn.Linear) -> str | None:
@@ -188,6 +187,13 @@ def not_24_reason(layer: nn.Linear) -> str | None:
     if get_mask(layer) is None and not kept.any():  # as LoRA's begins: in training all of it has to move
         return "all zeros, and has no mask that says so"
     return None if _is_24(kept) else "not 2:4"
+
+
+def inference_only_reason(layer: nn.Linear) -> str | None:
+    """Returns why a layer cannot take a form that is for inference only, or None where it can."""
+    if layer.training and layer.weight.requires_grad:
+        return "it cannot be trained, and the layer is in training mode: call model.eval() first"
+    return None
 
 
 def no_dense_copy_reason(layer: nn.Linear) -> str | None:

@@ -14,6 +14,7 @@ from ..nn import Compressed
 from .candidates import CPU_CANDIDATES, Candidate, no_dense_copy_reason
 from .gpu import GPU_CANDIDATES
 from .kinds import Kind, kinds_of
+from .lossy import LOSSY_CANDIDATES, Precision
 from .measure import Measure
 from .sites import LinearSite
 from .table import GIVEN_BACK
@@ -86,9 +87,10 @@ class Choice:
         return replace(self, why=why, reason=f"{why}; alone: {self.reason}")
 
 
-def unsupported_reasons(layer: nn.Linear) -> dict[Candidate, str | None]:
+def unsupported_reasons(layer: nn.Linear, precision: Precision | None = None) -> dict[Candidate, str | None]:
     """Returns why a layer cannot become each candidate of its device; None for those that are worth measuring."""
     candidates: Sequence[Candidate] = GPU_CANDIDATES if _timing.is_gpu(layer.weight.device) else CPU_CANDIDATES
+    candidates = [*candidates, *(LOSSY_CANDIDATES[precision] if precision else ())]
     return {candidate: candidate.unsupported_reason(layer) for candidate in candidates}
 
 
@@ -98,6 +100,7 @@ def choose(
     measure: Measure,
     *,
     keep_dense: bool,
+    precision: Precision | None,
     evict_cache: Callable[[torch.device], bool],
     progress: Progress,
 ) -> dict[str, Choice]:
@@ -108,13 +111,14 @@ def choose(
         objective: ``"speed"`` or ``"size"``.
         measure: how to measure.
         keep_dense: whether the caller allows dense copies.
+        precision: the lowest precision that the caller allows; None for that of the weights.
         evict_cache: returns whether weights on a device are timed from memory.
         progress: wraps the loop over the measurements and iterates it.
 
     Returns:
         The choices, by the name of the layer.
     """
-    unsupported = {site.name: unsupported_reasons(site.layer) for site in sites}
+    unsupported = {site.name: unsupported_reasons(site.layer, precision) for site in sites}
     kinds: dict[str, list[Kind]] = {}
     members: dict[Kind, tuple[nn.Linear, list[Candidate]]] = {}
     for site in sites:

@@ -14,8 +14,10 @@ from .._layers import Where, check_model
 from .._undo import Undo, change, restoring
 from ..nn import Compressed
 from ..nn.common import autocast_dtype
+from .change import LayerError, OutputChange, output_change, output_errors, weight_errors
 from .choose import OBJECTIVES, Choice, choose
 from .forms import try_forms
+from .lossy import Precision, check_precision
 from .measure import Measure
 from .memory import resident_bytes, weight_bytes
 from .report import CompressLayerReport, CompressReport
@@ -37,6 +39,7 @@ def compress_(
     forward: Forward | None = None,
     objective: Objective = "speed",
     keep_dense: bool = False,
+    precision: Precision | None = None,
     measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> CompressReport:
@@ -70,6 +73,12 @@ def compress_(
     ``~/.cache/sparsekit/tune`` (``$XDG_CACHE_HOME/sparsekit/tune``); the environment variable
     ``SPARSEKIT_TUNE_CACHE`` names another folder, or switches that off if it is 0.
 
+    **A lower precision** changes what the model computes, so it is opt-in: with ``precision="int8"`` a layer may also
+    become ``nn.Int8Linear``, PyTorch's dense 8-bit product. The kernels are checked against what the quantized layer
+    should compute. The report has the error of every such layer on its own inputs, and how much the outputs of the
+    whole model change on up to four of the batches. The weights as they were are not kept: ``decompress_`` returns the
+    rounded ones.
+
     ``nn.Linear`` and transformers' ``Conv1D`` are swapped; layers with tied weights, hooks, parametrizations or a
     parent that reads their weight stay, and the report says why. ``decompress_`` undoes it: the same module and
     Parameter objects return. Until then the Parameters of the swapped weights are empty, without ``.grad``, and
@@ -88,6 +97,8 @@ def compress_(
             dense is faster: it then gains at some and loses at none, for 13/8 of the bytes instead of 5/8. It is an
             ``nn.RoutedLinear24`` or ``nn.RoutedTieredLinear`` then. Without it
             one token count at which the layer loses is a veto. Such a layer cannot be trained.
+        precision: ``"int8"`` allows forms with weights and inputs of 8 bits; None, the default, none that change what a
+            layer computes by more than rounding.
         measure: the token counts, the time for measuring and whether CUDA graphs are used; None for ``Measure()``.
         progress: wraps the loop over the measurements and iterates it, as ``tqdm`` does.
 
@@ -98,8 +109,8 @@ def compress_(
     Raises:
         TypeError: ``model`` is not a module, ``batches`` neither a batch nor an iterable of batches, or ``measure`` no
             ``Measure``.
-        ValueError: ``batches`` is empty, there is no such ``objective``, ``keep_dense`` is asked for with
-            ``objective="size"``, or the model is, or holds, a ``DistributedDataParallel``.
+        ValueError: ``batches`` is empty, there is no such ``objective`` or ``precision``, ``keep_dense`` is asked for
+            with ``objective="size"``, or the model is, or holds, a ``DistributedDataParallel``.
         RuntimeError: the model is being changed already, here or in another thread.
 
         Whatever is raised, also by the model or by an interrupt, leaves the model as it was.
@@ -107,6 +118,7 @@ def compress_(
     check_model(model)
     measure = Measure() if measure is None else measure
     _check(model, objective, measure, keep_dense=keep_dense)
+    check_precision(precision)
     counts = None if measure.tokens is None else tuple(measure.tokens)
     before = resident_bytes(model)
 
@@ -124,6 +136,7 @@ def compress_(
                 objective,
                 measure,
                 keep_dense=keep_dense,
+                precision=precision,
                 evict_cache=lambda device: before > _timing.cache_bytes(device),
                 progress=progress or iter,
             )
@@ -142,10 +155,14 @@ def compress_(
         verdict = judge(swap, choices, modules, passes)
         if objective == "speed" and counts is None:
             verdict = try_forms(swap, verdict, passes, build)
-        judged = time.perf_counter()
         modules = verdict.modules
+        errors, effect = _changes(swap, modules, None if verdict.remark else passes)
+        judged = time.perf_counter()
         swap.show(modules)
-        layers = tuple(_layer_report(site, verdict.choices.get(site.name), modules.get(site.name)) for site in sites)
+        layers = tuple(
+            _layer_report(site, verdict.choices.get(site.name), modules.get(site.name), errors.get(site.name))
+            for site in sites
+        )
         report = CompressReport(
             layers,
             bytes_before=before,
@@ -155,6 +172,7 @@ def compress_(
             passes=verdict.timings,
             remark=verdict.remark,
             forms=dict(verdict.forms),
+            change=effect,
         )
         with _own_tensors(free):
             swap.commit(modules)
@@ -167,8 +185,10 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     """Undoes ``compress_``: every swapped layer is again the module object it was, with the same Parameter objects.
 
     Weights come back bit for bit (a -0.0 that 2:4 did not store as 0.0), with what happened since: training, loading,
-    ``to(dtype)``. Masks, flags and the keys of the state dict are what they were. What ``load`` compressed
-    is undone as well. A compressed layer of ``sparsekit.nn`` put there by hand becomes a new ``nn.Linear``.
+    ``to(dtype)``. Only a lossy layer, which ``precision`` allows, returns the rounded weight that it multiplied by,
+    because the one before was not kept: who wants that back keeps a copy or a file of the model. Masks, flags and the
+    keys of the state dict are what they were. What ``load`` compressed is undone as well. A compressed layer of
+    ``sparsekit.nn`` put there by hand becomes a new ``nn.Linear``.
 
     Returns:
         The names of the layers that were restored.
@@ -235,7 +255,19 @@ def _own_tensors(sites: Iterable[LinearSite]) -> Iterator[None]:
             yield
 
 
-def _layer_report(site: LinearSite, choice: Choice | None, module: nn.Module | None) -> CompressLayerReport:
+def _changes(
+    swap: Swap, modules: Mapping[str, Compressed], passes: Passes | None
+) -> tuple[dict[str, LayerError], OutputChange | None]:
+    """Returns what lossy layers change, each alone and all together; of the weights alone without passes."""
+    lossy = {name: module for name, module in modules.items() if module.lossy}
+    if not lossy or passes is None:
+        return weight_errors(swap, lossy), None
+    return output_errors(swap, lossy, passes), output_change(swap, modules, passes)
+
+
+def _layer_report(
+    site: LinearSite, choice: Choice | None, module: nn.Module | None, error: LayerError | None
+) -> CompressLayerReport:
     calls, weight = dict(sorted(site.calls.items())), weight_bytes(site.layer)
     if choice is None:
         reason = site.reason or ""
@@ -254,4 +286,5 @@ def _layer_report(site: LinearSite, choice: Choice | None, module: nn.Module | N
         choice.undecided,
         bytes_before=weight,
         bytes_after=weight if module is None else weight_bytes(module),
+        error=error,
     )

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from .._json import write_json
 from .._table import table_lines
 from .._timing import Timing
-from .candidates import DENSE_COPY, DENSE_KERNELS
+from .candidates import DENSE_COPY
+from .change import LayerError, OutputChange
+from .lossy import DENSE_KERNELS
 from .table import grouped_rows, summary
 
 
@@ -17,7 +19,8 @@ class CompressLayerReport:
     Args:
         name: its name in the model.
         shape: ``(out_features, in_features)``; of experts as their parameter has it.
-        decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, or ``"plain"`` where the layer stays what it was.
+        decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, with a ``precision`` also ``"int8"``, or ``"plain"`` where
+            the layer stays what it was.
         reason: why, with every form that was turned down.
         calls: how often the batches ran it, by token count rounded up to a power of two.
         timings: what was measured, by token count and kernel; None for a wrong result. On a CPU a kernel has the name
@@ -28,6 +31,7 @@ class CompressLayerReport:
         why: the reason in a few words, with the runner-up alone, as tables show it.
         undecided: whether it stays plain only because the machine was too busy to tell what is faster.
         bytes_before, bytes_after: of its weight, without a stored mask.
+        error: how much a lossy form changes; None for another form.
     """
 
     name: str
@@ -41,6 +45,7 @@ class CompressLayerReport:
     undecided: bool = False
     bytes_before: int = 0
     bytes_after: int = 0
+    error: LayerError | None = None
 
     @property
     def sparse(self) -> bool:
@@ -84,6 +89,8 @@ class CompressReport:
         remark: why the whole model was not timed, where it was not.
         forms: the whole model with all layers in one form, against what was chosen for each alone, on these batches;
             for the few forms that might have been faster. Of one that was taken, it says why.
+        change: how much lossy layers change the outputs on up to four of the batches; None without such layers, or
+            where no pass could be run.
     """
 
     layers: tuple[CompressLayerReport, ...]
@@ -94,6 +101,7 @@ class CompressReport:
     passes: tuple[Timing, ...] = ()
     remark: str = ""
     forms: dict[str, tuple[Timing, ...]] = field(default_factory=dict)
+    change: OutputChange | None = None
 
     @property
     def swapped(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The text of a ``CompressReport``: a table with a row for each kind of layer, and a summary."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .._timing import MAX_SPREAD, Timing
@@ -13,16 +13,24 @@ GIVEN_BACK = "given back"  # how the reason of a layer begins that stays because
 MAX_NAMES = 3  # of plain layers in a row
 
 
-def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], list[list[str]]]:
+def grouped_rows(layers: Collection["CompressLayerReport"]) -> tuple[list[str], list[list[str]]]:
     """Returns the head and the rows of a table; layers of one shape, reason and measurement share a row.
 
-    The rows of plain layers end with their names, three at most.
+    Where a layer is lossy, a column has the largest error of each row. The rows of plain layers end with their names,
+    three at most.
     """
     alike: dict[object, list[CompressLayerReport]] = {}
     for layer in layers:
         alike.setdefault((layer.shape, layer.decision, layer.reason, str(layer.timings)), []).append(layer)
     buckets = sorted({tokens for layer in layers for tokens in layer.timings})
-    head = ["layers", "now", *("1 token" if tokens == 1 else f"{tokens} tokens" for tokens in buckets), "why"]
+    lossy = any(layer.error is not None for layer in layers)
+    head = [
+        "layers",
+        "now",
+        *["error"] * lossy,
+        *("1 token" if tokens == 1 else f"{tokens} tokens" for tokens in buckets),
+        "why",
+    ]
     rows = []
     for members in alike.values():
         first = members[0]
@@ -30,7 +38,8 @@ def grouped_rows(layers: Iterable["CompressLayerReport"]) -> tuple[list[str], li
         shape = "x".join(map(str, first.shape))
         why = first.why or first.reason
         why = f"{why} ({_names(members)})" if first.decision == "plain" else why
-        rows.append([f"{len(members)} of {shape}", first.decision, *ratios, why])
+        error = [_largest_error(members)] * lossy
+        rows.append([f"{len(members)} of {shape}", first.decision, *error, *ratios, why])
     return head, rows
 
 
@@ -43,13 +52,17 @@ def summary(report: "CompressReport") -> Iterator[str]:
         yield f"{len(filled)} with a stored mask whose weight {LOST_ZEROS}: {WAY_BACK}"
     if report.swapped:
         sparse = [layer for layer in layers if layer.sparse]
-        packed = [layer for layer in layers if layer.decision == "prepacked"]
-        yield f"{_bytes('sparse (2:4 or tiered)', sparse)}; {_bytes('only prepacked, dense', packed)}"
+        dense = [layer for layer in layers if not layer.sparse and layer.decision != "plain"]
+        names = " or ".join(sorted({layer.decision for layer in dense})) or "prepacked"
+        yield f"{_bytes('sparse (2:4 or tiered)', sparse)}; {_bytes(f'only {names}, dense', dense)}"
         share = report.speedup / report.dense_speedup
+        int8 = any("int8" in measured for layer in layers for measured in layer.timings.values())
+        forms = "prepacked or in int8" if int8 else "prepacked"
         yield (
-            f"linear layers alone: {report.speedup:.2f}x plain; prepacked, without any sparsity, they would be "
+            f"linear layers alone: {report.speedup:.2f}x plain; {forms}, without any sparsity, they would be "
             f"{report.dense_speedup:.2f}x, so sparsity itself brings {share:.2f}x"
         )
+        yield from _lossy(report)
     elif any(layer.why.startswith(GIVEN_BACK) for layer in layers):
         yield "every layer stays as it is: what is faster alone does not make a pass of the model faster"
     elif any(layer.timings for layer in layers) and not report.undecided:
@@ -77,6 +90,25 @@ def summary(report: "CompressReport") -> Iterator[str]:
 def _settled(timing: Timing) -> str:
     busy = timing.spread > MAX_SPREAD
     return f"{timing.ratio:.2f}x" + (f" (undecided, the machine is busy: spread {timing.spread:.1f})" if busy else "")
+
+
+def _lossy(report: "CompressReport") -> Iterator[str]:
+    """Yields what lossy layers change."""
+    errors = [layer.error for layer in report.layers if layer.error is not None]
+    if errors:
+        most = max(errors, key=lambda each: each.error)
+        yield (
+            f"{len(errors)} lossy, of which decompress_ returns the rounded weights: relative error of the {most.of} "
+            f"at most {most.error:.2%}"
+        )
+    if (change := report.change) is not None:
+        same = "" if change.agreement is None else f", and the largest logit stays at {change.agreement:.2%}"
+        yield f"outputs of the whole model: a relative change of {change.error:.2%} on the batches{same}"
+
+
+def _largest_error(layers: Sequence["CompressLayerReport"]) -> str:
+    errors = [layer.error.error for layer in layers if layer.error is not None]
+    return f"{max(errors):.2%}" if errors else "-"
 
 
 def _names(layers: Sequence["CompressLayerReport"]) -> str:

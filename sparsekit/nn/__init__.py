@@ -2,6 +2,7 @@
 
 from .compressed import Compressed
 from .conv24 import Conv2d24
+from .int8 import Int8Linear
 from .linear24 import Linear24
 from .prepacked import PrepackedLinear
 from .routed import Plan, Route, Routed, RoutedTieredLinear
@@ -12,6 +13,7 @@ from .weight_view import WeightView
 __all__ = [
     "Compressed",
     "Conv2d24",
+    "Int8Linear",
     "Linear24",
     "Plan",
     "PrepackedLinear",

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -70,6 +71,11 @@ class Compressed(nn.Module):
             and raises an error that says what does not fit.
         """
         return None
+
+    def reference(self, input: Tensor) -> Tensor:
+        """Returns what ``forward`` should return, up to rounding, in float64; a kernel is checked against it."""
+        bias: Tensor | None = self.bias
+        return F.linear(input.double(), self._dense().double(), None if bias is None else bias.double())
 
     def _training_error(self) -> str | None:
         """Returns the error message if training mode asks for a gradient that the weight cannot have; else None."""

@@ -1,0 +1,157 @@
+"""The dense linear layer on an 8-bit weight with inputs that are rounded to 7 bits: PyTorch's own int8 product."""
+
+import warnings
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._define import call_op, check_like, check_weight, define, define_gradient
+
+# Inputs are integers from -63 to 63. With 64 more, to be unsigned, two products with weights of -127 to 127 are at most
+# 32258, which the 16 bits of `vpmaddubsw` hold. With 8 bits they would saturate on CPUs without VNNI, which gives wrong
+# results (https://github.com/pytorch/pytorch/issues/44939).
+LARGEST_INPUT, ZERO_INPUT = 63, 64
+SMALLEST = 1e-30  # the largest magnitude of a token counts as at least this, so that 63 / it is finite
+
+# The packed weights by number: a graph that `torch.compile` makes can hold a number, and no packed weight.
+_packed: "WeakValueDictionary[int, PackedInt8]" = WeakValueDictionary()
+
+
+class PackedInt8:
+    """A dense weight of 8-bit integers with a scale for each row, in the order in which fbgemm reads it.
+
+    Args:
+        values: int8 ``[rows, cols]``, from -127 to 127.
+        scales: float32 ``[rows]``: a weight is its integer times the scale of its row.
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor):
+        self.shape, self.scales = values.shape, scales
+        self.number = id(self)
+        self.plain: Tensor | None = values
+        self.packed = None
+        if is_supported() and values.device.type == "cpu" and values.numel():
+            self.packed, self.plain = _prepack(values, scales), None
+        _packed[self.number] = self
+
+    @property
+    def values(self) -> Tensor:
+        """The integers, as they were given."""
+        if self.plain is not None:
+            return self.plain
+        return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the integers and the scales."""
+        return self.shape.numel() + self.scales.nbytes
+
+    def to_dense(self) -> Tensor:
+        """Returns the weight, float32 ``[rows, cols]``."""
+        return self.values.float() * self.scales[:, None]
+
+
+def is_supported() -> bool:
+    """Returns whether PyTorch has the product for this CPU: fbgemm is for x86."""
+    made = hasattr(torch, "_make_per_channel_quantized_tensor")
+    return made and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a weight to integers from -127 to 127 times the largest magnitude of its row over 127, ties to even.
+
+    Args:
+        weight: ``[rows, cols]``, any floating dtype.
+
+    Returns:
+        The integers, int8 ``[rows, cols]``, and the scales, float32 ``[rows]``.
+    """
+    weight = weight.detach().float()
+    largest = weight.abs().amax(1) if weight.numel() else weight.new_zeros(len(weight))
+    scales = torch.where(largest > 0, largest / 127, 1)
+    return (weight / scales[:, None]).round().clamp_(-127, 127).to(torch.int8), scales
+
+
+def _prepack(values: Tensor, scales: Tensor) -> torch.ScriptObject:
+    zeros, engine = torch.zeros(len(values), dtype=torch.long, device="cpu"), torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized tensors are to be removed (pytorch/pytorch/issues/184982)
+        quantized = torch._make_per_channel_quantized_tensor(values.contiguous(), scales.double(), zeros, 0)
+    try:
+        torch.backends.quantized.engine = "fbgemm"  # 2 to 4 times as fast as oneDNN's on a CPU without VNNI
+        return torch.ops.quantized.linear_prepack(quantized, None)
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def round_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns every token of ``x`` as integers from -63 to 63, and their step ``[tokens, 1]``, both float32.
+
+    The step of a token with an Inf or a NaN is NaN.
+    """
+    x = x.float()
+    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp(min=SMALLEST)
+    return (x * (LARGEST_INPUT / largest)).round(), (largest + 0 * largest) / LARGEST_INPUT
+
+
+def int8_linear_reference(x: Tensor, scales: Tensor, bias: Tensor | None, weight: int) -> Tensor:
+    packed = _packed.get(weight)
+    if packed is None:
+        raise RuntimeError("the Int8Linear that this graph was made of does not exist any more: make the graph again")
+    if packed.packed is None or torch._C._are_functorch_transforms_active():
+        dense = packed.to_dense().to(x.dtype)
+        return F.linear(x, dense, bias)
+    tokens = x.reshape(-1, x.shape[-1])
+    inputs, step = round_inputs(tokens)
+    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(inputs, 1.0, ZERO_INPUT, packed.packed)
+    y = y.mul_(step) if bias is None else torch.addcmul(bias.float(), y, step)
+    return y.to(x.dtype).view(*x.shape[:-1], len(scales))
+
+
+_int8_linear = define(
+    int8_linear_reference,
+    lambda x, scales, bias, weight: x.new_empty(*x.shape[:-1], len(scales)),
+    compiled=False,
+)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.packed = _packed[inputs[3]]
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    grad_x = grad @ ctx.packed.to_dense().to(grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = torch.atleast_2d(grad).flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+    return grad_x, None, grad_bias, None
+
+
+define_gradient(_int8_linear, _setup, _backward)
+
+
+def int8_linear(x: Tensor, packed: PackedInt8, bias: Tensor | None = None) -> Tensor:
+    """Computes ``x @ W.T + bias`` with an 8-bit weight, every token of ``x`` rounded to 7 bits.
+
+    A token is rounded to integers from -63 to 63 times its largest magnitude over 63, and the products are summed
+    exactly, so that the result of a token does not depend on other tokens. All results of a token that has an Inf or a
+    NaN are NaN. Differentiable in ``x`` and ``bias``, as if ``x`` were not rounded. Without fbgemm, and in transforms
+    of ``torch.func``, the weight is multiplied as float, and ``x`` stays as it is.
+
+    Args:
+        x: ``[..., cols]``, float32, float16 or bfloat16, any strides.
+        packed: ``W``, ``[rows, cols]``.
+        bias: ``[rows]`` in ``x``'s dtype, or None.
+
+    Raises:
+        TypeError: a wrong dtype, or dtypes that differ.
+        ValueError: shapes that do not fit together, or two devices.
+    """
+    check_weight("x", x)
+    rows, cols = packed.shape
+    if x.shape[-1] != cols:
+        raise ValueError(f"x must have {cols} columns for a weight of {rows} x {cols}, got shape {tuple(x.shape)}")
+    check_like("scales", packed.scales, torch.float32, (rows,), x)
+    if bias is not None:
+        check_like("bias", bias, x.dtype, (rows,), x)
+    return call_op(_int8_linear, x, packed.scales, bias, packed.number)
