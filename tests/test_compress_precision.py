@@ -1,6 +1,7 @@
 """compress_ with a lower precision: lossy forms, and what the report says of them."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from compressing import decisions
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.compress import tune
-from sparsekit.nn import Int8Linear
+from sparsekit.compress import lossy, tune
+from sparsekit.nn import Int8Linear, QuantizedLinear24
+from sparsekit.ops import backends
 
 
 @pytest.fixture
@@ -18,6 +20,9 @@ def int8(ratios):
     """The measurement is replaced, with int8 the fastest."""
     ratios["int8"] = 4.0
     return ratios
+
+
+OPS = ("linear24q", "linear24q_int8")
 
 
 def model():
@@ -116,3 +121,58 @@ def test_a_wrong_kernel_is_refused(monkeypatch):
     multiply = Int8Linear._multiply
     monkeypatch.setattr(Int8Linear, "_multiply", lambda self, x: multiply(self, x) * 1.01)
     assert tune.measure({"int8": layer}, plain, x, **options)["int8"] is None
+
+
+@pytest.fixture
+def compiled(int8, monkeypatch):
+    """As if there were compiled kernels of quantized 2:4, the fastest of all."""
+    monkeypatch.setattr(lossy, "backends", lambda: {name: {"cpu": "avx2"} for name in OPS})
+    int8 |= {f"2:4 {kind}": 5.0 for kind in ("int8", "int4", "nf4")}
+    int8 |= {f"2:4 {kind}, float inputs": 1.0 for kind in ("int8", "int4", "nf4")}
+    return int8
+
+
+def pruned():
+    net = model()
+    sk.prune_(net, sk.Magnitude("2:4"))
+    return net
+
+
+def test_quantized_24_wins_where_a_layer_is_24(compiled):
+    net, x = pruned(), torch.randn(4, 80)
+    report = sk.compress_(net, x, precision="int8")
+    assert decisions(report) == {"0": "2:4 int8", "2": "2:4 int8"} and type(net[0]) is QuantizedLinear24
+    assert (net[0].quant_type, net[0].inputs) == ("int8", "int8") and report.layers[0].sparse
+    assert "sparse (2:4 or tiered): 2 layers" in str(report)
+    assert report.layers[0].bytes_after == pytest.approx(96 * (40 + 2 * 2 + 10), rel=0.7)  # tiles are padded to 64
+    compiled["2:4 int8, float inputs"] = 6.0
+    net = pruned()
+    report = sk.compress_(net, x, precision="int8")
+    assert net[0].inputs == "float" and report.layers[0].kernels == {4: "2:4 int8, float inputs"}
+    assert decisions(sk.compress_(model(), x, precision="int8")) == {"0": "int8", "2": "int8"}
+
+
+def test_four_bits_are_of_the_kind_with_the_smaller_error(compiled):
+    compiled |= {"2:4 int4": 6.0, "2:4 nf4": 6.0}
+    net, x = pruned(), torch.randn(4, 80)
+    weight = net[2].weight.data
+    weight.copy_(weight.sign() * torch.randint(1, 8, weight.shape))  # which int4 holds exactly where a 7 is among 64
+    net[0].weight.data = torch.where(net[0].weight != 0, torch.randn(96, 80), 0)
+    report = sk.compress_(net, x, precision="int4")
+    assert decisions(report) == {"0": "2:4 nf4", "2": "2:4 int4"}
+    assert re.search(r"2:4 int4: an error of the weight of \d+\.\d%, nf4 has \d+\.\d%", report.layers[0].reason)
+    assert 0.02 < report.layers[0].error.error < 0.12 and report.layers[1].error.error < 0.02
+    assert all("2:4 int4" not in layer.timings[4] for layer in sk.compress_(pruned(), x, precision="int8").layers)
+
+
+def test_without_a_compiled_kernel_it_is_not_measured(int8):
+    report = sk.compress_(pruned(), torch.randn(4, 80), precision="int8")
+    if backends()["linear24q_int8"]["cpu"] == "reference":
+        assert "2:4 int8: no compiled kernel of quantized 2:4 for cpu" in report.layers[0].reason
+
+
+def test_dense_copies_stay_with_the_forms_that_compute_the_same(compiled):
+    compiled |= {"2:4 int8": lambda tokens: 9.0 if tokens == 1 else 0.5, "dense": 1.0}
+    batches = [torch.randn(1, 80), torch.randn(64, 80)]
+    report = sk.compress_(pruned(), batches, precision="int8", keep_dense=True)
+    assert set(decisions(report).values()) == {"int8"}

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..nn import Linear24, TieredLinear
+from ..nn import Linear24
 from ..ops import pack24, pack_bits, unpack_bits
 from ..ops._define import DTYPES
-from .structure import TIERED_PARTS, LayerRecord, join
+from .structure import PARTS as PARTS_OF
+from .structure import LayerRecord, join
 
 PARTS = ("compressed", "bitmask", "shape")
 OPTIONAL = ("row_offsets",)
@@ -196,7 +197,7 @@ def shape_column(rows: int, cols: int) -> Tensor:
 
 
 def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the packed tensors of a state dict as ``sparse-24-bitmask`` does, and unpacks tiered layers.
+    """Renames the packed tensors of a state dict as ``sparse-24-bitmask`` does, and unpacks tiered and lossy ones.
 
     Raises:
         ValueError: the format cannot hold one of the packed layers, or the model has no ``Linear24``.
@@ -211,8 +212,8 @@ def to_bitmask24(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
                 raise ValueError(f"layer {name!r} is {form}; sparse-24-bitmask needs plain ones of a multiple of 4")
             state[join(name, "compressed")] = state.pop(join(name, "values"))
             state[join(name, "shape")] = shape_column(layer.out_features, layer.in_features)
-        elif isinstance(layer, TieredLinear):
-            for part in TIERED_PARTS:
+        elif (record := LayerRecord.of(layer)) is not None and record.kind in PARTS_OF:
+            for part in PARTS_OF[record.kind]:
                 del state[join(name, part)]
             if layer not in unpacked:
                 unpacked[layer] = layer.weight.detach().clone()

@@ -11,15 +11,18 @@ from .._state import get_original, set_original
 from ..masks import remove_mask, set_mask_bits
 from ..nn import (
     Compressed,
+    Int8Linear,
     Linear24,
     PrepackedLinear,
+    QuantizedLinear24,
     Routed,
     RoutedLinear24,
     RoutedTieredLinear,
     TieredLinear,
 )
+from ..ops.int8_linear import PackedInt8
 from .mask_file import remove_masks
-from .structure import LayerRecord, join
+from .structure import PARTS, LayerRecord, join
 
 
 def rebuild(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
@@ -87,6 +90,14 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
         packed = layer.tiered(name, tensors).to(device)
         tiered = TieredLinear if plan is None else RoutedTieredLinear
         new = tiered(packed, transposed=layer.transposed, requires_grad=trainable)
+    elif layer.rounding is not None:
+        if layer.kind == "int8":
+            parts = [part.to(device) for part in layer.parts(name, tensors)]
+            new = Int8Linear(PackedInt8(*parts), dtype=layer.rounding.dtype, transposed=layer.transposed)
+        else:
+            quantized = layer.quantized(name, tensors).to(device)
+            new = QuantizedLinear24(quantized, inputs=layer.rounding.inputs, transposed=layer.transposed)
+        new.frozen = trainable
     else:
         weight = tensors[join(name, "weight")].to(device)
         weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)
@@ -119,8 +130,9 @@ def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
         if tensor.is_floating_point() is not state[key].is_floating_point():
             raise ValueError(f"{key} is {state[key].dtype}, the model's {tensor.dtype}")
     for name, layer in layers.items():
-        if layer.kind == "prepacked":
-            del state[join(name, "weight")]  # the layer holds it already, reordered
+        held = ("weight",) if layer.kind == "prepacked" else PARTS[layer.kind] if layer.rounding else ()
+        for part in held:  # the layer holds them already, rearranged
+            del state[join(name, part)]
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     objects: dict[tuple[int, bool, torch.device], Tensor] = {}
 

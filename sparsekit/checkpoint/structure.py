@@ -2,21 +2,60 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .._json import parse_json
 from ..masks import Axis, MaskInfo, Pattern, check_masks, get_mask_bits, get_mask_info, masked_parameters
-from ..nn import Linear24, PrepackedLinear, TieredLinear
+from ..nn import Int8Linear, Linear24, PrepackedLinear, QuantizedLinear24, TieredLinear
 from ..nn.compressed import weight_shape
-from ..ops import Packed24, TieredWeight
+from ..nn.quantized24 import Inputs
+from ..ops import Packed24, QuantizedWeight24, TieredWeight
+from ..ops._define import DTYPES
+from ..ops.int8_linear import PackedInt8
+from ..ops.quant24 import check_kind
 
 VERSION = 1
-TIERED_PARTS = ("tiers", "dense", "values", "bitmask", "topk", "positions")  # the tensors that are stored
-KINDS = ("linear24", "tiered", "prepacked", "dense")
+PARTS = {  # the tensors that are stored
+    "linear24": ("values", "bitmask"),
+    "tiered": ("tiers", "dense", "values", "bitmask", "topk", "positions"),
+    "quantized24": ("values", "scales", "bitmask"),
+    "int8": ("values", "scales"),
+}
+KINDS = (*PARTS, "prepacked", "dense")
+LOSSY = ("quantized24", "int8")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _MAX_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a lossy layer stores its weight, and rounds its inputs; an ``Int8Linear`` has only the dtype."""
+
+    dtype: torch.dtype
+    quant_type: str = "int8"
+    group: int = 64
+    inputs: Inputs = "int8"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @staticmethod
+    def parse(where: str, data: Any) -> "Rounding":
+        data = _field(where, data, "rounding", dict)
+        dtype, inputs = (_field(where, data, key, str) for key in ("dtype", "inputs"))
+        quant_type: str = _field(where, data, "quant_type", str)
+        group: int = _field(where, data, "group", int)
+        try:
+            check_kind(quant_type, group)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if dtype not in _DTYPES or inputs not in get_args(Inputs):
+            raise ValueError(f"{where} has weights of {dtype!r} and inputs of {inputs!r}, which nothing stores")
+        return Rounding(_DTYPES[dtype], quant_type, group, inputs)
 
 
 @dataclass(frozen=True)
@@ -35,6 +74,7 @@ class LayerRecord:
     block: tuple[int, int] = (0, 0)  # block and k of a tiered layer
     k: int = 0
     parameter: str = "weight"
+    rounding: Rounding | None = None  # of a lossy layer
 
     @staticmethod
     def of(module: nn.Module) -> "LayerRecord | None":
@@ -47,6 +87,12 @@ class LayerRecord:
             return LayerRecord("tiered", shape, module.transposed, mask=mask, block=module.block, k=module.k)
         if isinstance(module, PrepackedLinear):
             return LayerRecord("prepacked", weight_shape(module), module.transposed, module.tokens, mask)
+        if isinstance(module, QuantizedLinear24):
+            rounding = Rounding(module.dtype, module.quant_type, module.group, module.inputs)
+            return LayerRecord("quantized24", weight_shape(module), module.transposed, mask=mask, rounding=rounding)
+        if isinstance(module, Int8Linear):
+            rounding = Rounding(module.dtype)
+            return LayerRecord("int8", weight_shape(module), module.transposed, mask=mask, rounding=rounding)
         return None
 
     def module_name(self, name: str) -> str:
@@ -84,6 +130,7 @@ class LayerRecord:
             "mask": mask,
             **({} if self.parameter == "weight" else {"parameter": self.parameter}),
             **tiers,
+            **({"rounding": self.rounding.to_json()} if self.rounding else {}),
         }
 
     @staticmethod
@@ -108,24 +155,41 @@ class LayerRecord:
         parameter = _field(where, data, "parameter", str) if "parameter" in data else "weight"
         if parameter != "weight" and (kind != "dense" or (name != parameter and not name.endswith(f".{parameter}"))):
             raise ValueError(f"{where} has the weight {parameter!r}, and is not dense and called like it")
-        return LayerRecord(kind, shape, _field(where, data, "transposed", bool), tokens, info, block, k, parameter)
+        transposed = _field(where, data, "transposed", bool)
+        rounding = Rounding.parse(where, data) if kind in LOSSY else None
+        return LayerRecord(kind, shape, transposed, tokens, info, block, k, parameter, rounding)
 
     def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
         """Returns the packed weight of a tiered layer."""
-        tiers, dense, values, bitmask, topk, positions = (tensors[join(name, part)] for part in TIERED_PARTS)
+        tiers, dense, values, bitmask, topk, positions = self.parts(name, tensors)
         return TieredWeight.from_parts(tiers, dense, values, bitmask, topk, positions, self.matrix)
+
+    def quantized(self, name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight24:
+        """Returns the packed weight of a quantized 2:4 layer."""
+        assert self.rounding is not None
+        values, scales, bitmask = self.parts(name, tensors)
+        kind = self.rounding.quant_type, self.rounding.group, self.rounding.dtype
+        return QuantizedWeight24(values, scales, bitmask, self.matrix, *kind)
+
+    def parts(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Returns the tensors in which a packed weight is stored."""
+        return [tensors[join(name, part)] for part in PARTS[self.kind]]
 
     def densify(self, name: str, tensors: dict[str, Tensor]) -> "LayerRecord":
         """Replaces the packed tensors of the layer by its dense weight, and returns the record of the dense layer."""
         if self.kind == "linear24":
-            values, bitmask = tensors.pop(join(name, "values")), tensors.pop(join(name, "bitmask"))
+            values, bitmask = self.parts(name, tensors)
             weight = Packed24(values, bitmask, self.matrix).to_dense()
         elif self.kind == "tiered":
             weight = self.tiered(name, tensors).to_dense()
-            for part in TIERED_PARTS:
-                del tensors[join(name, part)]
+        elif self.kind == "quantized24":
+            weight = self.quantized(name, tensors).to_dense()
+        elif self.rounding is not None:
+            weight = PackedInt8(*self.parts(name, tensors)).to_dense().to(self.rounding.dtype)
         else:
             return LayerRecord("dense", self.shape, mask=self.mask, parameter=self.parameter)
+        for part in PARTS[self.kind]:
+            del tensors[join(name, part)]
         tensors[join(name, "weight")] = weight.t().contiguous() if self.transposed else weight
         return LayerRecord("dense", self.shape, mask=self.mask)
 

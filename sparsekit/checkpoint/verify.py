@@ -6,10 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..nn.quantized24 import check_codes
 from ..ops import TieredWeight, pack_bits, unpack_bits
 from ..ops._define import DTYPES
+from ..ops.quant24 import check_quantized24
 from ..ops.sparse24 import values_per_row
-from .structure import TIERED_PARTS, LayerRecord, join
+from .structure import PARTS, LayerRecord, join
 
 
 def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> None:
@@ -19,12 +21,25 @@ def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Non
         values = _tensor(tensors, join(name, "values"), (rows, values_per_row(cols)))
         if values.dtype not in DTYPES:
             raise ValueError(f"{join(name, 'values')} is {values.dtype}, not float32, float16 or bfloat16")
-        kept = _bits(tensors, join(name, "bitmask"), (rows, cols))
-        full = cols // 4 * 4
-        if not (kept[:, full:].all() and (kept[:, :full].unflatten(1, (full // 4, 4)).sum(-1) == 2).all()):
-            raise ValueError(f"{join(name, 'bitmask')} does not keep exactly two of every four columns")
+        _check_bitmask24(name, record, tensors)
+    elif record.kind == "quantized24":
+        for part in PARTS[record.kind]:
+            _present(tensors, join(name, part))
+        packed = record.quantized(name, tensors)
+        try:
+            check_quantized24(packed)
+            check_codes(packed.values, packed.quant_type)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer {name!r} is not quantized as quantize24 does: {error}") from error
+        _check_bitmask24(name, record, tensors)
+    elif record.kind == "int8":
+        rows, cols = record.matrix
+        values = _tensor(tensors, join(name, "values"), (rows, cols))
+        scales = _tensor(tensors, join(name, "scales"), (rows,))
+        if values.dtype != torch.int8 or scales.dtype != torch.float32 or bool((values == -128).any()):
+            raise ValueError(f"layer {name!r} does not have int8 values from -127 to 127 and float32 scales")
     elif record.kind == "tiered":
-        for part in TIERED_PARTS:
+        for part in PARTS[record.kind]:
             _present(tensors, join(name, part))
         _tensor(tensors, join(name, "tiers"), record.grid)
         try:
@@ -42,6 +57,14 @@ def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Non
 def verify_mask(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Tensor:
     """Returns the bool mask ``[rows, columns]`` of a layer, after a check that it is there and valid."""
     return _bits(tensors, record.mask_name(name), (record.shape[0], math.prod(record.shape[1:])))
+
+
+def _check_bitmask24(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> None:
+    rows, cols = record.matrix
+    kept = _bits(tensors, join(name, "bitmask"), (rows, cols))
+    full = cols // 4 * 4
+    if not (kept[:, full:].all() and (kept[:, :full].unflatten(1, (full // 4, 4)).sum(-1) == 2).all()):
+        raise ValueError(f"{join(name, 'bitmask')} does not keep exactly two of every four columns")
 
 
 def _check_tiered(packed: TieredWeight, block: tuple[int, int], k: int) -> None:

@@ -11,6 +11,7 @@ from .. import CompressReport, Measure, compress_, save
 from .._files import try_folder
 from .._json import write_json
 from ..compress.cache import machine
+from ..compress.lossy import Precision
 from ..compress.table import grouped_rows, summary
 from ..compress.trial import Objective
 from . import terminal
@@ -45,6 +46,8 @@ class Compress:
             FOLDER.
         tokens: tokens in a forward pass: a layer is swapped if it is faster at all of them.
         objective: speed takes what is fastest, size the smallest form that is not slower than dense.
+        precision: int8 allows weights and inputs of 8 bits, int4 weights of 4 bits too, which change what the model
+            computes: the report says by how much. Without it nothing changes by more than rounding.
         budget: seconds to measure one shape at one number of tokens.
         device: auto is the GPU where there is one.
         dtype: auto is the checkpoint's own.
@@ -58,6 +61,7 @@ class Compress:
     out: Path | None = None
     tokens: tuple[int, ...] = (1, 16, 128)
     objective: Objective = "speed"
+    precision: Precision | None = None
     budget: float = 0.5
     device: str = "auto"
     dtype: Dtype = "auto"
@@ -78,7 +82,7 @@ class Compress:
         model: Any = load_dense(str(self.folder), self.device, self.dtype)
         check_tokens(model, self.tokens)
         with without_cache(model):
-            report = compressed(model, self.tokens, self.budget, self.objective)
+            report = compressed(model, self.tokens, self.budget, self.objective, self.precision)
         found = {"tokens": list(self.tokens), "machine": machine(model.device), **asdict(report)}
         if self.out is None:
             self.write(model, self.folder, found)
@@ -115,17 +119,30 @@ def readme(model: Any, report: CompressReport) -> str:
 
 
 @torch.no_grad()
-def compressed(model: Any, counts: tuple[int, ...], budget: float, objective: Objective = "speed") -> CompressReport:
+def compressed(
+    model: Any,
+    counts: tuple[int, ...],
+    budget: float,
+    objective: Objective = "speed",
+    precision: Precision | None = None,
+) -> CompressReport:
     """Compresses a model for passes of these numbers of tokens, and checks that its outputs stay the same.
 
+    With a lower precision they change, and the report says by how much.
+
     Raises:
-        RuntimeError: they differ by more than rounding.
+        RuntimeError: they differ by more than rounding, at full precision.
     """
     tokens = random_tokens(model, max(counts))
     expected = output_of(model, tokens)
     passes = [batch_of(model, random_tokens(model, count)) for count in counts]
     report = compress_(
-        model, passes, objective=objective, measure=Measure(budget=budget), progress=terminal.progress("measure")
+        model,
+        passes,
+        objective=objective,
+        precision=precision,
+        measure=Measure(budget=budget),
+        progress=terminal.progress("measure"),
     )
     check_same(model, expected, tokens, "compressed")
     return report

@@ -38,7 +38,7 @@ class Candidate:
     name, and a sparse one may have a dense copy beside it, whose kernel is ``"dense"``.
     """
 
-    name: ClassVar[str]  # in reports
+    name: str  # in reports
     pattern: ClassVar[str] = ""  # of the zeros that it leaves out: "2:4", "tiers" or, where it computes with all, none
     allows_copy: ClassVar[bool] = False  # whether a dense copy may lie beside it
 

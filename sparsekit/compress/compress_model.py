@@ -74,10 +74,11 @@ def compress_(
     ``SPARSEKIT_TUNE_CACHE`` names another folder, or switches that off if it is 0.
 
     **A lower precision** changes what the model computes, so it is opt-in: with ``precision="int8"`` a layer may also
-    become ``nn.Int8Linear``, PyTorch's dense 8-bit product. The kernels are checked against what the quantized layer
-    should compute. The report has the error of every such layer on its own inputs, and how much the outputs of the
-    whole model change on up to four of the batches. The weights as they were are not kept: ``decompress_`` returns the
-    rounded ones.
+    become ``nn.QuantizedLinear24`` where its weight is 2:4, or ``nn.Int8Linear``, PyTorch's dense 8-bit product; with
+    ``"int4"`` also a ``QuantizedLinear24`` of 4 bits, of the kind (``"int4"`` or ``"nf4"``) that changes the weight
+    less. The kernels are checked against what the quantized layer should compute. The report has the error of every
+    such layer on its own inputs, and how much the outputs of the whole model change on up to four of the batches. The
+    weights as they were are not kept: ``decompress_`` returns the rounded ones.
 
     ``nn.Linear`` and transformers' ``Conv1D`` are swapped; layers with tied weights, hooks, parametrizations or a
     parent that reads their weight stay, and the report says why. ``decompress_`` undoes it: the same module and
@@ -97,8 +98,8 @@ def compress_(
             dense is faster: it then gains at some and loses at none, for 13/8 of the bytes instead of 5/8. It is an
             ``nn.RoutedLinear24`` or ``nn.RoutedTieredLinear`` then. Without it
             one token count at which the layer loses is a veto. Such a layer cannot be trained.
-        precision: ``"int8"`` allows forms with weights and inputs of 8 bits; None, the default, none that change what a
-            layer computes by more than rounding.
+        precision: ``"int8"`` allows forms with weights and inputs of 8 bits, ``"int4"`` 2:4 weights of 4 bits too.
+            None, the default, allows none that change what a layer computes by more than rounding.
         measure: the token counts, the time for measuring and whether CUDA graphs are used; None for ``Measure()``.
         progress: wraps the loop over the measurements and iterates it, as ``tqdm`` does.
 

@@ -19,7 +19,8 @@ class CompressLayerReport:
     Args:
         name: its name in the model.
         shape: ``(out_features, in_features)``; of experts as their parameter has it.
-        decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, with a ``precision`` also ``"int8"``, or ``"plain"`` where
+        decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, with a ``precision`` also ``"2:4 int8"``, ``"2:4 int4"``,
+            ``"2:4 nf4"`` or ``"int8"``, or ``"plain"`` where
             the layer stays what it was.
         reason: why, with every form that was turned down.
         calls: how often the batches ran it, by token count rounded up to a power of two.

@@ -5,6 +5,7 @@ from .conv24 import Conv2d24
 from .int8 import Int8Linear
 from .linear24 import Linear24
 from .prepacked import PrepackedLinear
+from .quantized24 import QuantizedLinear24
 from .routed import Plan, Route, Routed, RoutedTieredLinear
 from .routed24 import RoutedLinear24
 from .tiered import TieredLinear
@@ -17,6 +18,7 @@ __all__ = [
     "Linear24",
     "Plan",
     "PrepackedLinear",
+    "QuantizedLinear24",
     "Route",
     "Routed",
     "RoutedLinear24",

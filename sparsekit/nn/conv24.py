@@ -112,7 +112,7 @@ class Conv2d24(nn.Module):
         )
         layer.values = nn.Parameter(values, requires_grad=conv.weight.requires_grad)
         layer.bitmask = bitmask
-        layer.bias = conv.bias
+        layer.bias = conv.bias  # type: ignore[assignment, unused-ignore]
         carry_mask(conv, layer)
         return layer.train(conv.training)
 

@@ -101,16 +101,15 @@ class Int8Linear(Rearranged):
         if not stored["values"].is_meta and bool((stored["values"] == -128).any()):
             raise ValueError("values must be from -127 to 127, got -128")
 
-    def _hold(self, **stored: Tensor) -> None:
+    def _hold(self, stored: dict[str, Tensor]) -> None:
         self.packed = PackedInt8(**stored)
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.packed.scales.device))
+        device = fn(torch.empty(0, dtype=self.dtype, device=self.packed.scales.device)).device
         super()._apply(fn, recurse)
-        self.dtype = probe.dtype
-        if probe.device != self.packed.scales.device:
-            self._hold(**{name: tensor.to(probe.device) for name, tensor in self._stored().items()})
+        if device != self.packed.scales.device:
+            self._hold({name: tensor.to(device) for name, tensor in self._stored().items()})
         return self
 
     # What fbgemm has packed can be neither copied nor pickled.
@@ -119,7 +118,7 @@ class Int8Linear(Rearranged):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold(**self.__dict__["packed"])
+        self._hold(self.__dict__["packed"])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight=int8, inputs=7 bits"

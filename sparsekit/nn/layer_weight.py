@@ -1,14 +1,15 @@
 """Reads the weight and mask of a plain or compressed layer, and stores another weight in a compressed one."""
 
-import torch
 from torch import Tensor, nn
 
 from ..masks import MaskInfo, Pattern, get_mask, get_mask_bits, get_mask_info, set_mask
-from ..ops.bits import nonzero
+from ..ops.bits import nonzero, unpack_bits
 from .common import oriented
 from .compressed import Compressed
+from .int8 import Int8Linear
 from .linear24 import Linear24
 from .prepacked import PrepackedLinear
+from .quantized24 import QuantizedLinear24
 from .tiered import TieredLinear
 
 
@@ -22,8 +23,9 @@ def kept_entries(layer: nn.Module) -> Tensor | None:
     mask = get_mask(layer)
     if mask is not None or not is_sparse(layer):
         return mask
-    if isinstance(layer, Linear24):
-        return oriented(layer._unpack(torch.ones_like(layer.values), layer.bitmask) != 0, layer.transposed)
+    if isinstance(layer, Linear24 | QuantizedLinear24):
+        bits = layer.bitmask if isinstance(layer, Linear24) else layer.packed.bitmask
+        return oriented(unpack_bits(bits, layer.in_features), layer.transposed)
     return nonzero(dense_weight(layer))  # TieredLinear packs the non-zeros of a weight without a mask
 
 
@@ -43,15 +45,20 @@ def store_weight(layer: Compressed, weight: Tensor) -> None:
     """
     state = {"weight": weight}
     if not isinstance(layer, PrepackedLinear):
-        mask = kept_entries(layer)
-        assert mask is not None
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(oriented(weight, layer.transposed))
-        set_mask(linear, oriented(mask, layer.transposed), get_mask_info(layer) or MaskInfo(Pattern(2, 4), 1))
-        if isinstance(layer, TieredLinear):
-            state = TieredLinear.from_linear(linear, k=layer.k, block=layer.block).state_dict()
-        else:
-            state = Linear24.from_linear(linear).state_dict()
+        if (mask := kept_entries(layer)) is not None:
+            set_mask(linear, oriented(mask, layer.transposed), get_mask_info(layer) or MaskInfo(Pattern(2, 4), 1))
+        state = _packed_like(layer, linear).state_dict()
     if layer.bias is not None:
         state["bias"] = layer.bias
     layer.load_state_dict(state)
+
+
+def _packed_like(layer: Compressed, linear: nn.Linear) -> Compressed:
+    """Returns a layer of the form of ``layer`` with another weight; a lossy one rounds it anew."""
+    if isinstance(layer, TieredLinear):
+        return TieredLinear.from_linear(linear, k=layer.k, block=layer.block)
+    if isinstance(layer, QuantizedLinear24):
+        return QuantizedLinear24.from_linear(linear, quant_type=layer.quant_type, group=layer.group, inputs="float")
+    return Int8Linear.from_linear(linear) if isinstance(layer, Int8Linear) else Linear24.from_linear(linear)

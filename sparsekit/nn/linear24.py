@@ -80,14 +80,8 @@ class Linear24(Compressed):
             TypeError: the weight is not float32, float16 or bfloat16, or ``linear`` is not a linear layer.
             ValueError: a group of four keeps more than two; the message names the first one.
         """
-        (weight, trained), mask = weight_of(linear, transposed), get_mask(linear)
-        if mask is None:
-            values, bitmask, _ = pack24(weight, check=True)
-        else:
-            completed = pack24(oriented(mask, transposed).to(weight.dtype), check=True).bitmask
-            values, bitmask, _ = pack24(weight, unpack_bits(completed, weight.shape[1]))
-        rows, cols = weight.shape
-        layer = cls(cols, rows, False, transposed=transposed, device="meta", dtype=weight.dtype)
+        (values, bitmask, (rows, cols)), trained = packed24_of(linear, transposed)
+        layer = cls(cols, rows, False, transposed=transposed, device="meta", dtype=values.dtype)
         layer.values = nn.Parameter(values, requires_grad=trained)
         layer.bitmask = bitmask
         layer.bias = linear.bias
@@ -132,8 +126,26 @@ class Linear24(Compressed):
         if bitmask is None or bitmask.is_meta or bitmask.shape != self.bitmask.shape:
             return  # torch loads what is on the meta device, and reports a missing bitmask or another shape itself
         check_like("bitmask", bitmask, torch.uint8, bitmask.shape, bitmask)
-        full = self.in_features // 4 * 4
-        kept = unpack_bits(bitmask, self.in_features)
-        counts = kept[:, :full].reshape(len(kept), full // 4, 4).sum(-1)
-        if not bool((counts == 2).all()) or not bool(kept[:, full:].all()):
-            raise ValueError("bitmask must set two bits of every full group of four, and all of the tail")
+        check_bitmask24(bitmask, self.in_features)
+
+
+def packed24_of(linear: nn.Linear, transposed: bool) -> tuple[Packed24, bool]:
+    """Returns the packed weight of a 2:4 layer, and whether it is trained; the errors are those of ``from_linear``."""
+    (weight, trained), mask = weight_of(linear, transposed), get_mask(linear)
+    if mask is None:
+        return pack24(weight, check=True), trained
+    completed = pack24(oriented(mask, transposed).to(weight.dtype), check=True).bitmask
+    return pack24(weight, unpack_bits(completed, weight.shape[1])), trained
+
+
+def check_bitmask24(bitmask: Tensor, cols: int) -> None:
+    """Rejects a bitmask, uint8 ``[rows, ceil(cols / 8)]``, that is not of a 2:4 weight.
+
+    Raises:
+        ValueError: a group has another number of bits.
+    """
+    full = cols // 4 * 4
+    kept = unpack_bits(bitmask, cols)
+    counts = kept[:, :full].reshape(len(kept), full // 4, 4).sum(-1)
+    if not bool((counts == 2).all()) or not bool(kept[:, full:].all()):
+        raise ValueError("bitmask must set two bits of every full group of four, and all of the tail")

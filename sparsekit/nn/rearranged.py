@@ -1,5 +1,6 @@
 """Base class of compressed layers whose state dict has other tensors than the form that they multiply by."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,21 @@ class Rearranged(Compressed):
     def weight_dtype(self) -> torch.dtype:
         return self.dtype
 
+    @torch.inference_mode(False)  # tensors made in inference mode could not be used outside it
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rearranged":
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self._parts()[0].device))
+        own = [tensor for tensor in self._buffers.values() if tensor is not None]
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if converted.dtype != tensor.dtype and any(tensor is each for each in own):
+                return tensor.to(converted.device)  # scales keep their dtype
+            return converted
+
+        super()._apply(convert, recurse)
+        self.dtype = probe.dtype
+        return self
+
     def _stored(self) -> dict[str, Tensor]:
         """Returns the tensors of the state dict besides the bias."""
         raise NotImplementedError
@@ -34,7 +50,7 @@ class Rearranged(Compressed):
         """Returns tensors on the meta device with the names, shapes and dtypes of those of ``_stored``."""
         raise NotImplementedError
 
-    def _hold(self, **stored: Tensor) -> None:
+    def _hold(self, stored: dict[str, Tensor]) -> None:
         """Makes the form of the kernel of the tensors of ``_stored``."""
         raise NotImplementedError
 
@@ -74,7 +90,7 @@ class Rearranged(Compressed):
             device = self._parts()[0].device
             try:
                 self._check_stored(stored)
-                self._hold(**{name: t if assigned else t.to(device, copy=True) for name, t in stored.items()})
+                self._hold({name: t if assigned else t.to(device, copy=True) for name, t in stored.items()})
             except ValueError as error:
                 error_msgs.append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
         rest = {name: tensor for name, tensor in state_dict.items() if name.removeprefix(prefix) not in templates}
