@@ -1,245 +1,177 @@
-// The k-th largest key of a block. For a small k, kLanes blocks are searched at once, one to a lane: the k-th largest
-// of the maxima of 16 parts is a lower bound that few keys reach, and a sorting network sorts those few. For a larger
-// k, or where too many keys reach the bound, by bisection.
+// The k-th largest keys of blocks. The keys of a block are reduced to bytes, one value for every 2^shift neighboring keys,
+// and bisection finds the largest byte that k keys reach, in eight counts. Where more than k reach it, the keys of that
+// byte are told apart by another such round. The first round has the keys near the k-th key of the block before, since
+// neighboring blocks are alike: it mostly is the last.
 #pragma once
 
-#include "float_lanes.h"
 #include "lanes.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-// A vector of keys; the compiler turns its operators into the instructions of the level.
-typedef int32_t KeyLanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-constexpr int kVectorsAtOnce = 32 / kLanes > 4 ? 32 / kLanes : 4;
-constexpr int kKeysAtOnce = kVectorsAtOnce * kLanes;
+constexpr int64_t kKeysAtOnce = 32;
+constexpr int kBlocksAtOnce = 4;  // counts of several blocks hide each other's latency
 
-// By reference: by value GCC copies it in halves.
-inline const KeyLanes& lanes_at(const int32_t* keys) { return *reinterpret_cast<const KeyLanes*>(keys); }
-inline KeyLanes& lanes_at(int32_t* keys) { return *reinterpret_cast<KeyLanes*>(keys); }
+// Byte b stands for the 2^shift keys from center + b * 2^shift on; keys below or above all of these share the lowest or
+// the highest byte. The center is a multiple of 2^shift, so that no byte stands for both a key and the padding, -1.
+struct KeyBytes {
+  int32_t center;
+  int shift;
 
-// The keys of a block in row-major order, padded to a multiple of kKeysAtOnce with -1, which is below every key.
-struct BlockKeys {
-  const int32_t* keys;
-  int64_t count;
+  int32_t first_key(int byte) const { return center + byte * (1 << shift); }
 
-  static int64_t padded(int64_t count) { return (count + kKeysAtOnce - 1) / kKeysAtOnce * kKeysAtOnce; }
-  int64_t end() const { return padded(count); }
+  // Has all keys of T.
+  template <class T>
+  static KeyBytes all() {
+    constexpr int kShift = 8 * sizeof(T) - 8;
+    return {64 << kShift, kShift};
+  }
+  // Has the keys within half an octave of `key`, an octave of bfloat16.
+  template <class T>
+  static KeyBytes near(int32_t key) {
+    constexpr int kMantissa = std::is_same_v<T, float> ? 23 : std::is_same_v<T, F16> ? 10 : 7;
+    constexpr int kShift = std::max(kMantissa - 8, 0);
+    return {key & -(1 << kShift), kShift};
+  }
+  // Tells the keys of one byte apart.
+  KeyBytes within(int byte) const {
+    const int narrower = std::max(shift - 7, 0);
+    return {first_key(byte) + (64 << narrower), narrower};
+  }
+
+  // Which byte comes where is not said: they are only counted.
+  void reduce(const int32_t* keys, int64_t count, int8_t* bytes) const {
+#if defined(SPARSEKIT_AVX512)
+    for (int64_t i = 0; i < count; i += 16) {
+      const __m512i above = _mm512_sub_epi32(load(keys + i), _mm512_set1_epi32(center));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i),
+                       _mm512_cvtsepi32_epi8(_mm512_srav_epi32(above, _mm512_set1_epi32(shift))));
+    }
+#elif defined(SPARSEKIT_AVX2)
+    for (int64_t i = 0; i < count; i += 32) {
+      const auto eight = [&](int j) {
+        const __m256i above = _mm256_sub_epi32(load(keys + i + j), _mm256_set1_epi32(center));
+        return _mm256_sra_epi32(above, _mm_cvtsi32_si128(shift));
+      };
+      const __m256i low = _mm256_packs_epi32(eight(0), eight(8)), high = _mm256_packs_epi32(eight(16), eight(24));
+      store(bytes + i, _mm256_packs_epi16(low, high), false);
+    }
+#else
+    for (int64_t i = 0; i < count; ++i)
+      bytes[i] = static_cast<int8_t>(std::clamp((keys[i] - center) >> shift, -128, 127));
+#endif
+  }
 };
 
-int64_t count_above(const BlockKeys& block, int32_t bound) {
-  KeyLanes counts[kVectorsAtOnce] = {};
-  for (int64_t i = 0; i < block.end(); i += kKeysAtOnce)
-    for (int j = 0; j < kVectorsAtOnce; ++j) counts[j] -= lanes_at(block.keys + i + j * kLanes) > bound;
-  for (int j = 1; j < kVectorsAtOnce; ++j) counts[0] += counts[j];
-  int32_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += counts[0][lane];
+// How many bytes are `least` or larger. kCount is their number if it is known when compiling, else 0.
+template <int64_t kCount>
+int64_t count_from(const int8_t* bytes, int64_t count, int least) {
+  if constexpr (kCount > 0) count = kCount;
+  int64_t total = 0;
+#if defined(SPARSEKIT_AVX512)
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64)
+    total += std::popcount(_mm512_cmpgt_epi8_mask(load(bytes + i), _mm512_set1_epi8(static_cast<char>(least - 1))));
+  if (i < count) {
+    const __m256i rest = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i));
+    const __m256i above = _mm256_cmpgt_epi8(rest, _mm256_set1_epi8(static_cast<char>(least - 1)));
+    total += std::popcount(static_cast<uint32_t>(_mm256_movemask_epi8(above)));
+  }
+#elif defined(SPARSEKIT_AVX2)
+  const __m256i below = _mm256_set1_epi8(static_cast<char>(least - 1));
+  __m256i sums = _mm256_setzero_si256();
+  for (int64_t start = 0; start < count; start += 256) {
+    __m256i above = _mm256_setzero_si256();
+    for (int64_t i = start; i < std::min(start + 256, count); i += 32)
+      above = _mm256_sub_epi8(above, _mm256_cmpgt_epi8(load(bytes + i), below));
+    sums = _mm256_add_epi64(sums, _mm256_sad_epu8(above, _mm256_setzero_si256()));
+  }
+  const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  total = _mm_cvtsi128_si64(halves) + _mm_extract_epi64(halves, 1);
+#else
+  for (int64_t start = 0; start < count; start += 32) {
+    int some = 0;
+    for (int64_t i = start; i < start + 32; ++i) some += bytes[i] >= least;
+    total += some;
+  }
+#endif
   return total;
 }
 
-// For any 0 < k < block.count; `low` is a lower bound of the result, 0 if none is known.
-int32_t kth_by_bisection(const BlockKeys& block, int64_t k, int32_t low) {
-  KeyLanes best = lanes_at(block.keys);
-  for (int64_t i = kLanes; i < block.end(); i += kLanes) {
-    const KeyLanes& keys = lanes_at(block.keys + i);
-    best = keys > best ? keys : best;
-  }
-  int32_t high = 0;  // low <= the k-th largest key <= high
-  for (int lane = 0; lane < kLanes; ++lane) high = std::max(high, best[lane]);
-  for (int32_t octaves = 1 << 23; low == 0 && octaves < high; octaves = std::min(octaves, 1 << 29) * 2) {
-    if (count_above(block, high - octaves) >= k)
-      low = high - octaves + 1;
-    else
-      high -= octaves;
-  }
-  while (low < high) {
-    const int32_t middle = low + (high - low) / 2;
-    const int64_t above = count_above(block, middle);
-    if (above == k) return middle + 1;
-    const int32_t more = -static_cast<int32_t>(above > k);  // all ones or none: branches would be mispredicted
-    low += (middle + 1 - low) & more;
-    high += (middle - high) & ~more;
-  }
-  return high;
-}
+// The largest byte that k or more bytes of a block reach, the lowest byte if there is no larger, and how many reach it.
+struct LeastByte {
+  int byte;
+  int64_t reached;
+};
 
-// Which of 32 keys are `low` or larger, as bits.
-inline uint32_t bits_from(const int32_t* keys, int32_t low) {
-#if defined(SPARSEKIT_AVX512)
-  const __m512i least = _mm512_set1_epi32(low);
-  return _mm512_cmpge_epi32_mask(load(keys), least) |
-         static_cast<uint32_t>(_mm512_cmpge_epi32_mask(load(keys + 16), least)) << 16;
-#elif defined(SPARSEKIT_AVX2)
-  const __m256i below = _mm256_set1_epi32(low - 1);
-  const auto from = [&](int i) { return _mm256_cmpgt_epi32(load(keys + i), below); };
-  const __m256i mixed =
-      _mm256_packs_epi16(_mm256_packs_epi32(from(0), from(8)), _mm256_packs_epi32(from(16), from(24)));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(mixed, order)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(keys[i] >= low) << i;
-  return bits;
-#endif
-}
-
-constexpr int kParts = 16;       // the largest k for which the maxima of parts bound the k-th key
-constexpr int kCandidates = 32;  // up to this many keys from the bound on are sorted
-constexpr int kCandidateRoom = kCandidates + kKeysAtOnce + kLanes;
-
-// The maxima of 16 parts.
-void part_maxima(const BlockKeys& block, int32_t* maxima) {
-  constexpr int kVectors = kParts / kLanes;
-  KeyLanes best[kVectors] = {};  // 0 is the least key
-  for (int64_t i = 0; i < block.end(); i += kParts)
-    for (int j = 0; j < kVectors; ++j) {
-      const KeyLanes& keys = lanes_at(block.keys + i + j * kLanes);
-      best[j] = keys > best[j] ? keys : best[j];
+// For kBlocks blocks of `pitch` bytes, one after the other.
+template <int kBlocks, int64_t kPitch = 0>
+void find_least(const int8_t* bytes, int64_t pitch, int64_t k, LeastByte* least) {
+  if constexpr (kPitch == 0)
+    if (pitch == 256) return find_least<kBlocks, 256>(bytes, pitch, k, least);
+  std::fill_n(least, kBlocks, LeastByte{-128, pitch});
+  for (int bit = 128; bit > 0; bit /= 2)
+    for (int block = 0; block < kBlocks; ++block) {
+      const int byte = least[block].byte + bit;
+      const int64_t reached = count_from<kPitch>(bytes + block * pitch, pitch, byte);
+      const int64_t enough = -static_cast<int64_t>(reached >= k);  // all ones or none: branches would be mispredicted
+      least[block].byte += static_cast<int>(bit & enough);
+      least[block].reached += (reached - least[block].reached) & enough;
     }
-  for (int j = 0; j < kVectors; ++j) lanes_at(maxima + j * kLanes) = best[j];
 }
 
-// Copies the keys that are `low` or larger, followed by -1, and returns how many there are. Beyond kCandidates it may
-// stop early.
-int64_t collect(const BlockKeys& block, int32_t low, int32_t* to) {
-  int64_t found = 0;
-  for (int64_t start = 0; start < block.end() && found <= kCandidates; start += kKeysAtOnce)
-#if defined(SPARSEKIT_AVX512)
-    for (int64_t i = start; i < start + kKeysAtOnce; i += kLanes) {
-      const __m512i keys = load(block.keys + i);
-      const __mmask16 in = _mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(low));
-      _mm512_storeu_si512(to + found, _mm512_maskz_compress_epi32(in, keys));
-      found += std::popcount(static_cast<uint16_t>(in));
+class KthSearch {
+ public:
+  // A block has `pitch` keys, the last of which may be padding: -1, which is below every key.
+  KthSearch(int64_t pitch, int64_t blocks)
+      : pitch_(pitch), bytes_(new int8_t[kBlocksAtOnce * pitch]()), pending_(new Pending[blocks]) {}
+
+  // Finds a number for every block that its k largest keys reach: where other keys reach it too, the k-th largest key.
+  // It is 0 where a block has no more than k keys, above every key where k is 0. T is the type of the keys.
+  template <class T, class CountOf>
+  void find(const int32_t* keys, int64_t blocks, CountOf count_of, int64_t k, int32_t* kth) {
+    std::fill_n(kth, blocks, k == 0 ? std::numeric_limits<int32_t>::max() : 0);
+    int64_t count = 0;
+    const KeyBytes first = before_ < 0 ? KeyBytes::all<T>() : KeyBytes::near<T>(before_);
+    for (int64_t block = 0; k > 0 && block < blocks; ++block)
+      if (count_of(block) > k) pending_[count++] = {block, first};
+    while (count > 0) {
+      int64_t left = 0;
+      for (int64_t i = 0; i < count; i += kBlocksAtOnce) {
+        const int64_t some = std::min<int64_t>(kBlocksAtOnce, count - i);
+        LeastByte least[kBlocksAtOnce];
+        for (int64_t j = 0; j < some; ++j)
+          pending_[i + j].bytes.reduce(keys + pending_[i + j].block * pitch_, pitch_, bytes_.get() + j * pitch_);
+        if (some == 1)
+          find_least<1>(bytes_.get(), pitch_, k, least);
+        else
+          find_least<kBlocksAtOnce>(bytes_.get(), pitch_, k, least);
+        for (int64_t j = 0; j < some; ++j) {
+          const auto [block, bytes] = pending_[i + j];
+          const auto [byte, reached] = least[j];
+          if (byte == -128 || byte == 127)
+            pending_[left++] = {block, KeyBytes::all<T>()};
+          else if (reached > k && bytes.shift > 0)
+            pending_[left++] = {block, bytes.within(byte)};
+          else
+            kth[block] = before_ = bytes.first_key(byte);
+        }
+      }
+      count = left;
     }
-#elif defined(SPARSEKIT_AVX2)
-    for (int64_t i = start; i < start + kKeysAtOnce; i += kLanes) {
-      static constexpr auto kSetBits = [] {
-        std::array<std::array<uint8_t, 8>, 256> table{};
-        for (int bits = 0; bits < 256; ++bits)
-          for (int bit = 0, next = 0; bit < 8; ++bit)
-            if (bits >> bit & 1) table[bits][next++] = static_cast<uint8_t>(bit);
-        return table;
-      }();
-      const __m256i keys = load(block.keys + i);
-      const __m256i in = _mm256_cmpgt_epi32(keys, _mm256_set1_epi32(low - 1));
-      const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(in)));
-      const __m128i from = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits[bits].data()));
-      store(to + found, _mm256_permutevar8x32_epi32(keys, _mm256_cvtepu8_epi32(from)), false);
-      found += std::popcount(bits);
-    }
-#else
-    for (int64_t i = start; i < start + kKeysAtOnce; ++i) {
-      to[found] = block.keys[i];
-      found += block.keys[i] >= low;
-    }
-#endif
-  int32_t* end = to + std::min<int64_t>(found, kCandidates);
-  for (int i = 0; i < kCandidates; i += kLanes) lanes_at(end + i) = KeyLanes{} - 1;
-  return found;
-}
-
-inline void transpose(KeyLanes (&lanes)[kLanes]) {
-  Floats floats[kLanes];
-  std::memcpy(floats, lanes, sizeof floats);
-  transpose(floats);
-  std::memcpy(lanes, floats, sizeof floats);
-}
-
-// Loads 16 keys of each of kLanes blocks, `pitch` apart: vector i has the i-th key of every block.
-inline void load_sixteen(const int32_t* keys, int64_t pitch, KeyLanes (&sixteen)[16]) {
-  for (int start = 0; start < 16; start += kLanes) {
-    KeyLanes lanes[kLanes];
-    for (int block = 0; block < kLanes; ++block) lanes[block] = lanes_at(keys + block * pitch + start);
-    transpose(lanes);
-    for (int i = 0; i < kLanes; ++i) sixteen[start + i] = lanes[i];
   }
-}
 
-template <int i, int j>
-void order(KeyLanes (&keys)[16]) {  // the larger key first
-  const KeyLanes a = keys[i], b = keys[j];
-  keys[i] = a > b ? a : b;
-  keys[j] = a > b ? b : a;
-}
+ private:
+  struct Pending {
+    int64_t block;
+    KeyBytes bytes;
+  };
 
-// Batcher's odd-even merge of the two sorted halves of kCount keys from kStart, of which every kApart-th is looked at.
-template <int kStart, int kCount, int kApart>
-void merge_sorted(KeyLanes (&keys)[16]) {
-  if constexpr (kApart * 2 >= kCount) {
-    order<kStart, kStart + kApart>(keys);
-  } else {
-    merge_sorted<kStart, kCount, kApart * 2>(keys);
-    merge_sorted<kStart + kApart, kCount, kApart * 2>(keys);
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-      (order<kStart + kApart + 2 * kApart * i, kStart + 2 * kApart + 2 * kApart * i>(keys), ...);
-    }(std::make_integer_sequence<int, kCount / (2 * kApart) - 1>());
-  }
-}
-
-template <int kStart = 0, int kCount = 16>
-void sort(KeyLanes (&keys)[16]) {
-  if constexpr (kCount > 1) {
-    sort<kStart, kCount / 2>(keys);
-    sort<kStart + kCount / 2, kCount / 2>(keys);
-    merge_sorted<kStart, kCount, 1>(keys);
-  }
-}
-
-// Sorts a bitonic sequence: one that first falls and then rises, or the other way round.
-template <int kApart = 8>
-void sort_bitonic(KeyLanes (&keys)[16]) {
-  if constexpr (kApart > 0) {
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-      (order<i / kApart * 2 * kApart + i % kApart, i / kApart * 2 * kApart + i % kApart + kApart>(keys), ...);
-    }(std::make_integer_sequence<int, 8>());
-    sort_bitonic<kApart / 2>(keys);
-  }
-}
-
-// The k-th largest keys of up to kLanes blocks. Where more keys reach the lower bound than are sorted, -1 - bound
-// instead.
-template <class KeysOf>
-void kth_of_lanes(KeysOf keys_of, int64_t blocks, int64_t k, int32_t* kth) {
-  int32_t maxima[kLanes * kParts] = {}, candidates[kLanes * kCandidateRoom], low[kLanes];
-  int64_t found[kLanes];
-  for (int64_t block = 0; block < blocks; ++block) part_maxima(keys_of(block), maxima + block * kParts);
-  KeyLanes sorted[16], more[16];
-  load_sixteen(maxima, kParts, sorted);
-  sort(sorted);
-  lanes_at(low) = sorted[k - 1];
-  for (int64_t block = 0; block < blocks; ++block)
-    found[block] = collect(keys_of(block), low[block], candidates + block * kCandidateRoom);
-  for (int64_t block = blocks; block < kLanes; ++block)
-    std::fill_n(candidates + block * kCandidateRoom, kCandidates, 0);
-  load_sixteen(candidates, kCandidateRoom, sorted);
-  load_sixteen(candidates + 16, kCandidateRoom, more);
-  sort(sorted);
-  sort(more);
-  for (int i = 0; i < 16; ++i) sorted[i] = sorted[i] > more[15 - i] ? sorted[i] : more[15 - i];
-  sort_bitonic(sorted);
-  for (int64_t block = 0; block < blocks; ++block)
-    kth[block] = found[block] <= kCandidates ? sorted[k - 1][block] : -1 - low[block];
-}
-
-// The k-th largest keys of `blocks` blocks: 0 where a block has no more than k, above every key where k is 0.
-template <class KeysOf>
-void kth_of_blocks(KeysOf keys_of, int64_t blocks, int64_t k, int32_t* kth) {
-  if (k == 0) {
-    std::fill_n(kth, blocks, std::numeric_limits<int32_t>::max());
-    return;
-  }
-  for (int64_t first = 0; k <= kParts && first < blocks; first += kLanes)
-    kth_of_lanes([&](int64_t block) { return keys_of(first + block); }, std::min<int64_t>(kLanes, blocks - first), k,
-                kth + first);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const BlockKeys keys = keys_of(block);
-    const int32_t low = k <= kParts ? -1 - kth[block] : 0;  // a bound where not negative
-    if (keys.count <= k)
-      kth[block] = 0;
-    else if (low >= 0)
-      kth[block] = kth_by_bisection(keys, k, low);
-  }
-}
+  int64_t pitch_;
+  std::unique_ptr<int8_t[]> bytes_;
+  std::unique_ptr<Pending[]> pending_;
+  int32_t before_ = -1;  // what was found last
+};
 
 }  // namespace
 }  // namespace sparsekit::SPARSEKIT_LEVEL

@@ -126,15 +126,18 @@ auto keep_bits(uint64_t bits) {
   }
 }
 
-// Stores 64 bits as bytes.
-inline void store_mask64(bool* to, uint64_t bits, bool stream) {
+// Returns 32 bits as bytes.
+inline __m256i mask_bytes(uint32_t bits) {
   const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-  for (int i = 0; i < 64; i += 32) {
-    const __m256i half = _mm256_set1_epi32(static_cast<int>(bits >> i));
-    const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(half, byte), bit);
-    store(to + i, _mm256_min_epu8(set, _mm256_set1_epi8(1)), stream);
-  }
+  const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), byte), bit);
+  return _mm256_min_epu8(set, _mm256_set1_epi8(1));
+}
+
+// Stores 64 bits as bytes.
+inline void store_mask64(bool* to, uint64_t bits, bool stream) {
+  store(to, mask_bytes(static_cast<uint32_t>(bits)), stream);
+  store(to + 32, mask_bytes(static_cast<uint32_t>(bits >> 32)), stream);
 }
 
 // The magnitudes, times the scale.

@@ -121,6 +121,9 @@ auto keep_bits(uint64_t bits) {
     return Keep16{static_cast<__mmask32>(bits >> i)};
 }
 
+// Returns 32 bits as bytes.
+inline __m256i mask_bytes(uint32_t bits) { return _mm256_maskz_mov_epi8(bits, _mm256_set1_epi8(1)); }
+
 // Stores 64 bits as bytes.
 inline void store_mask64(bool* to, uint64_t bits, bool stream) { store_mask(to, Keep8{bits}, stream); }
 

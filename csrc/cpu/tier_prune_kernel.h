@@ -20,12 +20,14 @@ inline void fill_bits(uint64_t* words, int64_t at, int64_t count) {
 }
 
 struct TierScratch {
-  StripTopk<TierPruneArgs> topk;
+  StripTopk topk;
   std::unique_ptr<uint64_t[]> dense, sparse24;  // a bit for each column of the strip: whether its block is of this tier
   std::unique_ptr<uint64_t[]> kept;             // the same: whether one row keeps it
   StripTotals totals;
 
-  explicit TierScratch(const TierPruneArgs& a) : topk(a), totals(topk.blocks() * a.block_cols) {
+  explicit TierScratch(const TierPruneArgs& a)
+      : topk({a.weight, a.weight_stride, a.scale, a.rows, a.cols, a.block_rows, a.block_cols, a.k}),
+        totals(topk.blocks() * a.block_cols) {
     const int64_t words = (topk.blocks() * std::min(a.block_cols, a.cols) + 63) / 64;
     for (auto* bits : {&dense, &sparse24, &kept}) bits->reset(new uint64_t[words]);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block_scores_kernel.h"
+#include "float_lanes.h"
 #include "nm_kernel.h"
 #include "strip_topk.h"
 #include "tiers.h"
@@ -54,14 +55,14 @@ void add_tiers(const TierRow<T>& row, float* dense, float* sparse24, float* topk
 }
 
 struct TierScoresScratch {
-  StripTopk<TierScoresArgs> topk;
+  StripTopk topk;
   int64_t width;
   std::unique_ptr<float[]> ones;  // stands in for a scale that is not given
   std::unique_ptr<uint64_t[]> kept;
   StripTotals totals[kTiers];
 
   explicit TierScoresScratch(const TierScoresArgs& a)
-      : topk(a),
+      : topk({a.weight, a.weight_stride, a.scale, a.rows, a.cols, a.block_rows, a.block_cols, a.k}),
         width(topk.blocks() * a.block_cols),
         ones(new float[width]),
         kept(new uint64_t[(width + 63) / 64]),
@@ -75,12 +76,12 @@ void score_strip(const TierScoresArgs& a, const BlockStrip& strip, TierScoresScr
   const int64_t blocks_across = (a.cols + a.block_cols - 1) / a.block_cols, blocks = strip.blocks(a.block_cols);
   s.topk.clear();
   for (int64_t block = 0; a.k > 0 && block < blocks; ++block) s.topk.add(block);
-  s.topk.template choose<T, kCols>(strip, false);
+  s.topk.choose<T, kCols>(strip, false);
   for (StripTotals& totals : s.totals) totals.clear(strip.cols, blocks * a.block_cols);
   const auto add_to = a.squared ? add_tiers<true, T> : add_tiers<false, T>;
   for (int64_t row = 0; row < strip.rows; ++row) {
     std::fill_n(s.kept.get(), (strip.cols + 63) / 64, 0);
-    s.topk.template add_kept_bits<kCols>(strip, row, s.kept.get());
+    s.topk.add_kept_bits<kCols>(strip, row, s.kept.get());
     const TierRow<T> from{static_cast<const T*>(a.weight) + (strip.top + row) * a.weight_stride + strip.left,
                           a.scale ? a.scale + strip.left : s.ones.get(),
                           a.score_scale ? a.score_scale + strip.left : s.ones.get(), s.kept.get(), strip.cols};

@@ -38,6 +38,13 @@ auto compare(simde__m512i a, simde__m512i b, Compare holds) {
   return bits;
 }
 
+inline simde__m512i shift_right(simde__m512i from, simde__m512i counts) {
+  auto x = lanes<int32_t>(from);
+  const auto by = lanes<int32_t>(counts);
+  for (size_t i = 0; i < x.size(); ++i) x[i] >>= by[i];
+  return vector<simde__m512i>(x);
+}
+
 template <class Lane>
 simde__m512i compress(uint64_t kept, simde__m512i from) {
   const auto x = lanes<Lane>(from);
@@ -166,6 +173,8 @@ Vector add_products(Vector sums, Vector a, Vector b) {
   simde_mm512_castsi512_ps(emulated::expand<uint32_t>(kept, simde_mm512_castps_si512(a)))
 #undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4(a, b, order) emulated::shuffle128(a, b, order)
+#undef _mm512_srav_epi32
+#define _mm512_srav_epi32(a, counts) emulated::shift_right(a, counts)
 #undef _mm512_stream_si512
 #define _mm512_stream_si512(to, a) simde_mm512_store_si512(to, a)
 #undef _mm512_reduce_add_ps
