@@ -10,8 +10,9 @@ from helpers import assert_same, sparse24
 from torch.utils._pytree import tree_leaves
 
 import sparsekit as sk
-from sparsekit.ops import _kernels
+from sparsekit.ops import _kernels, arrange24, arranged_linear24
 from sparsekit.ops._define import DECLARED
+from sparsekit.ops.arranged24 import LAYOUTS
 from sparsekit.ops.int8_linear import PackedInt8, int8_linear, quantize_rows
 from sparsekit.ops.linear24 import _linear24
 from sparsekit.ops.linear24q import _linear24q
@@ -83,6 +84,7 @@ def op_calls(dtype):
     x, many, bias = torch.randn(3, 20).to(dtype), torch.randn(40, 20).to(dtype), torch.randn(9).to(dtype)
     scale, tiers = torch.rand(20), torch.tensor([[0, 1, 2]], dtype=torch.uint8)
     values, bits, _ = sk.pack24(pruned, mask)
+    forms = {layout: arrange24(sk.pack24(pruned, mask), layout) for layout in LAYOUTS}
     tiered = sk.pack_tiered(torch.randn(20, 20).to(dtype) * (torch.rand(20, 20) < 0.3), block=(8, 8))
     convolution = sk.pack_conv24(
         sk.nm_prune(torch.randn(63, 20).to(dtype), 2, 4)[0].view(7, 3, 3, 20).permute(0, 3, 1, 2)
@@ -117,6 +119,13 @@ def op_calls(dtype):
         "linear24q_reference": lambda: _linear24q._op_dk(REFERENCE, x, *quantized[:3], bias, "int8", 64),
         "linear24q_int8": lambda: sk.linear24q_int8(x, tiled, bias),
         "linear24q_int8_reference": lambda: _linear24q_int8._op_dk(REFERENCE, x, tiled.tiles, bias, 9, "int8", 64),
+        "arrange_input_pairs24": lambda: arrange24(sk.pack24(pruned), "input pairs").data,
+        "arrange_row_pairs24": lambda: arrange24(sk.pack24(pruned), "row pairs").data,
+        "match_row_pairs24": lambda: OPS.match_row_pairs24(bits, 20),
+        "restore_input_pairs24": lambda: forms["input pairs"].to_packed()[:2],
+        "restore_row_pairs24": lambda: forms["row pairs"].to_packed()[:2],
+        "linear_input_pairs24": lambda: arranged_linear24(x, forms["input pairs"], bias),
+        "linear_row_pairs24": lambda: arranged_linear24(many, forms["row pairs"], bias),
         "pack_tiered": lambda: sk.pack_tiered(weight, block=(8, 8)),
         "unpack_tiered": lambda: tiered.to_dense(),
         "linear_tiered": lambda: sk.linear_tiered(x, tiered),

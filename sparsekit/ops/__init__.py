@@ -2,6 +2,7 @@
 
 from ._kernels import SlowKernelsWarning, backends, force_simd, simd_level, simd_levels
 from ._kernels import register_kernels as _register_kernels
+from .arranged24 import Arranged24, arrange24, arranged_linear24
 from .bits import pack_bits, unpack_bits
 from .blocks import block_scores, block_topk_mask
 from .conv24 import PackedConv24, conv2d24, pack_conv24
@@ -24,12 +25,15 @@ from .tiled24 import TiledWeight24, tile24
 from .transposable import transposable_mask24
 
 __all__ = [
+    "Arranged24",
     "Packed24",
     "PackedConv24",
     "QuantizedWeight24",
     "SlowKernelsWarning",
     "TieredWeight",
     "TiledWeight24",
+    "arrange24",
+    "arranged_linear24",
     "backends",
     "block_scores",
     "block_topk_mask",

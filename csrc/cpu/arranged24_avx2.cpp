@@ -1,0 +1,12 @@
+// The kernels of arranged 2:4 weights at the level of simd_level_avx2.cpp.
+#include "arranged24_kernels.h"
+#include "simd_level_headers.h"
+
+#if defined(__x86_64__)
+#define SPARSEKIT_LEVEL avx2
+#define SPARSEKIT_AVX2
+#define SPARSEKIT_FEATURES "avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
+SPARSEKIT_TARGET_BEGIN(SPARSEKIT_FEATURES)
+#include "arranged24_table.h"
+SPARSEKIT_TARGET_END
+#endif

@@ -1,0 +1,14 @@
+// The kernels of arranged 2:4 weights at the level of simd_level_avx512_bf16.cpp.
+#include "arranged24_kernels.h"
+#include "simd_level_headers.h"
+
+#if defined(__x86_64__)
+#define SPARSEKIT_LEVEL avx512_bf16
+#define SPARSEKIT_AVX512
+#define SPARSEKIT_AVX512_BF16
+#define SPARSEKIT_FEATURES \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
+SPARSEKIT_TARGET_BEGIN(SPARSEKIT_FEATURES)
+#include "arranged24_table.h"
+SPARSEKIT_TARGET_END
+#endif

@@ -1,0 +1,23 @@
+// One SIMD level of the kernels of arranged 2:4 weights, as simd_level_table.h is of the others.
+#include "input_pairs24_kernel.h"
+#include "row_pairs24_kernel.h"
+
+#define SPARSEKIT_JOIN_(a, b) a##b
+#define SPARSEKIT_JOIN(a, b) SPARSEKIT_JOIN_(a, b)
+#define SPARSEKIT_TEXT_(name) #name
+#define SPARSEKIT_TEXT(name) SPARSEKIT_TEXT_(name)
+
+namespace sparsekit {
+
+extern constexpr Arranged24Kernels SPARSEKIT_JOIN(arranged24_, SPARSEKIT_LEVEL) = {
+    .simd_level = SPARSEKIT_TEXT(SPARSEKIT_LEVEL),
+    .match_row_pairs = SPARSEKIT_LEVEL::match_row_pairs24,
+    .arrange_row_pairs = SPARSEKIT_LEVEL::arrange_row_pairs24,
+    .arrange_input_pairs = SPARSEKIT_LEVEL::arrange_input_pairs24,
+    .restore_row_pairs = SPARSEKIT_LEVEL::restore_row_pairs24,
+    .restore_input_pairs = SPARSEKIT_LEVEL::restore_input_pairs24,
+    .linear_row_pairs = SPARSEKIT_LEVEL::linear_row_pairs24,
+    .linear_input_pairs = SPARSEKIT_LEVEL::linear_input_pairs24,
+};
+
+}  // namespace sparsekit
