@@ -139,6 +139,8 @@ def openvino(
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     begin = time.perf_counter()
     request = core.compile_model(path, "CPU", options).create_infer_request()
+    # OpenVINO 2026.4 has a relative error of 0.84 in the encoder at 16 tokens if its first pass had a single token.
+    request.infer([inputs[max(inputs)].numpy()])
 
     def run(x: Tensor) -> Tensor:
         return torch.from_numpy(request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0])
