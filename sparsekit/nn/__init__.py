@@ -1,5 +1,6 @@
 """Compressed layers: packed tensors and one op call."""
 
+from .arranged24 import ArrangedLinear24
 from .compressed import Compressed
 from .conv24 import Conv2d24
 from .int8 import Int8Linear
@@ -12,6 +13,7 @@ from .tiered import TieredLinear
 from .weight_view import WeightView
 
 __all__ = [
+    "ArrangedLinear24",
     "Compressed",
     "Conv2d24",
     "Int8Linear",
