@@ -66,9 +66,7 @@ def test_linear_literal(simd, layout, dtype):
 
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize(
-    "shape", [(0, 8), (5, 0), (1, 1), (3, 3), (2, 66), (19, 95), (33, 63), (37, 131), (530, 52)], ids=shape_id
-)
+@pytest.mark.parametrize("shape", [(0, 8), (5, 0), (1, 1), (2, 66), (19, 95), (33, 63), (530, 52)], ids=shape_id)
 def test_bytes_are_those_of_the_reference(simd, layout, dtype, shape):
     weight, mask = sparse24(*shape, dtype)
     packed = sk.pack24(
@@ -111,8 +109,8 @@ def test_pairs_share_most_of_their_inputs():
 
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(1, 4), (3, 3), (5, 70), (130, 66), (67, 260), (270, 203)], ids=shape_id)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 8, 9, 17, 33, 64, 130, 257])
+@pytest.mark.parametrize("shape", [(3, 3), (130, 66), (270, 203)], ids=shape_id)
+@pytest.mark.parametrize("tokens", [0, 1, 5, 9, 33, 130])
 def test_linear(simd, layout, dtype, shape, tokens):
     weight, _, packed = arranged(layout, *shape, dtype)
     x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)

@@ -162,7 +162,7 @@ def _backward_by(restore: Any) -> Any:
             values, bitmask = restore(ctx.saved_tensors[0], ctx.rows, ctx.cols, ctx.dtype)
             grad_x = grad @ _unpack24(values, bitmask, ctx.cols)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+            grad_bias = torch.atleast_2d(grad).flatten(0, -2).sum(0)
         return grad_x, None, grad_bias, None
 
     return backward
