@@ -17,6 +17,27 @@ GOAL_SHAPES = (SQUARE, UP)  # those with a goal for few tokens
 DECODE_TOKENS = (1, 4, 8, 16, 32)
 PREFILL_TOKENS = (64, 128, 512, 1024)
 
+# Model, images, output and input channels, height and width of the image, height and width of the kernel.
+CONVOLUTIONS = (
+    ("unet", 1, 128, 128, 32, 3),
+    ("unet", 1, 256, 256, 16, 3),
+    ("unet", 1, 256, 256, 8, 3),
+    ("unet", 1, 512, 512, 8, 3),
+    ("unet", 1, 512, 512, 4, 3),
+    ("unet", 16, 128, 128, 32, 3),
+    ("unet", 16, 256, 256, 16, 3),
+    ("unet", 16, 256, 256, 8, 3),
+    ("unet", 16, 512, 512, 4, 3),
+    ("resnet", 1, 64, 64, 56, 3),
+    ("resnet", 16, 64, 64, 8, 3),
+    ("resnet", 1, 128, 128, 28, 3),
+    ("resnet", 1, 256, 256, 14, 3),
+    ("resnet", 1, 512, 512, 7, 3),
+    ("resnet", 1, 256, 64, 56, 1),
+    ("resnet", 1, 64, 256, 56, 1),
+    ("resnet", 1, 512, 128, 28, 1),
+)
+
 GPU_LINEAR = (SQUARE, WIDE, DEEP, BERT_UP, BERT)
 GPU_TOKENS = (1, 4, 8, 16, 32, 64, 256, 1024, 4096)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, opcheck, poison
-from packed_products import assert_equal_gradients
+from packed_products import assert_equal_gradients, assert_same_for_any_threads, assert_same_in_any_batch
 
 import sparsekit as sk
 from sparsekit.ops.conv24 import conv2d24_reference
@@ -39,7 +39,7 @@ def test_pack_literal(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_convolution_literal(dtype):
+def test_convolution_literal(simd, dtype):
     weight = torch.zeros(1, 4, 2, 2, dtype=dtype)
     weight[0, 0, 0, 0], weight[0, 3, 1, 1] = 1, 10
     x = torch.zeros(1, 4, 3, 3, dtype=dtype)
@@ -61,8 +61,8 @@ GEOMETRIES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3)], ids=str)
-def test_convolution(dtype, geometry, kernel):
-    for images, outputs, inputs, height, width in [(1, 5, 4, 9, 7), (3, 9, 13, 6, 17), (2, 33, 40, 5, 33)]:
+def test_convolution(simd, dtype, geometry, kernel):
+    for images, outputs, inputs, height, width in [(1, 5, 4, 9, 7), (2, 17, 13, 6, 17), (1, 33, 104, 5, 9)]:
         weight, mask = sparse_conv24(outputs, inputs, *kernel, dtype)
         x, bias = torch.randn(images, inputs, height, width).to(dtype), torch.randn(outputs).to(dtype)
         packed = sk.pack_conv24(weight, mask)
@@ -72,7 +72,7 @@ def test_convolution(dtype, geometry, kernel):
 
 
 @pytest.mark.parametrize("images, outputs, inputs", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
-def test_convolution_without_images_or_channels(images, outputs, inputs):
+def test_convolution_without_images_or_channels(simd, images, outputs, inputs):
     packed, bias = sk.pack_conv24(torch.zeros(outputs, inputs, 3, 3)), torch.randn(outputs)
     x, expected = torch.randn(images, inputs, 5, 6), bias[:, None, None].expand(images, outputs, 5, 6)
     assert_same(sk.conv2d24(x, packed, bias, padding=1), expected.contiguous())
@@ -80,7 +80,7 @@ def test_convolution_without_images_or_channels(images, outputs, inputs):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_convolution_does_not_swallow_nan(value):
+def test_convolution_does_not_swallow_nan(simd, value):
     weight, mask = sparse_conv24(40, 12)
     x = torch.randn(3, 12, 6, 7)
     x[1, 5, 3, 3] = value
@@ -117,7 +117,7 @@ def test_gradient_of_packing():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_any_strides(layout, dtype):
+def test_any_strides(simd, layout, dtype):
     weight, mask = sparse_conv24(7, 20, dtype=dtype)
     packed, x = sk.pack_conv24(weight, mask), torch.randn(2, 20, 6, 9).to(dtype)
     strided = sk.pack_conv24(LAYOUTS[layout](weight), LAYOUTS[layout](mask))
@@ -128,6 +128,15 @@ def test_any_strides(layout, dtype):
     expected = sk.conv2d24(x, packed, padding=1)
     assert_same(sk.conv2d24(LAYOUTS[layout](x), strided, padding=1), expected)
     assert_same(sk.conv2d24(x.contiguous(memory_format=torch.channels_last), packed, padding=1), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_threads_and_batches(simd, threads, dtype):
+    packed = sk.pack_conv24(*sparse_conv24(70, 66, dtype=dtype))
+    for size in (4, 19):
+        x = torch.randn(9, 66, size, size).to(dtype)
+        assert_same_for_any_threads(lambda x: sk.conv2d24(x, packed, padding=1), x, threads)
+        assert_same_in_any_batch(lambda x: sk.conv2d24(x, packed, padding=1), x, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

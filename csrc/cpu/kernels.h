@@ -151,6 +151,19 @@ struct Linear24qInt8Args {
   DType dtype;
 };
 
+// All contiguous, in the layout of ops/conv24.py.
+struct Conv24Args {
+  const void* x;           // [images, inputs, height, width]
+  const void* values;      // [outputs, kernel_height * kernel_width, 2 * (inputs / 4) + inputs % 4]
+  const uint8_t* bitmask;  // [outputs, kernel_height * kernel_width, ceil(inputs / 8)]
+  const void* bias;        // [outputs] or null
+  void* y;                 // [images, outputs, out_height, out_width]
+  int64_t images, inputs, height, width, outputs, out_height, out_width;
+  int64_t kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  int threads;
+  DType dtype;
+};
+
 // All contiguous, in the layout of ops/tiered.py.
 struct LinearTieredArgs {
   const void* x;         // [tokens, cols]
@@ -199,6 +212,7 @@ struct Kernels {
   void (*linear24)(const Linear24Args&, ParallelFor);
   void (*linear24q)(const Linear24qArgs&, ParallelFor);
   void (*linear24q_int8)(const Linear24qInt8Args&, ParallelFor);
+  void (*conv2d24)(const Conv24Args&, ParallelFor);
   void (*linear_tiered)(const LinearTieredArgs&, ParallelFor);
   // Rows [begin, end).
   void (*sparsegpt)(const SparsegptArgs&, int64_t begin, int64_t end);

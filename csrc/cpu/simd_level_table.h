@@ -4,6 +4,7 @@
 // there is BF16, and SPARSEKIT_VNNI if there is vpdpbusd.
 #include "block_scores_kernel.h"
 #include "block_topk_kernel.h"
+#include "conv24_kernel.h"
 #include "linear24_kernel.h"
 #include "linear24q_int8_kernel.h"
 #include "linear24q_kernel.h"
@@ -38,6 +39,7 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .linear24 = SPARSEKIT_LEVEL::linear24,
     .linear24q = SPARSEKIT_LEVEL::linear24q,
     .linear24q_int8 = SPARSEKIT_LEVEL::linear24q_int8,
+    .conv2d24 = SPARSEKIT_LEVEL::conv2d24,
     .linear_tiered = SPARSEKIT_LEVEL::linear_tiered,
     .sparsegpt = SPARSEKIT_LEVEL::sparsegpt,
 };
