@@ -22,10 +22,9 @@ def bench_conv24(record, model, images, outputs, inputs, size, kernel):
     assert (got - expected).abs().max() <= TOLERANCE["fp32"] * expected.abs().max()
     row = {
         "op": "conv2d24",
-        "shape": f"{outputs}x{inputs}x{kernel}x{kernel}",
+        "shape": f"{outputs}x{inputs}x{kernel}x{kernel} on {size}x{size}",
         "dtype": "fp32",
         "tokens": images * size * size,
-        "image": size,
         "goal": {"best dense": GOAL[model]},
         "limit": 2,
         "flops": 2 * expected.numel() * inputs * kernel**2,

@@ -117,6 +117,8 @@ def test_extreme_values_stay_finite(quant_type):
             torch.set_flush_denormal(False)
         dense = packed.to_dense()
         assert dense.isfinite().all() and dense[0, 0] > 3.3e38 and (dense[2] == 0).all()
+    half = sk.quantize24(sk.pack24(torch.tensor([[65504.0, 1, 0, 0]], dtype=torch.float16)), quant_type).to_dense()
+    assert half.isfinite().all() and half[0, 0] > 64900
 
 
 def test_copies():

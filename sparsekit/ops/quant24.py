@@ -120,10 +120,11 @@ def dequantize(values: Tensor, scales: Tensor, cols: int, quant_type: str, group
     return numbers * scales.float()[:, _group_of_value(cols, group, scales.device)]
 
 
-def _round_up(scale: Tensor) -> Tensor:
-    """Rounds positive float32 numbers to bfloat16, upward, but not to infinity."""
-    bits = (scale.view(torch.int32) + 0xFFFF) & ~0xFFFF
-    return bits.view(torch.float32).clamp(max=torch.finfo(torch.bfloat16).max).bfloat16()
+def _scales(largest: Tensor, code: int, dtype: torch.dtype) -> Tensor:
+    """Returns ``largest / code`` rounded upward to bfloat16, but so that ``code`` times it is finite in ``dtype``."""
+    rounded = ((largest / code).view(torch.int32) + 0xFFFF) & ~0xFFFF
+    most = torch.tensor(torch.finfo(dtype).max / code, dtype=torch.float32, device=largest.device)
+    return torch.minimum(rounded, most.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 @torch.no_grad()
@@ -133,8 +134,8 @@ def quantize24(
     """Quantizes the kept values of a 2:4 weight to 8 or 4 bits, each to the nearest number that a code stands for.
 
     Every row has a scale for each ``group`` of columns: the largest magnitude over 127 for ``"int8"``, over 7 for
-    ``"int4"``, and itself for ``"nf4"``, rounded up to bfloat16 so that no value is clipped. Ties go to the even code,
-    for ``"nf4"`` to the lower one. A value of 0 stays exactly 0.
+    ``"int4"``, and itself for ``"nf4"``, rounded up to bfloat16 so that no value is clipped, unless it would overflow.
+    Ties go to the even code, for ``"nf4"`` to the lower one. A value of 0 stays exactly 0.
 
     Args:
         packed: the weight, as ``pack24`` returns it. Not differentiable.
@@ -162,7 +163,7 @@ def quantize24(
         index = _group_of_value(cols, group, values.device)
         largest = values.new_zeros(rows, groups, dtype=torch.float32)
         largest.scatter_reduce_(1, index.expand(rows, -1), values.float().abs(), "amax")
-        scales = _round_up(largest / LARGEST_CODE[quant_type])
+        scales = _scales(largest, LARGEST_CODE[quant_type], values.dtype)
         steps = torch.where(scales == 0, 1, scales).double()  # float64: a thread may flush small float32 to 0
         ratio = values.contiguous().double() / steps[:, index]
         if quant_type == "nf4":

@@ -53,12 +53,10 @@ def _match_fake(bitmask: Tensor, cols: int) -> Tensor:
 def pair_starts(pairs: Tensor, rows: int, cols: int, itemsize: int) -> Tensor:
     """Returns where every block of rows begins, and the end, as int64 ``[blocks + 1]``."""
     blocks, tiles, most, _ = pairs.shape
-    kept = torch.tensor([values_per_row(min(INPUTS, cols - INPUTS * tile)) for tile in range(tiles)], dtype=torch.int64)
-    count = torch.tensor(
-        [-(-min(2 * most, rows - 2 * most * block) // 2) for block in range(blocks)], dtype=torch.int64
-    )
+    kept = sum(values_per_row(min(INPUTS, cols - INPUTS * tile)) for tile in range(tiles))
+    counts = [-(-min(2 * most, rows - 2 * most * block) // 2) for block in range(blocks)]
     shared = pairs[..., 2].sum((1, 2), dtype=torch.int64)  # those that are not there share nothing
-    nbytes = count * (8 * tiles + (4 + 2 * itemsize) * kept.sum()) - 2 * shared
+    nbytes = shared.new_tensor(counts) * (8 * tiles + (4 + 2 * itemsize) * kept) - 2 * shared
     return 8 * (blocks + 1) + torch.cat([nbytes.new_zeros(1), nbytes.cumsum(0)])
 
 
