@@ -209,13 +209,13 @@ struct RowVector {
     };
     return {half(0), half(16)};
 #else
-    Lanes weights;
+    float weights[kCols];
     for (int lane = 0, next = 0; lane < kCols; ++lane) {
       const int kept = *bits >> lane & 1;
-      (lane < 4 ? weights.low : weights.high)[lane % 4] = kept ? to_float(values[next]) : 0.0f;
+      weights[lane] = kept ? to_float(values[next]) : 0.0f;
       next = std::min(next + kept, kCols / 2 - 1);
     }
-    return weights;
+    return {load_lanes(weights), load_lanes(weights + 4)};
 #endif
   }
 };
