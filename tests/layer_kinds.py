@@ -7,6 +7,7 @@ from tiering import tiered_linear
 from torch import nn
 
 from sparsekit.nn import (
+    ArrangedLinear24,
     Linear24,
     Plan,
     PrepackedLinear,
@@ -21,7 +22,26 @@ class WithoutPlan(RoutedLinear24):
     """A routed layer that follows no plan."""
 
 
+class InputPairs(ArrangedLinear24):
+    """An arranged layer whose layout need not be named."""
+
+    name_in_errors = "ArrangedLinear24"
+
+    @classmethod
+    def from_linear(cls, linear, *, layout="input pairs", transposed=False):
+        return super().from_linear(linear, layout=layout, transposed=transposed)
+
+
+class RowPairs(InputPairs):
+    """The same in the other layout."""
+
+    @classmethod
+    def from_linear(cls, linear, *, layout="row pairs", transposed=False):
+        return super().from_linear(linear, layout=layout, transposed=transposed)
+
+
 KINDS = {"linear24": Linear24, "tiered": TieredLinear, "prepacked": PrepackedLinear}
+KINDS |= {"input pairs": InputPairs, "row pairs": RowPairs}
 ALL = KINDS | {"without plan": WithoutPlan, "24 routed": RoutedLinear24, "tiered routed": RoutedTieredLinear}
 DENSE = (RoutedLinear24, RoutedTieredLinear)
 PLAN = Plan((Route(8, "sparse"), Route(16, "dense")))
