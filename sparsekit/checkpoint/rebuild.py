@@ -10,6 +10,7 @@ from .._replace import check_original_known, check_replaceable, guard_saving, re
 from .._state import get_original, set_original
 from ..masks import remove_mask, set_mask_bits
 from ..nn import (
+    ArrangedLinear24,
     Compressed,
     Int8Linear,
     Linear24,
@@ -20,6 +21,7 @@ from ..nn import (
     RoutedTieredLinear,
     TieredLinear,
 )
+from ..ops import Packed24
 from ..ops.int8_linear import PackedInt8
 from .mask_file import remove_masks
 from .structure import PARTS, LayerRecord, join
@@ -82,10 +84,15 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
     new: Compressed
     if layer.kind == "linear24":
         rows, cols = layer.matrix
-        values, bitmask = (tensors[join(name, part)].to(device) for part in ("values", "bitmask"))
-        kind = Linear24 if plan is None else RoutedLinear24
-        new = kind(cols, rows, False, transposed=layer.transposed, device="meta", dtype=values.dtype)
-        new.values, new.bitmask = nn.Parameter(values, requires_grad=trainable), bitmask
+        values, bitmask = (part.to(device) for part in layer.parts(name, tensors))
+        own = nn.Parameter(values, requires_grad=trainable)
+        if layer.layout is not None and plan is None and device.type == "cpu":
+            packed24 = Packed24(own, bitmask, layer.matrix)
+            new = ArrangedLinear24(packed24, layout=layer.layout, transposed=layer.transposed)
+        else:
+            kind = Linear24 if plan is None else RoutedLinear24
+            new = kind(cols, rows, False, transposed=layer.transposed, device="meta", dtype=values.dtype)
+            new.values, new.bitmask = own, bitmask
     elif layer.kind == "tiered":
         packed = layer.tiered(name, tensors).to(device)
         tiered = TieredLinear if plan is None else RoutedTieredLinear
@@ -130,8 +137,9 @@ def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
         if tensor.is_floating_point() is not state[key].is_floating_point():
             raise ValueError(f"{key} is {state[key].dtype}, the model's {tensor.dtype}")
     for name, layer in layers.items():
-        held = ("weight",) if layer.kind == "prepacked" else PARTS[layer.kind] if layer.rounding else ()
-        for part in held:  # the layer holds them already, rearranged
+        rearranged = layer.rounding is not None or isinstance(modules.get(name), ArrangedLinear24)
+        held = ("weight",) if layer.kind == "prepacked" else PARTS[layer.kind] if rearranged else ()
+        for part in held:  # the layer holds them already, in another order
             del state[join(name, part)]
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     objects: dict[tuple[int, bool, torch.device], Tensor] = {}

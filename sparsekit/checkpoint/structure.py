@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .._json import parse_json
 from ..masks import Axis, MaskInfo, Pattern, check_masks, get_mask_bits, get_mask_info, masked_parameters
-from ..nn import Int8Linear, Linear24, PrepackedLinear, QuantizedLinear24, TieredLinear
+from ..nn import ArrangedLinear24, Int8Linear, Linear24, PrepackedLinear, QuantizedLinear24, TieredLinear
 from ..nn.compressed import weight_shape
 from ..nn.quantized24 import Inputs
 from ..ops import Packed24, QuantizedWeight24, TieredWeight
 from ..ops._define import DTYPES
+from ..ops.arranged24 import LAYOUTS, Layout
 from ..ops.int8_linear import PackedInt8
 from ..ops.quant24 import check_kind
 
@@ -75,13 +76,15 @@ class LayerRecord:
     k: int = 0
     parameter: str = "weight"
     rounding: Rounding | None = None  # of a lossy layer
+    layout: Layout | None = None  # of an arranged 2:4 layer; its tensors are those of one that is not arranged
 
     @staticmethod
     def of(module: nn.Module) -> "LayerRecord | None":
         """Returns the record of a compressed module; None for any other module."""
         mask = get_mask_info(module)
         if isinstance(module, Linear24):
-            return LayerRecord("linear24", weight_shape(module), module.transposed, mask=mask)
+            layout = module.layout if isinstance(module, ArrangedLinear24) else None
+            return LayerRecord("linear24", weight_shape(module), module.transposed, mask=mask, layout=layout)
         if isinstance(module, TieredLinear):
             shape = weight_shape(module)
             return LayerRecord("tiered", shape, module.transposed, mask=mask, block=module.block, k=module.k)
@@ -131,6 +134,7 @@ class LayerRecord:
             **({} if self.parameter == "weight" else {"parameter": self.parameter}),
             **tiers,
             **({"rounding": self.rounding.to_json()} if self.rounding else {}),
+            **({"layout": self.layout} if self.layout else {}),
         }
 
     @staticmethod
@@ -157,7 +161,11 @@ class LayerRecord:
             raise ValueError(f"{where} has the weight {parameter!r}, and is not dense and called like it")
         transposed = _field(where, data, "transposed", bool)
         rounding = Rounding.parse(where, data) if kind in LOSSY else None
-        return LayerRecord(kind, shape, transposed, tokens, info, block, k, parameter, rounding)
+        layout: Any = _field(where, data, "layout", str) if "layout" in data else None
+        if layout is not None and (kind != "linear24" or layout not in LAYOUTS):
+            known = " or ".join(map(repr, LAYOUTS))
+            raise ValueError(f"{where} is {kind!r} in the layout {layout!r}, only 2:4 has one, of {known}")
+        return LayerRecord(kind, shape, transposed, tokens, info, block, k, parameter, rounding, layout)
 
     def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
         """Returns the packed weight of a tiered layer."""
