@@ -12,6 +12,7 @@ from .._layers import is_transposed
 from .._timing import Call, Clock
 from ..masks import get_mask, lost_zeros_reason, tier_sizes
 from ..nn import (
+    ArrangedLinear24,
     Compressed,
     Linear24,
     Plan,
@@ -22,12 +23,16 @@ from ..nn import (
     TieredLinear,
 )
 from ..ops import backends, pack_tiered
+from ..ops.arranged24 import LAYOUTS, Layout
 from ..ops.prepacked import prepack
 from ..ops.sparse24 import values_per_row
 from .kinds import Kind
 from .tiers import TierShares, kept_matrix
 
 DENSE_COPY = "dense"  # the kernel that multiplies by a dense copy beside a sparse weight
+# Tokens: where the largest count is beyond, the other layout is faster, so measuring this one would only take time.
+MAX_INPUT_PAIRS, MIN_ROW_PAIRS = 64, 16
+EXTRA_BITS = {"input pairs": 3, "row pairs": 5}  # for each weight; in row pairs about, as two rows share offsets
 MAX_SHARE = 0.9  # of the dense bytes; a layer in tiers that takes more is not worth measuring
 
 
@@ -89,17 +94,29 @@ class Candidate:
         """Returns the sets of sparse kernels, among those that were measured, that one module can hold together."""
         return [frozenset({self.name})]
 
+    def can_add_copy(self, kernels: Collection[str]) -> bool:
+        """Returns whether a dense copy may lie beside the weight that these kernels read."""
+        return self.allows_copy
+
+    def extra_bytes(self, layer: nn.Linear, kernels: Collection[str]) -> int:
+        """Returns how many bytes more than ``nbytes`` a layer takes for these kernels, such as those of a copy."""
+        return layer.weight.nbytes if DENSE_COPY in kernels else 0
+
     def remark(self, layer: nn.Linear) -> str:
         """Returns what there is to say about kernels that a layer cannot have; empty if there is nothing."""
         return ""
 
 
 class Sparse24(Candidate):
-    """The 2:4 form on a CPU."""
+    """The 2:4 form on a CPU: as it is stored or, for inference, arranged for few tokens or for many.
+
+    A layer holds its weight once, in one layout. A dense copy is possible beside the weight as it is stored.
+    """
 
     name = "2:4"
     pattern = "2:4"
     allows_copy = True
+    layouts: ClassVar[dict[str, Layout]] = {f"2:4 {layout}": layout for layout in LAYOUTS}  # by the kernel's name
 
     def unsupported_reason(self, layer: nn.Linear) -> str | None:
         if layer.weight.device.type != "cpu":
@@ -111,11 +128,37 @@ class Sparse24(Candidate):
     def nbytes(self, layer: nn.Linear) -> int:
         return bytes_24(layer)
 
+    def extra_bytes(self, layer: nn.Linear, kernels: Collection[str]) -> int:
+        """Returns the bytes of a copy, or what a layout takes more: offsets of inputs in place of the bits."""
+        more = [EXTRA_BITS[self.layouts[name]] * layer.weight.numel() // 8 for name in self._arranged(kernels)]
+        return super().extra_bytes(layer, kernels) + max(more, default=0)
+
+    def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
+        """Returns the kernel of the form as it is stored, and those of the layouts that suit the most tokens."""
+        found, tokens = super().calls(kind, plain, x, clock), kind.layout_tokens
+        if kind.trained:  # an arranged weight cannot follow an optimizer
+            return found
+        suits = {"input pairs": tokens <= MAX_INPUT_PAIRS, "row pairs": tokens >= MIN_ROW_PAIRS}
+        names = [name for name, layout in self.layouts.items() if suits[layout]]
+        return {**found, **{name: self.build(plain, {tokens: name}) for name in names}}
+
+    def kernel_sets(self, layer: nn.Linear, measured: Collection[str]) -> list[frozenset[str]]:
+        return [frozenset({name}) for name in (self.name, *self._arranged(measured))]
+
+    def can_add_copy(self, kernels: Collection[str]) -> bool:
+        return not self._arranged(kernels)
+
     def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
         transposed = is_transposed(layer)
+        for name in self._arranged(kernels.values()):
+            return ArrangedLinear24.from_linear(layer, layout=self.layouts[name], transposed=transposed)
         if DENSE_COPY not in kernels.values():
             return Linear24.from_linear(layer, transposed=transposed)
         return RoutedLinear24.from_linear(layer, transposed=transposed).follow(Plan(self.routes(kernels)))
+
+    def _arranged(self, kernels: Collection[str]) -> list[str]:
+        """Returns those of some kernels that read an arranged weight."""
+        return [name for name in self.layouts if name in kernels]
 
 
 class Tiered(Candidate):

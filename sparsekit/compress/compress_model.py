@@ -51,7 +51,8 @@ def compress_(
     random data, in turns with the plain layer, after its result was checked. Where the model is larger than the last
     cache of its device, weights are timed from memory. On a CPU all is measured twice, and has to win both times.
 
-    **On a CPU** a layer becomes ``nn.Linear24`` where its weight is 2:4 (by its stored mask, else by its zeros),
+    **On a CPU** a layer becomes ``nn.Linear24`` where its weight is 2:4 (by its stored mask, else by its zeros), or
+    in eval mode ``nn.ArrangedLinear24``, the same in the layout that is fastest for its token counts;
     ``nn.TieredLinear`` where its blocks in tiers take at most 90 % of the dense bytes, as ``progressive_tiers`` and
     pruning by blocks leave them, or ``nn.PrepackedLinear`` in eval mode, which is dense. It is taken only if its median
     ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count. Of several, the one

@@ -39,6 +39,7 @@ class Kind:
         evict_cache: whether weights are timed from memory instead of from the cache.
         graphs: whether the layer will run under CUDA graphs.
         keep_dense: whether a dense copy beside a sparse weight is measured as well.
+        trained: whether the layer is being trained, so that what is for inference only is not measured.
         tiers: the shares of its tiers, if it may become tiered.
     """
 
@@ -54,6 +55,7 @@ class Kind:
     evict_cache: bool
     graphs: bool
     keep_dense: bool
+    trained: bool
     tiers: TierShares | None
 
 
@@ -78,6 +80,7 @@ def kinds_of(
         evict_cache=evict_cache,
         graphs=measure.graphs and _timing.is_gpu(device),
         keep_dense=keep_dense,
+        trained=layer.training and layer.weight.requires_grad,
         tiers=TierShares.of(layer).rounded() if "tiers" in patterns else None,
     )
     return [kind(tokens=tokens) for tokens in sorted(site.calls)]

@@ -25,7 +25,8 @@ class CompressLayerReport:
         reason: why, with every form that was turned down.
         calls: how often the batches ran it, by token count rounded up to a power of two.
         timings: what was measured, by token count and kernel; None for a wrong result. On a CPU a kernel has the name
-            of the decision, and ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is the
+            of the decision, with its layout if it has one (``"2:4 input pairs"``, ``"2:4 row pairs"``), and
+            ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is the
             decode kernel (``"sparse"`` in a plan), ``"dense"`` a dense copy, and ``"cusparselt_sm90:5:2:1"`` cuSPARSELt
             by algorithm 5 with split-K 2 of mode 1.
         kernels: the kernel that the layer takes, by token count.

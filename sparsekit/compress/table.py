@@ -39,7 +39,7 @@ def grouped_rows(layers: Collection["CompressLayerReport"]) -> tuple[list[str], 
         why = first.why or first.reason
         why = f"{why} ({_names(members)})" if first.decision == "plain" else why
         error = [_largest_error(members)] * lossy
-        rows.append([f"{len(members)} of {shape}", first.decision, *error, *ratios, why])
+        rows.append([f"{len(members)} of {shape}", _form(first), *error, *ratios, why])
     return head, rows
 
 
@@ -85,6 +85,12 @@ def summary(report: "CompressReport") -> Iterator[str]:
         f"{report.bytes_before / 2**20:.1f} MiB -> {report.bytes_after / 2**20:.1f} MiB, "
         f"measured in {report.tune_seconds:.1f} s, converted in {report.conversion_seconds:.1f} s"
     )
+
+
+def _form(layer: "CompressLayerReport") -> str:
+    """Returns what a layer became, with its layout if it has one."""
+    names = {name for name in layer.kernels.values() if name.startswith(f"{layer.decision} ")}
+    return names.pop() if len(names) == 1 else layer.decision
 
 
 def _settled(timing: Timing) -> str:

@@ -18,7 +18,7 @@ class Option(NamedTuple):
     Args:
         candidate: the form.
         kernels: the kernel that answers each token count.
-        nbytes: the bytes of the weight, with its dense copy if there is one.
+        nbytes: the bytes of the weight in the layout of these kernels, with its dense copy if there is one.
         seconds: the time of all calls in the batches.
     """
 
@@ -77,7 +77,8 @@ class Trial:
     def options(self) -> Iterator[Option]:
         """Yields the ways to take the layer's place: in each layout, without and with a dense copy."""
         for kernels in self.kernel_sets:
-            for usable in [kernels, kernels | {DENSE_COPY}] if self.has_copy else [kernels]:
+            with_copy = self.has_copy and self.candidate.can_add_copy(kernels)
+            for usable in [kernels, kernels | {DENSE_COPY}] if with_copy else [kernels]:
                 fastest = {tokens: self._fastest(tokens, usable) for tokens in self.right}
                 chosen = {tokens: name for tokens, name in fastest.items() if name is not None}
                 if len(chosen) < len(fastest) or set(chosen.values()) == {DENSE_COPY}:
@@ -101,32 +102,43 @@ class Trial:
         return min(ways, key=lambda way: way.seconds, default=None)
 
     def _option(self, chosen: dict[int, str]) -> Option:
-        nbytes = self.nbytes + (self.site.layer.weight.nbytes if DENSE_COPY in chosen.values() else 0)
+        nbytes = self.nbytes + self.candidate.extra_bytes(self.site.layer, chosen.values())
         seconds = [self.site.calls[tokens] * self.right[tokens][name].seconds for tokens, name in chosen.items()]
         return Option(self.candidate, chosen, nbytes, sum(seconds))
 
     def rejection(self) -> Rejection:
-        """Returns why there is no option: what was measured at the token count where the candidate is worst."""
-        best: dict[int, Timing] = {}
+        """Returns why there is no option: what the kernels that came closest were measured at, where they are worst."""
+        found = [self._rejection(kernels) for kernels in self.kernel_sets if self._answers(kernels)]
+        if found:
+            return max(found, key=lambda each: (each.undecided, each.ratio))
+        if self._answers(self.own):
+            return self._rejection(self.own)
+        return Rejection(f"a wrong result {at_tokens(min(self.wrong[name] for name in self.own & self.wrong.keys()))}")
+
+    def _answers(self, kernels: frozenset[str]) -> bool:
+        """Returns whether some of these kernels were right at every token count."""
+        return all(kernels & timings.keys() for timings in self.right.values())
+
+    def _rejection(self, kernels: frozenset[str]) -> Rejection:
+        """Returns what the fastest of these kernels was measured at, at the token count where that is worst."""
+        best: dict[int, tuple[str, Timing]] = {}
         for tokens, measured in self.right.items():
-            timings = [timing for name, timing in measured.items() if name in self.own]
-            if not timings:
-                first = min(self.wrong[name] for name in self.own & self.wrong.keys())
-                return Rejection(f"a wrong result {at_tokens(first)}")
-            best[tokens] = max(timings, key=lambda timing: (self._accepts(timing), timing.ratio))
-        lost = {tokens: timing for tokens, timing in best.items() if not self._accepts(timing)}
+            timings = [(name, timing) for name, timing in measured.items() if name in kernels]
+            best[tokens] = max(timings, key=lambda each: (self._accepts(each[1]), each[1].ratio))
+        lost = {tokens: timing for tokens, (_, timing) in best.items() if not self._accepts(timing)}
         if not lost:
-            return Rejection(
-                "no single layout is faster at every number of tokens", min(each.ratio for each in best.values())
-            )
+            ratio = min(timing.ratio for _, timing in best.values())
+            return Rejection("no single layout is faster at every number of tokens", ratio)
         worst = min(lost, key=lambda tokens: (lost[tokens].undecided, lost[tokens].ratio))
-        timing, won = lost[worst], [str(tokens) for tokens in best if tokens not in lost]
+        (name, timing), won = best[worst], [str(tokens) for tokens in best if tokens not in lost]
         ratio, wins = (math.floor(100 * each + 1e-9) / 100 for each in (timing.ratio, timing.wins))
-        reason = f"{ratio:.2f}x, {wins:.0%} won {at_tokens(worst)}{self._needed(timing)}"
+        by = f" by {name}" if len(kernels) == 1 and name != self.candidate.name else ""
+        reason = f"{ratio:.2f}x, {wins:.0%} won {at_tokens(worst)}{by}{self._needed(timing)}"
         if timing.undecided:
             busy = f"undecided, the machine is busy (spread {timing.spread:.1f})"
             return Rejection(f"{busy}: {reason}", timing.ratio, undecided=True)
-        if won and not self.candidate.dense and not self.for_size:
+        with_copy = self.candidate.can_add_copy(kernels) or not self.has_copy  # or it could be tried
+        if won and not self.candidate.dense and not self.for_size and with_copy:
             reason += f", faster at {', '.join(won)}: {self._advice(self.right[worst].get(DENSE_COPY))}"
         return Rejection(reason, timing.ratio)
 
@@ -147,7 +159,8 @@ class Trial:
 
     def remarks(self) -> list[str]:
         """Returns what else there is to say: which of several kernels were wrong, and which the layer cannot have."""
-        wrong = [name for name in self.wrong if name in self.own | {DENSE_COPY} and name != self.candidate.name]
+        only = {self.candidate.name} if len(self.own) == 1 else set()  # of which `rejection` says it
+        wrong = [name for name in self.wrong if name in (self.own | {DENSE_COPY}) - only]
         named = [f"{name}: a wrong result {at_tokens(self.wrong[name])}" for name in wrong[:MAX_WRONG]]
         more = [f"{len(wrong) - MAX_WRONG} more wrong results"] if len(wrong) > MAX_WRONG else []
         return [*named, *more, *filter(None, [self.candidate.remark(self.site.layer)])]
