@@ -61,7 +61,7 @@ extern const Arranged24Kernels arranged24_avx512_bf16;
 #endif
 
 // The table that a SIMD level uses: its own, or that of the level whose name its name begins with.
-inline const Arranged24Kernels& arranged24_kernels(const Kernels& level) {
+inline const Arranged24Kernels& arranged24_kernels([[maybe_unused]] const Kernels& level) {
 #if defined(__x86_64__)
   for (const Arranged24Kernels* table : {&arranged24_avx512_bf16, &arranged24_avx512, &arranged24_avx2})
     if (std::string_view(level.simd_level).substr(0, table->simd_level.size()) == table->simd_level) return *table;
