@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from bench.report import README, RESULTS, RIVALS, rivals_pages, slug
 from bench.rivals import libraries, table
 from bench.rivals.models import Size
@@ -94,12 +92,6 @@ def test_the_models_are_sparse_and_the_same_in_every_process():
     assert (model[0].up.weight.unflatten(1, (-1, 4)) != 0).sum(2).eq(2).all()
     encoder = Size(layers=1, dim=16, heads=2)
     assert encoder.build()(encoder.input(3)).shape == (1, 3, 16)
-
-
-def test_compress_without_a_precision_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(libraries.sk, "compress_", lambda model, batches: None)
-    with pytest.raises(libraries.Missing, match="compress_ has no precision"):
-        libraries.RIVALS["sparsekit int8"].prepare(BLOCKS.build(), {1: BLOCKS.input(1)}, 1, tmp_path)
 
 
 def test_readme_and_the_page_show_the_stored_results():

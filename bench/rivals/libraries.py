@@ -2,7 +2,6 @@
 
 import copy
 import importlib.metadata
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,18 +163,11 @@ def calibrated_int8(network: Any, inputs: Inputs) -> Any:
 
 
 def compressed(model: nn.Module, inputs: Inputs, threads: int, folder: Path, precision: str | None = None) -> Ready:
-    """Compresses the model for each number of tokens by itself.
-
-    Raises:
-        Missing: ``compress_`` has no such precision.
-    """
-    if precision and "precision" not in inspect.signature(sk.compress_).parameters:
-        raise Missing("compress_ has no precision")
-    options = {"precision": precision} if precision else {}
+    """Compresses the model for each number of tokens by itself."""
     begin, calls = time.perf_counter(), {}
     for tokens, x in inputs.items():
         calls[tokens] = copy.deepcopy(model)
-        sk.compress_(calls[tokens], [x], **options)
+        sk.compress_(calls[tokens], [x], precision=precision)
     return Ready(calls, (time.perf_counter() - begin) / len(calls))
 
 
