@@ -77,3 +77,12 @@ def test_a_new_layer_is_24_and_needs_no_mask():
 def test_rejects(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda bits: bits | 7, lambda bits: bits.int()])
+def test_a_malformed_bitmask_is_refused_and_nothing_changes(change):
+    layer = sk.nn.Conv2d24(8, 4, 3)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match="bitmask must"):
+        layer.load_state_dict(before | {"values": before["values"] + 1, "bitmask": change(before["bitmask"])})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())

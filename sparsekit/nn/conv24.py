@@ -1,15 +1,16 @@
 """The convolution on the packed 2:4 format."""
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..masks import get_mask
 from ..ops import PackedConv24, conv2d24, nm_mask, pack_conv24, unpack_bits
-from ..ops._define import DTYPES
+from ..ops._define import DTYPES, check_like
 from .common import autocast_dtype, carry_mask
+from .linear24 import check_bitmask24
 
 Pair = int | tuple[int, int]
 Layer = TypeVar("Layer", bound="Conv2d24")
@@ -152,6 +153,20 @@ class Conv2d24(nn.Module):
             input, packed = input.to(dtype), packed._replace(values=packed.values.to(dtype))
             bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
         return conv2d24(input, packed, bias, self.stride, self.padding, self.dilation)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        bitmask = state_dict.get(prefix + "bitmask")
+        try:
+            if isinstance(bitmask, Tensor) and not bitmask.is_meta and bitmask.shape == self.bitmask.shape:
+                check_like("bitmask", bitmask, torch.uint8, bitmask.shape, bitmask)
+                check_bitmask24(bitmask.flatten(0, 1), self.in_channels)
+        except (TypeError, ValueError) as error:
+            error_msgs: list[str] = rest[-1]
+            error_msgs.append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
         return (
