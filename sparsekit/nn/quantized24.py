@@ -35,7 +35,9 @@ class QuantizedLinear24(Rearranged):
     Args:
         packed: the weight, as ``quantize24`` returns it.
         bias: the bias Parameter, which becomes the layer's without a copy, or None.
-        inputs: ``"int8"`` rounds every token of the input to 8 bits, which is the fastest; ``"float"`` does not.
+        inputs: ``"int8"`` rounds every token of the input to 8 bits, which is the fastest on a CPU; ``"float"`` does
+            not, which is the fastest on a GPU: ``linear24q_int8`` has no kernel there. A layer that is moved to another
+            device computes the same there, from the same tensors.
         transposed: whether ``.weight`` is ``[in_features, out_features]``, as in ``Linear24``.
 
     Raises:

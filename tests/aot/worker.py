@@ -76,6 +76,7 @@ def cuda_widths(ptx):
     widths = {"loads": [], "stores": []}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global[\w:.]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
         widths["loads" if kind == "ld" else "stores"].append(int(vector or 1) * int(bits) // 8)
+    widths["loads"] += [int(size, 16) for size in re.findall(r"\bcp\.async\.c[ag]\.[^;]*\], (0x\w+)", ptx)]
     return widths
 
 
