@@ -44,6 +44,12 @@ def test_hostile_inputs(simd, dtype, tokens):
     assert_same_as_reference(torch.full((tokens, 84), 6e4).to(dtype), tiled, None)
 
 
+def test_ties_are_rounded_as_the_reference_rounds_them(simd):
+    """Of bfloat16 inputs, many are half of the largest, and so halves of a step."""
+    tiled = sk.tile24(quantized(9, 64, "int8"))
+    assert_same_as_reference(torch.randn(400, 64).bfloat16(), tiled, None)
+
+
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_the_largest_sums_do_not_saturate(simd, quant_type):
     """All codes and inputs at the ends of their ranges: sums of two products are near the end of 16 bits."""

@@ -151,6 +151,14 @@ struct Linear24qInt8Args {
   DType dtype;
 };
 
+struct RoundTokensArgs {
+  const void* x;   // [tokens, cols], contiguous
+  uint8_t* codes;  // [tokens, cols]
+  float* steps;    // [tokens]
+  int64_t cols, limit;
+  DType dtype;
+};
+
 // All contiguous, in the layout of ops/conv24.py.
 struct Conv24Args {
   const void* x;           // [images, inputs, height, width]
@@ -212,6 +220,8 @@ struct Kernels {
   void (*linear24)(const Linear24Args&, ParallelFor);
   void (*linear24q)(const Linear24qArgs&, ParallelFor);
   void (*linear24q_int8)(const Linear24qInt8Args&, ParallelFor);
+  // Tokens [begin, end).
+  void (*round_tokens)(const RoundTokensArgs&, int64_t begin, int64_t end);
   void (*conv2d24)(const Conv24Args&, ParallelFor);
   void (*linear_tiered)(const LinearTieredArgs&, ParallelFor);
   // Rows [begin, end).

@@ -10,7 +10,7 @@ from .._layers import is_transposed
 from .._timing import Call, Clock
 from ..nn import Compressed, Int8Linear, QuantizedLinear24
 from ..ops import backends, pack24, quantize24
-from ..ops.int8_linear import is_supported
+from ..ops.int8_linear import engine
 from ..ops.sparse24 import values_per_row
 from .candidates import CPU_CANDIDATES, Candidate, inference_only_reason, not_24_reason
 from .kinds import Kind
@@ -28,7 +28,7 @@ class Int8(Candidate):
     name = "int8"
 
     def unsupported_reason(self, layer: nn.Linear) -> str | None:
-        if layer.weight.device.type != "cpu" or not is_supported():
+        if layer.weight.device.type != "cpu" or engine() is None:
             return f"PyTorch has no int8 product for {layer.weight.device.type} here"
         return inference_only_reason(layer) or not_finite_reason(layer)
 

@@ -7,20 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.int8_linear import PackedInt8, int8_linear, quantize_rows, round_inputs
+from ..ops.int8_linear import LARGEST_INPUT, PackedInt8, int8_linear, quantize_rows, round_tokens_reference
 from .common import autocast_dtype, carry_mask
 from .compressed import weight_of
 from .rearranged import Rearranged
 
 
 class Int8Linear(Rearranged):
-    """A dense linear layer for inference on a CPU with an 8-bit weight, which rounds its inputs to 7 bits: lossy.
+    """A dense linear layer for inference on a CPU with an 8-bit weight, which rounds its inputs as well: lossy.
 
-    It multiplies by PyTorch's own int8 product (fbgemm, on x86). The weight is rounded to 8 bits with a scale for each
-    output, every token of the input to 7 bits with a scale of its own, and the products are summed exactly. ``.weight``
+    It multiplies by PyTorch's own int8 products, oneDNN's on a CPU with VNNI, else fbgemm's. The weight is rounded to 8
+    bits with a scale for each output, every token of the input with a scale of its own, to 8 bits with VNNI and to 7
+    bits without it, whose sums of products would overflow; the products are summed exactly. ``.weight``
     is the weight that it multiplies by, not the one that it was made of. The state dict has ``values``, int8
     ``[out_features, in_features]``, ``scales``, float32 ``[out_features]``, and ``bias``. Gradients reach the input and
-    ``bias``. Without fbgemm the same weight is multiplied as float, which is slow.
+    ``bias``. On other CPUs than x86 the same weight is multiplied as float, which is slow.
 
     Args:
         packed: the weight.
@@ -71,7 +72,7 @@ class Int8Linear(Rearranged):
         return self.packed.to_dense().to(self.dtype)
 
     def resident_tensors(self) -> list[Tensor]:
-        """Returns tensors of the size of the weight: fbgemm does not show its own."""
+        """Returns tensors of the size of the weight: PyTorch does not show its own."""
         return list(self._templates().values())
 
     def _multiply(self, input: Tensor) -> Tensor:
@@ -83,11 +84,11 @@ class Int8Linear(Rearranged):
         return int8_linear(input.to(dtype), self.packed, bias)
 
     def reference(self, input: Tensor) -> Tensor:
-        if not self.in_features:
+        if self.packed.engine is None:
             return super().reference(input)
-        tokens, step = round_inputs(input)
-        weight = self.packed.to_dense().double()
-        y = F.linear(tokens.double(), weight) * step.double()
+        limit = LARGEST_INPUT[self.packed.engine]
+        codes, step = round_tokens_reference(input, limit)
+        y = F.linear(codes.double() - (limit + 1), self.packed.to_dense().double()) * step.double()
         return y if self.bias is None else y + self.bias.double()
 
     def _templates(self) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ class Int8Linear(Rearranged):
             self._hold({name: tensor.to(device) for name, tensor in self._stored().items()})
         return self
 
-    # What fbgemm has packed can be neither copied nor pickled.
+    # What PyTorch has packed can be neither copied nor pickled.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": self._stored()}
 
@@ -121,4 +122,4 @@ class Int8Linear(Rearranged):
         self._hold(self.__dict__["packed"])
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight=int8, inputs=7 bits"
+        return f"{super().extra_repr()}, weight=int8, inputs={self.packed.engine or 'float'}"

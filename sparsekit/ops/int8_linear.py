@@ -1,6 +1,7 @@
-"""The dense linear layer on an 8-bit weight with inputs that are rounded to 7 bits: PyTorch's own int8 product."""
+"""The dense linear layer on an 8-bit weight with inputs that are rounded as well: PyTorch's own int8 products."""
 
 import warnings
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -9,18 +10,19 @@ from torch import Tensor
 
 from ._define import call_op, check_like, check_weight, define, define_gradient
 
-# Inputs are integers from -63 to 63. With 64 more, to be unsigned, two products with weights of -127 to 127 are at most
-# 32258, which the 16 bits of `vpmaddubsw` hold. With 8 bits they would saturate on CPUs without VNNI, which gives wrong
-# results (https://github.com/pytorch/pytorch/issues/44939).
-LARGEST_INPUT, ZERO_INPUT = 63, 64
-SMALLEST = 1e-30  # the largest magnitude of a token counts as at least this, so that 63 / it is finite
+# Inputs are unsigned integers around a zero: with oneDNN on a CPU with VNNI from -127 to 127, else with fbgemm from -63
+# to 63. Its `vpmaddubsw` adds two products with weights of -127 to 127 in 16 bits. Of inputs from 0 to 127 they are at
+# most 32258, which fits; of 8 bits they would saturate (https://github.com/pytorch/pytorch/issues/44939).
+LARGEST_INPUT = {"onednn": 127, "fbgemm": 63}
+SMALLEST = 1e-30  # the largest magnitude of a token counts as at least this, so that 127 / it is finite
+MANY_TOKENS = 128  # for which oneDNN lays the weight out; others are as fast
 
 # The packed weights by number: a graph that `torch.compile` makes can hold a number, and no packed weight.
 _packed: "WeakValueDictionary[int, PackedInt8]" = WeakValueDictionary()
 
 
 class PackedInt8:
-    """A dense weight of 8-bit integers with a scale for each row, in the order in which fbgemm reads it.
+    """A dense weight of 8-bit integers with a scale for each row, in the order in which the product reads it.
 
     Args:
         values: int8 ``[rows, cols]``, from -127 to 127.
@@ -31,9 +33,11 @@ class PackedInt8:
         self.shape, self.scales = values.shape, scales
         self.number = id(self)
         self.plain: Tensor | None = values
-        self.packed = None
-        if is_supported() and values.device.type == "cpu" and values.numel():
-            self.packed, self.plain = _prepack(values, scales), None
+        self.engine = engine() if values.device.type == "cpu" and values.numel() else None
+        self.packed: Any = None
+        self.zeros = torch.zeros(len(values), dtype=torch.int32, device=values.device)
+        if self.engine is not None:
+            self.packed, self.plain = _PREPACK[self.engine](values, scales), None
         _packed[self.number] = self
 
     @property
@@ -41,6 +45,8 @@ class PackedInt8:
         """The integers, as they were given."""
         if self.plain is not None:
             return self.plain
+        if self.engine == "onednn":
+            return self.packed.to_dense().t().contiguous()
         return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
 
     @property
@@ -53,10 +59,13 @@ class PackedInt8:
         return self.values.float() * self.scales[:, None]
 
 
-def is_supported() -> bool:
-    """Returns whether PyTorch has the product for this CPU: fbgemm is for x86."""
-    made = hasattr(torch, "_make_per_channel_quantized_tensor")
-    return made and "fbgemm" in torch.backends.quantized.supported_engines
+def engine() -> str | None:
+    """Returns which product PyTorch has for this CPU, "onednn" with VNNI, else "fbgemm"; None for other than x86."""
+    if not hasattr(torch, "_make_per_channel_quantized_tensor"):
+        return None
+    if "onednn" in torch.backends.quantized.supported_engines and torch.cpu._is_vnni_supported():
+        return "onednn"
+    return "fbgemm" if "fbgemm" in torch.backends.quantized.supported_engines else None
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +83,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).round().clamp_(-127, 127).to(torch.int8), scales
 
 
-def _prepack(values: Tensor, scales: Tensor) -> torch.ScriptObject:
+def _prepack_onednn(values: Tensor, scales: Tensor) -> Tensor:
+    return torch.ops.onednn.qlinear_prepack(values.contiguous(), [MANY_TOKENS, values.shape[1]])
+
+
+def _prepack_fbgemm(values: Tensor, scales: Tensor) -> torch.ScriptObject:
     zeros, engine = torch.zeros(len(values), dtype=torch.long, device="cpu"), torch.backends.quantized.engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # quantized tensors are to be removed (pytorch/pytorch/issues/184982)
@@ -86,27 +99,50 @@ def _prepack(values: Tensor, scales: Tensor) -> torch.ScriptObject:
         torch.backends.quantized.engine = engine
 
 
-def round_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns every token of ``x`` as integers from -63 to 63, and their step ``[tokens, 1]``, both float32.
+_PREPACK = {"onednn": _prepack_onednn, "fbgemm": _prepack_fbgemm}
 
-    The step of a token with an Inf or a NaN is NaN.
-    """
+
+def round_tokens_reference(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     x = x.float()
-    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp(min=SMALLEST)
-    return (x * (LARGEST_INPUT / largest)).round(), (largest + 0 * largest) / LARGEST_INPUT
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
+    finite = largest.isfinite()
+    factor = largest.new_tensor(limit) / largest  # a number over a tensor would be its reciprocal, rounded, times that
+    codes = torch.where(finite, (x * factor).round(), 0) + (limit + 1)
+    return codes.to(torch.uint8), torch.where(finite, largest / limit, torch.nan)
+
+
+# Rounds each token to integers from -limit to limit, ties to even. Returns them plus limit + 1, and the step of each
+# token, which is NaN where the token has an Inf or a NaN.
+_round_tokens = define(
+    round_tokens_reference,
+    lambda x, limit: (x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)),
+)
+
+
+def _product_onednn(codes: Tensor, limit: int, packed: PackedInt8) -> Tensor:
+    quant = (packed.packed, packed.scales, packed.zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(codes, 1.0, limit + 1, *quant)
+
+
+def _product_fbgemm(codes: Tensor, limit: int, packed: PackedInt8) -> Tensor:
+    inputs = codes.float() - (limit + 1)
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(inputs, 1.0, limit + 1, packed.packed)
+
+
+_PRODUCT = {"onednn": _product_onednn, "fbgemm": _product_fbgemm}
 
 
 def int8_linear_reference(x: Tensor, scales: Tensor, bias: Tensor | None, weight: int) -> Tensor:
     packed = _packed.get(weight)
     if packed is None:
         raise RuntimeError("the Int8Linear that this graph was made of does not exist any more: make the graph again")
-    if packed.packed is None or torch._C._are_functorch_transforms_active():
+    if packed.engine is None or torch._C._are_functorch_transforms_active():
         dense = packed.to_dense().to(x.dtype)
         return F.linear(x, dense, bias)
-    tokens = x.reshape(-1, x.shape[-1])
-    inputs, step = round_inputs(tokens)
-    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(inputs, 1.0, ZERO_INPUT, packed.packed)
-    y = y.mul_(step) if bias is None else torch.addcmul(bias.float(), y, step)
+    limit = LARGEST_INPUT[packed.engine]
+    codes, step = _round_tokens(x.reshape(-1, x.shape[-1]), limit)
+    y = _PRODUCT[packed.engine](codes, limit, packed)
+    y = y.mul_(step) if bias is None else torch.addcmul(bias.float(), y, step, out=y)
     return y.to(x.dtype).view(*x.shape[:-1], len(scales))
 
 
@@ -131,12 +167,13 @@ define_gradient(_int8_linear, _setup, _backward)
 
 
 def int8_linear(x: Tensor, packed: PackedInt8, bias: Tensor | None = None) -> Tensor:
-    """Computes ``x @ W.T + bias`` with an 8-bit weight, every token of ``x`` rounded to 7 bits.
+    """Computes ``x @ W.T + bias`` with an 8-bit weight, every token of ``x`` rounded to 8 bits, or to 7 without VNNI.
 
-    A token is rounded to integers from -63 to 63 times its largest magnitude over 63, and the products are summed
-    exactly, so that the result of a token does not depend on other tokens. All results of a token that has an Inf or a
-    NaN are NaN. Differentiable in ``x`` and ``bias``, as if ``x`` were not rounded. Without fbgemm, and in transforms
-    of ``torch.func``, the weight is multiplied as float, and ``x`` stays as it is.
+    A token is rounded to integers from -127 to 127 times its largest magnitude over 127, without VNNI from -63 to 63
+    over 63, and the products are summed exactly, so that the result of a token does not depend on other tokens. All
+    results of a token that has an Inf or a NaN are NaN. Differentiable in ``x`` and ``bias``, as if ``x`` were not
+    rounded. Without an int8 product, and in transforms of ``torch.func``, the weight is multiplied as float, and ``x``
+    stays as it is.
 
     Args:
         x: ``[..., cols]``, float32, float16 or bfloat16, any strides.

@@ -18,7 +18,8 @@ def linear24q_int8_reference(
     x32 = F.pad(torch.atleast_2d(x).flatten(0, -2).float(), (0, 1))  # a column of zeros, for padding
     largest = x32.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_INPUT)
     finite = largest.isfinite()
-    inputs = torch.where(finite, (x32 * (127 / largest)).round(), 0).double()
+    factor = largest.new_tensor(127) / largest  # a number over a tensor would be its reciprocal, rounded, times that
+    inputs = torch.where(finite, (x32 * factor).round(), 0).double()
     steps = torch.where(finite, largest / (127 * 127 if quant_type == "nf4" else 127), torch.nan)
     codes, index, scales = split_tiles(tiles, quant_type)
     numbers = integer_codes(codes, quant_type).double()
