@@ -35,9 +35,19 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=simd_levels() or ("reference",))
-def simd(request):
+LEVELS = simd_levels() or ("reference",)
+
+
+@pytest.fixture(params=LEVELS)
+def every_simd(request):
     """Runs the test once at every SIMD level of this machine; once on plain PyTorch without the extension."""
+    with force_simd(request.param) if simd_levels() else nullcontext():
+        yield request.param
+
+
+@pytest.fixture(params=[level for level in LEVELS if not level.endswith("_vnni")])
+def simd(request):
+    """Does what ``every_simd`` does, without the levels that differ from another one in ``linear24q_int8`` alone."""
     with force_simd(request.param) if simd_levels() else nullcontext():
         yield request.param
 

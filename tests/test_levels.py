@@ -13,6 +13,9 @@ from sparsekit.ops import backends, force_simd, simd_level, simd_levels
 from sparsekit.ops._define import DECLARED
 from sparsekit.ops._kernels import NATIVE
 
+AVX2 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"}  # as Linux names them
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
 native = pytest.mark.skipif(NATIVE != "loaded", reason=f"no compiled extension: {NATIVE}")
 
 
@@ -34,8 +37,11 @@ def test_best_level_is_the_default():
 @pytest.mark.parametrize(
     "level, features",
     [
-        ("avx2", {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt"}),
-        ("avx512", {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+        ("avx2", AVX2),
+        ("avx2_vnni", AVX2 | {"avx_vnni"}),
+        ("avx512", AVX512),
+        ("avx512_vnni", AVX512 | {"avx512_vnni"}),
+        ("avx512_bf16", AVX512 | {"avx512_vnni", "avx512_bf16", "avx512vbmi", "avx512_vbmi2"}),
     ],
 )
 def test_level_is_there_where_the_cpu_has_it(level, features):

@@ -17,7 +17,7 @@ def assert_same_as_reference(x, tiled, bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_literal(simd, dtype):
+def test_literal(every_simd, dtype):
     packed = sk.quantize24(sk.pack24(torch.tensor([[0, 1, 127, 0, 1], [127, 0, 0, -1, 0]], dtype=dtype)))
     x = torch.tensor([[1, 2.4, 2.5, 3.5, 127], [0, 0, -254, 1, 0]], dtype=dtype)  # rounds to 2, 2 and 4; step 2
     expected = torch.tensor([[2 + 254 + 127, 127 - 4], [-254 * 127, 0]], dtype=dtype)
@@ -26,7 +26,7 @@ def test_literal(simd, dtype):
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("shape", [(0, 8), (5, 0), (1, 4), (3, 3), (5, 70), (13, 63), (67, 260)], ids=str)
-def test_every_level_gives_the_bits_of_the_reference(simd, quant_type, shape):
+def test_every_level_gives_the_bits_of_the_reference(every_simd, quant_type, shape):
     tiled = sk.tile24(quantized(*shape, quant_type, group=24 if shape[1] == 70 else 64))
     bias = torch.randn(shape[0])
     for tokens in (0, 1, 2, 3, 4, 5, 7, 18):
@@ -37,7 +37,7 @@ def test_every_level_gives_the_bits_of_the_reference(simd, quant_type, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("tokens", [1, 4, 40])
-def test_hostile_inputs(simd, dtype, tokens):
+def test_hostile_inputs(every_simd, dtype, tokens):
     tiled = sk.tile24(quantized(21, 84, "int8"))
     assert_same_as_reference(hostile(tokens, 84, dtype=dtype), tiled, hostile(21, dtype=dtype))
     assert_same_as_reference(torch.full((tokens, 84), 3e-38).to(dtype), tiled, None)
@@ -51,7 +51,7 @@ def test_ties_are_rounded_as_the_reference_rounds_them(simd):
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_the_largest_sums_do_not_saturate(simd, quant_type):
+def test_the_largest_sums_do_not_saturate(every_simd, quant_type):
     """All codes and inputs at the ends of their ranges: sums of two products are near the end of 16 bits."""
     signs = torch.where(torch.rand(40, 128) < 0.5, -1.0, 1.0)
     for sign in (signs, torch.ones(40, 128), -torch.ones(40, 128)):
@@ -65,13 +65,13 @@ def test_the_largest_sums_do_not_saturate(simd, quant_type):
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3), (1, 2, 3)], ids=str)
-def test_leading_dimensions(simd, leading):
+def test_leading_dimensions(every_simd, leading):
     assert_same_as_reference(torch.randn(*leading, 20), sk.tile24(quantized(9, 20, "int4")), torch.randn(9))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 40])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_token_that_is_not_finite_is_nan(simd, tokens, value):
+def test_a_token_that_is_not_finite_is_nan(every_simd, tokens, value):
     tiled = sk.tile24(quantized(40, 72, "int8"))
     everything = torch.ones(40, 72, dtype=torch.bool)
     x = torch.randn(tokens, 72)
@@ -80,7 +80,7 @@ def test_a_token_that_is_not_finite_is_nan(simd, tokens, value):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(simd, layout):
+def test_any_strides(every_simd, layout):
     tiled, bias, x = sk.tile24(quantized(7, 70, "int8")), torch.randn(7), torch.randn(3, 70)
     strided = tiled._replace(tiles=LAYOUTS[layout](tiled.tiles))
     y = sk.linear24q_int8(LAYOUTS[layout](x), strided, torch.stack([bias, bias], 1)[:, 0])
@@ -88,14 +88,14 @@ def test_any_strides(simd, layout):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 200])
-def test_threads(simd, threads, tokens):
+def test_threads(every_simd, threads, tokens):
     tiled = sk.tile24(quantized(1030, 516, "int8"))
     assert_same_for_any_threads(lambda x: sk.linear24q_int8(x, tiled), torch.randn(tokens, 516), threads)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("few, many", [(1, 70), (5, 70)])
-def test_a_token_comes_out_the_same_in_any_batch(simd, quant_type, few, many):
+def test_a_token_comes_out_the_same_in_any_batch(every_simd, quant_type, few, many):
     tiled, bias = sk.tile24(quantized(70, 1030, quant_type)), torch.randn(70)
     assert_same_in_any_batch(lambda x: sk.linear24q_int8(x, tiled, bias), torch.randn(many, 1030), few)
 

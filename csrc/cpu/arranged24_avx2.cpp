@@ -5,7 +5,7 @@
 #if defined(__x86_64__)
 #define SPARSEKIT_LEVEL avx2
 #define SPARSEKIT_AVX2
-#define SPARSEKIT_FEATURES "avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
+#define SPARSEKIT_FEATURES SPARSEKIT_AVX2_FEATURES
 SPARSEKIT_TARGET_BEGIN(SPARSEKIT_FEATURES)
 #include "arranged24_table.h"
 SPARSEKIT_TARGET_END

@@ -5,7 +5,7 @@
 #if defined(__x86_64__)
 #define SPARSEKIT_LEVEL avx512
 #define SPARSEKIT_AVX512
-#define SPARSEKIT_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
+#define SPARSEKIT_FEATURES SPARSEKIT_AVX512_FEATURES
 SPARSEKIT_TARGET_BEGIN(SPARSEKIT_FEATURES)
 #include "arranged24_table.h"
 SPARSEKIT_TARGET_END

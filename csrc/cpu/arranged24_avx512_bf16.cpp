@@ -6,8 +6,7 @@
 #define SPARSEKIT_LEVEL avx512_bf16
 #define SPARSEKIT_AVX512
 #define SPARSEKIT_AVX512_BF16
-#define SPARSEKIT_FEATURES \
-  "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
+#define SPARSEKIT_FEATURES SPARSEKIT_AVX512_BF16_FEATURES
 SPARSEKIT_TARGET_BEGIN(SPARSEKIT_FEATURES)
 #include "arranged24_table.h"
 SPARSEKIT_TARGET_END

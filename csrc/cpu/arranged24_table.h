@@ -2,11 +2,6 @@
 #include "input_pairs24_kernel.h"
 #include "row_pairs24_kernel.h"
 
-#define SPARSEKIT_JOIN_(a, b) a##b
-#define SPARSEKIT_JOIN(a, b) SPARSEKIT_JOIN_(a, b)
-#define SPARSEKIT_TEXT_(name) #name
-#define SPARSEKIT_TEXT(name) SPARSEKIT_TEXT_(name)
-
 namespace sparsekit {
 
 extern constexpr Arranged24Kernels SPARSEKIT_JOIN(arranged24_, SPARSEKIT_LEVEL) = {

@@ -26,8 +26,9 @@ inline bool has_feature([[maybe_unused]] std::string_view name) {
   unsigned a, b, c, d;
   const auto ecx_bit = [&](unsigned leaf, int bit) { return __get_cpuid(leaf, &a, &b, &c, &d) && (c >> bit & 1); };
   __builtin_cpu_init();
-  if (name == "f16c") return ecx_bit(1, 29);  // not every compiler's builtin knows these two
+  if (name == "f16c") return ecx_bit(1, 29);  // not every compiler's builtin knows these three
   if (name == "lzcnt") return ecx_bit(0x80000001, 5);
+  if (name == "avxvnni") return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
   if (name == "popcnt") return __builtin_cpu_supports("popcnt");
   if (name == "bmi") return __builtin_cpu_supports("bmi");
   if (name == "bmi2") return __builtin_cpu_supports("bmi2");

@@ -241,3 +241,5 @@ extern const Kernels kernels_neon;
 const Kernels& kernels();
 
 }  // namespace sparsekit
+extern const Kernels kernels_avx2_vnni;    // and AVX-VNNI: only linear24q_int8 differs
+extern const Kernels kernels_avx512_vnni;  // and VNNI: only linear24q_int8 differs

@@ -17,7 +17,8 @@ const std::vector<const Kernels*>& available() {
   static const std::vector<const Kernels*> levels = [] {
     std::vector<const Kernels*> found{&kernels_scalar};
 #if defined(__x86_64__)
-    for (const Kernels* table : {&kernels_avx2, &kernels_avx512, &kernels_avx512_bf16})
+    for (const Kernels* table : {&kernels_avx2, &kernels_avx2_vnni, &kernels_avx512, &kernels_avx512_vnni,
+                                 &kernels_avx512_bf16})
       if (has_all(table->features, has_feature)) found.push_back(table);
 #elif defined(__aarch64__)
     found.push_back(&kernels_neon);

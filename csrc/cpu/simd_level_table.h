@@ -18,11 +18,6 @@
 #include "tier_scores_kernel.h"
 #include "transposable_kernel.h"
 
-#define SPARSEKIT_JOIN_(a, b) a##b
-#define SPARSEKIT_JOIN(a, b) SPARSEKIT_JOIN_(a, b)
-#define SPARSEKIT_TEXT_(name) #name
-#define SPARSEKIT_TEXT(name) SPARSEKIT_TEXT_(name)
-
 namespace sparsekit {
 
 extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {

@@ -24,8 +24,9 @@ namespace check {
 using sparsekit::DType;
 using sparsekit::Kernels;
 
-// The levels this program can run on this machine, plain first.
-std::vector<const Kernels*> levels();
+// The levels this program can run on this machine, plain first; if asked for, also those that differ from another level
+// in linear24q_int8 alone.
+std::vector<const Kernels*> levels(bool vnni = false);
 
 using Test = void (*)();
 

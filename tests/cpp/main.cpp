@@ -1,11 +1,11 @@
-// Runs every kernel at every level that this machine has. SPARSEKIT_EMULATE: the AVX-512 levels through SIMDe instead
-// of the instructions.
+// Runs every kernel at every level that this machine has. SPARSEKIT_EMULATE: AVX-512 and VNNI through SIMDe instead of
+// the instructions.
 #include "../../csrc/cpu/cpu_features.h"
 #include "check.h"
 
 namespace check {
 
-std::vector<const Kernels*> levels() {
+std::vector<const Kernels*> levels(bool vnni) {
   std::vector<const Kernels*> found{&sparsekit::kernels_scalar};
 #if defined(__x86_64__)
   const auto add = [&](const Kernels& level, bool emulated) {
@@ -17,7 +17,9 @@ std::vector<const Kernels*> levels() {
   constexpr bool kEmulated = false;
 #endif
   add(sparsekit::kernels_avx2, false);
+  if (vnni) add(sparsekit::kernels_avx2_vnni, kEmulated);
   add(sparsekit::kernels_avx512, kEmulated);
+  if (vnni) add(sparsekit::kernels_avx512_vnni, kEmulated);
   add(sparsekit::kernels_avx512_bf16, kEmulated);
 #elif defined(__aarch64__)
   found.push_back(&sparsekit::kernels_neon);
@@ -29,7 +31,7 @@ std::vector<const Kernels*> levels() {
 
 int main() {
   std::printf("levels:");
-  for (const auto* level : check::levels()) std::printf(" %s", level->simd_level);
+  for (const auto* level : check::levels(true)) std::printf(" %s", level->simd_level);
   std::printf("\n");
   for (const auto& [name, test] : check::tests()) {
     const int before = check::failures;

@@ -194,7 +194,7 @@ TEST(linear24q) {
   constexpr int64_t kRows[] = {1, 3, 7, 8, 9, 16, 21, 33};
   constexpr int64_t kGroups[] = {64, 8, 24, 64, 128, 200};
   uint64_t seed = 0;
-  for (const Kernels* level : levels())
+  for (const Kernels* level : levels(true))
     for (QuantType type : {QuantType::Int8, QuantType::Int4, QuantType::Nf4})
       for (int64_t tokens : kTokens)
         for (int64_t cols : kCols) {

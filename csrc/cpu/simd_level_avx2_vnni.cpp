@@ -1,0 +1,14 @@
+// The level of simd_level_avx2.cpp with AVX-VNNI.
+#include "simd_level_headers.h"
+
+#if defined(__x86_64__)
+#define SPARSEKIT_LEVEL avx2_vnni
+#define SPARSEKIT_BASE avx2
+#define SPARSEKIT_AVX2
+#define SPARSEKIT_VNNI
+#define SPARSEKIT_FEATURES SPARSEKIT_AVX2_VNNI_FEATURES
+SPARSEKIT_TARGET_BEGIN(SPARSEKIT_FEATURES)
+#include "linear24q_int8_kernel.h"
+SPARSEKIT_TARGET_END
+#include "simd_level_vnni_table.h"
+#endif
