@@ -1,17 +1,20 @@
 """Quantized 2:4 weights, and the same as tiles."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, sparse24
+from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, hostile, opcheck, sparse24
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsekit as sk
-from sparsekit.ops.quant24 import NF4_LEVELS, QUANT_TYPES
+from sparsekit.ops.quant24 import NF4_LEVELS, QUANT_TYPES, quantize24_reference
 from sparsekit.ops.sparse24 import values_per_row
-from sparsekit.ops.tiled24 import count_tiles, tile_columns
+from sparsekit.ops.tiled24 import count_tiles, tile24_reference, tile_columns
+
+OPS = torch.ops.sparsekit
 
 SHAPES = [(0, 8), (5, 0), (1, 1), (1, 4), (3, 3), (9, 63), (8, 64), (13, 67), (5, 70), (17, 260)]
 
@@ -20,20 +23,20 @@ def quantized(rows, cols, quant_type, dtype=torch.float32, group=64):
     return sk.quantize24(sk.pack24(*sparse24(rows, cols, dtype)), quant_type, group=group)
 
 
-def test_literal_int8():
+def test_literal_int8(simd):
     packed = sk.quantize24(sk.pack24(torch.tensor([[0, 1, 127, 0, -254.0], [0, 0, 0, 0, 0]])), group=8)
     assert packed.values.tolist() == [[0, 64, -127], [0, 0, 0]]  # 0.5 and 63.5 steps are ties
     assert packed.scales.tolist() == [[2], [0]] and packed.bitmask.tolist() == [[0b10110], [0b11100]]
     assert packed.to_dense().tolist() == [[0, 0, 128, 0, -254], [0, 0, 0, 0, 0]]
 
 
-def test_literal_int4():
+def test_literal_int4(simd):
     packed = sk.quantize24(sk.pack24(torch.tensor([[0, 1, 7, 0, -14.0]])), "int4", group=8)
     assert packed.values.tolist() == [[0x40, 0x09]]  # 0, 4 and -7
     assert packed.to_dense().tolist() == [[0, 0, 8, 0, -14]]
 
 
-def test_literal_nf4():
+def test_literal_nf4(simd):
     packed = sk.quantize24(sk.pack24(torch.tensor([[0, 4, -2.1, 0, 0.5]])), "nf4", group=8)
     assert packed.values.tolist() == [[0x2F, 0x09]]  # 1, -0.525 and 0.161
     expected = [[0, 4, 4 * NF4_LEVELS[2], 0, 4 * NF4_LEVELS[9]]]
@@ -92,6 +95,51 @@ def test_tiles_hold_every_column_once(cols, eighths):
     assert columns[columns < cols].tolist() == list(range(cols))
     groups = torch.where(columns < cols, columns // (8 * eighths), -1)
     assert all(len(set(row.tolist()) - {-1}) <= 1 for row in groups)
+
+
+def values_of(kind, rows, cols, dtype):
+    """Kept values: normal, special, or of every exponent, some of them denormal."""
+    shape = rows, values_per_row(cols)
+    if kind == "hostile":
+        return hostile(*shape, dtype=dtype)
+    scale = torch.pow(10.0, torch.randint(-44, 38, shape)) if kind == "wide" else torch.ones(shape)
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["normal", "hostile", "wide"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_every_level_gives_the_bits_of_the_reference(simd, quant_type, dtype, kind):
+    for (rows, cols), group in itertools.product([*SHAPES, (3, 1027)], [8, 64, 72, 192]):
+        values, bitmask = values_of(kind, rows, cols, dtype), sk.pack24(*sparse24(rows, cols)).bitmask
+        codes, scales = OPS.quantize24(values, cols, quant_type, group)
+        expected_codes, expected_scales = quantize24_reference(values, cols, quant_type, group)
+        assert_same(codes, expected_codes)
+        assert_same(scales, expected_scales)
+        parts = codes, scales, bitmask, cols, quant_type, group
+        assert_same(OPS.tile24(*parts), tile24_reference(*parts))
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_threads(simd, threads, quant_type):
+    packed, results = sk.pack24(*sparse24(1030, 516)), []
+    for count in (1, 2, 5):
+        threads(count)
+        quantized = sk.quantize24(packed, quant_type)
+        results.append((*quantized[:2], sk.tile24(quantized).tiles))
+    for result in results[1:]:
+        for mine, expected in zip(result, results[0], strict=True):
+            assert_same(mine, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("rows, cols", [(0, 8), (5, 19)])
+def test_opcheck(quant_type, dtype, rows, cols):
+    values = values_of("normal", rows, cols, dtype)
+    opcheck(OPS.quantize24.default, (values, cols, quant_type, 64))
+    packed = sk.quantize24(sk.pack24(*sparse24(rows, cols, dtype)), quant_type)
+    opcheck(OPS.tile24.default, (*packed[:3], cols, quant_type, 64))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -163,7 +211,9 @@ def test_rejects(call, error, match):
         call()
 
 
-def test_unchecked_values_may_be_anything():
-    values = torch.tensor([torch.inf, torch.nan]).repeat(3, values_per_row(8) // 2)
-    for quant_type in QUANT_TYPES:
-        assert sk.quantize24(P._replace(values=values), quant_type, check=False).shape == (3, 8)
+@pytest.mark.parametrize("quant_type, codes", [("int8", [127, 0, -127, 0]), ("int4", [7, 0x09]), ("nf4", [0x7F, 0x70])])
+def test_unchecked_values_may_be_anything(simd, quant_type, codes):
+    values = torch.tensor([[torch.inf, torch.nan, -torch.inf, -torch.nan], [1, torch.nan, 1, 0], [0, 0, 0, 0]])
+    packed = sk.quantize24(P._replace(values=values), quant_type, check=False)
+    assert packed.values[0].tolist() == codes
+    assert packed.scales.isfinite().all() and packed.scales[0] == packed.scales[1] > 1e36 and packed.scales[2] == 0

@@ -46,12 +46,20 @@ inline void look_up16(const uint8_t* codes, const float* table, float* to) {
 }
 #endif
 
+// The kept values of a row that share the scale of group g; the last group has those of the tail as well.
+struct ValueRange {
+  int64_t begin, end;
+
+  ValueRange(int64_t g, int64_t cols, int64_t group)
+      : begin(g * group / 2), end((g + 1) * group < cols ? begin + group / 2 : 2 * (cols / 4) + cols % 4) {}
+};
+
 // Writes the kept values of one row.
 inline void dequantize_row(const Linear24qArgs& a, int64_t row, float* to) {
   const int64_t kept = 2 * (a.cols / 4) + a.cols % 4, groups = (a.cols + a.group - 1) / a.group;
   for (int64_t g = 0; g < groups; ++g) {
     const float scale = to_float(BF16{a.scales[row * groups + g]});
-    const int64_t begin = g * a.group / 2, end = g + 1 == groups ? kept : begin + a.group / 2;
+    const auto [begin, end] = ValueRange(g, a.cols, a.group);
     if (a.type == QuantType::Int8) {
       const int8_t* codes = reinterpret_cast<const int8_t*>(a.values) + row * kept;
       for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(codes[i]) * scale;

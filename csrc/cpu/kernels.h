@@ -140,6 +140,26 @@ struct Linear24qArgs {
   DType dtype;
 };
 
+// All contiguous, in the layout of ops/quant24.py.
+struct Quantize24Args {
+  const void* values;  // [rows, 2 * (cols / 4) + cols % 4]
+  uint8_t* codes;
+  uint16_t* scales;  // [rows, ceil(cols / group)] of bfloat16
+  int64_t cols, group;
+  QuantType type;
+  DType dtype;
+};
+
+// All contiguous, from the layout of ops/quant24.py to that of ops/tiled24.py.
+struct Tile24Args {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint8_t* bitmask;
+  uint8_t* tiles;  // [ceil(rows / 8), tiles of a row, bytes of a tile]
+  int64_t rows, cols, group, tiles_of_row;
+  QuantType type;
+};
+
 // All contiguous; the tiles in the layout of ops/tiled24.py.
 struct Linear24qInt8Args {
   const void* x;         // [tokens, cols]
@@ -222,6 +242,9 @@ struct Kernels {
   void (*linear24q_int8)(const Linear24qInt8Args&, ParallelFor);
   // Tokens [begin, end).
   void (*round_tokens)(const RoundTokensArgs&, int64_t begin, int64_t end);
+  void (*quantize24)(const Quantize24Args&, int64_t begin, int64_t end);
+  // Rows [8 * begin, 8 * end), the last of which may be fewer.
+  void (*tile24)(const Tile24Args&, int64_t begin, int64_t end);
   void (*conv2d24)(const Conv24Args&, ParallelFor);
   void (*linear_tiered)(const LinearTieredArgs&, ParallelFor);
   // Rows [begin, end).
@@ -231,7 +254,9 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;         // AVX2, FMA, F16C, BMI, BMI2, LZCNT
+extern const Kernels kernels_avx2_vnni;    // and AVX-VNNI: only linear24q_int8 differs
 extern const Kernels kernels_avx512;       // AVX-512 F, BW, DQ, VL
+extern const Kernels kernels_avx512_vnni;  // and VNNI: only linear24q_int8 differs
 extern const Kernels kernels_avx512_bf16;  // and VBMI, VBMI2, VNNI, BF16
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
@@ -241,5 +266,3 @@ extern const Kernels kernels_neon;
 const Kernels& kernels();
 
 }  // namespace sparsekit
-extern const Kernels kernels_avx2_vnni;    // and AVX-VNNI: only linear24q_int8 differs
-extern const Kernels kernels_avx512_vnni;  // and VNNI: only linear24q_int8 differs

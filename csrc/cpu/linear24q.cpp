@@ -1,15 +1,8 @@
 // The linear layers on a quantized 2:4 weight: linear24q, linear24q_int8.
-#include <string>
-
 #include "tensor_args.h"
 
 namespace sparsekit {
 namespace {
-
-QuantType quant_type_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "int8" || name == "int4" || name == "nf4", "quant_type must be int8, int4 or nf4, got ", name);
-  return name == "int8" ? QuantType::Int8 : name == "int4" ? QuantType::Int4 : QuantType::Nf4;
-}
 
 // A new tensor for the result: x with `rows` in place of its columns.
 Tensor result_of(const Tensor& x, int64_t rows) {

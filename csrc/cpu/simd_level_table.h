@@ -12,10 +12,12 @@
 #include "nm_kernel.h"
 #include "pack24_kernel.h"
 #include "prune_pack24_kernel.h"
+#include "quantize24_kernel.h"
 #include "round_tokens_kernel.h"
 #include "sparsegpt_kernel.h"
 #include "tier_prune_kernel.h"
 #include "tier_scores_kernel.h"
+#include "tile24_kernel.h"
 #include "transposable_kernel.h"
 
 namespace sparsekit {
@@ -36,6 +38,8 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .linear24q = SPARSEKIT_LEVEL::linear24q,
     .linear24q_int8 = SPARSEKIT_LEVEL::linear24q_int8,
     .round_tokens = SPARSEKIT_LEVEL::round_tokens,
+    .quantize24 = SPARSEKIT_LEVEL::quantize24,
+    .tile24 = SPARSEKIT_LEVEL::tile24,
     .conv2d24 = SPARSEKIT_LEVEL::conv2d24,
     .linear_tiered = SPARSEKIT_LEVEL::linear_tiered,
     .sparsegpt = SPARSEKIT_LEVEL::sparsegpt,

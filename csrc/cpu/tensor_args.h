@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "float_mode.h"
@@ -31,6 +32,11 @@ inline DType dtype_of(const Tensor& tensor) {
     default:
       STD_TORCH_CHECK(false, "sparsekit's kernels take float32, float16 and bfloat16");
   }
+}
+
+inline QuantType quant_type_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "int8" || name == "int4" || name == "nf4", "quant_type must be int8, int4 or nf4, got ", name);
+  return name == "int8" ? QuantType::Int8 : name == "int4" ? QuantType::Int4 : QuantType::Nf4;
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {

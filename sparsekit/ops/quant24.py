@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import DTYPES, check_ints, check_like, no_autocast
+from ._define import DTYPES, check_ints, check_like, define, no_autocast
 from .sparse24 import Packed24, _unpack24, check_packed24, values_per_row
 
 QUANT_TYPES = ("int8", "int4", "nf4")
@@ -99,6 +99,12 @@ def pack_codes(codes: Tensor, quant_type: str) -> Tensor:
     return codes[..., 0] | codes[..., 1] << 4
 
 
+def _stored(cols: int, quant_type: str) -> tuple[torch.dtype, int]:
+    """Returns the dtype of stored codes, and how many entries of it a row takes."""
+    kept = values_per_row(cols)
+    return (torch.int8, kept) if quant_type == "int8" else (torch.uint8, -(-kept // 2))
+
+
 def levels(quant_type: str, device: torch.device) -> Tensor:
     """Returns the number, float32, that each of the 16 codes of 4 bits stands for."""
     if quant_type == "nf4":
@@ -127,6 +133,33 @@ def _scales(largest: Tensor, code: int, dtype: torch.dtype) -> Tensor:
     return torch.minimum(rounded, most.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
 
 
+def quantize24_reference(values: Tensor, cols: int, quant_type: str, group: int) -> tuple[Tensor, Tensor]:
+    index = _group_of_value(cols, group, values.device)
+    largest = values.new_zeros(len(values), -(-cols // group), dtype=torch.float32)
+    largest.scatter_reduce_(1, index.expand(len(values), -1), values.float().abs(), "amax")
+    scales = _scales(largest.nan_to_num(torch.inf), LARGEST_CODE[quant_type], values.dtype)
+    steps = torch.where(scales == 0, 1, scales).double()  # float64: a thread may flush small float32 to 0
+    ratio = values.contiguous().double() / steps[:, index]
+    ratio = torch.where(ratio.isnan(), 0, ratio)
+    if quant_type == "nf4":
+        exact = torch.tensor(NF4_LEVELS, dtype=torch.float64, device=values.device)
+        codes = torch.bucketize(ratio, (exact[1:] + exact[:-1]) / 2).to(torch.uint8)
+    else:
+        most = LARGEST_CODE[quant_type]
+        codes = ratio.round().clamp(-most, most).to(torch.int8)
+        codes = codes if quant_type == "int8" else codes.view(torch.uint8) & 15
+    return pack_codes(codes, quant_type).contiguous(), scales
+
+
+def _quantize_fake(values: Tensor, cols: int, quant_type: str, group: int) -> tuple[Tensor, Tensor]:
+    rows, (dtype, width) = values.shape[0], _stored(cols, quant_type)
+    codes = values.new_empty(rows, width, dtype=dtype)
+    return codes, values.new_empty(rows, -(-cols // group), dtype=torch.bfloat16)
+
+
+_quantize24 = define(quantize24_reference, _quantize_fake)
+
+
 @torch.no_grad()
 def quantize24(
     packed: Packed24, quant_type: str = "int8", *, group: int = 64, check: bool | None = None
@@ -143,7 +176,8 @@ def quantize24(
             are denser around 0.
         group: how many columns share a scale, a multiple of 8. Fewer columns are more exact and take more memory.
         check: whether to check that all values are finite. None, the default, checks on the CPU, and not on a GPU,
-            where it would wait for the device; else the codes of a group with an Inf or a NaN are undefined.
+            where it would wait for the device; unchecked, a NaN becomes 0, and a group with an Inf or a NaN has the
+            largest scale there is.
 
     Returns:
         The quantized weight; ``to_dense()`` rebuilds the dense one.
@@ -155,27 +189,11 @@ def quantize24(
     """
     check_packed24(packed)
     check_kind(quant_type, group)
-    values, bitmask, (rows, cols) = packed
+    values, bitmask, (_, cols) = packed
     if (values.device.type == "cpu" if check is None else check) and not bool(values.isfinite().all()):
         raise ValueError("packed.values must be finite to be quantized, got an Inf or a NaN")
-    with no_autocast(values):
-        groups = -(-cols // group)
-        index = _group_of_value(cols, group, values.device)
-        largest = values.new_zeros(rows, groups, dtype=torch.float32)
-        largest.scatter_reduce_(1, index.expand(rows, -1), values.float().abs(), "amax")
-        scales = _scales(largest, LARGEST_CODE[quant_type], values.dtype)
-        steps = torch.where(scales == 0, 1, scales).double()  # float64: a thread may flush small float32 to 0
-        ratio = values.contiguous().double() / steps[:, index]
-        if quant_type == "nf4":
-            exact = torch.tensor(NF4_LEVELS, dtype=torch.float64, device=values.device)
-            codes = torch.bucketize(ratio, (exact[1:] + exact[:-1]) / 2).to(torch.uint8)
-        else:
-            most = LARGEST_CODE[quant_type]
-            codes = ratio.round().clamp(-most, most).to(torch.int8)
-            codes = codes if quant_type == "int8" else codes.view(torch.uint8) & 15
-    return QuantizedWeight24(
-        pack_codes(codes, quant_type).contiguous(), scales, bitmask, packed.shape, quant_type, group, values.dtype
-    )
+    codes, scales = _quantize24(values, cols, quant_type, group)
+    return QuantizedWeight24(codes, scales, bitmask, packed.shape, quant_type, group, values.dtype)
 
 
 def check_kind(quant_type: str, group: int) -> None:
@@ -201,8 +219,7 @@ def check_quantized24(packed: QuantizedWeight24, x: Tensor | None = None) -> Non
     if dtype not in DTYPES:
         raise TypeError(f"packed.dtype must be float32, float16 or bfloat16, got {dtype}")
     rows, cols = shape
-    kept = values_per_row(cols)
-    stored, width = (torch.int8, kept) if quant_type == "int8" else (torch.uint8, -(-kept // 2))
+    stored, width = _stored(cols, quant_type)
     like = scales if x is None else x
     check_like("packed.scales", scales, torch.bfloat16, (rows, -(-cols // group)), like)
     check_like("packed.values", values, stored, (rows, width), like)

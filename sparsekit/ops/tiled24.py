@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import DTYPES, check_like
+from ._define import DTYPES, check_like, define
 from .bits import pack_bits, unpack_bits
 from .quant24 import (
     ZERO_CODE,
@@ -85,6 +85,33 @@ class TiledWeight24(NamedTuple):
         return self.to_quantized().to_dense()
 
 
+def tile24_reference(values: Tensor, scales: Tensor, bitmask: Tensor, cols: int, quant_type: str, group: int) -> Tensor:
+    where = tile_columns(cols, group, values.device)
+    mask = F.pad(unpack_bits(bitmask, cols), (0, 1, 0, -len(values) % ROWS))  # a last column, for padding
+    kept_codes = unpack_codes(values, values_per_row(cols), quant_type)
+    codes = kept_codes.new_full(mask.shape, ZERO_CODE[quant_type]).masked_scatter_(mask, kept_codes)
+    bits = pack_bits(mask[:, where].unflatten(-1, (-1, 4)))[..., 0]  # [rows, tiles, 16], of four entries
+    index = torch.tensor(_KEPT, device=values.device)[bits.long()]
+    kept = codes[:, where].unflatten(-1, (-1, 4)).gather(-1, index)
+    tiles = len(where)
+    # [rows / 8, tiles, 4 steps of 16 columns, 8 rows, 8 kept values]
+    kept, index = (_by_tile(each.view(len(each), tiles, 4, 8)) for each in (kept, index))
+    shifts = torch.arange(0, 8, 2, device=values.device)[:, None]
+    index = (index.flatten(-2) << shifts).sum(-2).to(torch.uint8)
+    kept = kept.flatten(-2)
+    kept = kept.view(torch.uint8) if quant_type == "int8" else kept[..., :32] | kept[..., 32:] << 4
+    of_tile = (torch.arange(tiles, device=values.device) // -(-group // COLS)).clamp(max=max(scales.shape[1] - 1, 0))
+    scales = F.pad(scales, (0, 0, 0, -len(values) % ROWS))[:, of_tile].unflatten(0, (-1, ROWS))
+    return torch.cat([scales.transpose(1, 2).contiguous().view(torch.uint8), index, kept.flatten(-2)], -1)
+
+
+def _tile_fake(values: Tensor, scales: Tensor, bitmask: Tensor, cols: int, quant_type: str, group: int) -> Tensor:
+    return values.new_empty(_tiles_shape(values.shape[0], cols, quant_type, group), dtype=torch.uint8)
+
+
+_tile24 = define(tile24_reference, _tile_fake)
+
+
 def tile24(packed: QuantizedWeight24) -> TiledWeight24:
     """Rearranges a quantized 2:4 weight for ``linear24q_int8``; ``to_quantized`` undoes it.
 
@@ -99,30 +126,9 @@ def tile24(packed: QuantizedWeight24) -> TiledWeight24:
         ValueError: wrong shapes, or two devices.
     """
     check_quantized24(packed)
-    values, scales, bitmask, (rows, cols), quant_type, group, _ = packed
-    where = tile_columns(cols, group, values.device)
-    mask = F.pad(unpack_bits(bitmask, cols), (0, 1, 0, -rows % ROWS))  # a last column, for padding
-    kept_codes = unpack_codes(values, values_per_row(cols), quant_type)
-    codes = kept_codes.new_full(mask.shape, ZERO_CODE[quant_type]).masked_scatter_(mask, kept_codes)
-    bits = pack_bits(mask[:, where].unflatten(-1, (-1, 4)))[..., 0]  # [rows, tiles, 16], of four entries
-    index = torch.tensor(_KEPT, device=values.device)[bits.long()]
-    kept = codes[:, where].unflatten(-1, (-1, 4)).gather(-1, index)
-    tiles = len(where)
-    # [rows / 8, tiles, 4 steps of 16 columns, 8 rows, 8 kept values]
-    kept, index = (_by_tile(each.view(len(each), tiles, 4, 8)) for each in (kept, index))
-    shifts = torch.arange(0, 8, 2, device=values.device)[:, None]
-    index = (index.flatten(-2) << shifts).sum(-2).to(torch.uint8)
-    kept = kept.flatten(-2)
-    kept = kept.view(torch.uint8) if quant_type == "int8" else kept[..., :32] | kept[..., 32:] << 4
-    of_tile = (torch.arange(tiles, device=values.device) // -(-group // COLS)).clamp(max=max(scales.shape[1] - 1, 0))
-    scales = F.pad(scales, (0, 0, 0, -rows % ROWS))[:, of_tile].unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
-    return TiledWeight24(
-        torch.cat([scales.view(torch.uint8), index, kept.flatten(-2)], -1),
-        packed.shape,
-        quant_type,
-        group,
-        packed.dtype,
-    )
+    values, scales, bitmask, shape, quant_type, group, dtype = packed
+    tiles = _tile24(values, scales, bitmask, shape[1], quant_type, group)
+    return TiledWeight24(tiles, shape, quant_type, group, dtype)
 
 
 def _by_tile(entries: Tensor) -> Tensor:
@@ -181,6 +187,11 @@ def count_tiles(cols: int, group: int) -> int:
     return max(groups - 1, 0) * -(-group // COLS) + -(-(last + (5 if last % 4 == 3 else 3) & ~3) // COLS)
 
 
+def _tiles_shape(rows: int, cols: int, quant_type: str, group: int) -> tuple[int, int, int]:
+    nbytes = SCALE_BYTES + INDEX_BYTES + CODE_BYTES[quant_type]
+    return -(-rows // ROWS), count_tiles(cols, group), nbytes
+
+
 def check_tiled24(packed: TiledWeight24, x: Tensor | None = None) -> None:
     """Rejects anything but a ``TiledWeight24`` whose tiles have the shape that its shape asks for.
 
@@ -194,6 +205,5 @@ def check_tiled24(packed: TiledWeight24, x: Tensor | None = None) -> None:
         raise ValueError(f"packed.shape must be rows and columns, got {tuple(shape)}")
     if dtype not in DTYPES:
         raise TypeError(f"packed.dtype must be float32, float16 or bfloat16, got {dtype}")
-    width = SCALE_BYTES + INDEX_BYTES + CODE_BYTES[quant_type]
     like = tiles if x is None else x
-    check_like("packed.tiles", tiles, torch.uint8, (-(-shape[0] // ROWS), count_tiles(shape[1], group), width), like)
+    check_like("packed.tiles", tiles, torch.uint8, _tiles_shape(*shape, quant_type, group), like)

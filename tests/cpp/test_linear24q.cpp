@@ -1,4 +1,5 @@
-// linear24q against a sum in double, and linear24q_int8 against the same integers summed one by one.
+// linear24q against a sum in double, linear24q_int8 against the same integers summed one by one,
+// and tile24 against tiles that are written entry by entry.
 #include <algorithm>
 
 #include "check.h"
@@ -66,29 +67,38 @@ std::string describe(const char* op, const Kernels& level, const Case& c, const 
          std::to_string(w.group) + (c.bias ? " bias" : "") + (c.flush == Flush::End ? " end" : " begin");
 }
 
-void run_float(const Kernels& level, const Case& c, const Weight& w, Random& random) {
-  const size_t size = size_of(c.dtype);
-  const int64_t stored = w.type == QuantType::Int8 ? w.kept : (w.kept + 1) / 2, bytes = (w.cols + 7) / 8;
-  Buffer x(c.tokens * w.cols * size, c.flush), values(w.rows * stored, c.flush),
-      scales(w.rows * w.groups * 2, c.flush), bitmask(w.rows * bytes, c.flush), bias(w.rows * size, c.flush),
-      y(c.tokens * w.rows * size, c.flush);
-  random.fill(x.data(), c.tokens * w.cols, c.dtype, Values::Normal);
-  random.fill(bias.data(), w.rows, c.dtype, Values::Normal);
-  std::memset(values.data(), 0, values.size());
-  std::memset(bitmask.data(), 0, bitmask.size());
-  for (int64_t row = 0; row < w.rows; ++row) {
-    for (int64_t g = 0; g < w.groups; ++g) scales.as<uint16_t>()[row * w.groups + g] = w.scale_bits(row, g);
-    for (int64_t k = 0; k < w.kept; ++k) {
-      const int64_t at = row * w.kept + k, col = w.columns[at];
-      bitmask.as<uint8_t>()[row * bytes + col / 8] |= static_cast<uint8_t>(1 << col % 8);
-      if (w.type == QuantType::Int8)
-        values.as<int8_t>()[at] = static_cast<int8_t>(w.codes[at]);
-      else
-        values.as<uint8_t>()[row * stored + k / 2] |= static_cast<uint8_t>(w.codes[at] << k % 2 * 4);
+// The weight in the layout of ops/quant24.py.
+struct PackedBuffers {
+  const int64_t stored, bytes;  // of a row
+  Buffer values, scales, bitmask;
+
+  PackedBuffers(const Weight& w, Flush flush)
+      : stored(w.type == QuantType::Int8 ? w.kept : (w.kept + 1) / 2), bytes((w.cols + 7) / 8),
+        values(w.rows * stored, flush), scales(w.rows * w.groups * 2, flush), bitmask(w.rows * bytes, flush) {
+    std::memset(values.data(), 0, values.size());
+    std::memset(bitmask.data(), 0, bitmask.size());
+    for (int64_t row = 0; row < w.rows; ++row) {
+      for (int64_t g = 0; g < w.groups; ++g) scales.as<uint16_t>()[row * w.groups + g] = w.scale_bits(row, g);
+      for (int64_t k = 0; k < w.kept; ++k) {
+        const int64_t at = row * w.kept + k, col = w.columns[at];
+        bitmask.as<uint8_t>()[row * bytes + col / 8] |= static_cast<uint8_t>(1 << col % 8);
+        if (w.type == QuantType::Int8)
+          values.as<int8_t>()[at] = static_cast<int8_t>(w.codes[at]);
+        else
+          values.as<uint8_t>()[row * stored + k / 2] |= static_cast<uint8_t>(w.codes[at] << k % 2 * 4);
+      }
     }
   }
-  level.linear24q({.x = x.data(), .values = values.as<uint8_t>(), .scales = scales.as<uint16_t>(),
-                   .bitmask = bitmask.as<uint8_t>(), .bias = c.bias ? bias.data() : nullptr, .y = y.data(),
+};
+
+void run_float(const Kernels& level, const Case& c, const Weight& w, Random& random) {
+  const size_t size = size_of(c.dtype);
+  PackedBuffers packed(w, c.flush);
+  Buffer x(c.tokens * w.cols * size, c.flush), bias(w.rows * size, c.flush), y(c.tokens * w.rows * size, c.flush);
+  random.fill(x.data(), c.tokens * w.cols, c.dtype, Values::Normal);
+  random.fill(bias.data(), w.rows, c.dtype, Values::Normal);
+  level.linear24q({.x = x.data(), .values = packed.values.as<uint8_t>(), .scales = packed.scales.as<uint16_t>(),
+                   .bitmask = packed.bitmask.as<uint8_t>(), .bias = c.bias ? bias.data() : nullptr, .y = y.data(),
                    .tokens = c.tokens, .rows = w.rows, .cols = w.cols, .group = w.group, .type = w.type,
                    .dtype = c.dtype},
                   parallel_for);
@@ -137,6 +147,8 @@ void run_int8(const Kernels& level, const Case& c, const Weight& w, Random& rand
     for (int64_t i = 0; i < c.tokens * w.cols; ++i) put(x.data(), i, c.dtype, i % 3 ? 2.0f : -2.0f);
   random.fill(bias.data(), w.rows, c.dtype, Values::Normal);
   std::memset(data.data(), 0, data.size());
+  for (int64_t i = 0; i < blocks * tiles * 64; ++i)  // padding is at positions 0 and 1 of four
+    data.data()[i / 64 * tile_bytes + 16 + i % 64] = i % 2 ? 0x55 : 0;
   if (w.type == QuantType::Nf4)  // code 7 is 0
     for (int64_t i = 0; i < blocks * tiles; ++i) std::memset(data.data() + i * tile_bytes + 80, 0x77, 128);
   for (int64_t row = 0; row < w.rows; ++row) {
@@ -157,6 +169,14 @@ void run_int8(const Kernels& level, const Case& c, const Weight& w, Random& rand
       std::memcpy(data.data() + (row / 8 * tiles + tile) * tile_bytes + 2 * (row % 8), &scale, 2);
     }
   }
+  PackedBuffers packed(w, c.flush);
+  Buffer tiled(blocks * tiles * tile_bytes, c.flush);
+  const sparsekit::Tile24Args args{.codes = packed.values.as<uint8_t>(), .scales = packed.scales.as<uint16_t>(),
+                                   .bitmask = packed.bitmask.as<uint8_t>(), .tiles = tiled.as<uint8_t>(), .rows = w.rows,
+                                   .cols = w.cols, .group = w.group, .tiles_of_row = tiles, .type = w.type};
+  level.tile24(args, blocks / 2, blocks);
+  level.tile24(args, 0, blocks / 2);
+  expect(tiled.copy() == data.copy(), describe("tile24", level, c, w));
   level.linear24q_int8({.x = x.data(), .tiles = data.as<uint8_t>(), .bias = c.bias ? bias.data() : nullptr,
                         .y = y.data(), .tokens = c.tokens, .rows = w.rows, .cols = w.cols, .group = w.group,
                         .type = w.type, .dtype = c.dtype},
