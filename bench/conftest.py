@@ -18,7 +18,7 @@ def record(benchmark):
     """Returns a function that times a call and its baselines, and puts the row into pytest-benchmark's JSON.
 
     ``best`` names the baselines of which the fastest is the best dense. ``shares`` names slow baselines that do only a
-    share of the work, in fewer rounds; their times are divided by that share.
+    share of the work, in fewer rounds; their times are divided by that share. ``pause`` is that of ``time_in_turns``.
     """
 
     def run(
@@ -30,8 +30,9 @@ def record(benchmark):
         copied: int = 0,
         best: Collection[str] = (),
         shares: Mapping[str, float] | None = None,
+        pause: float = 0.0,
     ) -> None:
-        times = time_in_turns({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS)
+        times = time_in_turns({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS, pause=pause)
         for key, share in (shares or {}).items():
             times[key] = [each / share for each in times[key]]
         seconds = medians(times)

@@ -50,10 +50,10 @@ struct RowOfTile {
         std::memcpy(tile + kCodesAt + 64 * step + 8 * stored, codes + 8 * step, 8);
         continue;
       }
-      uint8_t* to = tile + kCodesAt + 32 * step + stored % 4 * 8;  // rows 4 to 7 are the high bits of rows 0 to 3
+      uint8_t* to = tile + kCodesAt + 64 * (step / 2) + 8 * stored;  // odd steps are the high bits of even ones
       for (int i = 0; i < 8; ++i) {
         const int code = codes[4 * step + i / 2] >> i % 2 * 4 & 15;
-        to[i] = static_cast<uint8_t>(stored < 4 ? code : to[i] | code << 4);
+        to[i] = static_cast<uint8_t>(step % 2 ? to[i] | code << 4 : code);
       }
     }
   }

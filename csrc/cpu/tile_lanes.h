@@ -36,7 +36,10 @@ inline __m256i bytes256(const void* from) { return _mm256_loadu_si256(static_cas
 #if defined(SPARSEKIT_AVX512)
 
 using Bytes = __m512i;
+using Totals = __m512;
 constexpr int kTileParts = 1;  // all 8 rows
+
+inline Totals zero_totals() { return _mm512_setzero_ps(); }
 
 inline Bytes zero_sums() { return _mm512_setzero_si512(); }
 inline Bytes load_index(const uint8_t* tile, int) { return _mm512_loadu_si512(tile + kIndexAt); }
@@ -48,17 +51,26 @@ Bytes select(Bytes index) {
 template <QuantType type>
 Bytes load_codes(const uint8_t* tile, int, int step) {
   if constexpr (type == QuantType::Int8) return _mm512_loadu_si512(tile + kCodesAt + 64 * step);
-  const __m256i both = bytes256(tile + kCodesAt + 32 * step);
-  const Bytes codes = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+  const Bytes both = _mm512_loadu_si512(tile + kCodesAt + 64 * (step / 2));
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes128(table_of(type))),
-                             _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+                             _mm512_and_si512(step % 2 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15)));
 }
 inline Bytes pick(const int8_t* inputs, Bytes selected) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes128(inputs)), selected);
 }
-// Adds neighbors, to one sum for each row.
-inline __m256i row_sums(const Bytes (&sums)[kTileParts]) {
-  return _mm256_hadd_epi32(_mm512_castsi512_si256(sums[0]), _mm512_extracti64x4_epi64(sums[0], 1));
+// The scales of all rows, for both lanes of each.
+inline Totals scales_of(const uint8_t* tile, int) {
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 3, 3, 2, 2, 5, 5, 4, 4, 1, 1, 0, 0);
+  const __m256i scales = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bytes128(tile)), 16);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi32(twice, _mm512_castsi256_si512(scales)));
+}
+inline Totals add_scaled(Totals totals, Bytes sums, Totals scales) {
+  return _mm512_add_ps(totals, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales));
+}
+// Adds both lanes of every row, and stores the rows in order.
+inline void store_rows(float* y, const Totals (&totals)[kTileParts]) {
+  const __m256 upper = _mm512_extractf32x8_ps(totals[0], 1);
+  _mm256_storeu_ps(y, _mm256_hadd_ps(_mm512_castps512_ps256(totals[0]), upper));
 }
 
 #if defined(SPARSEKIT_VNNI)
@@ -87,7 +99,10 @@ struct Products {
 #else
 
 using Bytes = __m256i;
+using Totals = __m256;
 constexpr int kTileParts = 2;  // of 4 rows
+
+inline Totals zero_totals() { return _mm256_setzero_ps(); }
 
 inline Bytes zero_sums() { return _mm256_setzero_si256(); }
 inline Bytes load_index(const uint8_t* tile, int part) { return bytes256(tile + kIndexAt + 32 * part); }
@@ -99,14 +114,26 @@ Bytes select(Bytes index) {
 template <QuantType type>
 Bytes load_codes(const uint8_t* tile, int part, int step) {
   if constexpr (type == QuantType::Int8) return bytes256(tile + kCodesAt + 64 * step + 32 * part);
-  const Bytes both = bytes256(tile + kCodesAt + 32 * step);
-  const Bytes codes = _mm256_and_si256(part ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+  const Bytes both = bytes256(tile + kCodesAt + 64 * (step / 2) + 32 * part);
+  const Bytes codes = _mm256_and_si256(step % 2 ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes128(table_of(type))), codes);
 }
 inline Bytes pick(const int8_t* inputs, Bytes selected) {
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes128(inputs)), selected);
 }
-inline __m256i row_sums(const Bytes (&sums)[kTileParts]) { return _mm256_hadd_epi32(sums[0], sums[1]); }
+// The scales of the rows of a part, for both lanes of each.
+inline Totals scales_of(const uint8_t* tile, int part) {
+  const __m256i twice = part ? _mm256_set_epi32(7, 7, 6, 6, 3, 3, 2, 2) : _mm256_set_epi32(5, 5, 4, 4, 1, 1, 0, 0);
+  const __m256i scales = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bytes128(tile)), 16);
+  return _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(scales, twice));
+}
+inline Totals add_scaled(Totals totals, Bytes sums, Totals scales) {
+  return _mm256_add_ps(totals, _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scales));
+}
+// Adds both lanes of every row, and stores the rows in order.
+inline void store_rows(float* y, const Totals (&totals)[kTileParts]) {
+  _mm256_storeu_ps(y, _mm256_hadd_ps(totals[0], totals[1]));
+}
 
 #if defined(SPARSEKIT_VNNI)
 struct Products {
@@ -128,12 +155,6 @@ struct Products {
 #endif
 
 #endif
-
-// Returns `total` of 8 rows with the sums of a tile, times its scales.
-inline __m256 add_scaled(__m256 total, const Bytes (&sums)[kTileParts], const uint8_t* tile) {
-  const __m256i scales = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bytes128(tile)), 16);
-  return _mm256_add_ps(total, _mm256_mul_ps(_mm256_cvtepi32_ps(row_sums(sums)), _mm256_castsi256_ps(scales)));
-}
 
 #endif
 

@@ -25,10 +25,12 @@ def linear24q_int8_reference(
     numbers = integer_codes(codes, quant_type).double()
     weight = numbers.new_zeros(*numbers.shape[:-1], 4).scatter_(-1, index, numbers).flatten(-2)  # [rows, tiles, 64]
     inputs = inputs[:, tile_columns(x.shape[-1], group, x.device)]  # [tokens, tiles, 64]
-    y = x32.new_zeros(len(inputs), rows)
+    # Each tile's columns in two lanes, by turns of 8: [2, tokens or rows, tiles, 32]
+    inputs, weight = (each.unflatten(-1, (4, 2, 8)).movedim(-2, 0).flatten(-2) for each in (inputs, weight))
+    totals = x32.new_zeros(2, inputs.shape[1], rows)
     for tile in range(tiles.shape[1]):
-        y += (inputs[:, tile] @ weight[:rows, tile].t()).float() * scales[:rows, tile].float()
-    y = y * steps
+        totals += (inputs[:, :, tile] @ weight[:, :rows, tile].mT).float() * scales[:rows, tile].float()
+    y = totals.sum(0) * steps
     return (y if bias is None else y + bias.float()).to(x.dtype).view(*x.shape[:-1], rows)
 
 
@@ -70,9 +72,10 @@ def linear24q_int8(x: Tensor, packed: TiledWeight24, bias: Tensor | None = None)
     """Computes ``x @ W.T + bias`` where ``W`` is a quantized 2:4 weight, with every token of ``x`` rounded to 8 bits.
 
     A token is rounded to integers from -127 to 127 times its largest magnitude over 127, ties to even, and the levels
-    of ``"nf4"`` to multiples of 1/127. The products of 64 columns are summed exactly, as integers, scaled, and the sums
-    added in fp32 from the first to the last, so that the result is the same, bit for bit, for every kernel, number of
-    threads and batch. All results of a token that has an Inf or a NaN are NaN.
+    of ``"nf4"`` to multiples of 1/127. The 64 columns of a tile are two lanes, by turns of 8 columns. The products of a
+    lane are summed exactly, as integers, and scaled; these sums are added in fp32 from the first tile to the last, and
+    then both lanes. So the result is the same, bit for bit, for every kernel, number of threads and batch. All results
+    of a token that has an Inf or a NaN are NaN.
 
     Differentiable in ``x`` and ``bias``, as if ``x`` were not rounded.
 

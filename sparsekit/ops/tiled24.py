@@ -99,7 +99,7 @@ def tile24_reference(values: Tensor, scales: Tensor, bitmask: Tensor, cols: int,
     shifts = torch.arange(0, 8, 2, device=values.device)[:, None]
     index = (index.flatten(-2) << shifts).sum(-2).to(torch.uint8)
     kept = kept.flatten(-2)
-    kept = kept.view(torch.uint8) if quant_type == "int8" else kept[..., :32] | kept[..., 32:] << 4
+    kept = kept.view(torch.uint8) if quant_type == "int8" else kept[..., 0::2, :] | kept[..., 1::2, :] << 4
     of_tile = (torch.arange(tiles, device=values.device) // -(-group // COLS)).clamp(max=max(scales.shape[1] - 1, 0))
     scales = F.pad(scales, (0, 0, 0, -len(values) % ROWS))[:, of_tile].unflatten(0, (-1, ROWS))
     return torch.cat([scales.transpose(1, 2).contiguous().view(torch.uint8), index, kept.flatten(-2)], -1)
@@ -155,7 +155,8 @@ def split_tiles(tiles: Tensor, quant_type: str) -> tuple[Tensor, Tensor, Tensor]
     if quant_type == "int8":
         codes = codes.contiguous().view(torch.int8)
     else:
-        codes = torch.cat([codes.unflatten(-1, (4, 32)) & 15, codes.unflatten(-1, (4, 32)) >> 4], -1)
+        pairs = codes.unflatten(-1, (2, 64))  # a byte has the codes of two steps
+        codes = torch.stack([pairs & 15, pairs >> 4], -2)
     codes, index = (
         _by_row(each.reshape(*tiles.shape[:2], 4, ROWS, 8)).reshape(ROWS * len(tiles), tiles.shape[1], 16, 2)
         for each in (codes, index)
