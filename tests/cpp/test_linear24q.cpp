@@ -159,8 +159,8 @@ void run_int8(const Kernels& level, const Case& c, const Weight& w, Random& rand
       uint8_t* to = data.as<uint8_t>() + (row / 8 * tiles + tile) * tile_bytes;
       const int64_t lane = 8 * stored + at % 16 / 4 * 2 + used[at / 4]++;
       to[16 + lane] = static_cast<uint8_t>((to[16 + lane] & ~(3 << 2 * step)) | at % 4 << 2 * step);
-      uint8_t* code = to + 80 + (w.type == QuantType::Int8 ? 64 * step + lane : 32 * step + lane % 32);
-      const int shift = static_cast<int>(lane / 32 * 4);
+      uint8_t* code = to + 80 + (w.type == QuantType::Int8 ? 64 * step + lane : 64 * (step / 2) + lane);
+      const int shift = static_cast<int>(step % 2 * 4);
       *code = static_cast<uint8_t>(w.type == QuantType::Int8 ? w.codes[k]
                                                              : (*code & ~(15 << shift)) | w.codes[k] << shift);
     }
@@ -186,15 +186,17 @@ void run_int8(const Kernels& level, const Case& c, const Weight& w, Random& rand
     for (int64_t i = 0; i < w.cols; ++i) largest = std::max(largest, std::fabs(get(x.data(), token * w.cols + i, c.dtype)));
     const float factor = 127 / largest, step = largest / (w.type == QuantType::Nf4 ? 127 * 127 : 127);
     for (int64_t row = 0; row < w.rows; ++row) {
-      std::vector<int> sums(static_cast<size_t>(tiles), 0);
+      std::vector<int> sums(static_cast<size_t>(2 * tiles), 0);  // of both lanes of each tile
       for (int64_t k = row * w.kept; k < (row + 1) * w.kept; ++k) {
         const float input = get(x.data(), token * w.cols + w.columns[k], c.dtype);
-        sums[place[w.columns[k]] / 64] += w.integer(k) * static_cast<int>(std::nearbyint(input * factor));
+        const int64_t at = place[w.columns[k]];
+        sums[at / 64 * 2 + at % 16 / 8] += w.integer(k) * static_cast<int>(std::nearbyint(input * factor));
       }
-      float sum = 0;
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        sum += static_cast<float>(sums[tile]) * w.scales[row * w.groups + std::min(tile / per_group, w.groups - 1)];
-      sum *= step;
+      float lanes[2] = {};
+      for (int64_t i = 0; i < 2 * tiles; ++i)
+        lanes[i % 2] +=
+            static_cast<float>(sums[i]) * w.scales[row * w.groups + std::min(i / 2 / per_group, w.groups - 1)];
+      float sum = (lanes[0] + lanes[1]) * step;
       if (c.bias) sum += get(bias.data(), row, c.dtype);
       uint32_t expected = 0;
       put(&expected, 0, c.dtype, sum);
