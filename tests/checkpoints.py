@@ -12,7 +12,7 @@ from torch import nn
 import sparsekit as sk
 from sparsekit import _safetensors
 from sparsekit.masks import MaskInfo, Pattern, get_mask, get_mask_info, set_mask
-from sparsekit.nn import Linear24, PrepackedLinear, TieredLinear
+from sparsekit.nn import Int8Linear, Linear24, PrepackedLinear, QuantizedLinear24, TieredLinear
 
 ROWS, COLS = 12, 10  # the columns end in a tail of two, the mask rows within a byte
 
@@ -72,17 +72,27 @@ def tiered(model: Net) -> Net:
     return model
 
 
+def lossy(model: Net, inputs: str = "int8") -> Net:
+    model = prune(model)
+    model.first = QuantizedLinear24.from_linear(model.first, inputs=inputs)
+    model.second = QuantizedLinear24.from_linear(model.second, quant_type="nf4", group=8, inputs=inputs)
+    model.third = Int8Linear.from_linear(model.third)
+    return model
+
+
 MAKERS = {
     "dense": make,
     "pruned": lambda: prune(make()),
     "mixed": lambda: mixed(make()),
     "tiered": lambda: tiered(make()),
+    "lossy": lambda: lossy(make()),
 }
 TARGETS = {
     "fresh": lambda: make(1),
     "pruned": lambda: prune(make(1)),
     "mixed": lambda: mixed(make(1)),
     "tiered": lambda: tiered(make(1)),
+    "lossy": lambda: lossy(make(1), "float"),
     "untied": lambda: make(1, tied=False),
 }
 

@@ -74,8 +74,11 @@ def pruned() -> nn.Sequential:
 
 def packed() -> nn.Sequential:
     model = pruned()
-    for name in ("0.up", "1.down", "2"):
+    for name in ("0.up", "2"):
         model.set_submodule(name, sk.nn.Linear24.from_linear(model.get_submodule(name)))
+    model[0].down = sk.nn.Int8Linear.from_linear(model[0].down)
+    for name, inputs in (("up", "int8"), ("down", "float")):
+        setattr(model[1], name, sk.nn.QuantizedLinear24.from_linear(getattr(model[1], name), inputs=inputs))
     return model
 
 
@@ -126,6 +129,7 @@ METHODS = {
 VERBS = {
     **{f"prune-{name}": Verb(make, partial(prune, each), name == "magnitude") for name, each in METHODS.items()},
     "compress": Verb(pruned, lambda model, _: sk.compress_(model, inputs())),
+    "compress-int8": Verb(pruned, lambda model, _: sk.compress_(model, inputs(), precision="int8")),
     "decompress": Verb(packed, lambda model, _: sk.decompress_(model)),
     "keep_masks": Verb(pruned, keep),
     "sparse_training": Verb(make, finish),

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from checkpoints import contents, forge, make, mixed, tiered
+from checkpoints import contents, forge, lossy, make, mixed, tiered
 from safetensors.torch import load_file, save_file
 from test_checkpoint_interrupts import Experts, experts
 from torch import nn
@@ -67,6 +67,7 @@ def damage(draw, structure, tensors):
 MODELS = {
     "mixed": (lambda: mixed(make()), lambda: make(1)),
     "tiered": (lambda: tiered(make()), lambda: mixed(make(1))),
+    "lossy": (lambda: lossy(make()), lambda: tiered(make(1))),
     "experts": (experts, lambda: nn.Sequential(Experts(1))),
 }
 

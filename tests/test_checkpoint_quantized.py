@@ -2,26 +2,17 @@
 
 import pytest
 import torch
-from checkpoints import contents, drop, forge, make, prune, put, refuse
+from checkpoints import TOKENS, contents, drop, forge, lossy, make, prune, put, refuse
 
 import sparsekit as sk
-from sparsekit.nn import Int8Linear, QuantizedLinear24
-
-TOKENS = torch.arange(7).repeat(2)
-
-
-def quantized(seed=0, inputs="int8"):
-    model = prune(make(seed))
-    model.first = QuantizedLinear24.from_linear(model.first, inputs=inputs)
-    model.second = QuantizedLinear24.from_linear(model.second, quant_type="nf4", group=8, inputs=inputs)
-    model.third = Int8Linear.from_linear(model.third)
-    return model
 
 
 @pytest.mark.parametrize("inputs", ["int8", "float"])
-@pytest.mark.parametrize("target", [make, lambda seed: prune(make(seed)), quantized], ids=["dense", "pruned", "same"])
+@pytest.mark.parametrize(
+    "target", [make, lambda seed: prune(make(seed)), lambda seed: lossy(make(seed))], ids=["dense", "pruned", "same"]
+)
 def test_a_file_brings_back_every_code(tmp_path, inputs, target):
-    model, path = quantized(inputs=inputs), tmp_path / "model.safetensors"
+    model, path = lossy(make(), inputs), tmp_path / "model.safetensors"
     sk.save(model, path)
     other = target(1)
     sk.load(other, path)
@@ -33,7 +24,7 @@ def test_a_file_brings_back_every_code(tmp_path, inputs, target):
 
 
 def test_loaded_dense_it_has_the_rounded_weights(tmp_path):
-    model, dense, path = quantized(), make(1), tmp_path / "model.safetensors"
+    model, dense, path = lossy(make()), make(1), tmp_path / "model.safetensors"
     sk.save(model, path)
     sk.load(dense, path, dense=True)
     for name in ("first", "second", "third"):
@@ -43,7 +34,7 @@ def test_loaded_dense_it_has_the_rounded_weights(tmp_path):
 
 
 def test_other_formats_write_them_dense(tmp_path):
-    model, path = quantized(), tmp_path / "model.safetensors"
+    model, path = lossy(make()), tmp_path / "model.safetensors"
     model.first = sk.nn.Linear24.from_linear(model.first)
     with pytest.raises(ValueError, match="multiple of 4"):
         sk.save(model, path, format="sparse-24-bitmask")
@@ -67,10 +58,10 @@ def test_other_formats_write_them_dense(tmp_path):
 )
 def test_a_file_that_no_layer_wrote_is_refused(tmp_path, change, match):
     path = tmp_path / "model.safetensors"
-    sk.save(quantized(), path)
+    sk.save(lossy(make()), path)
 
     def changed(structure, tensors):
         change(structure, tensors)
 
     forge(path, changed)
-    refuse(path, match, quantized(1))
+    refuse(path, match, lossy(make(1)))

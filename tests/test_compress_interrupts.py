@@ -38,9 +38,10 @@ def make():
 
 @pytest.mark.parametrize("runs", [40, many])
 @pytest.mark.parametrize("ratio", [1.5, 0.5], ids=["stays", "given back"])
-def test_compress(real_order, runs, ratio):
-    real_order["whole"] = ratio
-    assert_all_or_nothing(make, lambda model, x: sk.compress_(model, x), runs=runs)
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_compress(real_order, runs, ratio, precision):
+    real_order |= {"whole": ratio, "int8": 2.0, "2:4 int8": 5.0, "2:4 int8, float inputs": 4.0}
+    assert_all_or_nothing(make, lambda model, x: sk.compress_(model, x, precision=precision), runs=runs)
 
 
 @pytest.mark.parametrize("runs", [40, many])

@@ -6,10 +6,11 @@ import time
 import pytest
 import torch
 from helpers import sparse_linear
-from layer_kinds import EVERY, KINDS, make
+from layer_kinds import EVERY, KINDS, FloatInputs, make
 from torch import nn
 
-from sparsekit.nn import ArrangedLinear24, Linear24, TieredLinear
+import sparsekit as sk
+from sparsekit.nn import ArrangedLinear24, Linear24, QuantizedLinear24, TieredLinear
 from sparsekit.ops import backends
 
 COMPILED = pytest.mark.skipif(backends()["linear24"]["cpu"] == "reference", reason="needs the compiled extension")
@@ -158,24 +159,29 @@ def test_a_parametrization_is_applied(kind, name):
 @COMPILED
 def test_the_kernels_refuse_what_does_not_fit():
     layer, tiered = Linear24.from_linear(sparse_linear(80, 96)), make(TieredLinear)[0]
-    x = torch.randn(3, 80)
+    x, quantized = torch.randn(3, 80), sk.quantize24(layer.packed)
     for op, tensors in (
         (torch.ops.sparsekit.linear24, [x, layer.values, layer.bitmask, layer.bias]),
+        (torch.ops.sparsekit.linear24q, [x, *quantized[:3], layer.bias, "int8", 64]),
+        (torch.ops.sparsekit.linear24q_int8, [x, sk.tile24(quantized).tiles, layer.bias, 96, "int8", 64]),
         (torch.ops.sparsekit.linear_tiered, [x, *tiered.packed.tensors, tiered.bias, 96]),
     ):
         assert op(*tensors).shape == (3, 96)
-        for index, tensor in enumerate(tensors[: 9 if len(tensors) > 4 else 4]):
-            for wrong in (tensor[..., None], tensor[..., :-17], tensor.double(), torch.tensor(1.0)):
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            for wrong in (tensor[..., None], tensor[..., :-18], tensor.double(), torch.tensor(1.0)):
                 with pytest.raises(RuntimeError, match=r"must fit x|dimension"):
                     op(*tensors[:index], wrong, *tensors[index + 1 :])
 
 
 @pytest.mark.slow
 @COMPILED
-def test_a_call_costs_hardly_more_than_one_of_linear():
+@pytest.mark.parametrize(("kind", "most"), [(Linear24, 20 / 17), (QuantizedLinear24, 2), (FloatInputs, 2)])
+def test_a_call_costs_hardly_more_than_one_of_linear(kind, most):
     torch.set_num_threads(1)
     linear = sparse_linear(16, 16)
-    layer, x = Linear24.from_linear(linear), torch.randn(1, 16)
+    layer, x = kind.from_linear(linear), torch.randn(1, 16)
     seconds = {linear: [], layer: []}
     for _ in range(200):
         for call, times in seconds.items():
@@ -185,4 +191,4 @@ def test_a_call_costs_hardly_more_than_one_of_linear():
                 call(x)
             times.append(time.perf_counter() - begin)
     plain, own = (statistics.median(times) for times in seconds.values())
-    assert own <= 20 / 17 * plain, f"{own / plain:.2f} of a call of nn.Linear"
+    assert own <= most * plain, f"{own / plain:.2f} of a call of nn.Linear"

@@ -166,7 +166,8 @@ def test_to_dtype_and_device(kind):
     assert layer(x).dtype == torch.bfloat16
     assert integers == {key: layer.get_buffer(key).dtype for key in integers}
     torch.testing.assert_close(layer(x), linear(x), rtol=2e-2, atol=2e-2)
-    assert torch.equal(layer.float().weight, linear.float().weight)
+    layer.float()
+    assert layer.lossy or torch.equal(layer.weight, linear.float().weight)  # a lossy one keeps its codes
     assert layer(x.float()).dtype == torch.float32
     assert layer.to("meta")(x.float().to("meta")).shape == (3, 96)
 

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import DTYPES, assert_same, dtype_id, hostile, opcheck
 from torch import nn
 
@@ -148,14 +147,14 @@ def test_compiled_and_exported_it_computes_the_same():
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), layer(x))
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), layer(x))
-        torch.testing.assert_close(torch.vmap(layer)(x), F.linear(x, layer.weight.clone(), layer.bias))
+        torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
 
 
 def test_bad_inputs_and_weights():
     layer, _ = make()
     with pytest.raises(ValueError, match=r"x must have 80 columns for a weight of 96 x 80, got shape \(3, 81\)"):
         layer(torch.randn(3, 81))
-    with pytest.raises(TypeError, match=r"x must be float32, float16 or bfloat16, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"x must be torch\.float32, as the weight, got torch\.int64"):
         layer(torch.ones(3, 80, dtype=torch.long))
     linear = nn.Linear(8, 8)
     linear.weight.data[2, 3] = float("inf")

@@ -147,7 +147,10 @@ def test_bits_and_positions_are_never_converted(kind):
     before = {name: tensor.clone() for name, tensor in layer.named_buffers() if name != "data"}  # has values as well
     layer.type(torch.float16).float()
     assert all(torch.equal(layer.get_buffer(name), tensor) for name, tensor in before.items())
-    torch.testing.assert_close(layer(torch.ones(1, 80)), linear.half().float()(torch.ones(1, 80)))
+    linear.bias.data = linear.bias.half().float()
+    if not layer.lossy:  # else the weight is codes, and keeps its value
+        linear.half().float()
+    torch.testing.assert_close(layer(torch.ones(1, 80)), linear(torch.ones(1, 80)))
 
 
 @EVERY
@@ -164,6 +167,7 @@ def test_made_in_inference_mode_it_trains_outside(kind):
 @EACH
 def test_made_under_other_defaults(kind):
     linear = make(kind)[1]
+    usual = kind.from_linear(linear)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
@@ -172,8 +176,8 @@ def test_made_under_other_defaults(kind):
             y, weight, back = layer(x), layer.weight.clone(), layer.to_linear()
     finally:
         torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(y, linear(x))
-    assert torch.equal(weight, linear.weight) and torch.equal(back.weight, linear.weight)
+    torch.testing.assert_close(y, usual(x))
+    assert torch.equal(weight, usual.weight) and torch.equal(back.weight, usual.weight)
 
 
 @EACH
@@ -225,7 +229,7 @@ def test_a_compressed_layer_is_made_of_another(kind):
         source, linear = other.from_linear(make(Linear24)[1]), make(Linear24)[1]
         linear.weight.data = source.weight.clone().detach()
         layer = kind.from_linear(source)
-        assert torch.equal(layer.weight, linear.weight) and layer.trainable
+        assert torch.equal(layer.weight, kind.from_linear(linear).weight) and layer.trainable
         assert all(type(part) in (torch.Tensor, nn.Parameter) for part in layer._parts())
 
 

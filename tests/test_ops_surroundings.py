@@ -96,6 +96,7 @@ def op_calls(dtype):
     int8 = PackedInt8(*quantize_rows(weight))
     calls = {
         "int8_linear": lambda: int8_linear(x, int8, bias),
+        "int8_weight": int8.to_dense,
         "round_tokens": lambda: OPS.round_tokens(weight, 127),
         "nm_mask": lambda: sk.nm_mask(weight, 2, 4),
         "nm_mask_bits": lambda: sk.nm_mask_bits(weight, 3, 7),

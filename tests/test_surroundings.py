@@ -36,9 +36,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
 @pytest.mark.parametrize("name", VERBS)
 def test_the_outcome_is_that_of_the_bare_call(name, surrounding, folder, ratios):
-    ratios["prepacked"] = 1.0
+    ratios |= {"prepacked": 1.0, "int8": 2.0, "2:4 int8": 5.0, "2:4 int8, float inputs": 4.0}
     verb = VERBS[name]
-    if name == "compress" and surrounding.startswith("autocast"):
+    if name.startswith("compress") and surrounding.startswith("autocast"):
         model, report = run(verb, surrounding, folder)
         assert {layer.decision for layer in report.layers} == {"plain"}  # fp32 weights, products in 16 bits
         assert all("its weight is torch.float32" in layer.reason for layer in report.layers)
@@ -80,7 +80,7 @@ def test_a_packed_model_computes_there_as_a_dense_one(surrounding):
         with SURROUNDINGS[surrounding](), torch.no_grad():
             results.append(model(x))
     assert results[0].dtype == results[1].dtype
-    torch.testing.assert_close(results[0].float(), results[1].float(), rtol=2e-2, atol=2e-2)
+    assert (results[0] - results[1]).norm() < 0.02 * results[0].norm()  # two thirds of its layers round weights
 
 
 def calls_back(name, model, folder, fault):

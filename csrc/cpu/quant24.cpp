@@ -1,22 +1,17 @@
 // The quantized 2:4 format and its tiles: quantize24, tile24.
 #include <tuple>
 
-#include "tensor_args.h"
+#include "quant24_shapes.h"
 
 namespace sparsekit {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t values_per_row(int64_t cols) { return 2 * (cols / 4) + cols % 4; }
-
 std::tuple<Tensor, Tensor> quantize24(Tensor values, int64_t cols, std::string quant_type, int64_t group) {
   const FloatMode exact(FloatMode::kExact);
   const QuantType type = quant_type_of(quant_type);
-  const int64_t rows = values.size(0), kept = values_per_row(cols);
-  const bool bytes = type == QuantType::Int8;
-  Tensor codes = empty(values, {rows, bytes ? kept : ceil_div(kept, 2)}, bytes ? ScalarType::Char : ScalarType::Byte);
-  Tensor scales = empty(values, {rows, ceil_div(cols, group)}, ScalarType::BFloat16);
+  const int64_t rows = values.size(0);
+  Tensor codes = empty(values, shape_of_codes(rows, cols, type), dtype_of_codes(type));
+  Tensor scales = empty(values, shape_of_scales(rows, cols, group), ScalarType::BFloat16);
   values = in_order(values);
   const Quantize24Args args{.values = values.const_data_ptr(),
                             .codes = static_cast<uint8_t*>(codes.mutable_data_ptr()),
@@ -32,10 +27,8 @@ std::tuple<Tensor, Tensor> quantize24(Tensor values, int64_t cols, std::string q
 
 Tensor tile24(Tensor values, Tensor scales, Tensor bitmask, int64_t cols, std::string quant_type, int64_t group) {
   const QuantType type = quant_type_of(quant_type);
-  const int64_t rows = values.size(0), others = std::max<int64_t>(ceil_div(cols, group) - 1, 0);
-  const int64_t tiles_of_row =
-      others * ceil_div(group, 64) + ceil_div(values_per_row(cols) - others * group / 2, 32);
-  Tensor tiles = empty(values, {ceil_div(rows, 8), tiles_of_row, type == QuantType::Int8 ? 336 : 208}, ScalarType::Byte);
+  const int64_t rows = values.size(0);
+  Tensor tiles = empty(values, shape_of_tiles(rows, cols, type, group), ScalarType::Byte);
   values = in_order(values);
   scales = in_order(scales);
   bitmask = in_order(bitmask);
@@ -46,7 +39,7 @@ Tensor tile24(Tensor values, Tensor scales, Tensor bitmask, int64_t cols, std::s
                         .rows = rows,
                         .cols = cols,
                         .group = group,
-                        .tiles_of_row = tiles_of_row,
+                        .tiles_of_row = tiles.size(1),
                         .type = type};
   const Kernels& table = kernels();
   parallel_for(ceil_div(rows, 8), row_grain(8 * cols),

@@ -9,10 +9,6 @@
 namespace sparsekit {
 namespace {
 
-int64_t values_per_row(int64_t cols) { return 2 * (cols / 4) + cols % 4; }
-
-int64_t bytes_per_row(int64_t cols) { return (cols + 7) / 8; }
-
 bool is_zero(const void* weight, int64_t index, DType dtype) {
   if (dtype == DType::F32) return static_cast<const float*>(weight)[index] == 0;
   return (static_cast<const uint16_t*>(weight)[index] & 0x7fff) == 0;

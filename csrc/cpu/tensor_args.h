@@ -72,6 +72,10 @@ inline bool is_like(const Tensor& tensor, ScalarType dtype, const std::vector<in
          std::equal(shape.begin(), shape.end(), sizes.begin());
 }
 
+// How many values and mask bytes a row of a packed 2:4 weight has; a tail of cols % 4 columns is stored whole.
+inline int64_t values_per_row(int64_t cols) { return 2 * (cols / 4) + cols % 4; }
+inline int64_t bytes_per_row(int64_t cols) { return (cols + 7) / 8; }
+
 // A tensor of one or more dimensions as rows that are `stride` elements apart, each contiguous.
 struct Rows {
   int64_t rows, cols, stride;

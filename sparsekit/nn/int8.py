@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.int8_linear import LARGEST_INPUT, PackedInt8, int8_linear, quantize_rows, round_tokens_reference
-from .common import autocast_dtype, carry_mask
+from ..ops.int8_linear import (
+    LARGEST_INPUT,
+    PackedInt8,
+    int8_linear,
+    multiply_packed,
+    quantize_rows,
+    round_tokens_reference,
+)
+from .common import carry_mask
 from .compressed import weight_of
 from .rearranged import Rearranged
 
@@ -75,13 +82,17 @@ class Int8Linear(Rearranged):
         """Returns tensors of the size of the weight: PyTorch does not show its own."""
         return list(self._templates().values())
 
+    def _multiply_directly(self, input: Tensor) -> Tensor | None:
+        packed, bias = self.packed, self._parameters["bias"]
+        if packed.packed is None or not input.is_cpu or input.dtype != self.dtype:
+            return None
+        with torch._C._AutoDispatchBelowAutograd():
+            return multiply_packed(input, packed, bias)
+
     def _multiply(self, input: Tensor) -> Tensor:
         self._check_training()
-        dtype = autocast_dtype(input) or input.dtype
-        bias: Tensor | None = self.bias
-        if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
-        return int8_linear(input.to(dtype), self.packed, bias)
+        input, bias = self._operands(input)
+        return int8_linear(input, self.packed, bias)
 
     def reference(self, input: Tensor) -> Tensor:
         if self.packed.engine is None:

@@ -13,13 +13,15 @@ from ..ops import (
     quantize24,
     tile24,
 )
-from ..ops._define import reference_of
+from ..ops._define import is_jit_tracing, reference_of
+from ..ops._kernels import call_kernel
 from ..ops.quant24 import check_quantized24
 from ..ops.sparse24 import values_per_row
-from .common import autocast_dtype, carry_mask
+from .common import carry_mask
 from .linear24 import check_bitmask24, packed24_of
 from .rearranged import Rearranged
 
+LINEAR24Q = torch.ops.sparsekit.linear24q.default
 LINEAR24Q_INT8 = torch.ops.sparsekit.linear24q_int8.default
 Inputs = Literal["int8", "float"]
 
@@ -128,17 +130,29 @@ class QuantizedLinear24(Rearranged):
         return (self.tiles,) if self.inputs == "int8" else (self.values, self.scales, self.bitmask)
 
     def _unpack(self, *parts: Tensor) -> Tensor:
+        if len(parts) == 1 and is_jit_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot read the weight of a QuantizedLinear24 with inputs of 8 bits: use torch.export "
+                "or call sparsekit.decompress_(model) first"
+            )
         return self._packed(*parts).to_dense()
+
+    def _multiply_directly(self, input: Tensor) -> Tensor | None:
+        bias = self._parameters["bias"]  # nn.Module takes 1 us to look up a parameter as an attribute
+        buffers, kind, group = self._buffers, self.quant_type, self.group
+        if input.dtype != self.dtype:
+            return None
+        if self.inputs == "int8":
+            return call_kernel(LINEAR24Q_INT8, input, buffers["tiles"], bias, self.out_features, kind, group)
+        stored = buffers["values"], buffers["scales"], buffers["bitmask"]
+        return call_kernel(LINEAR24Q, input, *stored, bias, kind, group)
 
     def _multiply(self, input: Tensor) -> Tensor:
         self._check_training()
-        dtype = autocast_dtype(input) or input.dtype
-        bias: Tensor | None = self.bias
-        if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
+        input, bias = self._operands(input)
         if self.inputs == "int8":
-            return linear24q_int8(input.to(dtype), self._tiled(self.tiles), bias)
-        return linear24q(input.to(dtype), self.packed, bias)
+            return linear24q_int8(input, self._tiled(self.tiles), bias)
+        return linear24q(input, self.packed, bias)
 
     def reference(self, input: Tensor) -> Tensor:
         if self.inputs == "float":

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .common import autocast_dtype
 from .compressed import Compressed
 
 
@@ -26,6 +27,19 @@ class Rearranged(Compressed):
     @property
     def weight_dtype(self) -> torch.dtype:
         return self.dtype
+
+    def _operands(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the input and the bias in the dtype to compute in, which is the layer's own or that of autocast.
+
+        Raises:
+            TypeError: the input has another dtype.
+        """
+        bias: Tensor | None = self.bias
+        if (dtype := autocast_dtype(input)) is not None:
+            return input.to(dtype), None if bias is None else bias.to(dtype)
+        if input.dtype != self.dtype:
+            raise TypeError(f"x must be {self.dtype}, as the weight, got {input.dtype}")
+        return input, bias
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be used outside it
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rearranged":

@@ -160,6 +160,11 @@ def call_op(op: Callable[..., Tensor], *args: Any) -> Tensor:
         return op(*args)
 
 
+def straight_through(rounded: Tensor, plain: Tensor) -> Tensor:
+    """Returns the values of ``rounded`` with the derivatives of ``plain``, which is the same without rounding."""
+    return rounded.detach() + (plain - plain.detach())
+
+
 def can_call_directly() -> bool:
     """Returns whether torch adds nothing to a call: no gradient, autocast, transform, trace or compilation."""
     return not (

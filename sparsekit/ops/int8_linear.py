@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import call_op, check_like, check_weight, define, define_gradient
+from ._define import call_op, check_like, check_weight, define, define_gradient, straight_through
 
 # Inputs are unsigned integers around a zero: with oneDNN on a CPU with VNNI from -127 to 127, else with fbgemm from -63
 # to 63. Its `vpmaddubsw` adds two products with weights of -127 to 127 in 16 bits. Of inputs from 0 to 127 they are at
@@ -55,8 +55,9 @@ class PackedInt8:
         return self.shape.numel() + self.scales.nbytes
 
     def to_dense(self) -> Tensor:
-        """Returns the weight, float32 ``[rows, cols]``."""
-        return self.values.float() * self.scales[:, None]
+        """Returns the weight, float32 ``[rows, cols]``: one op, which traces and transforms take as a whole."""
+        weight: Tensor = _int8_weight(self.scales, self.number, self.shape[1])
+        return weight
 
 
 def engine() -> str | None:
@@ -120,7 +121,7 @@ _round_tokens = define(
 
 
 def _product_onednn(codes: Tensor, limit: int, packed: PackedInt8) -> Tensor:
-    quant = (packed.packed, packed.scales, packed.zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    quant: Any = (packed.packed, packed.scales, packed.zeros, None, 1.0, 0, torch.float32, "none", [], "")
     return torch.ops.onednn.qlinear_pointwise(codes, 1.0, limit + 1, *quant)
 
 
@@ -132,18 +133,44 @@ def _product_fbgemm(codes: Tensor, limit: int, packed: PackedInt8) -> Tensor:
 _PRODUCT = {"onednn": _product_onednn, "fbgemm": _product_fbgemm}
 
 
-def int8_linear_reference(x: Tensor, scales: Tensor, bias: Tensor | None, weight: int) -> Tensor:
-    packed = _packed.get(weight)
+def _find(number: int) -> PackedInt8:
+    packed = _packed.get(number)
     if packed is None:
         raise RuntimeError("the Int8Linear that this graph was made of does not exist any more: make the graph again")
-    if packed.engine is None or torch._C._are_functorch_transforms_active():
-        dense = packed.to_dense().to(x.dtype)
-        return F.linear(x, dense, bias)
+    return packed
+
+
+def int8_weight_reference(scales: Tensor, weight: int, cols: int) -> Tensor:
+    return _find(weight).values.float() * scales[:, None]
+
+
+_int8_weight = define(
+    int8_weight_reference, lambda scales, weight, cols: scales.new_empty(len(scales), cols), compiled=False
+)
+
+
+def int8_linear_reference(x: Tensor, scales: Tensor, bias: Tensor | None, weight: int) -> Tensor:
+    packed = _find(weight)
+    x = x if x.layout == torch.strided else x.to_dense()
+    if packed.engine is not None and not torch._C._are_functorch_transforms_active():
+        return multiply_packed(x, packed, bias)
+    dense = packed.to_dense()
+    plain = F.linear(x, dense.to(x.dtype), bias)
+    if packed.engine is None:
+        return plain
     limit = LARGEST_INPUT[packed.engine]
-    codes, step = _round_tokens(x.reshape(-1, x.shape[-1]), limit)
-    y = _PRODUCT[packed.engine](codes, limit, packed)
+    codes, step = round_tokens_reference(x.detach(), limit)
+    y = F.linear(codes.float() - (limit + 1), dense) * step
+    return straight_through((y if bias is None else y + bias).to(x.dtype), plain)
+
+
+def multiply_packed(x: Tensor, packed: PackedInt8, bias: Tensor | None) -> Tensor:
+    """Computes ``int8_linear`` of a weight that PyTorch has packed, below autograd."""
+    limit = LARGEST_INPUT[packed.engine]  # type: ignore[index]
+    codes, step = _round_tokens._op(x.reshape(-1, x.shape[-1]), limit)
+    y = _PRODUCT[packed.engine](codes, limit, packed)  # type: ignore[index]
     y = y.mul_(step) if bias is None else torch.addcmul(bias.float(), y, step, out=y)
-    return y.to(x.dtype).view(*x.shape[:-1], len(scales))
+    return y.to(x.dtype).view(*x.shape[:-1], len(packed.scales))
 
 
 _int8_linear = define(
@@ -172,8 +199,7 @@ def int8_linear(x: Tensor, packed: PackedInt8, bias: Tensor | None = None) -> Te
     A token is rounded to integers from -127 to 127 times its largest magnitude over 127, without VNNI from -63 to 63
     over 63, and the products are summed exactly, so that the result of a token does not depend on other tokens. All
     results of a token that has an Inf or a NaN are NaN. Differentiable in ``x`` and ``bias``, as if ``x`` were not
-    rounded. Without an int8 product, and in transforms of ``torch.func``, the weight is multiplied as float, and ``x``
-    stays as it is.
+    rounded. Without an int8 product the weight is multiplied as float, and ``x`` stays as it is.
 
     Args:
         x: ``[..., cols]``, float32, float16 or bfloat16, any strides.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._define import call_op, check_weight, define, define_gradient
+from ._define import call_op, check_weight, define, define_gradient, linear_fp32, straight_through
 from .linear24q import check_product
 from .quant24 import levels
 from .tiled24 import TiledWeight24, check_tiled24, split_tiles, tile_columns
@@ -15,6 +15,7 @@ SMALLEST_INPUT = 1e-30  # the largest magnitude of a token counts as at least th
 def linear24q_int8_reference(
     x: Tensor, tiles: Tensor, bias: Tensor | None, rows: int, quant_type: str, group: int
 ) -> Tensor:
+    x = x if x.layout == torch.strided else x.to_dense()
     x32 = F.pad(torch.atleast_2d(x).flatten(0, -2).float(), (0, 1))  # a column of zeros, for padding
     largest = x32.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_INPUT)
     finite = largest.isfinite()
@@ -95,4 +96,7 @@ def linear24q_int8(x: Tensor, packed: TiledWeight24, bias: Tensor | None = None)
     check_tiled24(packed, x)
     rows, cols = packed.shape
     check_product(x, bias, rows, cols)
-    return call_op(_linear24q_int8, x, packed.tiles, bias, rows, packed.quant_type, packed.group)
+    y = call_op(_linear24q_int8, x, packed.tiles, bias, rows, packed.quant_type, packed.group)
+    if torch._C._are_functorch_transforms_active():  # where the reference runs, with the derivatives of rounding
+        y = straight_through(y, linear_fp32(x, packed._replace(dtype=torch.float32).to_dense(), bias))
+    return y
