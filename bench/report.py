@@ -1,6 +1,7 @@
-"""Renders result files as the tables of the README: `python -m bench.report [results/<device>.json]`.
+"""Renders result files as markdown: `python -m bench.report [results/<device>.json]` prints them.
 
-Without a file it renders all of them, and writes the table of rivals to README and the page docs/rivals.md.
+Without a file it renders all of them, and writes the pages docs/cpu.md and docs/rivals.md, and the parts of README that
+lie between markers.
 """
 
 import datetime
@@ -18,8 +19,8 @@ from .gpu.table import table as _table
 from .rivals import table as rivals
 
 RESULTS = Path(__file__).parent / "results"
-README, RIVALS = (RESULTS.parents[1] / name for name in ("README.md", "docs/rivals.md"))
-BEGIN, END = "<!-- rivals: written by python -m bench.report -->\n", "<!-- end of rivals -->"
+README, CPU, RIVALS = (RESULTS.parents[1] / name for name in ("README.md", "docs/cpu.md", "docs/rivals.md"))
+PRODUCTS_24 = ("linear24", "linear24 input pairs", "linear24 row pairs")  # forms of one weight, as compress_ knows them
 
 
 def cpu_name() -> str:
@@ -67,10 +68,7 @@ def render(report: dict) -> str:
     steps = [row for row in report["rows"] if "step" in row]
     memory = [row for row in report["rows"] if "step" not in row and "tokens" not in row]
     linear = [row for row in report["rows"] if "tokens" in row]
-    parts = [
-        f"{report['device']}, {report['simd']}, {report['threads']} threads, torch {report['torch']}, "
-        f"commit {report['commit']}, {report['date']}; medians over {report['processes']} processes."
-    ]
+    parts = [_head(report)]
     if memory:
         header = ["op", "dtype", "ms", "GB/s", "of `copy_`", "over the usual torch code"]
         parts.append(_table(header, map(_memory, memory)))
@@ -81,6 +79,13 @@ def render(report: dict) -> str:
     if short := _short(report["rows"]):
         parts.append("Short of the goal:\n\n" + "\n".join(f"- {text}" for text in short))
     return "\n\n".join(parts) + "\n"
+
+
+def _head(report: dict) -> str:
+    return (
+        f"{report['device']}, {report['simd']}, {report['threads']} threads, torch {report['torch']}, "
+        f"commit {report['commit']}, {report['date']}; medians over {report['processes']} processes."
+    )
 
 
 def _memory(row: dict) -> list[str]:
@@ -181,12 +186,37 @@ def render_gpus(reports: Iterable[dict]) -> str:
     return "\n".join(map(render, (each for each in reports if each.get("kind") == "gpu"))) or gpu.unmeasured()
 
 
-def rivals_pages(reports: Iterable[dict], readme: str) -> tuple[str, str]:
-    """Returns README with the short tables of rivals between their markers, and the page docs/rivals.md."""
-    measured = [each for each in reports if each.get("kind") == "rivals"]
-    before, _, rest = readme.partition(BEGIN)
-    text = "\n".join(map(rivals.short, measured)) or "Not measured yet.\n"
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", rivals.page(measured)
+def products(report: dict) -> str:
+    """Renders, for README, how many times faster the fastest form of a 2:4 weight is than the best dense, in fp32."""
+    rows = [row for row in report["rows"] if row.get("op") in PRODUCTS_24 and row["dtype"] == "fp32"]
+    columns = sorted({row["tokens"] for row in rows})
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        found = [[row for row in rows if (row["shape"], row["tokens"]) == (shape, tokens)] for tokens in columns]
+        fastest = (min(forms, key=lambda row: row["seconds"]["own"]) for forms in found)
+        lines.append([shape, *(_cell(row["ratios"]) for row in fastest)])
+    return f"{_head(report)}\n\n{_table(['2:4, fp32', *map(str, columns)], lines)}\n"
+
+
+def cpu_page(reports: Iterable[dict]) -> str:
+    """Renders docs/cpu.md: the tables of all ops on every CPU."""
+    measured = [each for each in reports if "kind" not in each]
+    return "\n".join(
+        [CPU_INTRODUCTION, *(f"## {each['device']}, {each['simd']}\n\n{render(each)}" for each in measured)]
+    )
+
+
+def filled(readme: str, reports: list[dict]) -> str:
+    """Returns README with its generated parts renewed, each of which lies between two markers."""
+    parts = {"products": [products(each) for each in reports if "kind" not in each]}
+    for kind in ("whole", "rivals"):
+        parts[kind] = [render(each) for each in reports if each.get("kind") == kind]
+    for name, tables in parts.items():
+        begin, end = f"<!-- {name}: written by python -m bench.report -->\n", f"<!-- end of {name} -->"
+        before, _, rest = readme.partition(begin)
+        text = "\n".join(tables) or "Not measured yet.\n"
+        readme = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return readme
 
 
 def main() -> None:
@@ -197,9 +227,32 @@ def main() -> None:
             print(render(report))
     print(render_gpus(reports), end="")
     if not sys.argv[1:]:
-        readme, page = rivals_pages(reports, README.read_text(encoding="utf-8"))
-        README.write_text(readme, encoding="utf-8")
-        RIVALS.write_text(page, encoding="utf-8")
+        README.write_text(filled(README.read_text(encoding="utf-8"), reports), encoding="utf-8")
+        CPU.write_text(cpu_page(reports), encoding="utf-8")
+        RIVALS.write_text(rivals.page([each for each in reports if each.get("kind") == "rivals"]), encoding="utf-8")
+
+
+CPU_INTRODUCTION = """# Every op on a CPU
+
+Written by `python -m bench.report` from the files in `bench/results/`; `make bench` measures.
+
+The first table of each machine is about masks, scores and packing of 4096x4096 weights. The *usual torch code* is
+`topk` with `scatter_` for masks, `reshape` with a sum for block scores, and for transposable masks a `matmul` with all
+90 patterns of a tile. The processes keep freed memory. Otherwise, on a virtual machine, the first touch of each page
+would hide the kernels: a new result of 64 MiB costs 25 ms in any library (`clone` too, against 5 ms for `copy_`).
+
+The tables of products show, for each number of tokens, how many times faster than the best dense they are, and in
+brackets than `F.linear` or `F.conv2d`. *Best dense* is the fastest of PyTorch's products: `F.linear`, oneDNN on
+laid-out activations, and oneDNN with a prepacked weight; for the quantized weights it is the fastest dense int8
+product, ONNX Runtime's included. Bold is where dense is faster, and there `compress_` keeps dense. The same 2:4 weight
+has three forms: `linear24` as it is stored, *input pairs* for few tokens and *row pairs* for many. PyTorch multiplies
+bf16 slowly on a CPU without AVX-512, hence the large ratios there.
+
+The *pruning steps* are compared with the loops of the published code: Wanda over groups of columns, SparseGPT over
+columns, and one tier iteration over blocks, scores included, from 90/10/0 % of dense, 2:4 and top-k blocks to 80/10/10
+%; both of its criteria are compared with the published one. The loops of Wanda and of the tiers do only a twelfth and a
+sixteenth of the work, and their times are scaled up.
+"""
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekit as sk
-from sparsekit.nn import Linear24, PrepackedLinear
+from sparsekit.nn import ArrangedLinear24, Linear24, PrepackedLinear
 from sparsekit.ops import simd_level
 
 from .report import RESULTS, commit, cpu_name, render, slug, today, write
@@ -27,6 +27,7 @@ TOKENS = (1, 8, 16, 128, 512)
 THREADS = 2
 SINGLE: dict[str, Callable[[nn.Linear, int], nn.Module]] = {
     "every layer Linear24": lambda linear, tokens: Linear24.from_linear(linear),
+    "every layer row pairs": lambda linear, tokens: ArrangedLinear24.from_linear(linear, layout="row pairs"),
     "every layer prepacked": lambda linear, tokens: PrepackedLinear.from_linear(linear, tokens=tokens),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import methods, timing
-from bench.report import RESULTS, render, slug
+from bench.report import CPU, README, RESULTS, cpu_page, filled, products, render, slug
 
 ROOT = Path(__file__).parents[1]
 REPORT = {
@@ -138,8 +138,22 @@ def test_report_names_the_result_file():
     assert slug(REPORT) == "amd-epyc-9005-avx512-bf16"
 
 
+def test_products_of_readme_take_the_fastest_form_of_a_weight():
+    row = {"shape": "8x4", "dtype": "fp32", "tokens": 1, "goal": {}}
+    slow = row | {"op": "linear24", "seconds": {"own": 2.0}, "ratios": {"best dense": 0.5, "F.linear": 1.0}}
+    fast = row | {"op": "linear24 row pairs", "seconds": {"own": 1.0}, "ratios": {"best dense": 1.0, "F.linear": 2.0}}
+    text = products(REPORT | {"rows": [slow, fast, slow | {"tokens": 4}]})
+    assert "| 2:4, fp32 | 1 | 4 |" in text and "| 8x4 | 1.00 (2.0) | **0.50** (1.0) |" in text
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_readme_shows_the_measured_table(path):
+def test_a_measured_table_is_shown(path):
     report = json.loads(path.read_text())
     assert path.stem == slug(report)
-    assert render(report) in (ROOT / "README.md").read_text()
+    assert render(report) in (README if "kind" in report else CPU).read_text()
+
+
+def test_the_page_and_the_generated_parts_of_readme_are_of_today():
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    assert cpu_page(reports) == CPU.read_text()
+    assert filled(README.read_text(), reports) == README.read_text()

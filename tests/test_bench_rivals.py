@@ -2,7 +2,7 @@
 
 import json
 
-from bench.report import README, RESULTS, RIVALS, rivals_pages, slug
+from bench.report import RESULTS, RIVALS, slug
 from bench.rivals import libraries, table
 from bench.rivals.models import Size
 from bench.rivals.run import Worker, forget, read, run, summary
@@ -94,7 +94,6 @@ def test_the_models_are_sparse_and_the_same_in_every_process():
     assert encoder.build()(encoder.input(3)).shape == (1, 3, 16)
 
 
-def test_readme_and_the_page_show_the_stored_results():
-    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    readme = README.read_text(encoding="utf-8")
-    assert rivals_pages(reports, readme) == (readme, RIVALS.read_text(encoding="utf-8"))
+def test_the_page_shows_the_stored_results():
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("rivals-*.json"))]
+    assert table.page(reports) == RIVALS.read_text(encoding="utf-8")
