@@ -60,15 +60,21 @@ def grams(language: Language, tokens: str) -> dict[str, Tensor]:
     return {name: gram.matrix for name, gram in found.items()}
 
 
+def story_rows(data: Path, first: int, last: int) -> Tensor:
+    """The beginnings of those stories that are long enough, as tokens of the model of ``stories``."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(data / "ckpt_stories260K" / "hf")
+    texts = (data / "tinystories" / "tinystories_sample.txt").read_text("utf-8").split("<|endoftext|>")[first:last]
+    ids = [tokenizer(text.strip(), max_length=WINDOW, truncation=True)["input_ids"] for text in texts]
+    return torch.tensor([each for each in ids if len(each) == WINDOW])
+
+
 @functools.cache
 def stories(data: Path) -> Language:
     """A published Llama of 260 thousand parameters, on the stories it was trained on."""
     transformers = pytest.importorskip("transformers")
     folder = data / "ckpt_stories260K" / "hf"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = (data / "tinystories" / "tinystories_sample.txt").read_text("utf-8").split("<|endoftext|>")[:200]
-    ids = [tokenizer(text.strip(), max_length=WINDOW, truncation=True)["input_ids"] for text in texts]
-    rows = torch.tensor([each for each in ids if len(each) == WINDOW])
+    rows = story_rows(data, 0, 200)
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
     return Language(model.eval(), rows[32:64], rows[:32])
