@@ -206,6 +206,54 @@ def test_an_encoder(tmp_path, capsys, ratios):
     assert results(["bench", tmp_path / "out", "--tokens", 16, "--seconds", 0.01], capsys)["layers"]
 
 
+@pytest.fixture
+def lossy(ratios):
+    ratios |= {"int8": 4.0, **{f"2:4 {kind}": 5.0 for kind in ("int8", "int4", "nf4")}, "compressed": 1.5}
+    ratios |= {f"2:4 {kind}, float inputs": 1.0 for kind in ("int8", "int4", "nf4")}
+    ratios["2:4 nf4"] = ratios["2:4 int4"] = 6.0
+
+
+@pytest.mark.parametrize(("precision", "kinds"), [("int8", {"2:4 int8"}), ("int4", {"2:4 int4", "2:4 nf4"})])
+def test_a_lower_precision(pruned, tmp_path, capsys, lossy, precision, kinds):
+    out = tmp_path / "out"
+    found = results(["compress", pruned, "--out", out, "--tokens", 4, "--precision", precision], capsys)
+    decisions = {layer["name"]: layer["decision"] for layer in found["layers"]}
+    assert decisions.pop("lm_head") == "int8" and set(decisions.values()) <= kinds
+    assert 0 < found["change"]["error"] < 0.5 and all(layer["error"]["of"] == "outputs" for layer in found["layers"])
+    inspected = results(["inspect", out], capsys)
+    assert inspected["stored_bytes"] < inspected["dense_bytes"] * (0.5 if precision == "int4" else 0.7)
+    timed = results(["bench", out, "--tokens", 4, "--seconds", 0.01], capsys)
+    assert {layer["kind"] for layer in timed["layers"]} == {"QuantizedLinear24", "Int8Linear"}
+    code, text, _ = call(
+        ["compress", pruned, "--out", out, "--overwrite", "--tokens", 4, "--precision", precision], capsys
+    )
+    assert code == 0 and "15 lossy, of which decompress_ returns the rounded weights" in text
+
+
+def test_an_unknown_precision_is_refused(pruned, capsys):
+    code, line = refusal(["compress", pruned, "--precision", "int3"], capsys)
+    assert code == 2 and "int3" in line
+
+
+def test_a_lossy_layer_that_computes_something_else_is_refused(pruned, tmp_path, capsys, lossy):
+    import transformers
+
+    from sparsekit.cli import compress
+
+    results(["compress", pruned, "--out", tmp_path / "out", "--tokens", 4, "--precision", "int8"], capsys)
+    model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path / "out")).eval()
+    sk.load(model, tmp_path / "out" / "compressed.safetensors")
+    tokens, layer = torch.arange(4)[None], model.model.layers[0].mlp.up_proj
+    compress.check_same(model, torch.zeros(1), tokens, "compressed")
+    right = layer.reference
+    layer.reference = lambda x: 1.01 * right(x)
+    with pytest.raises(
+        RuntimeError, match=r"model\.layers\.0\.mlp\.up_proj of the compressed model computes something"
+    ):
+        compress.check_same(model, torch.zeros(1), tokens, "compressed")
+    assert not layer._forward_hooks
+
+
 def test_what_computes_something_else_is_refused(pruned, tmp_path, capsys, ratios):
     from sparsekit.cli import compress
 

@@ -126,12 +126,12 @@ def compressed(
     objective: Objective = "speed",
     precision: Precision | None = None,
 ) -> CompressReport:
-    """Compresses a model for passes of these numbers of tokens, and checks that its outputs stay the same.
+    """Compresses a model for passes of these numbers of tokens, and checks what it computes, as ``check_same`` does.
 
-    With a lower precision they change, and the report says by how much.
+    With a lower precision its outputs change, and the report says by how much.
 
     Raises:
-        RuntimeError: they differ by more than rounding, at full precision.
+        RuntimeError: it computes something else.
     """
     tokens = random_tokens(model, max(counts))
     expected = output_of(model, tokens)

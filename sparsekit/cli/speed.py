@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _timing
-from .._batches import Progress
+from .._batches import Progress, layer_input
 from .._layers import input_dim, is_transposed, shared_weight_reasons
 from .._timing import Timing, clock
 from ..compress import tune
@@ -47,17 +47,37 @@ def random_tokens(model: Any, count: int) -> Tensor:
 
 @torch.no_grad()
 def check_same(model: nn.Module, expected: Tensor, tokens: Tensor, what: str) -> None:
-    """Rejects a model that computes something else than the dense one; one with lossy layers may, to any extent.
+    """Rejects a model that computes something else than the dense one.
+
+    With lossy layers it may, so then every compressed layer is held to what it should compute, given the inputs that it
+    has in the model.
 
     Raises:
-        RuntimeError: its outputs differ by more than rounding.
+        RuntimeError: its outputs, or those of a layer, differ by more than rounding.
     """
-    if any(isinstance(module, Compressed) and module.lossy for module in model.modules()):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Compressed)}
+    if not any(layer.lossy for layer in layers.values()):
+        _check_close(output_of(model, tokens), expected, f"the {what} model")
         return
-    actual = output_of(model, tokens)
-    off = float((actual.float() - expected.float()).abs().max() / expected.float().abs().max())
-    if not off <= TOLERANCE[expected.dtype]:
-        raise RuntimeError(f"the {what} model computes something else: off by {off:.2g} of the largest output")
+
+    def check(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            _check_close(output, layer.reference(layer_input(args, kwargs)), f"{name} of the {what} model")
+
+        return hook
+
+    handles = [layer.register_forward_hook(check(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        output_of(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    off = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
+    if not off <= TOLERANCE[actual.dtype]:
+        raise RuntimeError(f"{what} computes something else: off by {off:.2g} of the largest output")
 
 
 def prepacked(model: nn.Module, tokens: int) -> nn.Module | None:
