@@ -31,6 +31,8 @@ SINGLE: dict[str, Callable[[nn.Linear, int], nn.Module]] = {
     "every layer prepacked": lambda linear, tokens: PrepackedLinear.from_linear(linear, tokens=tokens),
 }
 
+LOSSY = {"int8": 0.02, "int4": 0.1}  # precisions, and the relative error that each may have
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -53,7 +55,7 @@ def measure(tokens: int, budget: float) -> dict[str, Any]:
     """Returns one row: the times of all forms of the model in milliseconds, and what ``compress_`` chose.
 
     Raises:
-        AssertionError: two forms compute different results.
+        AssertionError: two forms compute different results, or one of lower precision has too large an error.
     """
     plain, x = sparse_model(), torch.randn(tokens, DIM)
     models: dict[str, nn.Module] = {"plain": plain, "compress_": copy.deepcopy(plain)}
@@ -65,9 +67,14 @@ def measure(tokens: int, budget: float) -> dict[str, Any]:
     expected = plain(x)
     for model in models.values():
         torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
+    exact = tuple(models)
+    for precision, error in LOSSY.items():
+        model = models[f"compress_ {precision}"] = copy.deepcopy(plain)
+        sk.compress_(model, x, precision=precision)
+        assert (model(x) - expected).norm() <= error * expected.norm()
     times = time_in_turns({name: (lambda model=model: model(x)) for name, model in models.items()}, budget, 15)
     found = medians(times)
-    best = min((name for name in models if name != "compress_"), key=lambda name: found[name])
+    best = min((name for name in exact if name != "compress_"), key=lambda name: found[name])
     return {
         "ms": {name: round(1e3 * seconds, 3) for name, seconds in found.items()},
         "least_ms": {name: round(1e3 * min(each), 3) for name, each in times.items()},
