@@ -15,7 +15,7 @@ help:
 	@echo 'make tiers      prune a small language model by progressive tiers, and compare with one-shot pruning'
 	@echo 'make test       run the test suite without slow tests (under 6 minutes on 2 cores)'
 	@echo 'make test-all   run the whole test suite (under 20 minutes)'
-	@echo 'make bench      time every op against its baselines, write bench/results/ (under 10 minutes)'
+	@echo 'make bench      time every op against its baselines, write bench/results/ (about 12 minutes)'
 	@echo 'make rivals     time whole models against ONNX Runtime, OpenVINO and torch.compile (about 30 minutes)'
 	@echo 'make gpu        on a machine with a GPU: build into $$(PYTHON) itself, measure (under 6 minutes), test'
 	@echo 'make lint       ruff format, ruff check, mypy'

@@ -5,6 +5,8 @@ import torch
 
 from .timing import MIN_ROUNDS, Calls, medians, ratio, time_in_turns
 
+SECONDS = 0.4  # of timing a row in one process
+
 
 @pytest.fixture(autouse=True)
 def _quiet():
@@ -32,7 +34,8 @@ def record(benchmark):
         shares: Mapping[str, float] | None = None,
         pause: float = 0.0,
     ) -> None:
-        times = time_in_turns({"own": call, **baselines}, least=3 if shares is not None else MIN_ROUNDS, pause=pause)
+        least = 3 if shares is not None else MIN_ROUNDS
+        times = time_in_turns({"own": call, **baselines}, SECONDS, least, pause)
         for key, share in (shares or {}).items():
             times[key] = [each / share for each in times[key]]
         seconds = medians(times)

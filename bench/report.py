@@ -84,7 +84,8 @@ def render(report: dict) -> str:
 def _head(report: dict) -> str:
     return (
         f"{report['device']}, {report['simd']}, {report['threads']} threads, torch {report['torch']}, "
-        f"commit {report['commit']}, {report['date']}; medians over {report['processes']} processes."
+        f"commit {report['commit']}, {report['date']}; "
+        + ("one process." if report["processes"] == 1 else f"medians over {report['processes']} processes.")
     )
 
 
