@@ -18,9 +18,9 @@ CASES = {
 
 
 def cases():
-    """A case for every target; one target in the short suite, since each takes a minute."""
+    """A case for every target; in the short suite those of one target, without variants: each target takes a minute."""
     return [
-        pytest.param(name, target, marks=[] if target == "sm_90" else [pytest.mark.slow])
+        pytest.param(name, target, marks=[pytest.mark.slow] if target != "sm_90" or case.variant or case.slow else [])
         for name, case in CASES.items()
         for target in case.targets
     ]
@@ -28,16 +28,16 @@ def cases():
 
 @pytest.fixture(scope="module")
 def compiled(request, tmp_path_factory):
-    """What the compilers found, by target and case, of the targets and the files that the chosen tests ask for."""
+    """What the compilers found, by target and case, of the targets and the cases that the chosen tests ask for."""
     params = [
         item.callspec.params
         for item in request.session.items
         if item.path == request.path and hasattr(item, "callspec")
     ]
     whole = any("every_target" in item.name for item in request.session.items)
-    targets, families = ({each[key].partition("/")[0] for each in params} for key in ("target", "name"))
+    targets, names = ({each[key] for each in params} for key in ("target", "name"))
     folder = tmp_path_factory.mktemp("compiled")
-    compilers = Compilers(folder, TARGETS) if whole else Compilers(folder, sorted(targets), sorted(families))
+    compilers = Compilers(folder, TARGETS) if whole else Compilers(folder, sorted(targets), sorted(names))
     yield compilers.found()
     compilers.close()
 

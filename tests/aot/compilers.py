@@ -19,11 +19,11 @@ class Compilers:
     Args:
         folder: for what they write.
         targets: the GPUs to compile for.
-        families: the files of cases to compile, such as ``"cases_nm"``; all for none.
+        names: the cases to compile, such as ``"cases_nm/mask24"``; all for none.
     """
 
-    def __init__(self, folder: Path, targets: Iterable[str], families: Iterable[str] = ()) -> None:
-        self._families = tuple(families)
+    def __init__(self, folder: Path, targets: Iterable[str], names: Iterable[str] = ()) -> None:
+        self._names = tuple(names)
         self._folder, self._running, self._closed = folder, set[subprocess.Popen[str]](), Event()
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._futures = {target: self._pool.submit(self._work, target) for target in targets}
@@ -44,7 +44,7 @@ class Compilers:
         out = self._folder / f"{target}.json"
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(self._folder / target)
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), target, str(out), *self._families]
+        command = [sys.executable, str(Path(__file__).with_name("worker.py")), target, str(out), *self._names]
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
             self._running.add(process)
             if self._closed.is_set():

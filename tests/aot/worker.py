@@ -96,15 +96,15 @@ def amd_widths(text):
     return widths
 
 
-def main(target, out, *families):
+def main(target, out, *names):
     driver.set_active(NoDriver(GPUS[target]))
     JITFunction.run = compile_only(JITFunction.run)
     launch = import_module("sparsekit.triton_kernels._launch")
     launch.architecture = lambda tensor: target
     results = {}
-    for family in families or FAMILIES:
+    for family in FAMILIES:
         for case in import_module(f"aot.{family}").CASES:
-            if target not in case.targets:
+            if target not in case.targets or (names and f"{family}/{case.name}" not in names):
                 continue
             compiled.clear()
             try:
