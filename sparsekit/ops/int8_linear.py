@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import call_op, check_like, check_weight, define, define_gradient, straight_through
+from .linear24q import gradients
 
 # Inputs are unsigned integers around a zero: with oneDNN on a CPU with VNNI from -127 to 127, else with fbgemm from -63
 # to 63. Its `vpmaddubsw` adds two products with weights of -127 to 127 in 16 bits. Of inputs from 0 to 127 they are at
@@ -185,8 +186,8 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_x = grad @ ctx.packed.to_dense().to(grad.dtype) if ctx.needs_input_grad[0] else None
-    grad_bias = torch.atleast_2d(grad).flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+    of_x, _, of_bias, _ = ctx.needs_input_grad
+    grad_x, grad_bias = gradients(grad, ctx.packed.to_dense if of_x else None, of_bias)
     return grad_x, None, grad_bias, None
 
 

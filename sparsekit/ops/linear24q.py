@@ -1,5 +1,7 @@
 """The linear layer on a quantized 2:4 weight."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,13 +35,19 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     values, scales, bitmask = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        numbers = dequantize(values, scales, ctx.cols, *ctx.kind)
-        grad_x = (grad.float() @ _unpack24(numbers, bitmask, ctx.cols)).to(grad.dtype)
-    if ctx.needs_input_grad[4]:
-        grad_bias = torch.atleast_2d(grad).flatten(0, -2).sum(0)
+
+    def weight() -> Tensor:
+        return _unpack24(dequantize(values, scales, ctx.cols, *ctx.kind), bitmask, ctx.cols)
+
+    of_x, _, _, _, of_bias, *_ = ctx.needs_input_grad
+    grad_x, grad_bias = gradients(grad, weight if of_x else None, of_bias)
     return grad_x, None, None, None, grad_bias, None, None
+
+
+def gradients(grad: Tensor, weight: Callable[[], Tensor] | None, of_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the gradients of ``x``, if its float32 weight is given, and of the bias of a product."""
+    grad_x = None if weight is None else (grad.float() @ weight()).to(grad.dtype)
+    return grad_x, torch.atleast_2d(grad).flatten(0, -2).sum(0) if of_bias else None
 
 
 define_gradient(_linear24q, _setup, _backward)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import call_op, check_weight, define, define_gradient, linear_fp32, straight_through
-from .linear24q import check_product
+from .linear24q import check_product, gradients
 from .quant24 import levels
 from .tiled24 import TiledWeight24, check_tiled24, split_tiles, tile_columns
 
@@ -58,11 +58,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     (tiles,) = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = (grad.float() @ TiledWeight24(tiles, *ctx.kind).to_dense()).to(grad.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = torch.atleast_2d(grad).flatten(0, -2).sum(0)
+    of_x, _, of_bias, *_ = ctx.needs_input_grad
+    weight = TiledWeight24(tiles, *ctx.kind).to_dense if of_x else None
+    grad_x, grad_bias = gradients(grad, weight, of_bias)
     return grad_x, None, grad_bias, None, None, None
 
 
@@ -78,19 +76,8 @@ def linear24q_int8(x: Tensor, packed: TiledWeight24, bias: Tensor | None = None)
     then both lanes. So the result is the same, bit for bit, for every kernel, number of threads and batch. All results
     of a token that has an Inf or a NaN are NaN.
 
-    Differentiable in ``x`` and ``bias``, as if ``x`` were not rounded.
-
-    Args:
-        x: ``[..., cols]``, float32, float16 or bfloat16, any strides.
-        packed: ``W``, ``[rows, cols]``, as ``tile24`` returns it, of any ``dtype``.
-        bias: ``[rows]`` in ``x``'s dtype, or None.
-
-    Returns:
-        ``[..., rows]`` in ``x``'s dtype.
-
-    Raises:
-        TypeError: a wrong dtype, or dtypes that differ.
-        ValueError: shapes that do not fit together, or two devices.
+    Differentiable in ``x`` and ``bias``, as if ``x`` were not rounded. Arguments, result and errors are those of
+    ``linear24q``, except that ``packed`` is ``W`` as ``tile24`` returns it.
     """
     check_weight("x", x)
     check_tiled24(packed, x)
