@@ -10,10 +10,11 @@ from layer_kinds import EVERY, KINDS, FloatInputs, make
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.nn import ArrangedLinear24, Linear24, QuantizedLinear24, TieredLinear
+from sparsekit.nn import ArrangedLinear24, Int8Linear, Linear24, QuantizedLinear24, TieredLinear
 from sparsekit.ops import backends
 
 COMPILED = pytest.mark.skipif(backends()["linear24"]["cpu"] == "reference", reason="needs the compiled extension")
+EACH_LOSSY = pytest.mark.parametrize("kind", [QuantizedLinear24, FloatInputs, Int8Linear])
 EACH_SPARSE = pytest.mark.parametrize("kind", [Linear24, TieredLinear], ids=["linear24", "tiered"])
 
 
@@ -109,6 +110,17 @@ def test_a_weight_that_was_broken_by_hand_is_named(kind, name, change, error):
     layer = make(kind)[0]
     setattr(layer, name, nn.Parameter(change(layer.get_parameter(name))))
     with pytest.raises(error, match=f"{name}|bitmask"):
+        layer(torch.randn(3, 80))
+
+
+@EACH_LOSSY
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.double, torch.Tensor.half, lambda bias: bias[:-1], lambda bias: bias[:1]]
+)
+def test_a_bias_that_was_broken_by_hand_is_named(kind, change):
+    layer = make(kind)[0]
+    layer.bias = nn.Parameter(change(layer.bias))
+    with pytest.raises((TypeError, ValueError), match="bias must"):
         layer(torch.randn(3, 80))
 
 

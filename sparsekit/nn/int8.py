@@ -86,6 +86,8 @@ class Int8Linear(Rearranged):
         packed, bias = self.packed, self._parameters["bias"]
         if packed.packed is None or not input.is_cpu or input.dtype != self.dtype:
             return None
+        if bias is not None and (bias.dtype != input.dtype or bias.shape != packed.scales.shape):
+            return None
         with torch._C._AutoDispatchBelowAutograd():
             return multiply_packed(input, packed, bias)
 
