@@ -42,11 +42,19 @@ struct KeyBytes {
   // Which byte comes where is not said: they are only counted.
   void reduce(const int32_t* keys, int64_t count, int8_t* bytes) const {
 #if defined(SPARSEKIT_AVX512)
-    for (int64_t i = 0; i < count; i += 16) {
+    const auto sixteen = [&](int64_t i) {
       const __m512i above = _mm512_sub_epi32(load(keys + i), _mm512_set1_epi32(center));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + i),
-                       _mm512_cvtsepi32_epi8(_mm512_srav_epi32(above, _mm512_set1_epi32(shift))));
+      return _mm512_srav_epi32(above, _mm512_set1_epi32(shift));
+    };
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) {
+      const __m512i low = _mm512_packs_epi32(sixteen(i), sixteen(i + 16));
+      const __m512i high = _mm512_packs_epi32(sixteen(i + 32), sixteen(i + 48));
+      store(bytes + i, _mm512_packs_epi16(low, high), false);
     }
+    if (i < count)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + i),
+                          _mm512_cvtsepi16_epi8(_mm512_packs_epi32(sixteen(i), sixteen(i + 16))));
 #elif defined(SPARSEKIT_AVX2)
     for (int64_t i = 0; i < count; i += 32) {
       const auto eight = [&](int j) {

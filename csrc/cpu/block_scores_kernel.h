@@ -104,6 +104,21 @@ class StripTotals {
   std::unique_ptr<float[]> sums_;
 };
 
+// Adds the scores of one row of a strip to `total`, part by part, and fetches the same part of the next row into the
+// second-level cache: a matrix that lies in memory takes a third longer if that is left to the hardware.
+template <class T>
+void add_strip_row(const BlockScoresArgs& a, const BlockStrip& strip, int64_t row, float* total) {
+  constexpr int64_t kPart = 512;
+  const T* weight = static_cast<const T*>(a.weight) + row * a.weight_stride + strip.left;
+  float floats[kPart];
+  for (int64_t i = 0; i < strip.cols; i += kPart) {
+    const int64_t cols = std::min(kPart, strip.cols - i), col = strip.left + i;
+    for (int64_t j = 0; j < cols; j += 64 / sizeof(T)) __builtin_prefetch(weight + a.weight_stride + i + j, 0, 2);
+    add_row(as_floats(weight + i, floats, cols), a.scale ? a.scale + col : nullptr,
+            a.mask ? a.mask + row * a.cols + col : nullptr, total + i, cols);
+  }
+}
+
 }  // namespace
 
 void block_scores(const BlockScoresArgs& a, int64_t begin, int64_t end) {
@@ -111,15 +126,11 @@ void block_scores(const BlockScoresArgs& a, int64_t begin, int64_t end) {
   const int64_t blocks = std::min(blocks_across, std::max<int64_t>(1, kStripEntries / a.block_cols));
   const int64_t width = blocks * a.block_cols;
   StripTotals totals(width);
-  const std::unique_ptr<float[]> floats(new float[width]);
   dispatch(a.dtype, [&]<class T>(T*) {
     for_strips(a, begin, end, blocks, [&](const BlockStrip& strip) {
       totals.clear(strip.cols, strip.blocks(a.block_cols) * a.block_cols);
-      for (int64_t row = strip.top; row < strip.top + strip.rows; ++row) {
-        const T* weight = static_cast<const T*>(a.weight) + row * a.weight_stride + strip.left;
-        add_row(as_floats(weight, floats.get(), strip.cols), a.scale ? a.scale + strip.left : nullptr,
-                a.mask ? a.mask + row * a.cols + strip.left : nullptr, totals.sums(), strip.cols);
-      }
+      for (int64_t row = strip.top; row < strip.top + strip.rows; ++row)
+        add_strip_row<T>(a, strip, row, totals.sums());
       totals.score(strip, a.block_rows, a.block_cols,
                    a.scores + strip.top / a.block_rows * blocks_across + strip.left / a.block_cols);
     });

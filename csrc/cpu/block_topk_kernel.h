@@ -15,16 +15,13 @@ inline void store_bits(const uint64_t* bits, bool* mask, int64_t cols) {
   for (; i < cols; ++i) mask[i] = bits[i / 64] >> i % 64 & 1;
 }
 
-// Stores 16 bits as bytes for each of `rows` rows.
-inline void store_rows16(const uint32_t* bits, int64_t rows, bool* mask, int64_t stride) {
-  for (int64_t row = 0; row < rows; row += 2, mask += 2 * stride) {
-#if defined(SPARSEKIT_AVX2) || defined(SPARSEKIT_AVX512)
-    const __m256i both = mask_bytes(bits[row / 2]);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(mask), _mm256_castsi256_si128(both));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(mask + stride), _mm256_extracti128_si256(both, 1));
-#else
-    for (int i = 0; i < 32; ++i) mask[i / 16 * stride + i % 16] = bits[row / 2] >> i & 1;
-#endif
+// Copies the bits of one row of `blocks` blocks of 16 columns, all of which are top-k blocks.
+inline void copy_rows16(const StripTopk& topk, int64_t row, int64_t blocks, uint64_t* kept) {
+  for (int64_t block = 0; block < blocks; block += 4) {
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < std::min<int64_t>(4, blocks - block); ++i)
+      bits |= uint64_t{topk.kept_bits(block + i)[row / 2] >> row % 2 * 16 & 0xffff} << 16 * i;
+    kept[block / 4] = bits;
   }
 }
 
@@ -34,14 +31,13 @@ void topk_strip(const BlockTopkArgs& a, const BlockStrip& strip, StripTopk& topk
   for (int64_t block = 0; block < strip.blocks(a.block_cols); ++block) topk.add(block);
   topk.choose<T, kCols>(strip, false);
   bool* mask = a.mask + strip.top * a.cols + strip.left;
-  if (kCols == 16 && strip.cols % 16 == 0 && strip.rows % 2 == 0) {
-    for (int64_t block = 0; block < strip.cols / 16; ++block)
-      store_rows16(topk.kept_bits(block), strip.rows, mask + block * 16, a.cols);
-    return;
-  }
   for (int64_t row = 0; row < strip.rows; ++row, mask += a.cols) {
-    std::fill_n(kept, (strip.cols + 63) / 64, 0);
-    topk.add_kept_bits<kCols>(strip, row, kept);
+    if (kCols == 16 && strip.cols % 16 == 0) {
+      copy_rows16(topk, row, strip.cols / 16, kept);
+    } else {
+      std::fill_n(kept, (strip.cols + 63) / 64, 0);
+      topk.add_kept_bits<kCols>(strip, row, kept);
+    }
     store_bits(kept, mask, strip.cols);
   }
 }

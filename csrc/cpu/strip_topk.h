@@ -161,8 +161,10 @@ class StripTopk {
       __builtin_prefetch(weight + blocks_ * a_.block_cols, 0, 2);  // the next strip, into the second-level cache
       if (scale)
         load_scaled_keys(weight, scale, keys, cols);
+      else if (kCols > 0 && cols == kCols)
+        load_keys(weight, keys, kCols);
       else
-        load_keys(weight, keys, cols == kCols ? kCols : cols);
+        load_keys(weight, keys, cols);
     }
   }
   int64_t cols_of(const BlockStrip& strip, int64_t i) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dequantize24.h"
+#include "lanes.h"
 #include "tile_lanes.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
@@ -44,7 +45,7 @@ struct RowOfTile {
       const uint64_t entries = kKeptEntries[bits[2 * step]] | uint64_t{kKeptEntries[bits[2 * step + 1]]} << 32;
       index |= entries << 2 * step;
     }
-    std::memcpy(tile + kIndexAt + 8 * stored, &index, 8);
+    store_bytes(tile + kIndexAt + 8 * stored, index, 8);
     for (int step = 0; step < kSteps; ++step) {
       if constexpr (type == QuantType::Int8) {
         std::memcpy(tile + kCodesAt + 64 * step + 8 * stored, codes + 8 * step, 8);
