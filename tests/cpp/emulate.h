@@ -111,6 +111,13 @@ inline simde__m512i widen_bytes(__m128i from) {
   return vector<simde__m512i>(result);
 }
 
+inline simde__m512 to_floats(simde__m512i from) {
+  const auto x = lanes<int32_t>(from);
+  std::array<float, 16> result;
+  std::copy(x.begin(), x.end(), result.begin());
+  return vector<simde__m512>(result);
+}
+
 template <class Vector>
 Vector multiply_pairs(Vector a, Vector b) {
   const auto x = lanes<int16_t>(a), y = lanes<int16_t>(b);
@@ -181,6 +188,11 @@ Vector add_products(Vector sums, Vector a, Vector b) {
 #define _mm512_reduce_add_ps(a) emulated::sum(a)
 #undef _mm512_cvtepi8_epi32
 #define _mm512_cvtepi8_epi32(a) emulated::widen_bytes(a)
+#undef _mm512_cvtepi32_ps
+#define _mm512_cvtepi32_ps(a) emulated::to_floats(a)
+#undef _mm512_extractf32x8_ps
+#define _mm512_extractf32x8_ps(a, half) \
+  _mm256_castsi256_ps(simde_mm512_extracti64x4_epi64(simde_mm512_castps_si512(a), half))
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) emulated::multiply_pairs<simde__m512i>(a, b)
 #undef _mm512_dpbusd_epi32
