@@ -74,6 +74,7 @@ Packages
     prune                        What a pruning method of your own is made of: ``Method`` and the statistics.
     compress                     The entries of a ``CompressReport``.
     train                        The entries of a ``SparseTraining``.
+    runs                         A folder for a training run, which goes on exactly where it was killed.
 
 About this installation
     show_config                  Prints versions, which kernel runs each op, and what is missing.
@@ -83,7 +84,7 @@ About this installation
 """
 
 from . import _installed as _installed  # refuses to run beside another project that is called sparsekit
-from . import compress, nn, ops, prune, tiers, train
+from . import compress, nn, ops, prune, runs, tiers, train
 from ._config import show_config
 from ._version import VERSION as __version__
 from .checkpoint import load, save
@@ -178,6 +179,7 @@ __all__ = [
     "prune_pack24",
     "quantize24",
     "reestimate_batchnorm_",
+    "runs",
     "save",
     "show_config",
     "sparse_training_",

@@ -18,8 +18,13 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
         file.write(text.encode())
 
 
-def to_json(data: Any) -> str:
-    """Returns indented JSON that every reader accepts: NaN and infinities, which JSON does not have, become null."""
+def to_json(data: Any, indent: int | None = 2) -> str:
+    """Returns JSON that every reader accepts: NaN and infinities, which JSON does not have, become null.
+
+    Args:
+        data: nested dicts, lists and tuples of plain values.
+        indent: spaces of each level, or None for one line.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -28,7 +33,7 @@ def to_json(data: Any) -> str:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(plain(data), indent=2, allow_nan=False)
+    return json.dumps(plain(data), indent=indent, allow_nan=False)
 
 
 def parse_json(text: str) -> Any:

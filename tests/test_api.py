@@ -15,7 +15,10 @@ import pytest
 import sparsekit as sk
 
 SNAPSHOT = Path(__file__).with_name("api.txt")
-PACKAGES = ("sparsekit", *(f"sparsekit.{name}" for name in ("ops", "nn", "prune", "train", "compress", "tiers")))
+PACKAGES = (
+    "sparsekit",
+    *(f"sparsekit.{name}" for name in ("ops", "nn", "prune", "train", "compress", "tiers", "runs")),
+)
 METHODS = (staticmethod, classmethod, type(lambda: None))
 PROPERTIES = (property, functools.cached_property)
 

@@ -52,6 +52,7 @@ LAYERS = [
         "sparsekit._optimizers",
     ],
     ["sparsekit.nn", "sparsekit._replace"],
+    ["sparsekit.runs"],
     ["sparsekit.prune", "sparsekit.compress", "sparsekit.checkpoint", "sparsekit.train"],
     ["sparsekit.tiers"],
     ["sparsekit"],
@@ -125,7 +126,7 @@ def test_the_modules_are_found():
     assert [layer(name) for name in ("sparsekit._native", "sparsekit.ops.nm", "sparsekit.prune.prune_model")] == [
         0,
         1,
-        4,
+        5,
     ]
     assert "sparsekit.ops" in importing(lambda name, target: target == "sparsekit.ops._kernels")
 

@@ -1,0 +1,55 @@
+"""The position of a run in its data, and batches whose order depends on the seed and the epoch alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Position:
+    """The place in the data from which a run goes on.
+
+    Args:
+        epoch: the epochs that are complete.
+        batch: the batches of the next epoch that are complete.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("epoch", self.epoch), ("batch", self.batch)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+
+
+def epoch_batches(
+    count: int, batch_size: int, *, seed: int = 0, epoch: int = 0, rank: int = 0, ranks: int = 1
+) -> list[list[int]]:
+    """Returns the indices of each batch of an epoch, shuffled the same in every process.
+
+    Args:
+        count: the number of samples.
+        batch_size: samples of a batch of all processes together; the last batch is left out if it is smaller, so that
+            all batches weigh the same.
+        seed: chooses the order, together with ``epoch``. The global random state is neither used nor changed.
+        epoch: the number of the epoch.
+        rank: the process whose part of each batch is returned.
+        ranks: the number of processes, a divisor of ``batch_size``.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    if not 0 < batch_size <= count:
+        raise ValueError(f"batch_size must be from 1 to the number of samples, {count}, got {batch_size}")
+    if batch_size % ranks:
+        raise ValueError(f"batch_size must be a multiple of the number of processes, {ranks}, got {batch_size}")
+    order = torch.randperm(count, generator=generator_of(seed, epoch), device="cpu").tolist()
+    return [order[start + rank : start + batch_size : ranks] for start in range(0, count - batch_size + 1, batch_size)]
+
+
+def generator_of(seed: int, epoch: int) -> torch.Generator:
+    """Returns a generator on the CPU for an epoch; its draws have nothing in common with those of other epochs."""
+    both = torch.Generator("cpu").manual_seed(seed)
+    start = int(torch.randint(2**62, (), generator=both, device="cpu", dtype=torch.int64))
+    return torch.Generator("cpu").manual_seed((start + epoch) % 2**63)

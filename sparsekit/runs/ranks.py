@@ -1,0 +1,44 @@
+"""The processes of a run: what the first one does, and what all others learn of it."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Returns the rank of this process and the number of processes; 0 and 1 without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """Returns in every process what ``work`` returned in the first one, which alone calls it.
+
+    Raises:
+        Exception: what ``work`` raised, in every process.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return work()
+    said: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            said[0] = work()
+        except Exception as error:
+            said[1] = error
+    dist.broadcast_object_list(said)
+    if said[1] is not None:
+        raise said[1]
+    return said[0]
+
+
+def gather(value: T) -> list[T]:
+    """Returns the values of all processes in the order of their ranks."""
+    _, size = rank_and_size()
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,331 @@
+"""The run frame itself: opens the folder of a run, records, stores states, and goes on from the last one."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from .._json import check_call, parse_json, to_json, write_json
+from .position import Position, epoch_batches, generator_of
+from .random_states import get_random_states, set_random_states
+from .ranks import from_first, gather, rank_and_size
+from .state import StoredState, read_state, stored_states, write_state
+from .status import State, new_status, read_status
+
+HEARTBEAT = 1.0  # seconds between two writes of status.json
+
+
+class Stateful(Protocol):
+    """The part of a run that has a state: a model, an optimizer, a schedule, a scaler, an averaged model."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+class Tracker(Protocol):
+    """The receiver of a copy of all records, such as an ``Accelerator`` of accelerate."""
+
+    def log(self, values: dict[str, Any], *, step: int) -> Any: ...
+
+
+class Run:
+    """A training run in a folder of its own; killed anywhere and started again, it goes on exactly.
+
+    ::
+
+        with Run.open("output/first", config, steps=1000) as run:
+            run.restore(model=model, optimizer=optimizer)
+            for indices in run.batches(len(data), 32, epochs=10):
+                ...
+                run.record(loss=loss.item())
+                if run.step % 100 == 0:
+                    run.save()
+            run.finish({"loss": loss.item()})
+
+    In one process on a CPU, losses and weights are bit for bit those of a run that was never killed. All processes of
+    torch.distributed call the same methods; the first one writes. The folder holds ``config.json``, ``metrics.jsonl``,
+    ``status.json``, ``log.txt``, ``state/step-N/``, ``samples/`` and, after ``finish``, ``result.json``; nothing in it
+    is unpickled. An exception in the block sets the state ``"failed"``, is written to the log and raised again.
+    """
+
+    def __init__(self, folder: Path, steps: int | None, tracker: Tracker | None) -> None:
+        self.folder = folder
+        self.step = 0
+        self.position = Position()
+        self._steps, self._tracker = steps, tracker
+        self._rank, self._size = rank_and_size()
+        self._parts: dict[str, Stateful] = {}
+        self._restored = False
+        self._ended: State | None = None
+        self._beat = 0.0
+        self._since: tuple[float, int] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike[str] | None,
+        config: Mapping[str, Any],
+        *,
+        steps: int | None = None,
+        tracker: Tracker | None = None,
+    ) -> "Run":
+        """Opens the folder of a run, or makes it.
+
+        Args:
+            folder: the folder; None makes a new one, ``output/DATE/TIME``, that the first process chooses for all.
+            config: all that the run depends on, as JSON has it. A folder goes on only with the same.
+            steps: the steps that the run will have, for the time left.
+            tracker: what also gets each record, by ``log(values, step=step)``, as accelerate's ``Accelerator`` does.
+
+        Raises:
+            TypeError: the config holds what JSON does not have.
+            ValueError: the folder holds a run of another config (the message names the keys that differ), or no run.
+            RuntimeError: another process runs it.
+        """
+        try:
+            plain = json.loads(json.dumps(config, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"config must hold what JSON has: {error}") from error
+        if not isinstance(plain, dict):
+            raise TypeError(f"config must be a mapping, got {type(config).__name__}")
+        path = from_first(lambda: _prepare(None if folder is None else Path(folder), plain))
+        run = cls(path, steps, tracker)
+        run._write_status("running")
+        return run
+
+    @property
+    def result(self) -> Any:
+        """What ``finish`` was given, also by an earlier process; None before that."""
+        path = self.folder / "result.json"
+        try:
+            return parse_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{path} is not the result of a run: {error}") from error
+
+    def restore(self, **parts: Stateful) -> bool:
+        """Names what the state of the run consists of, and sets it to the last stored state; is called once.
+
+        A state that cannot be read is passed over for the one before it, and the log says so. Records after the state
+        are cut off.
+
+        Args:
+            parts: the model, optimizer, schedule and so on, by names that are the names of their files.
+
+        Returns:
+            Whether there was a state.
+
+        Raises:
+            ValueError: there are states but none can be read, or the last one is of other parts or another number of
+                processes.
+        """
+        if any(name.startswith("state") for name in parts):
+            raise ValueError(f"no part can have a name that begins with 'state', got {', '.join(parts)}")
+        self._parts, self._restored = dict(parts), True
+        path = from_first(self._last_readable)
+        state = None if path is None else read_state(path)
+        if state is not None:
+            self._load(state, path)
+        if self._rank == 0:
+            _cut(self.folder / "metrics.jsonl", 0 if state is None else state.metrics)
+        self._since = time.monotonic(), self.step
+        self._write_status("running")
+        return state is not None
+
+    def save(self) -> None:
+        """Stores the state after the step that was just made, whole or not at all; the last two are kept.
+
+        Raises:
+            RuntimeError: ``restore`` was not called, so that it is not known what the state consists of.
+            OSError: it cannot be written.
+        """
+        if not self._restored:
+            raise RuntimeError("call restore(model=..., ...) before save(): it names what the state consists of")
+        random = gather(get_random_states())
+
+        def write() -> None:
+            parts = {name: part.state_dict() for name, part in self._parts.items()}
+            metrics = self.folder / "metrics.jsonl"
+            with open(metrics, "ab") as file:  # what the state counts on is on the disk before it
+                os.fsync(file.fileno())
+            state = StoredState(self.step, self.position, metrics.stat().st_size, parts, random)
+            write_state(self.folder / "state", state)
+
+        from_first(write)
+        self._write_status("running")
+
+    def record(self, **values: Any) -> None:
+        """Appends one line to ``metrics.jsonl``, the step first, and gives the same to the tracker.
+
+        Values are as JSON has them, so a tensor is given as ``loss.item()``; NaN and infinities become null.
+        """
+        if self._rank == 0:
+            line = to_json({"step": self.step, **values}, indent=None)
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            if self._tracker is not None:
+                self._tracker.log(values, step=self.step)
+        self._heartbeat()
+
+    def log(self, text: str) -> None:
+        """Appends lines to ``log.txt``, with the time and, where there are several processes, the rank."""
+        who = f" rank {self._rank}" if self._size > 1 else ""
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}{who} {text.rstrip()}\n")
+
+    def batches(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        epochs: int,
+        seed: int = 0,
+        load: Callable[[list[list[int]]], Iterable[Any]] = iter,
+    ) -> Iterator[Any]:
+        """Yields the batches from the position of the run on, and counts a step for each.
+
+        Args:
+            count: the number of samples.
+            batch_size: samples of a batch of all processes together; see ``epoch_batches``.
+            epochs: the epochs of the whole run.
+            seed: chooses the order, together with the epoch.
+            load: makes batches of lists of indices, such as
+                ``lambda order: DataLoader(data, batch_sampler=order, num_workers=2)``. Random changes to samples that
+                worker processes make are exact after a kill only if they depend on the sample and the epoch alone.
+        """
+        while self.position.epoch < epochs:
+            epoch = self.position.epoch
+            order = epoch_batches(count, batch_size, seed=seed, epoch=epoch, rank=self._rank, ranks=self._size)
+            before = torch.get_rng_state()
+            torch.set_rng_state(generator_of(seed, epoch).get_state())  # a DataLoader draws the seed of its workers
+            rest = iter(load(order[self.position.batch :]))
+            torch.set_rng_state(before)
+            for batch in rest:
+                self.position = replace(self.position, batch=self.position.batch + 1)
+                if self.position.batch == len(order):
+                    self.position = Position(epoch + 1)
+                self.step += 1
+                self._heartbeat()
+                yield batch
+            if self.position.epoch == epoch:
+                raise ValueError(f"load must give a batch for each list of indices, got too few of {len(order)}")
+
+    def finish(self, result: Mapping[str, Any] | None = None) -> None:
+        """Writes ``result.json``, whole or not at all, and sets the state ``"finished"``."""
+        self._ended = "finished"
+        if self._rank == 0:
+            write_json(self.folder / "result.json", dict(result or {}))
+        self._write_status("finished")
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            with suppress(OSError):  # the error itself is raised, not that the disk is full
+                self.log("".join(traceback.format_exception(kind, error, trace)))
+                self._write_status("failed", every_rank=True)
+        elif self._ended is None:
+            done = error is None and (self._steps is None or self.step >= self._steps)
+            self._write_status("finished" if done else "stopped")
+
+    def _last_readable(self) -> Path | None:
+        """Returns the last state that can be read; None if there is none at all."""
+        reasons = []
+        for path in stored_states(self.folder / "state"):
+            try:
+                read_state(path)
+            except ValueError as error:
+                reasons.append(str(error))
+                self.log(f"passed over {path.name}: {error}")
+            else:
+                return path
+        if reasons:
+            raise ValueError(f"cannot go on with {self.folder}: no stored state can be read: {reasons[0]}")
+        return None
+
+    def _load(self, state: StoredState, path: Path | None) -> None:
+        if state.parts.keys() != self._parts.keys():
+            raise ValueError(f"{path} holds {', '.join(state.parts)}, and this run has {', '.join(self._parts)}")
+        if len(state.random) != self._size:
+            raise ValueError(f"{path} is of {len(state.random)} processes, and this run has {self._size}")
+        for name, part in self._parts.items():
+            part.load_state_dict(state.parts[name])
+        self.step, self.position = state.step, state.position
+        set_random_states(state.random[self._rank])
+        if self._rank == 0:
+            self.log(f"goes on after step {self.step}")
+
+    def _heartbeat(self) -> None:
+        if time.monotonic() - self._beat >= HEARTBEAT:
+            self._write_status("running")
+
+    def _write_status(self, state: State, every_rank: bool = False) -> None:
+        if self._rank and not every_rank:
+            return
+        now = self._beat = time.monotonic()
+        rate = None
+        if self._since is not None and self.step > self._since[1]:
+            rate = (self.step - self._since[1]) / (now - self._since[0])
+        new_status(state, self.step, self._steps, rate).write(self.folder)
+
+
+def _prepare(folder: Path | None, config: dict[str, Any]) -> Path:
+    """Makes the folder of a run with its config, or checks that it holds a run of the same config."""
+    folder = _new_default() if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            known = parse_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not the config of a run: {error}") from error
+        check_call(path, known, config)
+        _check_alone(folder)
+    elif other := next((each.name for each in folder.iterdir() if not each.name.startswith(".")), None):
+        raise ValueError(f"{folder} holds no run, but {other}: name another folder")
+    else:
+        write_json(path, config)
+    for name in ("state", "samples"):
+        (folder / name).mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "log.txt"):
+        (folder / name).touch()
+    return folder
+
+
+def _check_alone(folder: Path) -> None:
+    status = read_status(folder)
+    if status is not None and status.state == "running" and status.process != os.getpid() and status.is_alive():
+        raise RuntimeError(f"{folder} is being run by process {status.process}: wait for it, or name another folder")
+
+
+def _new_default() -> Path:
+    """Makes ``output/DATE/TIME``, with a number at the end if another run has just taken that name."""
+    now = datetime.now()
+    for number in range(sys.maxsize):
+        folder = Path("output", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}" + (f"-{number}" if number else ""))
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError
+
+
+def _cut(path: Path, size: int) -> None:
+    """Cuts the records off that were written after ``size`` bytes, and what a crash of the machine left of a line."""
+    with open(path, "r+b") as file:
+        known = file.read(size)
+        file.truncate(known.rfind(b"\n") + 1)

@@ -1,0 +1,94 @@
+"""The status of a run, which another process can read at any time, and whether its process still runs."""
+
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from .._json import parse_json, write_json
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass
+class Status:
+    """The content of ``status.json``.
+
+    Args:
+        state: ``"running"`` (also after a kill: see ``is_alive``), ``"finished"``, ``"stopped"`` before its last step,
+            or ``"failed"``.
+        step: the steps that were begun.
+        steps: of how many, or None if that is not known.
+        rate: steps a second since this process began or went on, or None before its first step.
+        left: seconds that the other steps take at this rate, or None.
+        host: the name of the machine.
+        process: the id of the process that writes this.
+        process_started: when that process started, in clock ticks after the boot of the machine; it tells the process
+            from a later one with the same id. None where the system does not say.
+        heartbeat: when this was written, in seconds since 1970.
+    """
+
+    state: State
+    step: int
+    steps: int | None
+    rate: float | None
+    left: float | None
+    host: str
+    process: int
+    process_started: int | None
+    heartbeat: float
+
+    def is_alive(self) -> bool:
+        """Returns whether the process that wrote this runs on this machine, and is not a later one with its id."""
+        if self.host != socket.gethostname():
+            return False
+        if self.process_started is not None:
+            return process_started(self.process) == self.process_started
+        return self.process == os.getpid()
+
+    def write(self, folder: Path) -> None:
+        """Writes ``status.json``, whole or not at all."""
+        write_json(folder / "status.json", asdict(self))
+
+
+def new_status(state: State, step: int, steps: int | None, rate: float | None) -> Status:
+    """Returns the status of a run of this process, now."""
+    others = None if steps is None else max(0, steps - step)
+    left = 0.0 if others == 0 else others / rate if others and rate else None
+    started = process_started(os.getpid())
+    return Status(state, step, steps, rate, left, socket.gethostname(), os.getpid(), started, time.time())
+
+
+def read_status(folder: str | os.PathLike[str]) -> Status | None:
+    """Reads the status of the run in a folder; returns None if there is none.
+
+    Raises:
+        ValueError: ``status.json`` is something else; the message names it.
+    """
+    path = Path(folder) / "status.json"
+    try:
+        data = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.keys() != {each.name for each in fields(Status)}:
+            raise ValueError("it does not have the keys of a status")
+        if data["state"] not in get_args(State) or type(data["process"]) is not int:
+            raise ValueError(f"its state is {data['state']!r} and its process {data['process']!r}")
+        return Status(**data)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not the status of a run: {error}") from error
+
+
+def process_started(process: int) -> int | None:
+    """Returns when a process started, in clock ticks after the boot; None if it does not run, or is not known.
+
+    A process that has ended and whose parent has not asked for its exit status does not run.
+    """
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *rest = text.rpartition(")")[2].split()  # the name before it, in parentheses, may hold anything
+    return None if state in "ZX" else int(rest[18])
