@@ -151,7 +151,8 @@ def test_the_state_before_a_torn_one_is_used(tmp_path, how):
     spoil(tmp_path, how)
     run, part = run_steps(tmp_path, 2)
     assert (run.step, part.value, len(records(tmp_path))) == (2, 3, 2)
-    assert "passed over step-4" in (tmp_path / "log.txt").read_text()
+    assert "removed step-4: " in (tmp_path / "log.txt").read_text()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-2"]
 
 
 def hostile(folder, data, tensors=None):
@@ -275,3 +276,31 @@ def test_processes_agree_on_the_default_folder(tmp_path, monkeypatch, ranks):
     assert all("it differs in data" in str(error) for error in errors)
     with Run.open(first, CONFIG) as run, pytest.raises(ValueError, match="is of 2 processes, and this run has 1"):
         run.restore(part=Part())
+
+
+def test_the_loader_gives_a_batch_for_each_list(tmp_path):
+    with Run.open(tmp_path, {}) as run, pytest.raises(ValueError, match="got fewer than 3"):
+        list(run.batches(6, 2, epochs=1, load=lambda order: order[:-1]))
+    run = Run.open(tmp_path, {})
+    with pytest.raises(ValueError, match="got more than 3"):
+        list(run.batches(6, 2, epochs=1, load=lambda order: order * 2))
+
+
+def test_a_tracker_gets_each_record(tmp_path):
+    class Tracker:
+        def log(self, values, *, step):
+            got.append((step, values))
+
+    got = []
+    run = Run.open(tmp_path, {}, tracker=Tracker())
+    for _ in run.batches(2, 1, epochs=1):
+        run.record(loss=0.5)
+    assert got == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"state": "running"}', "\x00" * 9])
+def test_a_foreign_status_is_refused(tmp_path, text):
+    assert read_status(tmp_path) is None
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(ValueError, match=r"status\.json is not the status of a run: "):
+        read_status(tmp_path)

@@ -49,7 +49,7 @@ def epoch_batches(
 
 
 def generator_of(seed: int, epoch: int) -> torch.Generator:
-    """Returns a generator on the CPU for an epoch; its draws have nothing in common with those of other epochs."""
+    """Returns a generator on the CPU whose draws depend on the seed and the epoch alone."""
     both = torch.Generator("cpu").manual_seed(seed)
     start = int(torch.randint(2**62, (), generator=both, device="cpu", dtype=torch.int64))
     return torch.Generator("cpu").manual_seed((start + epoch) % 2**63)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -116,16 +117,16 @@ class Run:
             raise ValueError(f"{path} is not the result of a run: {error}") from error
 
     def restore(self, **parts: Stateful) -> bool:
-        """Names what the state of the run consists of, and sets it to the last stored state; is called once.
+        """Sets the parts of the run to the last stored state; is called once, before the first step.
 
-        A state that cannot be read is passed over for the one before it, and the log says so. Records after the state
-        are cut off.
+        A state that cannot be read gives way to the one before it and is removed, and the log says so. Records after
+        the state are cut off.
 
         Args:
             parts: the model, optimizer, schedule and so on, by names that are the names of their files.
 
         Returns:
-            Whether there was a state.
+            Whether there was a state; if not, the parts are unchanged.
 
         Raises:
             ValueError: there are states but none can be read, or the last one is of other parts or another number of
@@ -154,9 +155,9 @@ class Run:
         if not self._restored:
             raise RuntimeError("call restore(model=..., ...) before save(): it names what the state consists of")
         random = gather(get_random_states())
+        parts = {name: part.state_dict() for name, part in self._parts.items()}  # which may talk to other processes
 
         def write() -> None:
-            parts = {name: part.state_dict() for name, part in self._parts.items()}
             metrics = self.folder / "metrics.jsonl"
             with open(metrics, "ab") as file:  # what the state counts on is on the disk before it
                 os.fsync(file.fileno())
@@ -204,6 +205,9 @@ class Run:
             load: makes batches of lists of indices, such as
                 ``lambda order: DataLoader(data, batch_sampler=order, num_workers=2)``. Random changes to samples that
                 worker processes make are exact after a kill only if they depend on the sample and the epoch alone.
+
+        Raises:
+            ValueError: the sizes do not fit together, or ``load`` gives more or fewer batches than it got lists.
         """
         while self.position.epoch < epochs:
             epoch = self.position.epoch
@@ -213,6 +217,8 @@ class Run:
             rest = iter(load(order[self.position.batch :]))
             torch.set_rng_state(before)
             for batch in rest:
+                if self.position.epoch != epoch:
+                    raise ValueError(f"load must give a batch for each list of indices, got more than {len(order)}")
                 self.position = replace(self.position, batch=self.position.batch + 1)
                 if self.position.batch == len(order):
                     self.position = Position(epoch + 1)
@@ -220,7 +226,7 @@ class Run:
                 self._heartbeat()
                 yield batch
             if self.position.epoch == epoch:
-                raise ValueError(f"load must give a batch for each list of indices, got too few of {len(order)}")
+                raise ValueError(f"load must give a batch for each list of indices, got fewer than {len(order)}")
 
     def finish(self, result: Mapping[str, Any] | None = None) -> None:
         """Writes ``result.json``, whole or not at all, and sets the state ``"finished"``."""
@@ -245,17 +251,19 @@ class Run:
 
     def _last_readable(self) -> Path | None:
         """Returns the last state that can be read; None if there is none at all."""
-        reasons = []
+        unreadable: dict[Path, ValueError] = {}
         for path in stored_states(self.folder / "state"):
             try:
                 read_state(path)
             except ValueError as error:
-                reasons.append(str(error))
-                self.log(f"passed over {path.name}: {error}")
-            else:
-                return path
-        if reasons:
-            raise ValueError(f"cannot go on with {self.folder}: no stored state can be read: {reasons[0]}")
+                unreadable[path] = error
+                continue
+            for other, error in unreadable.items():  # else it would count as the last state again
+                self.log(f"removed {other.name}: {error}")
+                shutil.rmtree(other)
+            return path
+        for error in unreadable.values():
+            raise ValueError(f"cannot go on with {self.folder}: no stored state can be read: {error}")
         return None
 
     def _load(self, state: StoredState, path: Path | None) -> None:
