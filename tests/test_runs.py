@@ -216,6 +216,25 @@ def test_optimizer_states_stay_what_they_are(tmp_path):
     optimizer.load_state_dict(read["optimizer"])
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.LBFGS])
+def test_an_optimizer_goes_on_exactly(tmp_path, make):
+    def steps(layer, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step(lambda: layer(torch.ones(1, 3)).square().sum())
+
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizers = [make(layer.parameters(), lr=0.1) for layer in (first, second)]
+    steps(first, optimizers[0])
+    for name, here, there in (("a", first, second), ("b", *optimizers)):
+        write_values(tmp_path / name, here.state_dict())
+        there.load_state_dict(read_values(tmp_path / name))
+    for layer, optimizer in zip((first, second), optimizers, strict=True):
+        steps(layer, optimizer)
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
+
+
 def describe(value):
     if isinstance(value, torch.Tensor):
         return value.dtype, value.tolist()

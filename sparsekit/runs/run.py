@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +15,13 @@ from typing import Any, Protocol
 
 import torch
 
-from .._json import check_call, parse_json, to_json, write_json
+from .._json import parse_json, to_json, write_json
+from .folder import cut_records, prepare_folder
 from .position import Position, epoch_batches, generator_of
 from .random_states import get_random_states, set_random_states
 from .ranks import from_first, gather, rank_and_size
 from .state import StoredState, read_state, stored_states, write_state
-from .status import State, new_status, read_status
+from .status import State, new_status
 
 HEARTBEAT = 1.0  # seconds between two writes of status.json
 
@@ -100,7 +100,7 @@ class Run:
             raise TypeError(f"config must hold what JSON has: {error}") from error
         if not isinstance(plain, dict):
             raise TypeError(f"config must be a mapping, got {type(config).__name__}")
-        path = from_first(lambda: _prepare(None if folder is None else Path(folder), plain))
+        path = from_first(lambda: prepare_folder(None if folder is None else Path(folder), plain))
         run = cls(path, steps, tracker)
         run._write_status("running")
         return run
@@ -140,7 +140,7 @@ class Run:
         if state is not None:
             self._load(state, path)
         if self._rank == 0:
-            _cut(self.folder / "metrics.jsonl", 0 if state is None else state.metrics)
+            cut_records(self.folder / "metrics.jsonl", 0 if state is None else state.metrics)
         self._since = time.monotonic(), self.step
         self._write_status("running")
         return state is not None
@@ -290,50 +290,3 @@ class Run:
         if self._since is not None and self.step > self._since[1]:
             rate = (self.step - self._since[1]) / (now - self._since[0])
         new_status(state, self.step, self._steps, rate).write(self.folder)
-
-
-def _prepare(folder: Path | None, config: dict[str, Any]) -> Path:
-    """Makes the folder of a run with its config, or checks that it holds a run of the same config."""
-    folder = _new_default() if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.json"
-    if path.exists():
-        try:
-            known = parse_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not the config of a run: {error}") from error
-        check_call(path, known, config)
-        _check_alone(folder)
-    elif other := next((each.name for each in folder.iterdir() if not each.name.startswith(".")), None):
-        raise ValueError(f"{folder} holds no run, but {other}: name another folder")
-    else:
-        write_json(path, config)
-    for name in ("state", "samples"):
-        (folder / name).mkdir(exist_ok=True)
-    for name in ("metrics.jsonl", "log.txt"):
-        (folder / name).touch()
-    return folder
-
-
-def _check_alone(folder: Path) -> None:
-    status = read_status(folder)
-    if status is not None and status.state == "running" and status.process != os.getpid() and status.is_alive():
-        raise RuntimeError(f"{folder} is being run by process {status.process}: wait for it, or name another folder")
-
-
-def _new_default() -> Path:
-    """Makes ``output/DATE/TIME``, with a number at the end if another run has just taken that name."""
-    now = datetime.now()
-    for number in range(sys.maxsize):
-        folder = Path("output", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}" + (f"-{number}" if number else ""))
-        with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder
-    raise AssertionError
-
-
-def _cut(path: Path, size: int) -> None:
-    """Cuts the records off that were written after ``size`` bytes, and what a crash of the machine left of a line."""
-    with open(path, "r+b") as file:
-        known = file.read(size)
-        file.truncate(known.rfind(b"\n") + 1)

@@ -1,0 +1,58 @@
+"""The folder of a run: made with its config, or checked to hold a run of the same config that nobody else runs."""
+
+import os
+import sys
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .._json import check_call, parse_json, write_json
+from .status import read_status
+
+
+def prepare_folder(folder: Path | None, config: dict[str, Any]) -> Path:
+    """Makes the folder of a run with its config, or checks that it holds a run of the same config."""
+    folder = _new_default() if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            known = parse_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not the config of a run: {error}") from error
+        check_call(path, known, config)
+        _check_alone(folder)
+    elif other := next((each.name for each in folder.iterdir() if not each.name.startswith(".")), None):
+        raise ValueError(f"{folder} holds no run, but {other}: name another folder")
+    else:
+        write_json(path, config)
+    for name in ("state", "samples"):
+        (folder / name).mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "log.txt"):
+        (folder / name).touch()
+    return folder
+
+
+def _check_alone(folder: Path) -> None:
+    status = read_status(folder)
+    if status is not None and status.state == "running" and status.process != os.getpid() and status.is_alive():
+        raise RuntimeError(f"{folder} is being run by process {status.process}: wait for it, or name another folder")
+
+
+def _new_default() -> Path:
+    """Makes ``output/DATE/TIME``, with a number at the end if another run has just taken that name."""
+    now = datetime.now()
+    for number in range(sys.maxsize):
+        folder = Path("output", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}" + (f"-{number}" if number else ""))
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError
+
+
+def cut_records(path: Path, size: int) -> None:
+    """Cuts the records off that were written after ``size`` bytes, and what a crash of the machine left of a line."""
+    with open(path, "r+b") as file:
+        known = file.read(size)
+        file.truncate(known.rfind(b"\n") + 1)
