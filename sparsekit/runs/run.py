@@ -258,12 +258,12 @@ class Run:
             except ValueError as error:
                 unreadable[path] = error
                 continue
-            for other, error in unreadable.items():  # else it would count as the last state again
-                self.log(f"removed {other.name}: {error}")
+            for other, reason in unreadable.items():  # else it would count as the last state again
+                self.log(f"removed {other.name}: {reason}")
                 shutil.rmtree(other)
             return path
-        for error in unreadable.values():
-            raise ValueError(f"cannot go on with {self.folder}: no stored state can be read: {error}")
+        for reason in unreadable.values():
+            raise ValueError(f"cannot go on with {self.folder}: no stored state can be read: {reason}")
         return None
 
     def _load(self, state: StoredState, path: Path | None) -> None:
