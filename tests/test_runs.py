@@ -198,6 +198,17 @@ def test_other_parts_are_refused(tmp_path):
         run.restore(model=Part())
     with Run.open(tmp_path, CONFIG) as run, pytest.raises(RuntimeError, match=r"call restore\(model"):
         run.save()
+    with pytest.raises(ValueError, match=r"must be an identifier, .* got '\.\./model'"):
+        run.restore(**{"../model": Part()})
+
+
+def test_a_wrong_record_leaves_no_line(tmp_path):
+    run = Run.open(tmp_path, {})
+    with pytest.raises(ValueError, match=r"the step of a record is run\.step, 0: give 7 another name"):
+        run.record(step=7)
+    with pytest.raises(TypeError, match="Tensor"):
+        run.record(loss=torch.ones(()))
+    assert records(tmp_path) == []
 
 
 def test_optimizer_states_stay_what_they_are(tmp_path):

@@ -132,8 +132,8 @@ class Run:
             ValueError: there are states but none can be read, or the last one is of other parts or another number of
                 processes.
         """
-        if any(name.startswith("state") for name in parts):
-            raise ValueError(f"no part can have a name that begins with 'state', got {', '.join(parts)}")
+        if wrong := [name for name in parts if not name.isidentifier()]:
+            raise ValueError(f"the name of a part must be an identifier, as its file is named by it, got {wrong[0]!r}")
         self._parts, self._restored = dict(parts), True
         path = from_first(self._last_readable)
         state = None if path is None else read_state(path)
@@ -171,7 +171,13 @@ class Run:
         """Appends one line to ``metrics.jsonl``, the step first, and gives the same to the tracker.
 
         Values are as JSON has them, so a tensor is given as ``loss.item()``; NaN and infinities become null.
+
+        Raises:
+            ValueError: a value is called ``step``, which is ``run.step``.
+            TypeError: a value is not as JSON has them.
         """
+        if "step" in values:
+            raise ValueError(f"the step of a record is run.step, {self.step}: give {values['step']!r} another name")
         if self._rank == 0:
             line = to_json({"step": self.step, **values}, indent=None)
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
