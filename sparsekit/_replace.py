@@ -50,24 +50,25 @@ def check_replaceable(name: str, module: nn.Module) -> None:
         raise ValueError(f"layer {name!r} cannot be replaced: {reason}, which would be lost; remove that first")
 
 
-def release_weight(layer: nn.Linear) -> None:
+def release_weight(layer: nn.Linear | nn.Conv2d) -> None:
     """Frees the memory of a layer's weight and its mask; the Parameter stays the same object."""
     layer.weight.grad = None
     layer.weight.data = layer.weight.data.new_empty(0)
     remove_mask(layer)
 
 
-def restored_layer(module: Compressed) -> nn.Linear:
-    """Returns the layer that ``module`` replaced, with its weight, bias, mask and flags; else a new ``nn.Linear``."""
-    dense, layer = module.to_linear(), get_original(module)
+def restored_layer(module: Compressed) -> nn.Module:
+    """Returns the layer that ``module`` replaced, with its weight, bias, mask and flags; else a new plain one."""
+    dense, layer = module.to_plain(), get_original(module)
     if layer is None:
         return dense
-    weight = dense.weight.detach().t().contiguous() if module.transposed else dense.weight.detach()
+    made = dense.get_parameter("weight")
+    weight = made.detach().t().contiguous() if module.transposed else made.detach()
     if weight.device.type == layer.weight.device.type:
         layer.weight.data = weight
     else:
         layer.weight = nn.Parameter(weight)
-    layer.weight.requires_grad_(dense.weight.requires_grad)
+    layer.weight.requires_grad_(made.requires_grad)
     layer.register_parameter("bias", module.bias)
     layer.training = module.training
     carry_mask(module, layer)

@@ -100,7 +100,7 @@ def set_original(module: nn.Module, layer: nn.Module) -> None:
     set_attribute(module, ORIGINAL, Original(layer))
 
 
-def get_original(module: nn.Module) -> nn.Linear | None:
+def get_original(module: nn.Module) -> nn.Linear | nn.Conv2d | None:
     """Returns the layer that ``module`` replaces, without its weight; None if it replaces none."""
     original: Original | None = get_attribute(module, ORIGINAL)
     return None if original is None else original.layer  # type: ignore[return-value]

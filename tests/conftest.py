@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():  # Triton reads it when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from sparsekit.compress import Timing, candidates, forms, tune, whole
+from sparsekit.compress import Timing, candidates, convolutions, forms, tune, whole
 from sparsekit.ops import force_simd, simd_levels
 
 os.environ["SPARSEKIT_TUNE_CACHE"] = "0"  # the user's measurements are neither used nor changed
@@ -109,6 +109,7 @@ def ratios(monkeypatch):
     monkeypatch.setattr(tune, "measure", measure)
     compiled = {"cpu": "avx2"}
     monkeypatch.setattr(candidates, "backends", lambda: {"linear24": compiled, "linear_tiered": compiled})
+    monkeypatch.setattr(convolutions, "backends", lambda: {"conv2d24": compiled})
     return table
 
 

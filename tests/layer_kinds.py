@@ -1,4 +1,4 @@
-"""Every kind of compressed layer, and how to make one."""
+"""Every kind of compressed linear layer, and how to make one; `convolutions` has those of convolutions."""
 
 import pytest
 import torch.nn.functional as F

@@ -34,6 +34,18 @@ class Block(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
+class Imaged(Block):
+    """The same of convolutions, of what it takes for images of 2x2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        options = {"padding": 1, "dtype": torch.float32, "device": "cpu"}
+        self.up, self.down = (nn.Conv2d(WIDTH // 4, WIDTH // 4, 3, **options) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(-1, WIDTH // 4, 2, 2)).flatten(1)
+
+
 def ambient() -> tuple[str, ...]:
     """Returns the state of the caller that code in a forward pass can see."""
     return (
@@ -45,12 +57,12 @@ def ambient() -> tuple[str, ...]:
     )
 
 
-def make(seed: int = 0) -> nn.Sequential:
+def make(seed: int = 0, block: type[Block] = Block) -> nn.Sequential:
     """Returns a model of two blocks and a head in fp32 on the CPU, whatever the defaults are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(WIDTH, 4, dtype=torch.float32, device="cpu")
-        model = nn.Sequential(Block(), Block(), head)
+        model = nn.Sequential(block(), block(), head)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -66,8 +78,8 @@ def inputs(seed: int = 1) -> Tensor:
     return x * torch.logspace(-1, 1, WIDTH, dtype=torch.float32, device="cpu")
 
 
-def pruned() -> nn.Sequential:
-    model = make()
+def pruned(block: type[Block] = Block) -> nn.Sequential:
+    model = make(block=block)
     sk.prune_(model, sk.Magnitude("2:4"))
     return model
 
@@ -79,6 +91,13 @@ def packed() -> nn.Sequential:
     model[0].down = sk.nn.Int8Linear.from_linear(model[0].down)
     for name, inputs in (("up", "int8"), ("down", "float")):
         setattr(model[1], name, sk.nn.QuantizedLinear24.from_linear(getattr(model[1], name), inputs=inputs))
+    return model
+
+
+def packed_images() -> nn.Sequential:
+    model = pruned(Imaged)
+    model[0].up = sk.nn.Conv2d24.from_conv2d(model[0].up)
+    model[1].down = sk.nn.PrepackedConv2d.from_conv2d(model[1].down)
     return model
 
 
@@ -130,6 +149,8 @@ VERBS = {
     **{f"prune-{name}": Verb(make, partial(prune, each), name == "magnitude") for name, each in METHODS.items()},
     "compress": Verb(pruned, lambda model, _: sk.compress_(model, inputs())),
     "compress-int8": Verb(pruned, lambda model, _: sk.compress_(model, inputs(), precision="int8")),
+    "compress-conv": Verb(lambda: pruned(Imaged), lambda model, _: sk.compress_(model, inputs())),
+    "decompress-conv": Verb(packed_images, lambda model, _: sk.decompress_(model)),
     "decompress": Verb(packed, lambda model, _: sk.decompress_(model)),
     "keep_masks": Verb(pruned, keep),
     "sparse_training": Verb(make, finish),

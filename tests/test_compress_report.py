@@ -21,7 +21,7 @@ def test_literal(ratios):
         "ratios: times the plain layer (times the best dense); of what a layer became, else of what came closest",
         "sparse (2:4 or tiered): 2 layers, 0.0 MiB -> 0.0 MiB; only prepacked, dense: 1 layer, 0.0 MiB -> 0.0 MiB",
         # 3 x 17 seconds; 17 / 3 + 17 / 3 + 17 / 2; 3 x 17 / 2
-        "linear layers alone: 2.57x plain; prepacked, without any sparsity, they would be 2.00x, "
+        "layers alone: 2.57x plain; prepacked, without any sparsity, they would be 2.00x, "
         "so sparsity itself brings 1.29x",
         "whole model: not timed, since there are no batches to run it on",
     ]

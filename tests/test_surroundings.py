@@ -60,7 +60,7 @@ def test_the_outcome_is_that_of_the_bare_call(name, surrounding, folder, ratios)
 
 
 @pytest.mark.parametrize("surrounding", ["contextvar", "default-float64", "autocast-bf16", "deterministic"])
-@pytest.mark.parametrize("name", ["prune-magnitude", "prune-wanda", "tiers", "compress"])
+@pytest.mark.parametrize("name", ["prune-magnitude", "prune-wanda", "tiers", "compress", "compress-conv"])
 def test_passes_see_what_their_caller_set(name, surrounding, folder, ratios):
     verb = VERBS[name]
     with SURROUNDINGS[surrounding]():

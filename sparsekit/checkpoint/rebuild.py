@@ -12,8 +12,12 @@ from ..masks import remove_mask, set_mask_bits
 from ..nn import (
     ArrangedLinear24,
     Compressed,
+    CompressedConv2d,
+    CompressedLinear,
+    Conv2d24,
     Int8Linear,
     Linear24,
+    PrepackedConv2d,
     PrepackedLinear,
     QuantizedLinear24,
     Routed,
@@ -24,7 +28,7 @@ from ..nn import (
 from ..ops import Packed24
 from ..ops.int8_linear import PackedInt8
 from .mask_file import remove_masks
-from .structure import PARTS, LayerRecord, join
+from .structure import CONVOLUTIONS, PARTS, LayerRecord, join
 
 
 def rebuild(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mapping[str, Tensor]) -> None:
@@ -69,13 +73,22 @@ def _dense(name: str, module: Compressed) -> nn.Module:
     return restored_layer(module)
 
 
-def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mapping[str, Tensor]) -> Compressed:
-    """Returns the compressed layer that replaces ``module``; frees the memory of the weight if ``module`` is dense."""
-    if not isinstance(module, Compressed) and not (
-        isinstance(module, nn.Linear) is not layer.transposed
+def _can_hold(module: nn.Module, layer: LayerRecord) -> bool:
+    """Returns whether a compressed layer of a file can take the place of ``module``."""
+    if layer.kind in CONVOLUTIONS:
+        simple = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+        return simple or isinstance(module, CompressedConv2d)
+    return isinstance(module, CompressedLinear) or (
+        not isinstance(module, nn.Conv2d)
+        and isinstance(module, nn.Linear) is not layer.transposed
         and isinstance(module._parameters.get("weight"), Tensor)
         and hasattr(module, "bias")
-    ):
+    )
+
+
+def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mapping[str, Tensor]) -> Compressed:
+    """Returns the compressed layer that replaces ``module``; frees the memory of the weight if ``module`` is dense."""
+    if not _can_hold(module, layer):
         raise ValueError(f"layer {name!r} is {layer.kind!r} in the file and {type(module).__name__} in the model")
     device, trainable = _device(_stored(module)), _is_trainable(module)
     plan = module.plan if isinstance(module, Routed) else None
@@ -105,6 +118,14 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
             quantized = layer.quantized(name, tensors).to(device)
             new = QuantizedLinear24(quantized, inputs=layer.rounding.inputs, transposed=layer.transposed)
         new.frozen = trainable
+    elif isinstance(module, nn.Conv2d | CompressedConv2d):
+        if layer.kind == "conv24":
+            new = Conv2d24.of(layer.convolution24(name, tensors).to(device), module)
+            new.values.requires_grad_(trainable)
+        else:
+            assert layer.images is not None
+            new = PrepackedConv2d(tensors[join(name, "weight")].to(device), module, layer.images)
+            new.frozen = trainable
     else:
         weight = tensors[join(name, "weight")].to(device)
         weight = nn.Parameter(weight.t() if layer.transposed else weight, requires_grad=trainable)
@@ -138,7 +159,7 @@ def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
             raise ValueError(f"{key} is {state[key].dtype}, the model's {tensor.dtype}")
     for name, layer in layers.items():
         rearranged = layer.rounding is not None or isinstance(modules.get(name), ArrangedLinear24)
-        held = ("weight",) if layer.kind == "prepacked" else PARTS[layer.kind] if rearranged else ()
+        held = ("weight",) if layer.kind in ("prepacked", "prepacked_conv") else PARTS[layer.kind] if rearranged else ()
         for part in held:  # the layer holds them already, in another order
             del state[join(name, part)]
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}

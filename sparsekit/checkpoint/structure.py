@@ -9,27 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from .._json import parse_json
-from ..masks import Axis, MaskInfo, Pattern, check_masks, get_mask_bits, get_mask_info, masked_parameters
-from ..nn import ArrangedLinear24, Int8Linear, Linear24, PrepackedLinear, QuantizedLinear24, TieredLinear
+from ..masks import MaskInfo, check_masks, get_mask_bits, get_mask_info, masked_parameters
+from ..nn import (
+    ArrangedLinear24,
+    Conv2d24,
+    Int8Linear,
+    Linear24,
+    PrepackedConv2d,
+    PrepackedLinear,
+    QuantizedLinear24,
+    TieredLinear,
+)
 from ..nn.compressed import weight_shape
 from ..nn.quantized24 import Inputs
-from ..ops import Packed24, QuantizedWeight24, TieredWeight
+from ..ops import Packed24, PackedConv24, QuantizedWeight24, TieredWeight
 from ..ops._define import DTYPES
 from ..ops.arranged24 import LAYOUTS, Layout
 from ..ops.int8_linear import PackedInt8
 from ..ops.quant24 import check_kind
+from .fields import MAX_COUNT, field, parse_images, parse_mask, parse_tiers
 
 VERSION = 1
 PARTS = {  # the tensors that are stored
     "linear24": ("values", "bitmask"),
+    "conv24": ("values", "bitmask"),
     "tiered": ("tiers", "dense", "values", "bitmask", "topk", "positions"),
     "quantized24": ("values", "scales", "bitmask"),
     "int8": ("values", "scales"),
 }
-KINDS = (*PARTS, "prepacked", "dense")
+KINDS = (*PARTS, "prepacked", "prepacked_conv", "dense")
+CONVOLUTIONS = ("conv24", "prepacked_conv")
 LOSSY = ("quantized24", "int8")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-_MAX_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,10 @@ class Rounding:
 
     @staticmethod
     def parse(where: str, data: Any) -> "Rounding":
-        data = _field(where, data, "rounding", dict)
-        dtype, inputs = (_field(where, data, key, str) for key in ("dtype", "inputs"))
-        quant_type: str = _field(where, data, "quant_type", str)
-        group: int = _field(where, data, "group", int)
+        data = field(where, data, "rounding", dict)
+        dtype, inputs = (field(where, data, key, str) for key in ("dtype", "inputs"))
+        quant_type: str = field(where, data, "quant_type", str)
+        group: int = field(where, data, "group", int)
         try:
             check_kind(quant_type, group)
         except ValueError as error:
@@ -77,6 +88,7 @@ class LayerRecord:
     parameter: str = "weight"
     rounding: Rounding | None = None  # of a lossy layer
     layout: Layout | None = None  # of an arranged 2:4 layer; its tensors are those of one that is not arranged
+    images: tuple[int, int, int] | None = None  # of a prepacked convolution
 
     @staticmethod
     def of(module: nn.Module) -> "LayerRecord | None":
@@ -85,6 +97,10 @@ class LayerRecord:
         if isinstance(module, Linear24):
             layout = module.layout if isinstance(module, ArrangedLinear24) else None
             return LayerRecord("linear24", weight_shape(module), module.transposed, mask=mask, layout=layout)
+        if isinstance(module, Conv2d24):
+            return LayerRecord("conv24", weight_shape(module), mask=mask)
+        if isinstance(module, PrepackedConv2d):
+            return LayerRecord("prepacked_conv", weight_shape(module), mask=mask, images=module.images)
         if isinstance(module, TieredLinear):
             shape = weight_shape(module)
             return LayerRecord("tiered", shape, module.transposed, mask=mask, block=module.block, k=module.k)
@@ -135,37 +151,45 @@ class LayerRecord:
             **tiers,
             **({"rounding": self.rounding.to_json()} if self.rounding else {}),
             **({"layout": self.layout} if self.layout else {}),
+            **({"images": list(self.images)} if self.images else {}),
         }
 
     @staticmethod
     def parse(name: str, data: Any) -> "LayerRecord":
         where = f"layer {name!r}"
-        kind = _field(where, data, "kind", str)
+        kind = field(where, data, "kind", str)
         if kind not in KINDS:
             raise ValueError(f"{where} is {kind!r}, known are {', '.join(map(repr, KINDS))}")
-        shape = tuple(_field(where, data, "shape", list))
+        shape = tuple(field(where, data, "shape", list))
         if (
             not all(type(size) is int and size >= 0 for size in shape)
             or len(shape) < 2
-            or (kind != "dense" and len(shape) != 2)
+            or (kind != "dense" and len(shape) != (4 if kind in CONVOLUTIONS else 2))
         ):
             raise ValueError(f"{where} has the shape {list(shape)}")
-        tokens = _field(where, data, "tokens", int)
-        if not 0 < tokens <= _MAX_TOKENS:
-            raise ValueError(f"{where} has {tokens} tokens, 1 to {_MAX_TOKENS} are allowed")
+        tokens = field(where, data, "tokens", int)
+        if not 0 < tokens <= MAX_COUNT:
+            raise ValueError(f"{where} has {tokens} tokens, 1 to {MAX_COUNT} are allowed")
         mask = data.get("mask")
-        info = None if mask is None else _parse_mask(f"the mask of {where}", mask, shape)
-        block, k = _parse_tiers(where, data) if kind == "tiered" else ((0, 0), 0)
-        parameter = _field(where, data, "parameter", str) if "parameter" in data else "weight"
+        info = None if mask is None else parse_mask(f"the mask of {where}", mask, shape)
+        block, k = parse_tiers(where, data) if kind == "tiered" else ((0, 0), 0)
+        parameter = field(where, data, "parameter", str) if "parameter" in data else "weight"
         if parameter != "weight" and (kind != "dense" or (name != parameter and not name.endswith(f".{parameter}"))):
             raise ValueError(f"{where} has the weight {parameter!r}, and is not dense and called like it")
-        transposed = _field(where, data, "transposed", bool)
+        transposed = field(where, data, "transposed", bool)
         rounding = Rounding.parse(where, data) if kind in LOSSY else None
-        layout: Any = _field(where, data, "layout", str) if "layout" in data else None
+        layout: Any = field(where, data, "layout", str) if "layout" in data else None
         if layout is not None and (kind != "linear24" or layout not in LAYOUTS):
             known = " or ".join(map(repr, LAYOUTS))
             raise ValueError(f"{where} is {kind!r} in the layout {layout!r}, only 2:4 has one, of {known}")
-        return LayerRecord(kind, shape, transposed, tokens, info, block, k, parameter, rounding, layout)
+        images = parse_images(where, data) if kind == "prepacked_conv" else None
+        return LayerRecord(kind, shape, transposed, tokens, info, block, k, parameter, rounding, layout, images)
+
+    def convolution24(self, name: str, tensors: Mapping[str, Tensor]) -> PackedConv24:
+        """Returns the packed weight of a 2:4 convolution."""
+        values, bitmask = self.parts(name, tensors)
+        outputs, inputs, height, width = self.shape
+        return PackedConv24(values, bitmask, (outputs, inputs, height, width))
 
     def tiered(self, name: str, tensors: Mapping[str, Tensor]) -> TieredWeight:
         """Returns the packed weight of a tiered layer."""
@@ -188,6 +212,8 @@ class LayerRecord:
         if self.kind == "linear24":
             values, bitmask = self.parts(name, tensors)
             weight = Packed24(values, bitmask, self.matrix).to_dense()
+        elif self.kind == "conv24":
+            weight = self.convolution24(name, tensors).to_dense()
         elif self.kind == "tiered":
             weight = self.tiered(name, tensors).to_dense()
         elif self.kind == "quantized24":
@@ -235,35 +261,14 @@ def parse_structure(structure: str) -> tuple[dict[str, LayerRecord], dict[str, s
         root = parse_json(structure)
     except ValueError as error:
         raise ValueError(f"its structure is not JSON ({error})") from error
-    version = _field("the structure", root, "version", int)
+    version = field("the structure", root, "version", int)
     if version != VERSION:
         raise ValueError(f"it has version {version} of the format, this sparsekit reads version {VERSION}")
-    shared = _field("the structure", root, "shared", dict)
+    shared = field("the structure", root, "shared", dict)
     if not all(isinstance(name, str) for name in shared.values()):
         raise ValueError("'shared' must map names to names")
-    layers = _field("the structure", root, "layers", dict)
+    layers = field("the structure", root, "layers", dict)
     return {name: LayerRecord.parse(name, data) for name, data in layers.items()}, shared
-
-
-def _parse_mask(where: str, data: Any, shape: tuple[int, ...]) -> MaskInfo:
-    dims = len(shape)
-    axis: Axis | None = data.get("axis") if isinstance(data, dict) else None
-    if axis != "flatten" and not (type(axis) is int and -dims <= axis < dims):
-        raise ValueError(f"{where} has the axis {axis!r}, for a weight of {dims} dimensions")
-    return MaskInfo(Pattern.parse(_field(where, data, "pattern", str)), axis, shape)
-
-
-def _parse_tiers(where: str, data: Any) -> tuple[tuple[int, int], int]:
-    block = _field(where, data, "block", list)
-    if len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
-        raise ValueError(f"{where} has blocks of {block}, not of two positive sides")
-    return (block[0], block[1]), _field(where, data, "k", int)
-
-
-def _field(where: str, data: Any, key: str, kind: type) -> Any:
-    if not isinstance(data, dict) or type(data.get(key)) is not kind:
-        raise ValueError(f"{where} has no {key!r} of type {kind.__name__}")
-    return data[key]
 
 
 def join(layer: str, part: str) -> str:

@@ -19,9 +19,14 @@ def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Non
     if record.kind == "linear24":
         rows, cols = record.matrix
         values = _tensor(tensors, join(name, "values"), (rows, values_per_row(cols)))
-        if values.dtype not in DTYPES:
-            raise ValueError(f"{join(name, 'values')} is {values.dtype}, not float32, float16 or bfloat16")
+        _check_float(join(name, "values"), values)
         _check_bitmask24(name, record, tensors)
+    elif record.kind == "conv24":
+        outputs, inputs, *kernel = record.shape
+        values = _tensor(tensors, join(name, "values"), (outputs, math.prod(kernel), values_per_row(inputs)))
+        _check_float(join(name, "values"), values)
+        bitmask = _tensor(tensors, join(name, "bitmask"), (outputs, math.prod(kernel), -(-inputs // 8)))
+        _check_kept24(join(name, "bitmask"), _bits_of(join(name, "bitmask"), bitmask.flatten(0, 1), inputs))
     elif record.kind == "quantized24":
         for part in PARTS[record.kind]:
             _present(tensors, join(name, part))
@@ -61,10 +66,18 @@ def verify_mask(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -
 
 def _check_bitmask24(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> None:
     rows, cols = record.matrix
-    kept = _bits(tensors, join(name, "bitmask"), (rows, cols))
-    full = cols // 4 * 4
+    _check_kept24(join(name, "bitmask"), _bits(tensors, join(name, "bitmask"), (rows, cols)))
+
+
+def _check_kept24(name: str, kept: Tensor) -> None:
+    full = kept.shape[1] // 4 * 4
     if not (kept[:, full:].all() and (kept[:, :full].unflatten(1, (full // 4, 4)).sum(-1) == 2).all()):
-        raise ValueError(f"{join(name, 'bitmask')} does not keep exactly two of every four columns")
+        raise ValueError(f"{name} does not keep exactly two of every four columns")
+
+
+def _check_float(name: str, values: Tensor) -> None:
+    if values.dtype not in DTYPES:
+        raise ValueError(f"{name} is {values.dtype}, not float32, float16 or bfloat16")
 
 
 def _check_tiered(packed: TieredWeight, block: tuple[int, int], k: int) -> None:
@@ -121,10 +134,13 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) ->
 
 def _bits(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
     """Returns the bool mask of a shape from a bit-packed tensor, after a check of the tensor."""
-    bits = _tensor(tensors, name, (shape[0], -(-shape[1] // 8)))
+    return _bits_of(name, _tensor(tensors, name, (shape[0], -(-shape[1] // 8))), shape[1])
+
+
+def _bits_of(name: str, bits: Tensor, cols: int) -> Tensor:
     if bits.dtype != torch.uint8:
         raise ValueError(f"{name} is {bits.dtype}, not uint8")
-    mask = unpack_bits(bits, shape[-1])
+    mask = unpack_bits(bits, cols)
     if not torch.equal(pack_bits(mask), bits):
         raise ValueError(f"{name} has bits set past its last column")
     return mask

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replacing
-from ..compress.trial import at_tokens
+from ..compress.sizes import at_size
 from .charts import bars, legend, speeds
 from .folders import BENCH_REPORT, COMPRESS_REPORT, MASKS, PAGE, REPORT
 from .pictures import mask_pictures
@@ -79,7 +79,7 @@ def _tiles(pruned: dict[str, Any] | None, packed: dict[str, Any] | None, timed: 
         tiles.append((f"{now} of {len(packed['layers'])}", "layers swapped for a faster one"))
     if timed and timed["layers"]:
         count, best = max(timed["models"].items(), key=lambda item: item[1]["compressed"]["ratio"])
-        tiles.append((f"{best['compressed']['ratio']:.2f}x", f"plain dense at best, {at_tokens(int(count))}"))
+        tiles.append((f"{best['compressed']['ratio']:.2f}x", f"plain dense at best, {at_size(int(count))}"))
     shown = (f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles)
     return f'<div class="tiles">{"".join(shown)}</div>'
 

@@ -16,8 +16,8 @@ from .._timing import Timing, clock
 from ..compress import tune
 from ..compress.candidates import Prepacked
 from ..compress.sites import must_stay_reason
-from ..compress.trial import at_tokens
-from ..nn import Compressed, PrepackedLinear, TieredLinear
+from ..compress.sizes import at_size
+from ..nn import Compressed, CompressedLinear, PrepackedLinear, TieredLinear
 from .errors import UsageError
 from .models import longest, output_of
 
@@ -134,7 +134,7 @@ def layer_speeds(
     """Times one layer of every kind of compressed layer against the dense layer that it replaces."""
     kinds: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, Compressed):
+        if isinstance(layer, CompressedLinear):
             kind = type(layer).__name__, layer.out_features, layer.in_features, layer.bias is not None
             kinds.setdefault((*kind, *_tiers(layer)), []).append((name, layer))
     found = []
@@ -155,7 +155,7 @@ def layer_speeds(
             timer = clock(weight.device, evict_cache=evict_cache)
             measured = tune.measure(calls, plain, x, dense=(best,), clock=timer, budget=budget)["compressed"]
             if measured is None:
-                raise RuntimeError(f"{members[0][0]} computes something else than its dense layer {at_tokens(count)}")
+                raise RuntimeError(f"{members[0][0]} computes something else than its dense layer {at_size(count)}")
             timings[count] = asdict(measured)
         found.append({"kind": kind, "shape": [rows, cols], "layers": [name for name, _ in members], "timings": timings})
     return found

@@ -1,12 +1,12 @@
-"""Makes models fast: measures what every linear layer could become, swaps it for the fastest, and undoes that exactly.
+"""Makes models fast: measures what every layer could become, swaps it for the fastest, and undoes that exactly.
 
 How ``compress_`` works, in the order of its steps:
 
-1. ``sites`` finds the linear layers; a ``LinearSite`` is one of them. ``must_stay_reason`` says which must stay as they
-   are, because a hook, a subclass or a shared weight means that another module would compute something else.
-2. ``watch`` runs the batches, and counts how many tokens each layer gets.
-3. ``candidates`` and ``gpu`` have a ``Candidate`` for each form that a layer can take: 2:4, tiered, prepacked. Its
-   ``unsupported_reason`` says why a layer cannot take it, or that measuring it is not worth while.
+1. ``sites`` finds the linear layers and convolutions; a ``LayerSite`` is one. ``must_stay_reason`` says which must stay
+   as they are, because a hook, a subclass or a shared weight means that another module would compute something else.
+2. ``watch`` runs the batches, and counts the ``sizes`` of the inputs that each layer gets: tokens, or images.
+3. ``candidates``, ``convolutions`` and ``gpu`` have a ``Candidate`` for each form that a layer can take: 2:4, tiered,
+   prepacked. Its ``unsupported_reason`` says why a layer cannot take it, or that measuring it is not worth while.
 4. ``tune`` times the candidates, once for all layers of one ``Kind``, and ``cache`` remembers the times.
 5. ``choose`` makes the ``Choice`` for each layer, by what a ``Trial`` says of each candidate.
 6. ``swap`` puts the new modules in place, and ``whole`` times the whole model: what does not pay there is given back.

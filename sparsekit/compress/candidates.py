@@ -1,9 +1,9 @@
-"""The forms that a linear layer can take, and why it cannot take one."""
+"""The forms that a layer can take, and why it cannot take one."""
 
 from collections.abc import Collection, Mapping
 from functools import cache
 from itertools import groupby
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from ..ops import backends, pack_tiered
 from ..ops.arranged24 import LAYOUTS, Layout
 from ..ops.prepacked import prepack
 from ..ops.sparse24 import values_per_row
-from .kinds import Kind
+from .kinds import Kind, matrix_shape
 from .tiers import TierShares, kept_matrix
 
 DENSE_COPY = "dense"  # the kernel that multiplies by a dense copy beside a sparse weight
@@ -37,7 +37,7 @@ MAX_SHARE = 0.9  # of the dense bytes; a layer in tiers that takes more is not w
 
 
 class Candidate:
-    """A form that a linear layer could take, with the kernels that multiply by it; a subclass for each form.
+    """A form that a layer could take, with the kernels that multiply by it; a subclass for each form.
 
     A kernel has a name, under which its times are kept and reported. Most candidates have a single one, of their own
     name, and a sparse one may have a dense copy beside it, whose kernel is ``"dense"``.
@@ -52,24 +52,24 @@ class Candidate:
         """Whether it computes with the whole weight, zeros included."""
         return not self.pattern
 
-    def unsupported_reason(self, layer: nn.Linear) -> str | None:
+    def unsupported_reason(self, layer: Any) -> str | None:
         """Returns why a layer cannot take this form, or is not worth measuring in it; None where it is."""
         raise NotImplementedError
 
-    def nbytes(self, layer: nn.Linear) -> int:
+    def nbytes(self, layer: Any) -> int:
         """Returns the bytes of a layer's weight in this form."""
         raise NotImplementedError
 
-    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+    def build(self, layer: Any, kernels: Mapping[Any, str]) -> Compressed:
         """Returns the module that takes a layer's place.
 
         Args:
             layer: the plain layer.
-            kernels: the kernel for each token count. The last one answers larger counts as well.
+            kernels: the kernel for each size of the input. The last one answers larger token counts as well.
         """
         raise NotImplementedError
 
-    def routes(self, kernels: Mapping[int, str]) -> tuple[Route, ...]:
+    def routes(self, kernels: Mapping[Any, str]) -> tuple[Route, ...]:
         """Returns the routes by rising token count, with neighbors of one kernel joined."""
         groups = groupby(sorted(kernels.items()), key=lambda item: item[1])
         return tuple(self.route(max(group)[0], kernel) for kernel, group in groups)
@@ -78,19 +78,19 @@ class Candidate:
         """Returns the route of one kernel."""
         return Route(tokens, "dense" if kernel == DENSE_COPY else "sparse")
 
-    def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
+    def calls(self, kind: Kind, plain: Any, x: Tensor, clock: Clock) -> dict[str, Call | None]:
         """Returns what is to be timed on an input, by the name of the kernel; None for one that is wrong.
 
         Args:
             kind: what is measured.
             plain: a layer of that kind.
-            x: ``[tokens, in_features]``.
+            x: ``[tokens, in_features]``, or images.
             clock: times a call, for candidates that choose among many kernels.
         """
         names = [self.name, DENSE_COPY] if kind.keep_dense and self.allows_copy else [self.name]
-        return {name: self.build(plain, {kind.layout_tokens: name}) for name in names}
+        return {name: self.build(plain, {kind.layout_size: name}) for name in names}
 
-    def kernel_sets(self, layer: nn.Linear, measured: Collection[str]) -> list[frozenset[str]]:
+    def kernel_sets(self, layer: Any, measured: Collection[str]) -> list[frozenset[str]]:
         """Returns the sets of sparse kernels, among those that were measured, that one module can hold together."""
         return [frozenset({self.name})]
 
@@ -98,11 +98,11 @@ class Candidate:
         """Returns whether a dense copy may lie beside the weight that these kernels read."""
         return self.allows_copy
 
-    def extra_bytes(self, layer: nn.Linear, kernels: Collection[str]) -> int:
+    def extra_bytes(self, layer: Any, kernels: Collection[str]) -> int:
         """Returns how many bytes more than ``nbytes`` a layer takes for these kernels, such as those of a copy."""
         return layer.weight.nbytes if DENSE_COPY in kernels else 0
 
-    def remark(self, layer: nn.Linear) -> str:
+    def remark(self, layer: Any) -> str:
         """Returns what there is to say about kernels that a layer cannot have; empty if there is nothing."""
         return ""
 
@@ -135,7 +135,8 @@ class Sparse24(Candidate):
 
     def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
         """Returns the kernel of the form as it is stored, and those of the layouts that suit the most tokens."""
-        found, tokens = super().calls(kind, plain, x, clock), kind.layout_tokens
+        found, tokens = super().calls(kind, plain, x, clock), kind.layout_size
+        assert isinstance(tokens, int)
         if kind.trained:  # an arranged weight cannot follow an optimizer
             return found
         suits = {"input pairs": tokens <= MAX_INPUT_PAIRS, "row pairs": tokens >= MIN_ROW_PAIRS}
@@ -148,7 +149,7 @@ class Sparse24(Candidate):
     def can_add_copy(self, kernels: Collection[str]) -> bool:
         return not self._arranged(kernels)
 
-    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+    def build(self, layer: nn.Linear, kernels: Mapping[Any, str]) -> Compressed:
         transposed = is_transposed(layer)
         for name in self._arranged(kernels.values()):
             return ArrangedLinear24.from_linear(layer, layout=self.layouts[name], transposed=transposed)
@@ -190,7 +191,7 @@ class Tiered(Candidate):
     def nbytes(self, layer: nn.Linear) -> int:
         return round(TierShares.of(layer).bytes_of_dense(layer.weight.itemsize) * layer.weight.nbytes)
 
-    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+    def build(self, layer: nn.Linear, kernels: Mapping[Any, str]) -> Compressed:
         transposed = is_transposed(layer)
         if DENSE_COPY not in kernels.values():
             return TieredLinear.from_linear(layer, transposed=transposed)
@@ -213,14 +214,14 @@ class Prepacked(Candidate):
     def nbytes(self, layer: nn.Linear) -> int:
         return layer.weight.nbytes
 
-    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+    def build(self, layer: nn.Linear, kernels: Mapping[Any, str]) -> Compressed:
         return PrepackedLinear.from_linear(layer, tokens=max(kernels), transposed=is_transposed(layer))
 
 
 CPU_CANDIDATES = (Sparse24(), Tiered(), Prepacked())
 
 
-def not_24_reason(layer: nn.Linear) -> str | None:
+def not_24_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
     """Returns why a layer's weight cannot be stored as 2:4, or None where it can."""
     if reason := lost_zeros_reason(layer):
         return reason
@@ -232,23 +233,24 @@ def not_24_reason(layer: nn.Linear) -> str | None:
     return None if _is_24(kept) else "not 2:4"
 
 
-def inference_only_reason(layer: nn.Linear) -> str | None:
+def inference_only_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
     """Returns why a layer cannot take a form that is for inference only, or None where it can."""
     if layer.training and layer.weight.requires_grad:
         return "it cannot be trained, and the layer is in training mode: call model.eval() first"
     return None
 
 
-def no_dense_copy_reason(layer: nn.Linear) -> str | None:
+def no_dense_copy_reason(layer: nn.Linear | nn.Conv2d) -> str | None:
     """Returns why a layer cannot hold a dense copy beside its sparse weight, or None where it can."""
     if layer.training and layer.weight.requires_grad:
         return "with a dense copy it cannot be trained, and it is in training mode: call model.eval() first"
     return None
 
 
-def bytes_24(layer: nn.Linear) -> int:
+def bytes_24(layer: nn.Linear | nn.Conv2d) -> int:
     """Returns the bytes of a layer's weight as 2:4 values and bits."""
-    rows, cols = reversed(layer.weight.shape) if is_transposed(layer) else layer.weight.shape
+    shape = tuple(layer.weight.shape)
+    rows, cols = matrix_shape(shape[::-1] if is_transposed(layer) else shape)
     return rows * (values_per_row(cols) * layer.weight.itemsize + -(-cols // 8))
 
 

@@ -12,11 +12,13 @@ from .._batches import Progress
 from .._timing import PARITY_RATIO, Timings
 from ..nn import Compressed
 from .candidates import CPU_CANDIDATES, Candidate, no_dense_copy_reason
+from .convolutions import CONVOLUTION_CANDIDATES
 from .gpu import GPU_CANDIDATES
 from .kinds import Kind, kinds_of
 from .lossy import LOSSY_CANDIDATES, Precision
 from .measure import Measure
-from .sites import LinearSite
+from .sites import LayerSite
+from .sizes import Size
 from .table import GIVEN_BACK
 from .trial import Objective, Option, Rejection, Trial
 from .tune import measure_kinds
@@ -42,20 +44,20 @@ class Choice:
 
     Args:
         candidate: the form that the layer takes; None where it stays plain.
-        kernels: the kernel that answers each token count.
+        kernels: the kernel that answers each size of the input.
         reason: why, with all that was turned down.
         why: the same in a few words, with the runner-up alone.
-        timings: what was measured, by token count and kernel.
+        timings: what was measured, by size of the input and kernel.
         undecided: whether it stays plain only because the machine was too busy to measure on.
         ways: the fastest way to take each form that gave right results, whether or not it is faster than plain.
         seconds: the time of all calls in the batches with this choice.
     """
 
     candidate: Candidate | None
-    kernels: dict[int, str]
+    kernels: dict[Size, str]
     reason: str
     why: str
-    timings: dict[int, Timings]
+    timings: dict[Size, Timings]
     undecided: bool = False
     ways: tuple[Option, ...] = ()
     seconds: float = 0.0
@@ -65,7 +67,7 @@ class Choice:
         """The name of the candidate, or ``"plain"``."""
         return "plain" if self.candidate is None else self.candidate.name
 
-    def build(self, layer: nn.Linear) -> Compressed:
+    def build(self, layer: nn.Module) -> Compressed:
         """Returns the module that takes the layer's place."""
         assert self.candidate is not None
         return self.candidate.build(layer, self.kernels)
@@ -87,15 +89,18 @@ class Choice:
         return replace(self, why=why, reason=f"{why}; alone: {self.reason}")
 
 
-def unsupported_reasons(layer: nn.Linear, precision: Precision | None = None) -> dict[Candidate, str | None]:
+def unsupported_reasons(layer: nn.Module, precision: Precision | None = None) -> dict[Candidate, str | None]:
     """Returns why a layer cannot become each candidate of its device; None for those that are worth measuring."""
-    candidates: Sequence[Candidate] = GPU_CANDIDATES if _timing.is_gpu(layer.weight.device) else CPU_CANDIDATES
-    candidates = [*candidates, *(LOSSY_CANDIDATES[precision] if precision else ())]
+    candidates: Sequence[Candidate] = CONVOLUTION_CANDIDATES
+    if not isinstance(layer, nn.Conv2d):
+        gpu = _timing.is_gpu(layer.get_parameter("weight").device)
+        lossy = LOSSY_CANDIDATES[precision] if precision else ()
+        candidates = [*(GPU_CANDIDATES if gpu else CPU_CANDIDATES), *lossy]
     return {candidate: candidate.unsupported_reason(layer) for candidate in candidates}
 
 
 def choose(
-    sites: Sequence[LinearSite],
+    sites: Sequence[LayerSite],
     objective: Objective,
     measure: Measure,
     *,
@@ -120,7 +125,7 @@ def choose(
     """
     unsupported = {site.name: unsupported_reasons(site.layer, precision) for site in sites}
     kinds: dict[str, list[Kind]] = {}
-    members: dict[Kind, tuple[nn.Linear, list[Candidate]]] = {}
+    members: dict[Kind, tuple[nn.Module, list[Candidate]]] = {}
     for site in sites:
         candidates = [candidate for candidate, reason in unsupported[site.name].items() if reason is None]
         kinds[site.name] = kinds_of(
@@ -133,7 +138,7 @@ def choose(
         for kind in kinds[site.name]:
             members.setdefault(kind, (site.layer, candidates))
     found = measure_kinds(members, measure.budget, progress)
-    timings = {name: {kind.tokens: found[kind] for kind in each} for name, each in kinds.items()}
+    timings = {name: {kind.size: found[kind] for kind in each} for name, each in kinds.items()}
     return {
         site.name: choose_one(site, unsupported[site.name], timings[site.name], objective, keep_dense=keep_dense)
         for site in sites
@@ -141,23 +146,23 @@ def choose(
 
 
 def choose_one(
-    site: LinearSite,
+    site: LayerSite,
     unsupported: Mapping[Candidate, str | None],
-    timings: dict[int, Timings],
+    timings: dict[Size, Timings],
     objective: Objective,
     *,
     keep_dense: bool,
 ) -> Choice:
-    """Chooses the best candidate among those that are not slower than the plain layer at any token count.
+    """Chooses the best candidate among those that are not slower than the plain layer at any size of its input.
 
-    At each token count a candidate takes the fastest of its kernels that may replace the plain layer. For speed the
+    At each size a candidate takes the fastest of its kernels that may replace the plain layer. For speed the
     best candidate is the one that needs the least time over all calls, and of those as fast as it, up to noise, the
     smallest; for size it is the smallest, and of those the fastest.
 
     Args:
         site: the layer.
         unsupported: why a candidate cannot take the layer's place; None for those that were measured.
-        timings: what was measured, by token count and kernel; None for a wrong result.
+        timings: what was measured, by size of the input and kernel; None for a wrong result.
         objective: ``"speed"`` or ``"size"``.
         keep_dense: whether the caller allows a dense copy.
     """
@@ -184,9 +189,7 @@ def choose_one(
         undecided = any(each.undecided for each in rejected.values())
         short = _short_reason(unsupported, rejected)
         plain = [measured.get("plain") for measured in timings.values()]
-        seconds = sum(
-            site.calls[tokens] * timing.seconds for tokens, timing in zip(timings, plain, strict=True) if timing
-        )
+        seconds = sum(site.calls[size] * timing.seconds for size, timing in zip(timings, plain, strict=True) if timing)
         return Choice(None, {}, reason, short, timings, undecided, tuple(ways), seconds)
     best, verdict = _best(options, objective)
     others = {
@@ -232,8 +235,8 @@ def _lines(rejected: Mapping[str, Rejection]) -> list[str]:
 
 
 def _kernels_text(option: Option) -> str:
-    """Returns which kernel answers each token count, where there is more to say than the candidate's name."""
+    """Returns which kernel answers each size, where there is more to say than the candidate's name."""
     if set(option.kernels.values()) == {option.candidate.name}:
         return ""
-    text = ", ".join(f"{kernel} at {tokens}" for tokens, kernel in sorted(option.kernels.items()))
+    text = ", ".join(f"{kernel} at {size}" for size, kernel in sorted(option.kernels.items()))
     return f": {text} {'token' if max(option.kernels) == 1 else 'tokens'}"

@@ -1,4 +1,4 @@
-"""Swaps linear layers for the fastest module that computes the same, never for a slower one."""
+"""Swaps layers for the fastest module that computes the same, never for a slower one."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,12 +19,13 @@ from .choose import OBJECTIVES, Choice, choose
 from .forms import try_forms
 from .lossy import Precision, check_precision
 from .measure import Measure
-from .memory import resident_bytes, weight_bytes
-from .report import CompressLayerReport, CompressReport
-from .sites import LinearSite, find_sites, other_dtype_reason
+from .memory import resident_bytes
+from .report import CompressReport, layer_report
+from .sites import LayerSite, find_sites, other_dtype_reason
+from .sizes import bucket
 from .swap import Swap, restore_all
 from .trial import Objective
-from .watch import bucket, watch
+from .watch import watch
 from .whole import Passes, judge
 
 TOKENS = (1, 16, 128)  # measured without batches: a decoding step, a small batch, a prompt
@@ -43,7 +44,7 @@ def compress_(
     measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> CompressReport:
-    """Swaps every linear layer that gets faster for the fastest module that computes the same, in place.
+    """Swaps every Linear and Conv2d that gets faster for the fastest module that computes the same, in place.
 
     **What is measured.** The batches run once, in eval mode and without gradients, to see how many tokens each layer
     gets; a layer that they do not reach stays. Token counts are rounded up to a power of two, at most 512 on a CPU and
@@ -57,6 +58,12 @@ def compress_(
     pruning by blocks leave them, or ``nn.PrepackedLinear`` in eval mode, which is dense. It is taken only if its median
     ratio to the plain layer is at least 1.05 and it wins 80 % of the pairs, both at every count. Of several, the one
     that needs the least time over all calls in the batches is taken; of those as fast, the smallest.
+
+    **A convolution** (``nn.Conv2d`` in float32, on a CPU) becomes by the same rule ``nn.Conv2d24`` where its weight is
+    2:4 along the input channels at every tap, or in eval mode ``nn.PrepackedConv2d``. It is measured on images of the
+    sizes that the batches give it, at most 8, their number rounded up to a power of two, in the memory format that they
+    have: ``model.to(memory_format=torch.channels_last)`` may be faster, and is up to the caller. Without batches it
+    stays.
 
     **On a GPU** a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest
     kernel at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that
@@ -81,11 +88,11 @@ def compress_(
     such layer on its own inputs, and how much the outputs of the whole model change on up to four of the batches. The
     weights as they were are not kept: ``decompress_`` returns the rounded ones.
 
-    ``nn.Linear`` and transformers' ``Conv1D`` are swapped; layers with tied weights, hooks, parametrizations or a
-    parent that reads their weight stay, and the report says why. ``decompress_`` undoes it: the same module and
-    Parameter objects return. Until then the Parameters of the swapped weights are empty, without ``.grad``, and
-    ``save_pretrained`` raises, because nobody could load what it would write. While it works, both forms of the swapped
-    weights are in memory.
+    ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` are swapped; layers with tied weights, hooks,
+    parametrizations or a parent that reads their weight stay, and the report says why. ``decompress_`` undoes it: the
+    same module and Parameter objects return. Until then the Parameters of the swapped weights are empty, without
+    ``.grad``, and ``save_pretrained`` raises, because nobody could load what it would write. While it works, both forms
+    of the swapped weights are in memory.
 
     Args:
         model: any module tree. Layers that are compressed already stay as they are.
@@ -162,7 +169,7 @@ def compress_(
         judged = time.perf_counter()
         swap.show(modules)
         layers = tuple(
-            _layer_report(site, verdict.choices.get(site.name), modules.get(site.name), errors.get(site.name))
+            layer_report(site, verdict.choices.get(site.name), modules.get(site.name), errors.get(site.name))
             for site in sites
         )
         report = CompressReport(
@@ -190,7 +197,7 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     ``to(dtype)``. Only a lossy layer, which ``precision`` allows, returns the rounded weight that it multiplied by,
     because the one before was not kept: who wants that back keeps a copy or a file of the model. Masks, flags and the
     keys of the state dict are what they were. What ``load`` compressed is undone as well. A compressed layer of
-    ``sparsekit.nn`` put there by hand becomes a new ``nn.Linear``.
+    ``sparsekit.nn`` put there by hand becomes a new ``nn.Linear`` or ``nn.Conv2d``.
 
     Returns:
         The names of the layers that were restored.
@@ -229,9 +236,12 @@ def _check(model: nn.Module, objective: str, measure: Measure, *, keep_dense: bo
         )
 
 
-def _count(site: LinearSite, counts: tuple[int, ...] | None) -> None:
+def _count(site: LayerSite, counts: tuple[int, ...] | None) -> None:
     """Adds one call at each of these token counts, at the usual ones for None."""
     weight = site.layer.weight
+    if isinstance(site.layer, nn.Conv2d):
+        site.reason = None if site.calls else "only batches say how large its images are"
+        return
     if counts is None or counts:
         site.reason = other_dtype_reason(site.layer, filter(None, [autocast_dtype(weight)]))
         usual = GPU_TOKENS if _timing.is_gpu(weight.device) else TOKENS
@@ -239,7 +249,7 @@ def _count(site: LinearSite, counts: tuple[int, ...] | None) -> None:
 
 
 @contextmanager
-def _own_tensors(sites: Iterable[LinearSite]) -> Iterator[None]:
+def _own_tensors(sites: Iterable[LayerSite]) -> Iterator[None]:
     """Makes tensors that can be used and trained later, whatever modes the caller is in."""
     with torch.inference_mode(False):
         grad = torch.is_grad_enabled()
@@ -265,28 +275,3 @@ def _changes(
     if not lossy or passes is None:
         return weight_errors(swap, lossy), None
     return output_errors(swap, lossy, passes), output_change(swap, modules, passes)
-
-
-def _layer_report(
-    site: LinearSite, choice: Choice | None, module: nn.Module | None, error: LayerError | None
-) -> CompressLayerReport:
-    calls, weight = dict(sorted(site.calls.items())), weight_bytes(site.layer)
-    if choice is None:
-        reason = site.reason or ""
-        return CompressLayerReport(
-            site.name, site.shape, "plain", reason, calls, why=reason, bytes_before=weight, bytes_after=weight
-        )
-    return CompressLayerReport(
-        site.name,
-        site.shape,
-        choice.decision,
-        choice.reason,
-        calls,
-        choice.timings,
-        choice.kernels,
-        choice.why,
-        choice.undecided,
-        bytes_before=weight,
-        bytes_after=weight if module is None else weight_bytes(module),
-        error=error,
-    )

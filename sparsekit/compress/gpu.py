@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Sparse24OnGpu(Candidate):
     def nbytes(self, layer: nn.Linear) -> int:
         return bytes_24(layer)
 
-    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+    def build(self, layer: nn.Linear, kernels: Mapping[Any, str]) -> Compressed:
         weight = layer.weight
         layout = next(filter(None, map(_layout, kernels.values())), None)
         plan = Plan(self.routes(kernels), device_name(weight.device), weight.dtype, layout)
@@ -54,7 +55,7 @@ class Sparse24OnGpu(Candidate):
 
     def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
         """Returns the decode kernel, the dense copy if one is wanted, and the few best ways of each library."""
-        tokens = kind.layout_tokens
+        tokens = kind.layout_size
         calls: dict[str, Call | None] = {LINEAR24: self.build(plain, {tokens: LINEAR24})}
         if kind.keep_dense:
             calls[DENSE_COPY] = self.build(plain, {tokens: DENSE_COPY})

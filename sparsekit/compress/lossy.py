@@ -35,7 +35,7 @@ class Int8(Candidate):
     def nbytes(self, layer: nn.Linear) -> int:
         return layer.weight.numel() + 4 * layer.weight.shape[1 if is_transposed(layer) else 0]
 
-    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+    def build(self, layer: nn.Linear, kernels: Mapping[Any, str]) -> Compressed:
         return Int8Linear.from_linear(layer, transposed=is_transposed(layer))
 
 
@@ -71,12 +71,12 @@ class Quantized24(Candidate):
         return rows * (values + 2 * -(-cols // GROUP) + -(-cols // 8))
 
     def calls(self, kind: Kind, plain: nn.Linear, x: Tensor, clock: Clock) -> dict[str, Call | None]:
-        return {name: self.build(plain, {kind.layout_tokens: name}) for name in self._compiled()}
+        return {name: self.build(plain, {kind.layout_size: name}) for name in self._compiled()}
 
     def kernel_sets(self, layer: nn.Linear, measured: Collection[str]) -> list[frozenset[str]]:
         return [frozenset({name}) for name in self.kernels if name in measured]
 
-    def build(self, layer: nn.Linear, kernels: Mapping[int, str]) -> Compressed:
+    def build(self, layer: nn.Linear, kernels: Mapping[Any, str]) -> Compressed:
         inputs: Any = self.kernels[next(iter(kernels.values()))]
         transposed = is_transposed(layer)
         return QuantizedLinear24.from_linear(

@@ -1,4 +1,4 @@
-"""The linear layers of a model: where they are, and why one must stay what it is."""
+"""The linear layers and convolutions of a model: where they are, and why one must stay what it is."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,6 +24,11 @@ from .._layers import (
 )
 from .._replace import Slots, parent_slots
 from ..masks import outdated_mask_reason
+from .sizes import Size
+
+ALONE = "use from_linear of Linear24, TieredLinear or PrepackedLinear"
+
+ALONE_CONV = "use from_conv2d of Conv2d24 or PrepackedConv2d"
 
 EXPERTS = "experts in one parameter stay dense: no kernel multiplies by them"
 
@@ -33,28 +38,28 @@ REGISTERED = {"_modules", "_parameters", "_buffers"}
 
 
 @dataclass
-class LinearSite:
-    """A linear layer of a model.
+class LayerSite:
+    """A linear layer or convolution of a model.
 
     Args:
         name: its name in the model.
-        layer: the layer.
+        layer: the layer: an ``nn.Linear``, a ``Conv1D`` of transformers or an ``nn.Conv2d``.
         slots: where its parents hold it.
         reason: why it must stay what it is; None where it may be swapped.
-        shape: ``(out_features, in_features)``; of experts as they are stored.
-        calls: how often the batches call it, by token count rounded up to a power of two.
+        shape: ``(out_features, in_features)``; of convolutions and experts that of the weight.
+        calls: how often the batches call it, by the size of its input, as ``sizes.size_of`` returns it.
     """
 
     name: str
-    layer: nn.Linear
+    layer: Any
     slots: Slots
     reason: str | None
     shape: tuple[int, ...]
-    calls: Counter[int] = field(default_factory=Counter)
+    calls: Counter[Size] = field(default_factory=Counter)
 
 
-def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
-    """Returns the linear layers and parameters of experts that ``where`` selects, in the order of ``named_modules``."""
+def find_sites(model: nn.Module, where: Where | None) -> list[LayerSite]:
+    """Returns the layers and parameters of experts that ``where`` selects, in the order of ``named_modules``."""
     check_where(where)
     slots, shared = parent_slots(model), shared_weight_reasons(model)
     sharded, aliases = _sharded(model), _aliases(model)
@@ -62,26 +67,29 @@ def find_sites(model: nn.Module, where: Where | None) -> list[LinearSite]:
     for name, layer in model.named_modules():
         if input_dim(layer) is None and (experts := _experts(layer)) and selects(where, name, layer):
             sites += [
-                LinearSite(f"{name}.{key}".lstrip("."), layer, [], EXPERTS, shape) for key, shape in experts.items()
+                LayerSite(f"{name}.{key}".lstrip("."), layer, [], EXPERTS, shape) for key, shape in experts.items()
             ]
-        if input_dim(layer) is None or isinstance(layer, nn.Conv2d) or not selects(where, name, layer):
+        if input_dim(layer) is None or not selects(where, name, layer):
             continue
         reason = shared.get((layer, "weight")) or (SHARDED if layer in sharded else None) or aliases.get(layer)
         reason = reason or must_stay_reason(layer)
         if layer is model:
-            reason = "it is the model itself: use from_linear of Linear24, TieredLinear or PrepackedLinear"
-        rows, cols = declared_shape(layer)
-        shape = (cols, rows) if input_dim(layer) == 0 else (rows, cols)
-        sites.append(LinearSite(name, layer, slots.get(layer, []), reason, shape))
+            reason = f"it is the model itself: {ALONE_CONV if isinstance(layer, nn.Conv2d) else ALONE}"
+        shape = declared_shape(layer)
+        shape = shape[::-1] if input_dim(layer) == 0 else shape
+        sites.append(LayerSite(name, layer, slots.get(layer, []), reason, shape))
     return sites
 
 
 def must_stay_reason(layer: nn.Module) -> str | None:
-    """Returns why a linear layer must stay what it is, whatever is faster; None where it may be swapped."""
+    """Returns why a layer must stay what it is, whatever is faster; None where it may be swapped."""
     if reason := unsupported_reason(layer):
         return reason
-    if type(layer) is not nn.Linear and not is_transposed(layer):
-        return f"{type(layer).__name__} may compute something else than nn.Linear"
+    if type(layer) not in (nn.Linear, nn.Conv2d) and not is_transposed(layer):
+        plain = "nn.Conv2d" if isinstance(layer, nn.Conv2d) else "nn.Linear"
+        return f"{type(layer).__name__} may compute something else than {plain}"
+    if isinstance(layer, nn.Conv2d) and (reason := _convolution_reason(layer)):
+        return reason
     if reason := hooks_reason(layer) or outdated_mask_reason(layer):
         return reason
     weight = layer.get_parameter("weight")
@@ -92,10 +100,24 @@ def must_stay_reason(layer: nn.Module) -> str | None:
     return f"it also holds {', '.join(sorted(own))}" if own else None
 
 
-def other_dtype_reason(layer: nn.Linear, dtypes: Iterable[torch.dtype]) -> str | None:
+def _convolution_reason(conv: nn.Conv2d) -> str | None:
+    """Returns why no kernel computes a convolution; None where there are some."""
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups, and only convolutions of one are swapped"
+    if conv.padding_mode != "zeros":
+        return f"it pads in the mode {conv.padding_mode!r}, and only padding with zeros is computed"
+    if conv.weight.device.type != "cpu":
+        return f"convolutions stay dense on {conv.weight.device.type}"
+    if conv.weight.dtype != torch.float32:
+        return f"its weight is {conv.weight.dtype}, and convolutions are swapped in torch.float32 only"
+    return None
+
+
+def other_dtype_reason(layer: nn.Module, dtypes: Iterable[torch.dtype]) -> str | None:
     """Returns why a layer must stay if it computes in these dtypes, or None if they are that of its weight."""
-    if others := sorted({str(dtype) for dtype in dtypes if dtype != layer.weight.dtype}):
-        return f"it runs in {', '.join(others)}, its weight is {layer.weight.dtype}: convert the model to compress it"
+    own = layer.get_parameter("weight").dtype
+    if others := sorted({str(dtype) for dtype in dtypes if dtype != own}):
+        return f"it runs in {', '.join(others)}, its weight is {own}: convert the model to compress it"
     return None
 
 

@@ -20,14 +20,14 @@ from .._state import get_original, set_original
 from .._undo import Undo
 from ..masks import MaskInfo, get_mask_bits, get_mask_info, set_mask_bits
 from ..nn import Compressed
-from .sites import LinearSite
+from .sites import LayerSite
 
 
 @dataclass(frozen=True)
 class _Emptied:
     """What a plain layer held before ``commit`` emptied it."""
 
-    layer: nn.Linear
+    layer: nn.Linear | nn.Conv2d
     weight: Tensor
     grad: Tensor | None
     bits: Tensor | None
@@ -40,7 +40,7 @@ class Swap:
     Both are in memory meanwhile, so that ``undo`` can put the model back as it was, bit for bit.
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, LinearSite]):
+    def __init__(self, model: nn.Module, sites: Mapping[str, LayerSite]):
         self.model, self.sites = model, sites
         self.emptied: list[_Emptied] = []
 
@@ -75,7 +75,7 @@ def restore_all(model: nn.Module, undo: Undo) -> tuple[str, ...]:
     """Puts the plain layer of every compressed one back, all of them or none, and returns their names.
 
     Raises:
-        ValueError: a layer has hooks, or stands for one of another class than ``nn.Linear`` and nobody noted which.
+        ValueError: a layer has hooks, or stands for one of an unknown class.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Compressed) and name}
     for name, module in found.items():

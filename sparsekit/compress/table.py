@@ -16,25 +16,28 @@ MAX_NAMES = 3  # of plain layers in a row
 def grouped_rows(layers: Collection["CompressLayerReport"]) -> tuple[list[str], list[list[str]]]:
     """Returns the head and the rows of a table; layers of one shape, reason and measurement share a row.
 
-    Where a layer is lossy, a column has the largest error of each row. The rows of plain layers end with their names,
-    three at most.
+    A column has the ratios of convolutions, each with its images. Where a layer is lossy, another has the largest error
+    of each row. The rows of plain layers end with their names, three at most.
     """
     alike: dict[object, list[CompressLayerReport]] = {}
     for layer in layers:
         alike.setdefault((layer.shape, layer.decision, layer.reason, str(layer.timings)), []).append(layer)
-    buckets = sorted({tokens for layer in layers for tokens in layer.timings})
+    sizes = {size for layer in layers for size in layer.timings}
+    buckets = sorted(size for size in sizes if isinstance(size, int))
+    images = any(isinstance(size, str) for size in sizes)
     lossy = any(layer.error is not None for layer in layers)
     head = [
         "layers",
         "now",
         *["error"] * lossy,
         *("1 token" if tokens == 1 else f"{tokens} tokens" for tokens in buckets),
+        *["images"] * images,
         "why",
     ]
     rows = []
     for members in alike.values():
         first = members[0]
-        ratios = [_ratios(first.timing(tokens)) for tokens in buckets]
+        ratios = [_ratios(first.timing(tokens)) for tokens in buckets] + [_of_images(first)] * images
         shape = "x".join(map(str, first.shape))
         why = first.why or first.reason
         why = f"{why} ({_names(members)})" if first.decision == "plain" else why
@@ -59,7 +62,7 @@ def summary(report: "CompressReport") -> Iterator[str]:
         int8 = any("int8" in measured for layer in layers for measured in layer.timings.values())
         forms = "prepacked or in int8" if int8 else "prepacked"
         yield (
-            f"linear layers alone: {report.speedup:.2f}x plain; {forms}, without any sparsity, they would be "
+            f"layers alone: {report.speedup:.2f}x plain; {forms}, without any sparsity, they would be "
             f"{report.dense_speedup:.2f}x, so sparsity itself brings {share:.2f}x"
         )
         yield from _lossy(report)
@@ -126,6 +129,12 @@ def _bytes(what: str, layers: Sequence["CompressLayerReport"]) -> str:
     before, after = (sum(getattr(layer, name) for layer in layers) for name in ("bytes_before", "bytes_after"))
     size = f", {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB" if layers else ""
     return f"{what}: {len(layers)} {'layer' if len(layers) == 1 else 'layers'}{size}"
+
+
+def _of_images(layer: "CompressLayerReport") -> str:
+    """Returns the ratios of a convolution for all images that it gets."""
+    sizes = [size for size in layer.timings if isinstance(size, str)]
+    return ", ".join(f"{_ratios(layer.timing(size))} at {size}" for size in sizes) or "-"
 
 
 def _ratios(timing: Timing | None) -> str:

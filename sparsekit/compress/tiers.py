@@ -15,10 +15,15 @@ from ..ops.tiers import DENSE, SPARSE24, TOPK
 STEP = 5  # percent; layers whose shares are equal when rounded to it are measured together
 
 
-def kept_matrix(layer: nn.Linear) -> Tensor:
-    """Returns the entries that a layer keeps, bool ``[outputs, inputs]``: its stored mask, else its non-zeros."""
+def kept_matrix(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """Returns the entries that a layer keeps, bool ``[outputs, inputs]``: its stored mask, else its non-zeros.
+
+    Of a convolution every tap is a row.
+    """
     mask = get_mask(layer)
     kept = nonzero(layer.weight) if mask is None else mask
+    if isinstance(layer, nn.Conv2d):
+        return kept.permute(0, 2, 3, 1).flatten(0, 2)
     return kept.t() if is_transposed(layer) else kept
 
 

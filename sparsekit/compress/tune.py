@@ -22,7 +22,7 @@ REPEATS = 2  # of every measurement on a CPU, which other programs disturb for s
 
 
 def measure_kinds(
-    kinds: Mapping[Kind, tuple[nn.Linear, Sequence[Candidate]]], budget: float, progress: Progress
+    kinds: Mapping[Kind, tuple[Any, Sequence[Candidate]]], budget: float, progress: Progress
 ) -> dict[Kind, Timings]:
     """Measures every kind of layer, on a CPU twice, and returns the less favorable times.
 
@@ -52,7 +52,7 @@ def _key(kind: Kind, repeat: int) -> dict[str, object]:
     return {**asdict(kind), "repeat": repeat}
 
 
-def _measure_kind(kind: Kind, layer: nn.Linear, candidates: Sequence[Candidate], budget: float) -> Timings:
+def _measure_kind(kind: Kind, layer: nn.Module, candidates: Sequence[Candidate], budget: float) -> Timings:
     plain, x = random_layer(kind, layer)
     clock = _timing.clock(x.device, evict_cache=kind.evict_cache, graphs=kind.graphs)
     calls: dict[str, Call | None] = {}

@@ -1,4 +1,4 @@
-"""Runs batches through a model, and counts the tokens that each linear layer gets."""
+"""Runs batches through a model, and counts the sizes of the inputs that each layer gets."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -7,37 +7,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _timing
 from .._batches import Forward, as_batches, layer_input, observing, run_batch
 from .._forwards import around_forwards, watch_reads
 from .._trees import copied
 from ..nn.common import autocast_dtype
-from .sites import LinearSite, must_stay_reason, other_dtype_reason
+from .sites import LayerSite, must_stay_reason, other_dtype_reason
+from .sizes import Size, size_of
 
-# More are as good as this many for a ratio, and take longer to measure.
-MAX_TOKENS, MAX_GPU_TOKENS = 512, 8192
 MAX_BATCHES = 4  # that the whole model is timed on
+MAX_SIZES = 8  # of the images that a convolution gets; each is measured
 
 
-def watch(model: nn.Module, sites: list[LinearSite], batches: Any, forward: Forward | None) -> list[Any]:
+def watch(model: nn.Module, sites: list[LayerSite], batches: Any, forward: Forward | None) -> list[Any]:
     """Runs the batches once and counts the calls of each layer; rules out layers that cannot be swapped.
 
     Returns:
-        At most four batches: those that gave layers token counts that no batch before them did.
+        At most four batches: those that gave layers inputs of sizes that no batch before them did.
 
     Raises:
         ValueError: there is no batch.
     """
     dtypes: dict[str, set[torch.dtype]] = {site.name: set() for site in sites}
-    counts: set[tuple[str, int]] = set()
+    counts: set[tuple[str, Size]] = set()
     kept: list[Any] = []
 
-    def count(site: LinearSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(site: LayerSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = layer_input(args, kwargs)
         dtypes[site.name].add(autocast_dtype(x) or x.dtype)
-        if tokens := sum(part.shape[:-1].numel() for part in (x.unbind() if x.is_nested else [x])):
-            site.calls[found := bucket(tokens, site.layer.weight.device)] += 1
-            counts.add((site.name, found))
+        if (size := size_of(site.layer, x)) is not None:
+            site.calls[size] += 1
+            counts.add((site.name, size))
 
     runs = 0
     free = [site for site in sites if site.reason is None]
@@ -56,19 +55,21 @@ def watch(model: nn.Module, sites: list[LinearSite], batches: Any, forward: Forw
             or reads.get(site.layer)
             or other_dtype_reason(site.layer, dtypes[site.name])
             or (None if site.calls else "the batches do not run it")
+            or _many_sizes_reason(site)
         )
     return kept
 
 
-def bucket(tokens: int, device: torch.device) -> int:
-    """Returns the power of two that a token count is rounded up to, within the limit of a device."""
-    return min(1 << (tokens - 1).bit_length(), MAX_GPU_TOKENS if _timing.is_gpu(device) else MAX_TOKENS)
+def _many_sizes_reason(site: LayerSite) -> str | None:
+    """Returns why a convolution is not measured: its images have too many sizes; None if they have few."""
+    many = isinstance(site.layer, nn.Conv2d) and len(site.calls) > MAX_SIZES
+    return f"its images have {len(site.calls)} sizes, and at most {MAX_SIZES} are measured" if many else None
 
 
-def _watching(sites: list[LinearSite], count: Callable[..., None]) -> AbstractContextManager[None]:
+def _watching(sites: list[LayerSite], count: Callable[..., None]) -> AbstractContextManager[None]:
     """Calls ``count`` with the arguments of every call of these layers."""
 
-    def around(site: LinearSite) -> Callable[..., Any]:
+    def around(site: LayerSite) -> Callable[..., Any]:
         def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             count(site, args, kwargs)
             return forward(*args, **kwargs)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._layers import input_dim
 from ..masks import masked_parameters
-from ..nn import Compressed
+from ..nn import Compressed, CompressedConv2d, CompressedLinear
 from ..nn.common import oriented
 from ..nn.layer_weight import dense_weight, is_sparse, kept_entries, store_weight
 
@@ -138,7 +138,7 @@ class _MaskedAdapter(nn.Module):
         return {(): None}  # plain LoRA alone, so that PEFT rejects all variants
 
     def _get_in_out_features(self, module: nn.Module) -> Any:
-        if isinstance(module, Compressed):
+        if isinstance(module, CompressedLinear):
             return module.in_features, module.out_features
         return super()._get_in_out_features(module)  # type: ignore[misc]
 
@@ -230,7 +230,7 @@ class _MaskedAdapter(nn.Module):
     def _add(self, adapter: str, sign: int) -> None:
         """Adds the adapter to the layer, or subtracts it."""
         base, second, merged = self.get_base_layer(), self.lora_B[adapter], self._sum(adapter, sign)
-        if isinstance(base, Compressed):
+        if isinstance(base, CompressedLinear):
             store_weight(base, merged)
         else:
             base.weight.copy_(merged)
@@ -266,6 +266,11 @@ def _adapter(target: nn.Module, adapter_name: str, *, config: LoraConfig, **argu
         raise ValueError(
             f"{arguments.get('target_name') or type(base).__name__} has a stored mask, and an adapter beside it would "
             "fill the zeros: only Linear, Conv2d and Conv1D layers keep them"
+        )
+    if isinstance(base, CompressedConv2d):
+        raise ValueError(
+            f"{arguments.get('target_name') or type(base).__name__} is a compressed convolution, which has no "
+            "adapter: call sparsekit.decompress_(model) first"
         )
     if isinstance(base, nn.Conv2d):
         return MaskedLoraConv2d(target, adapter_name, config=config, **arguments)

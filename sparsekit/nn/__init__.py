@@ -2,10 +2,13 @@
 
 from .arranged24 import ArrangedLinear24
 from .compressed import Compressed
+from .compressed_conv import CompressedConv2d
+from .compressed_linear import CompressedLinear
 from .conv24 import Conv2d24
 from .int8 import Int8Linear
 from .linear24 import Linear24
-from .prepacked import PrepackedLinear
+from .prepacked_conv import PrepackedConv2d
+from .prepacked_linear import PrepackedLinear
 from .quantized24 import QuantizedLinear24
 from .routed import Plan, Route, Routed, RoutedTieredLinear
 from .routed24 import RoutedLinear24
@@ -15,10 +18,13 @@ from .weight_view import WeightView
 __all__ = [
     "ArrangedLinear24",
     "Compressed",
+    "CompressedConv2d",
+    "CompressedLinear",
     "Conv2d24",
     "Int8Linear",
     "Linear24",
     "Plan",
+    "PrepackedConv2d",
     "PrepackedLinear",
     "QuantizedLinear24",
     "Route",

@@ -1,34 +1,27 @@
-"""Base class of compressed linear layers."""
+"""Base class of compressed layers."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 import torch
-import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from ..ops._define import DTYPES, can_call_directly
-from .common import carry_mask, fx_node, oriented
+from ..ops._define import DTYPES
 from .weight_view import is_view_of, view_weight
 
 
 class Compressed(nn.Module):
-    """A linear layer that replaces another one and stores its weight in a smaller or faster form.
+    """A layer that replaces another one and stores its weight in a smaller or faster form.
 
-    ``transposed`` says whether the replaced layer has its weight as ``[in_features, out_features]``, as the ``Conv1D``
-    of transformers does. A subclass says which tensors it stores (``_parts``), how they become the dense weight
-    (``_unpack``), and how it multiplies an input (``_multiply``).
+    A subclass says which tensors it stores (``_parts``), how they become the dense weight (``_unpack``) of what layout
+    (``_layout``), and which plain layer computes the same (``to_plain``).
     """
 
     unsupported_reason: ClassVar[str] = "it is compressed: call decompress_ first"
     sparse: ClassVar[bool] = True  # whether it stores only some entries of its weight
     lossy: ClassVar[bool] = False  # whether it multiplies by another weight than the layer that it replaces had
 
-    in_features: int
-    out_features: int
-    transposed: bool
+    transposed = False  # whether the replaced layer has its weight as ``[inputs, outputs]``
     bias: nn.Parameter | None
     frozen = False  # whether the replaced layer trained its weight, but this form of it cannot follow an optimizer
     name_in_errors = ""  # empty for the name of the class
@@ -54,28 +47,24 @@ class Compressed(nn.Module):
         return [tensor for name, tensor in own if tensor is not None and name not in ("bias", "weight_mask")]
 
     def _unpack(self, *parts: Tensor) -> Tensor:
-        """Returns the weight ``[out_features, in_features]`` that is stored in ``parts``, as a new tensor."""
+        """Returns the weight that is stored in ``parts``, outputs first, as a new tensor."""
         raise NotImplementedError
 
-    def _multiply(self, input: Tensor) -> Tensor:
-        """Computes ``forward`` for an input that is not nested."""
+    def _unpack_oriented(self, *parts: Tensor) -> Tensor:
+        """Returns the same as the replaced layer has it."""
+        return self._unpack(*parts)
+
+    def _layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shape and the strides of ``weight``."""
         raise NotImplementedError
 
-    def _multiply_directly(self, input: Tensor) -> Tensor | None:
-        """Computes ``forward`` where torch adds nothing to a call, with as few steps in Python as it can.
-
-        The input has ``in_features`` columns; nothing else is known of it, nor that the tensors of the layer fit.
-
-        Returns:
-            The result; None where only ``_multiply`` can compute it. Where this raises, ``_multiply`` is called too,
-            and raises an error that says what does not fit.
-        """
-        return None
+    def to_plain(self) -> nn.Module:
+        """Returns the plain layer that computes the same, with the same bias Parameter and stored mask."""
+        raise NotImplementedError
 
     def reference(self, input: Tensor) -> Tensor:
         """Returns what ``forward`` should return, up to rounding, in float64; a kernel is checked against it."""
-        bias: Tensor | None = self.bias
-        return F.linear(input.double(), self._dense().double(), None if bias is None else bias.double())
+        raise NotImplementedError
 
     def _training_error(self) -> str | None:
         """Returns the error message if training mode asks for a gradient that the weight cannot have; else None."""
@@ -90,42 +79,10 @@ class Compressed(nn.Module):
         if torch.is_grad_enabled() and (error := self._training_error()):
             raise RuntimeError(error)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Computes ``input @ weight.T + bias``, as ``nn.Linear`` does.
-
-        Args:
-            input: ``[..., in_features]``, dense or nested.
-        """
-        if type(input) is Tensor and not input.is_nested:
-            if can_call_directly():
-                try:
-                    output = self._multiply_directly(input) if input.shape[-1] == self.in_features else None
-                except Exception:
-                    output = None
-                if output is not None:
-                    return output
-            return self._multiply(input)
-        if isinstance(input, torch.fx.Proxy):
-            return fx_node(self, input)
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
-        return self._multiply_nested(input) if input.is_nested else self._multiply(input)
-
-    def _multiply_nested(self, input: Any) -> Tensor:
-        if input.layout != torch.jagged:
-            return torch.nested.as_nested_tensor([self._multiply(part) for part in input.unbind()])
-        if input.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} columns, got shape {tuple(input.shape)}")
-        values = self._multiply(input.values())
-        return torch.nested.nested_tensor_from_jagged(values, input.offsets(), input.lengths(), input._ragged_idx)
-
     @torch.no_grad()
     def _dense(self) -> Tensor:
-        """Returns the weight ``[out_features, in_features]`` as a new tensor, without a gradient."""
+        """Returns the weight, outputs first, as a new tensor without a gradient."""
         return self._unpack(*(part.detach() for part in self._parts()))
-
-    def _unpack_oriented(self, *parts: Tensor) -> Tensor:
-        return oriented(self._unpack(*parts), self.transposed)
 
     @property
     def weight(self) -> Tensor:
@@ -134,10 +91,8 @@ class Compressed(nn.Module):
         Reading its shape, dtype or device unpacks nothing. Its gradients reach the tensors that the layer stores.
         Writing to it raises RuntimeError.
         """
-        rows, cols = self.out_features, self.in_features
-        shape, stride = ((cols, rows), (1, max(cols, 1))) if self.transposed else ((rows, cols), (max(cols, 1), 1))
         error = self._training_error()
-        return view_weight(self._unpack_oriented, self._parts(), shape, stride, self.weight_dtype, error)
+        return view_weight(self._unpack_oriented, self._parts(), *self._layout(), self.weight_dtype, error)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -153,16 +108,6 @@ class Compressed(nn.Module):
         if name.split("_")[0] == "weight":
             _refuse_weight(name)
         super().register_parameter(name, param)
-
-    @torch.inference_mode(False)  # tensors made in inference mode could be neither trained nor used outside it
-    def to_linear(self) -> nn.Linear:
-        """Returns the dense ``nn.Linear`` that computes the same, with the same bias Parameter and stored mask."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self._dense(), requires_grad=self.trainable)
-        linear.register_parameter("bias", self.bias)
-        if not self.transposed:
-            carry_mask(self, linear)
-        return linear.train(self.training)
 
     def _check_state(self, given: dict[str, Tensor], assigned: bool) -> None:
         """Rejects tensors of a state dict that do not fit the layer.
@@ -221,36 +166,12 @@ class Compressed(nn.Module):
             "sparsekit.decompress_(model) first"
         )
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
 
 def _refuse_weight(name: str) -> NoReturn:
     raise RuntimeError(
         f"a compressed layer has no Parameter {name!r} to set: call sparsekit.decompress_(model) first, "
         "or merge LoRA with sparsekit.integrations.peft"
     )
-
-
-def weight_of(layer: nn.Module, transposed: bool) -> tuple[Tensor, bool]:
-    """Returns the weight of a linear layer, plain or compressed, as ``[outputs, inputs]``, and whether it is trained.
-
-    Raises:
-        TypeError: ``layer`` has no weight and bias, as ``nn.Linear`` has them.
-        ValueError: the weight is no matrix, or was not initialized.
-    """
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", layer)
-    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
-        raise TypeError(f"linear must have a weight and a bias as nn.Linear has them, got {type(layer).__name__}")
-    if is_lazy(weight):
-        raise ValueError(f"linear must be initialized, got a {type(layer).__name__} that was not called yet")
-    if weight.dim() != 2:
-        raise ValueError(f"linear must have a matrix as its weight, got shape {tuple(weight.shape)}")
-    if isinstance(layer, Compressed):
-        return oriented(
-            layer._unpack_oriented(*(part.detach() for part in layer._parts())), transposed
-        ), layer.trainable
-    return oriented(weight.detach(), transposed), weight.requires_grad
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:

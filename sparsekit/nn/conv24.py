@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from ..masks import get_mask
 from ..ops import PackedConv24, conv2d24, nm_mask, pack_conv24, unpack_bits
-from ..ops._define import DTYPES, check_like
+from ..ops._conv import Pair
+from ..ops._define import DTYPES, check_like, check_weight
 from .common import autocast_dtype, carry_mask
+from .compressed_conv import CompressedConv2d, check_conv2d, strides_of
 from .linear24 import check_bitmask24
 
-Pair = int | tuple[int, int]
 Layer = TypeVar("Layer", bound="Conv2d24")
 
 
-class Conv2d24(nn.Module):
+class Conv2d24(CompressedConv2d):
     """A convolution whose weight is stored and multiplied in the packed 2:4 format, along its input channels.
 
     It stores three tensors, which are also its state dict: ``values``, a Parameter that gradients reach, and
@@ -58,8 +59,9 @@ class Conv2d24(nn.Module):
         if (dtype or torch.get_default_dtype()) not in DTYPES:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype or torch.get_default_dtype()}")
         height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, (height, width)
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        shape = (out_channels, in_channels, height, width)
+        strides = torch.empty(shape, device="meta").stride()
+        self._take_geometry(shape, strides, stride, padding, dilation)
         bound = 1 / math.sqrt(max(in_channels * height * width, 1))
         rows = torch.empty(out_channels * height * width, in_channels, device=device, dtype=dtype)
         rows.uniform_(-bound, bound)
@@ -87,89 +89,63 @@ class Conv2d24(nn.Module):
             ValueError: it has groups, or pads with other values than zeros, or a group of four input channels keeps
                 more than two; the message names the first one.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"conv must be an nn.Conv2d, got {type(conv).__name__}")
-        if conv.groups != 1 or conv.padding_mode != "zeros":
-            raise ValueError(
-                f'conv must have one group and padding_mode "zeros", got {conv.groups} and "{conv.padding_mode}"'
-            )
+        check_conv2d(conv)
         weight, mask = conv.weight.detach(), get_mask(conv)
         if mask is not None:
             bits = pack_conv24(mask.to(weight.dtype), check=True).bitmask
             outputs, inputs, height, width = weight.shape
             rows = unpack_bits(bits.flatten(0, 1), inputs)
             mask = rows.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
-        values, bitmask, _ = pack_conv24(weight, mask, check=True)
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            False,
-            device="meta",
-            dtype=weight.dtype,
-        )
-        layer.values = nn.Parameter(values, requires_grad=conv.weight.requires_grad)
-        layer.bitmask = bitmask
+        layer = cls.of(pack_conv24(weight, mask, check=True), conv)
+        layer.values.requires_grad_(conv.weight.requires_grad)
         layer.bias = conv.bias  # type: ignore[assignment, unused-ignore]
         carry_mask(conv, layer)
         return layer.train(conv.training)
 
-    @torch.inference_mode(False)
-    def to_conv2d(self) -> nn.Conv2d:
-        """Returns the dense ``nn.Conv2d`` that computes the same, with the same bias Parameter and stored mask."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=False,
-            device="meta",
-        )
-        dense = self.packed._replace(values=self.values.detach()).to_dense()
-        conv.weight = nn.Parameter(dense, requires_grad=self.values.requires_grad)
-        conv.register_parameter("bias", self.bias)
-        carry_mask(self, conv)
-        return conv.train(self.training)
+    @classmethod
+    def of(cls: type[Layer], packed: PackedConv24, like: nn.Conv2d | CompressedConv2d) -> Layer:
+        """Returns a layer without a bias that holds these tensors, with the geometry of another convolution."""
+        outputs, inputs, height, width = packed.shape
+        geometry: dict[str, Any] = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
+        dtype = packed.values.dtype
+        layer = cls(inputs, outputs, (height, width), **geometry, bias=False, device="meta", dtype=dtype)
+        layer.values, layer.bitmask = nn.Parameter(packed.values), packed.bitmask
+        layer.strides = strides_of(like)
+        return layer
+
+    @property
+    def trainable(self) -> bool:
+        return self.values.requires_grad
 
     @property
     def packed(self) -> PackedConv24:
         """The weight as ``pack_conv24`` returns it, made of the layer's own tensors."""
-        return PackedConv24(self.values, self.bitmask, (self.out_channels, self.in_channels, *self.kernel_size))
+        return self._pack(self.values, self.bitmask)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, unpacked whenever it is read; its gradients reach ``values``."""
-        return self.packed.to_dense()
+    def _pack(self, values: Tensor, bitmask: Tensor) -> PackedConv24:
+        height, width = self.kernel_size
+        return PackedConv24(values, bitmask, (self.out_channels, self.in_channels, height, width))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Computes the convolution of ``[images, in_channels, height, width]``, as ``nn.Conv2d`` does."""
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.values, self.bitmask
+
+    def _unpack(self, *parts: Tensor) -> Tensor:
+        values, bitmask = parts
+        return self._pack(values, bitmask).to_dense()
+
+    def _convolve(self, input: Tensor) -> Tensor:
         packed, bias = self.packed, self.bias
         if (dtype := autocast_dtype(input)) is not None:
             input, packed = input.to(dtype), packed._replace(values=packed.values.to(dtype))
             bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
-        return conv2d24(input, packed, bias, self.stride, self.padding, self.dilation)
+        geometry: Any = self.stride, self.padding, self.dilation
+        return conv2d24(input, packed, bias, *geometry)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        bitmask = state_dict.get(prefix + "bitmask")
-        try:
-            if isinstance(bitmask, Tensor) and not bitmask.is_meta and bitmask.shape == self.bitmask.shape:
-                check_like("bitmask", bitmask, torch.uint8, bitmask.shape, bitmask)
-                check_bitmask24(bitmask.flatten(0, 1), self.in_channels)
-        except (TypeError, ValueError) as error:
-            error_msgs: list[str] = rest[-1]
-            error_msgs.append(f"layer {prefix[:-1]}: {error}" if prefix else str(error))
-        else:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
-        )
+    def _check_state(self, given: dict[str, Tensor], assigned: bool) -> None:
+        if assigned and "values" in given:
+            check_weight("values", given["values"])
+        bitmask = given.get("bitmask")
+        if bitmask is None or bitmask.is_meta or bitmask.shape != self.bitmask.shape:
+            return  # torch loads what is on the meta device, and reports a missing bitmask or another shape itself
+        check_like("bitmask", bitmask, torch.uint8, bitmask.shape, bitmask)
+        check_bitmask24(bitmask.flatten(0, 1), self.in_channels)

@@ -16,7 +16,7 @@ from ..ops.int8_linear import (
     round_tokens_reference,
 )
 from .common import carry_mask
-from .compressed import weight_of
+from .compressed_linear import weight_of
 from .rearranged import Rearranged
 
 

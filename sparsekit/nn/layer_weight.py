@@ -6,9 +6,10 @@ from ..masks import MaskInfo, Pattern, get_mask, get_mask_bits, get_mask_info, s
 from ..ops.bits import nonzero, unpack_bits
 from .common import oriented
 from .compressed import Compressed
+from .compressed_linear import CompressedLinear
 from .int8 import Int8Linear
 from .linear24 import Linear24
-from .prepacked import PrepackedLinear
+from .prepacked_linear import PrepackedLinear
 from .quantized24 import QuantizedLinear24
 from .tiered import TieredLinear
 
@@ -36,7 +37,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return layer.get_parameter("weight").detach()
 
 
-def store_weight(layer: Compressed, weight: Tensor) -> None:
+def store_weight(layer: CompressedLinear, weight: Tensor) -> None:
     """Stores another weight in a compressed layer, in the layer's form and with its mask.
 
     Args:
@@ -55,7 +56,7 @@ def store_weight(layer: Compressed, weight: Tensor) -> None:
     layer.load_state_dict(state)
 
 
-def _packed_like(layer: Compressed, linear: nn.Linear) -> Compressed:
+def _packed_like(layer: CompressedLinear, linear: nn.Linear) -> CompressedLinear:
     """Returns a layer of the form of ``layer`` with another weight; a lossy one rounds it anew."""
     if isinstance(layer, TieredLinear):
         return TieredLinear.from_linear(linear, k=layer.k, block=layer.block)

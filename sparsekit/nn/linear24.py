@@ -11,14 +11,14 @@ from ..ops import Packed24, linear24, nm_mask, pack24, unpack_bits
 from ..ops._define import DTYPES, call_op, check_like, check_weight, is_jit_tracing
 from ..ops._kernels import call_kernel
 from .common import autocast_dtype, carry_mask, oriented
-from .compressed import Compressed, weight_of
+from .compressed_linear import CompressedLinear, weight_of
 
 UNPACK24 = torch.ops.sparsekit.unpack24.default
 LINEAR24 = torch.ops.sparsekit.linear24.default
 Layer = TypeVar("Layer", bound="Linear24")
 
 
-class Linear24(Compressed):
+class Linear24(CompressedLinear):
     """A linear layer whose weight is stored and multiplied in the packed 2:4 format.
 
     It stores three tensors, which are also its state dict: ``values``, a Parameter ``[out_features, 2 * (in_features //

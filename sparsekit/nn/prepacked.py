@@ -1,65 +1,31 @@
-"""The dense linear layer whose weight oneDNN has reordered."""
+"""Base class of dense layers whose weight oneDNN has reordered."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops._define import is_jit_tracing
-from ..ops.prepacked import prepack, prepacked_dense, prepacked_linear
-from .common import autocast_dtype, carry_mask, oriented
-from .compressed import Compressed, weight_of, weight_shape
+from ..ops.prepacked import prepacked_dense
+from .common import oriented
+from .compressed import Compressed, weight_shape
 
 
-class PrepackedLinear(Compressed):
-    """A dense linear layer for inference on a CPU, whose weight oneDNN has reordered once instead of at every call.
+class Prepacked(Compressed):
+    """A dense layer for inference on a CPU that holds its weight as oneDNN has reordered it, and nothing else.
 
-    It stores the reordered weight and the bias. The state dict has the dense ``weight`` in the usual order; loading it
-    reorders it again, and so does ``to(dtype)``. If oneDNN has no reordered form (on another device, or for a 16-bit
-    dtype that the CPU does not compute in), the weight stays as it is and ``F.linear`` multiplies it. Gradients reach
-    the input and ``bias``. The weight cannot be trained: a call in training mode that would need its gradient raises.
-
-    Args:
-        weight: ``[out_features, in_features]``.
-        bias: the bias Parameter, which becomes the layer's without a copy, or None.
-        tokens: the number of tokens that the layout is chosen for. It is fast for fewer, less so for more.
-        transposed: whether ``.weight`` and that of the state dict are ``[in_features, out_features]``, as in
-            ``Linear24``.
-
-    Raises:
-        ValueError: ``weight`` is not a matrix.
+    The state dict has the dense ``weight`` in the usual order; it is reordered again when it is loaded, copied or
+    converted. If oneDNN has no reordered form, ``packed`` is the dense weight. A subclass says how it is reordered.
     """
 
     packed: Tensor
     sparse = False
     dtypes = None  # any, because the weight stays plain in a dtype that oneDNN does not reorder
 
-    def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None = None, *, tokens: int = 128, transposed: bool = False
-    ):
-        super().__init__()
-        if weight.dim() != 2:
-            raise ValueError(f"weight must be a matrix, got shape {tuple(weight.shape)}")
-        self.out_features, self.in_features = weight.shape
-        self.tokens, self.transposed = tokens, transposed
-        self.frozen = weight.requires_grad
-        self.register_parameter("bias", bias)
-        self._prepack(weight)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, *, tokens: int = 128, transposed: bool = False) -> "PrepackedLinear":
-        """Reorders the weight of a layer. The bias is the layer's own Parameter, not a copy, and so is a stored mask.
-
-        Raises:
-            TypeError: ``linear`` is not a linear layer.
-        """
-        weight, trained = weight_of(linear, transposed)
-        layer = cls(weight, linear.bias, tokens=tokens, transposed=transposed)
-        layer.frozen = trained
-        carry_mask(linear, layer)
-        return layer.train(linear.training)
+    def _reorder(self, dense: Tensor) -> Tensor:
+        """Returns a dense weight, outputs first, as oneDNN has reordered it, or as it is."""
+        raise NotImplementedError
 
     @property
     def trainable(self) -> bool:
@@ -67,8 +33,17 @@ class PrepackedLinear(Compressed):
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be used outside it
     def _prepack(self, dense: Tensor) -> None:
-        self.packed = prepack(dense, self.tokens)
+        self.packed = self._reorder(dense)
         self.reordered = self.packed.is_mkldnn  # read once, because a traced tensor does not tell
+
+    def _check_call(self) -> None:
+        """Raises RuntimeError where the weight should be trained, or its form cannot be traced."""
+        self._check_training()
+        if self.reordered and is_jit_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot hold a weight that oneDNN has reordered: use torch.export, or call "
+                "sparsekit.decompress_(model) first"
+            )
 
     def _parts(self) -> tuple[Tensor, ...]:
         return (self.packed,)
@@ -80,28 +55,14 @@ class PrepackedLinear(Compressed):
     def _unpack(self, *parts: Tensor) -> Tensor:
         return prepacked_dense(*parts)
 
-    def _multiply_directly(self, input: Tensor) -> Tensor | None:
-        return prepacked_linear(input, self.packed, self._parameters["bias"]) if self.reordered else None
-
-    def _multiply(self, input: Tensor) -> Tensor:
-        self._check_training()
-        if self.reordered and is_jit_tracing():
-            raise RuntimeError(
-                "torch.jit.trace cannot hold a weight that oneDNN has reordered: use torch.export, or call "
-                "sparsekit.decompress_(model) first"
-            )
-        if not self.reordered or autocast_dtype(input) is not None:
-            return F.linear(input, self._dense() if self.reordered else self.packed, self.bias)
-        return prepacked_linear(input, self.packed, self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrepackedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Prepacked":
         dense = fn(self._dense())
         super()._apply(fn, recurse)
         self._prepack(dense)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = oriented(self._dense(), self.transposed)
+        destination[prefix + "weight"] = self._unpack_oriented(*self._parts())
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .common import autocast_dtype
-from .compressed import Compressed
+from .compressed_linear import CompressedLinear
 
 
-class Rearranged(Compressed):
+class Rearranged(CompressedLinear):
     """A layer for inference that holds its weight in the order in which a kernel reads it, and nothing else.
 
     The state dict has the tensors of the usual order, ``_stored``; they are made when it is saved, and made into the

@@ -12,7 +12,7 @@ from ..ops._define import is_jit_tracing
 from ..ops.layouts import device_name
 from ..ops.prepacked import prepack, prepacked_linear
 from .common import Stamp, are_same, autocast_dtype, stamp_of
-from .compressed import Compressed
+from .compressed_linear import CompressedLinear
 from .tiered import TieredLinear
 
 Layer = TypeVar("Layer", bound="Routed")
@@ -70,7 +70,7 @@ class Plan:
         return self.dtype in (None, weight.dtype) and self.device in (None, device_name(weight.device))
 
 
-class Routed(Compressed):
+class Routed(CompressedLinear):
     """A mixin for sparse layers, which multiplies different numbers of tokens by different kernels, as its plan says.
 
     The state dict is that of the sparse layer. The layer multiplies as the sparse layer does if the plan does not hold

@@ -11,7 +11,7 @@ from ..ops._define import is_jit_tracing
 from ..ops._kernels import call_kernel
 from ..ops.tiered import block_starts, check_packed, unpack_blocks
 from .common import autocast_dtype, carry_mask, oriented
-from .compressed import Compressed, weight_of
+from .compressed_linear import CompressedLinear, weight_of
 
 LINEAR_TIERED = torch.ops.sparsekit.linear_tiered.default
 TRAINED, FIXED = ("dense", "values", "topk"), ("tiers", "bitmask", "positions")
@@ -19,7 +19,7 @@ PARTS = (*TRAINED, *FIXED, "starts")
 Layer = TypeVar("Layer", bound="TieredLinear")
 
 
-class TieredLinear(Compressed):
+class TieredLinear(CompressedLinear):
     """A linear layer whose weight is stored and multiplied in blocks that are dense, 2:4 or top-k.
 
     It stores the tensors of a ``TieredWeight``: the Parameters ``dense``, ``values`` and ``topk``, which gradients

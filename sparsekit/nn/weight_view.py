@@ -130,8 +130,8 @@ class WeightView(Tensor):
 def view_weight(
     unpack: Unpack,
     parts: tuple[Tensor, ...],
-    shape: tuple[int, int],
-    stride: tuple[int, int],
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
     dtype: torch.dtype,
     training_error: str | None,
 ) -> Tensor:
@@ -168,8 +168,8 @@ def is_view_of(value: object, parts: tuple[Tensor, ...]) -> bool:
 def _differentiable_view(
     unpack: Unpack,
     parts: tuple[Tensor, ...],
-    shape: tuple[int, int],
-    stride: tuple[int, int],
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
     dtype: torch.dtype,
     training_error: str | None,
 ) -> WeightView:
@@ -181,7 +181,7 @@ def _differentiable_view(
 
 
 def _view_of_parts(
-    unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, int], stride: tuple[int, int], dtype: torch.dtype
+    unpack: Unpack, parts: tuple[Tensor, ...], shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
 ) -> WeightView:
     held = [part.detach() for part in parts]  # the data of a Parameter may be replaced later
     return WeightView.of(shape, stride, 0, dtype, held[0].device, lambda: unpack(*held))
@@ -192,8 +192,8 @@ class _Unpack(torch.autograd.Function):
     def forward(
         ctx: Any,
         unpack: Unpack,
-        shape: tuple[int, int],
-        stride: tuple[int, int],
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
         dtype: torch.dtype,
         training_error: str | None,
         _: Tensor | None,

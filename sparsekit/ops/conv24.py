@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ._define import call_op, check_ints, check_like, check_weight, conv_fp32, define, define_gradient
+from ._conv import Pair, check_images, output_size, pad_unevenly, pair
+from ._define import call_op, check_like, check_weight, conv_fp32, define, define_gradient
 from .bits import nonzero
 from .sparse24 import _pack24, _pack_at, _unpack24, unpack24_reference, values_per_row
-
-Pair = int | tuple[int, int]
 
 
 class PackedConv24(NamedTuple):
@@ -74,10 +72,6 @@ def _as_rows(values: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
     return values.flatten(0, 1), bitmask.flatten(0, 1)
 
 
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def conv2d24_reference(
     x: Tensor,
     values: Tensor,
@@ -106,7 +100,7 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    sizes = map(_output_size, x.shape[2:], kernel, stride, padding, dilation)
+    sizes = map(output_size, x.shape[2:], kernel, stride, padding, dilation)
     return x.new_empty(x.shape[0], values.shape[0], *sizes)
 
 
@@ -217,48 +211,14 @@ def conv2d24(
     check_weight("x", x)
     check_packed_conv24(packed, x)
     outputs, inputs, *kernel = packed.shape
-    if x.dim() not in (3, 4) or x.shape[-3] != inputs:
-        raise ValueError(
-            f"x must have shape [images, {inputs}, height, width] or [{inputs}, height, width], got {tuple(x.shape)}"
-        )
     if bias is not None:
         check_like("bias", bias, x.dtype, (outputs,), x)
-    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    if padding == "same":
-        x, pads = _pad_to_same(x, kernel, strides, dilations)
-    elif isinstance(padding, str) and padding != "valid":
-        raise ValueError(f'padding must be "valid", "same" or numbers, got {padding!r}')
-    else:
-        pads = _pair("padding", 0 if isinstance(padding, str) else padding, 0)
-    if min(map(_output_size, x.shape[-2:], kernel, strides, pads, dilations)) < 1:
-        raise ValueError(
-            f"x must be at least as large as the kernel, {tuple(kernel)} with dilation {tuple(dilations)} and padding "
-            f"{tuple(pads)}, got an image of {tuple(x.shape[-2:])}"
-        )
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    x, pads = pad_unevenly(x, kernel, strides, padding, dilations)
+    check_images(x, inputs, kernel, strides, pads, dilations)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     y = call_op(_conv2d24, images, packed.values, packed.bitmask, bias, kernel, strides, pads, dilations)
     return y if x.dim() == 4 else y.squeeze(0)
-
-
-def _pair(name: str, value: Pair, least: int) -> list[int]:
-    if not isinstance(value, int | Sequence):
-        raise TypeError(f"{name} must be one or two numbers, got {value!r}")
-    pair = [value, value] if isinstance(value, int) else list(value)
-    for each in pair:
-        check_ints(**{name: each})
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name} must be one or two numbers of at least {least}, got {value!r}")
-    return pair
-
-
-def _pad_to_same(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> tuple[Tensor, list[int]]:
-    """Returns the padding that keeps the size of an image; ``x`` is padded where one side needs more than the other."""
-    if stride != [1, 1]:
-        raise ValueError(f'padding="same" needs a stride of 1, got {tuple(stride)}')
-    total = [d * (size - 1) for d, size in zip(dilation, kernel, strict=True)]
-    if total[0] % 2 or total[1] % 2:
-        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
-    return x, [each // 2 for each in total]
 
 
 def check_packed_conv24(packed: PackedConv24, x: Tensor | None = None) -> None:
