@@ -19,6 +19,7 @@ from sparsekit.ops.linear24q import _linear24q
 from sparsekit.ops.linear24q_int8 import _linear24q_int8
 from sparsekit.ops.linear_tiered import _linear_tiered
 from sparsekit.ops.prepacked import prepack, prepacked_linear
+from sparsekit.ops.prepacked_conv import prepack_conv2d, prepacked_conv2d
 from sparsekit.ops.train24 import train_linear24, train_prune24
 
 OPS = torch.ops.sparsekit
@@ -141,10 +142,12 @@ def op_calls(dtype):
     }
     if dtype == torch.float32:
         packed = prepack(weight, 3)
+        reordered = prepack_conv2d(torch.randn(7, 20, 3, 3), image.shape[:1] + image.shape[2:], (1, 1), (1, 1), (1, 1))
         return {
             **calls,
             "prepacked_linear": lambda: prepacked_linear(x, packed, bias),
             "prepacked_dense": lambda: OPS.prepacked_dense(packed),
+            "prepacked_conv2d": lambda: prepacked_conv2d(image, reordered, None, (1, 1), (1, 1), (1, 1), False),
         }
     wide, (high, _) = torch.randn(2, 64).to(dtype), sparse24(32, 64, dtype)
     hardware, square = sk.ops.prune_to_hardware24(high, "cutlass_sm80"), torch.randn(64, 64).to(dtype)

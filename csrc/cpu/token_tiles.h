@@ -118,7 +118,7 @@ struct WeightPiece {
 // How many weight rows share a step: enough for 8 or more independent sums, which hide the latency of a multiply-add.
 constexpr int rows_per_step(int vectors) {
 #if defined(SPARSEKIT_AVX512)
-  return vectors >= 8 ? 1 : vectors >= 4 ? 2 : 4;
+  return vectors >= 4 ? 2 : 4;
 #else
   return vectors >= 7 ? 1 : vectors >= 4 ? 2 : 4;
 #endif
