@@ -214,6 +214,8 @@ def filled(readme: str, reports: list[dict]) -> str:
         parts[kind] = [render(each) for each in reports if each.get("kind") == kind]
     for name, tables in parts.items():
         begin, end = f"<!-- {name}: written by python -m bench.report -->\n", f"<!-- end of {name} -->"
+        if readme.count(begin) != 1 or readme.count(end) != 1:
+            raise ValueError(f"README must have the markers of {name} once each")
         before, _, rest = readme.partition(begin)
         text = "\n".join(tables) or "Not measured yet.\n"
         readme = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"

@@ -139,7 +139,7 @@ def read_tensors(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tens
             metadata = file.metadata() or {}
             # The file is mapped into memory: without copies, a later change of the file would change the model.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(f"it is truncated, or no safetensors file ({error})") from error

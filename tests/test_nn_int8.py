@@ -195,3 +195,8 @@ def test_round_tokens_is_its_reference(simd, dtype, limit):
             assert_same(got, expected)
     assert [each.shape for each in round_tokens(torch.empty(0, 3), limit)] == [(0, 3), (0, 1)]
     opcheck(round_tokens.default, (torch.randn(4, 8).to(dtype), limit))
+
+
+def test_a_limit_on_onednn_takes_the_product_of_7_bits(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert ops.engine() in (None, "fbgemm")

@@ -151,8 +151,8 @@ def test_the_state_before_a_torn_one_is_used(tmp_path, how):
     spoil(tmp_path, how)
     run, part = run_steps(tmp_path, 2)
     assert (run.step, part.value, len(records(tmp_path))) == (2, 3, 2)
-    assert "removed step-4: " in (tmp_path / "log.txt").read_text()
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-2"]
+    assert "step-4 cannot be read, and is unreadable-step-4 now: " in (tmp_path / "log.txt").read_text()
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {"step-2", "unreadable-step-4"}
 
 
 def hostile(folder, data, tensors=None):
@@ -334,3 +334,12 @@ def test_a_foreign_status_is_refused(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     with pytest.raises(ValueError, match=r"status\.json is not the status of a run: "):
         read_status(tmp_path)
+
+
+def test_a_finished_run_is_opened_to_read_its_result(tmp_path):
+    with Run.open(tmp_path, {"a": 1}, steps=3) as run:
+        run.restore()
+        run.finish({"loss": 0.5})
+    with Run.open(tmp_path, {"a": 1}, steps=3) as run:
+        assert run.result == {"loss": 0.5}
+    assert read_status(tmp_path).state == "finished"

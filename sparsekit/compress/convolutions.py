@@ -13,6 +13,7 @@ from torch import nn
 from ..nn import Compressed, Conv2d24, PrepackedConv2d
 from ..ops import backends
 from .candidates import Candidate, Prepacked, bytes_24, not_24_reason
+from .sizes import extent
 
 
 class Convolution24(Candidate):
@@ -37,7 +38,7 @@ class PrepackedConvolution(Prepacked):
     """The dense form that oneDNN has reordered."""
 
     def build(self, layer: Any, kernels: Mapping[Any, str]) -> Compressed:
-        count, height, width, _ = max(kernels)
+        count, height, width, _ = max(kernels, key=extent)
         return PrepackedConv2d.from_conv2d(layer, images=(count, height, width))
 
 

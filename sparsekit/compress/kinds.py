@@ -18,7 +18,7 @@ from ..ops import nm_prune
 from ..ops.layouts import device_name
 from .measure import Measure
 from .sites import LayerSite
-from .sizes import Images, Size
+from .sizes import Images, Size, extent
 from .tiers import TierShares
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def kinds_of(
         transposed=is_transposed(layer),
         candidates=tuple(candidate.name for candidate in candidates),
         patterns=patterns,
-        layout_size=max(site.calls, default=0),
+        layout_size=max(site.calls, default=0, key=extent),
         evict_cache=evict_cache,
         graphs=measure.graphs and _timing.is_gpu(device),
         keep_dense=keep_dense,

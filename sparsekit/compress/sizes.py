@@ -34,6 +34,11 @@ class Images(NamedTuple):
 Size = int | Images  # tokens or images
 
 
+def extent(size: Size) -> int:
+    """Returns how many tokens or positions a size has."""
+    return size if isinstance(size, int) else size.images * size.height * size.width
+
+
 def size_of(layer: nn.Module, x: Tensor) -> Size | None:
     """Returns the bucket for the size of a layer's input: counts are rounded up; None if it is empty."""
     if isinstance(layer, nn.Conv2d):

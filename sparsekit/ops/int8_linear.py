@@ -1,5 +1,7 @@
 """The dense linear layer on an 8-bit weight with inputs that are rounded as well: PyTorch's own int8 products."""
 
+import os
+import secrets
 import warnings
 from typing import Any
 from weakref import WeakValueDictionary
@@ -32,7 +34,7 @@ class PackedInt8:
 
     def __init__(self, values: Tensor, scales: Tensor):
         self.shape, self.scales = values.shape, scales
-        self.number = id(self)
+        self.number = secrets.randbits(62)  # an address would be another weight's, once this one is gone
         self.plain: Tensor | None = values
         self.engine = engine() if values.device.type == "cpu" and values.numel() else None
         self.packed: Any = None
@@ -65,7 +67,8 @@ def engine() -> str | None:
     """Returns which product PyTorch has for this CPU, "onednn" with VNNI, else "fbgemm"; None for other than x86."""
     if not hasattr(torch, "_make_per_channel_quantized_tensor"):
         return None
-    if "onednn" in torch.backends.quantized.supported_engines and torch.cpu._is_vnni_supported():
+    limited = any(name in os.environ for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))  # to what lacks VNNI
+    if "onednn" in torch.backends.quantized.supported_engines and torch.cpu._is_vnni_supported() and not limited:
         return "onednn"
     return "fbgemm" if "fbgemm" in torch.backends.quantized.supported_engines else None
 

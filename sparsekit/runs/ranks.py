@@ -1,5 +1,6 @@
 """The processes of a run: what the first one does, and what all others learn of it."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ def from_first(work: Callable[[], T]) -> T:
     """Returns in every process what ``work`` returned in the first one, which alone calls it.
 
     Raises:
-        Exception: what ``work`` raised, in every process.
+        Exception: what ``work`` raised, in every process; in the others a RuntimeError where it cannot be sent.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -26,12 +27,24 @@ def from_first(work: Callable[[], T]) -> T:
     if rank == 0:
         try:
             said[0] = work()
-        except Exception as error:
-            said[1] = error
+        except BaseException as error:  # an interrupt as well: the others would wait for ever
+            said[1] = _sendable(error)
+            dist.broadcast_object_list(said)
+            raise
     dist.broadcast_object_list(said)
     if said[1] is not None:
         raise said[1]
     return said[0]
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """Returns an error for the other processes: the same, or if it cannot be pickled or ends a process, its text."""
+    try:
+        if isinstance(error, Exception) and type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(f"the first process ended with {type(error).__name__}: {error}")
 
 
 def gather(value: T) -> list[T]:

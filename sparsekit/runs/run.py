@@ -102,7 +102,10 @@ class Run:
             raise TypeError(f"config must be a mapping, got {type(config).__name__}")
         path = from_first(lambda: prepare_folder(None if folder is None else Path(folder), plain))
         run = cls(path, steps, tracker)
-        run._write_status("running")
+        if (path / "result.json").exists():  # it is opened to be read, unless it is restored
+            run._ended = "finished"
+        else:
+            run._write_status("running")
         return run
 
     @property
@@ -119,8 +122,8 @@ class Run:
     def restore(self, **parts: Stateful) -> bool:
         """Sets the parts of the run to the last stored state; is called once, before the first step.
 
-        A state that cannot be read gives way to the one before it and is removed, and the log says so. Records after
-        the state are cut off.
+        A state that cannot be read gives way to the one before it and is renamed to ``unreadable-step-N``, and the log
+        says so. Records after the state are cut off.
 
         Args:
             parts: the model, optimizer, schedule and so on, by names that are the names of their files.
@@ -134,7 +137,7 @@ class Run:
         """
         if wrong := [name for name in parts if not name.isidentifier()]:
             raise ValueError(f"the name of a part must be an identifier, as its file is named by it, got {wrong[0]!r}")
-        self._parts, self._restored = dict(parts), True
+        self._parts, self._restored, self._ended = dict(parts), True, None
         path = from_first(self._last_readable)
         state = None if path is None else read_state(path)
         if state is not None:
@@ -219,9 +222,11 @@ class Run:
             epoch = self.position.epoch
             order = epoch_batches(count, batch_size, seed=seed, epoch=epoch, rank=self._rank, ranks=self._size)
             before = torch.get_rng_state()
-            torch.set_rng_state(generator_of(seed, epoch).get_state())  # a DataLoader draws the seed of its workers
-            rest = iter(load(order[self.position.batch :]))
-            torch.set_rng_state(before)
+            try:
+                torch.set_rng_state(generator_of(seed, epoch).get_state())  # a DataLoader draws the seed of its workers
+                rest = iter(load(order[self.position.batch :]))
+            finally:
+                torch.set_rng_state(before)
             for batch in rest:
                 if self.position.epoch != epoch:
                     raise ValueError(f"load must give a batch for each list of indices, got more than {len(order)}")
@@ -236,10 +241,10 @@ class Run:
 
     def finish(self, result: Mapping[str, Any] | None = None) -> None:
         """Writes ``result.json``, whole or not at all, and sets the state ``"finished"``."""
-        self._ended = "finished"
         if self._rank == 0:
             write_json(self.folder / "result.json", dict(result or {}))
         self._write_status("finished")
+        self._ended = "finished"
 
     def __enter__(self) -> "Run":
         return self
@@ -265,8 +270,10 @@ class Run:
                 unreadable[path] = error
                 continue
             for other, reason in unreadable.items():  # else it would count as the last state again
-                self.log(f"removed {other.name}: {reason}")
-                shutil.rmtree(other)
+                aside = other.with_name(f"unreadable-{other.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                other.rename(aside)
+                self.log(f"{other.name} cannot be read, and is {aside.name} now: {reason}")
             return path
         for reason in unreadable.values():
             raise ValueError(f"cannot go on with {self.folder}: no stored state can be read: {reason}")

@@ -63,6 +63,7 @@ def read_state(path: Path) -> StoredState:
 
     Raises:
         ValueError: a file is missing, was altered, or is of another kind; the message names it.
+        OSError: a file is there and cannot be read now.
     """
     what = "the record of a state"
     try:
@@ -73,7 +74,7 @@ def read_state(path: Path) -> StoredState:
         if any(not isinstance(name, str) or not name.isidentifier() for name in parts):
             raise TypeError(f"its parts are {parts!r}")
         position = Position(**record["position"])
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{path} has no state.json that can be read") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / 'state.json'} is not {what}: {error}") from error
