@@ -34,7 +34,7 @@ $(INSTALLED): $(SOURCES)
 	  { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment; on Debian: apt install python3-venv" >&2; exit 1; }
 	@echo 'Installing into $(VENV) (torch is a large download the first time) ...'
 	@$(BIN)/python -m pip install -q -c constraints.txt '$(TORCH)' setuptools ninja
-	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,cli,examples]'
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,cli,examples,systems]'
 	@$(BIN)/python -c 'from sparsekit.ops import simd_level; print("sparsekit is installed; CPU kernels:", simd_level())'
 	@touch $@
 
