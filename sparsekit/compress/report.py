@@ -26,11 +26,10 @@ class CompressLayerReport:
         name: its name in the model.
         shape: ``(out_features, in_features)``; of convolutions and experts that of the weight.
         decision: ``"2:4"``, ``"tiered"``, ``"prepacked"``, with a ``precision`` also ``"2:4 int8"``, ``"2:4 int4"``,
-            ``"2:4 nf4"`` or ``"int8"``, or ``"plain"`` where
-            the layer stays what it was.
+            ``"2:4 nf4"`` or ``"int8"``, or ``"plain"`` where the layer stays what it was.
         reason: why, with every form that was turned down.
-        calls: how often the batches ran it, by token count rounded up to a power of two; of a convolution by number,
-            height and width of the images, such as ``"4x32x32"`` or ``"4x32x32 channels last"``.
+        calls: how often the batches ran it, by token count rounded up to a power of two (512 at most on a CPU); of a
+            convolution by number, height and width of the images, such as ``"4x32x32"`` or ``"4x32x32 channels last"``.
         timings: what was measured, by token count or images, and kernel; None for a wrong result. On a CPU a kernel has
             the name of the decision, with its layout if it has one (``"2:4 input pairs"``, ``"2:4 row pairs"``), and
             ``"dense"`` is a dense copy beside a sparse weight. On a GPU ``"linear24"`` is the

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import call_op, check_like, check_weight, define, define_gradient, straight_through
+from ._rounding import round_to_integers
 from .linear24q import gradients
 
 # Inputs are unsigned integers around a zero: with oneDNN on a CPU with VNNI from -127 to 127, else with fbgemm from -63
 # to 63. Its `vpmaddubsw` adds two products with weights of -127 to 127 in 16 bits. Of inputs from 0 to 127 they are at
 # most 32258, which fits; of 8 bits they would saturate (https://github.com/pytorch/pytorch/issues/44939).
 LARGEST_INPUT = {"onednn": 127, "fbgemm": 63}
-SMALLEST = 1e-30  # the largest magnitude of a token counts as at least this, so that 127 / it is finite
 MANY_TOKENS = 128  # for which oneDNN lays the weight out; others are as fast
 
 # The packed weights by number: a graph that `torch.compile` makes can hold a number, and no packed weight.
@@ -108,12 +108,8 @@ _PREPACK = {"onednn": _prepack_onednn, "fbgemm": _prepack_fbgemm}
 
 
 def round_tokens_reference(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    x = x.float()
-    largest = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
-    finite = largest.isfinite()
-    factor = largest.new_tensor(limit) / largest  # a number over a tensor would be its reciprocal, rounded, times that
-    codes = torch.where(finite, (x * factor).round(), 0) + (limit + 1)
-    return codes.to(torch.uint8), torch.where(finite, largest / limit, torch.nan)
+    integers, largest = round_to_integers(x.float(), limit)
+    return (integers + (limit + 1)).to(torch.uint8), largest / limit
 
 
 # Rounds each token to integers from -limit to limit, ties to even. Returns them plus limit + 1, and the step of each

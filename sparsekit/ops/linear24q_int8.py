@@ -5,11 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import call_op, check_weight, define, define_gradient, linear_fp32, straight_through
+from ._rounding import round_to_integers
 from .linear24q import check_product, gradients
 from .quant24 import levels
 from .tiled24 import TiledWeight24, check_tiled24, split_tiles, tile_columns
-
-SMALLEST_INPUT = 1e-30  # the largest magnitude of a token counts as at least this, so that 127 / it is finite
 
 
 def linear24q_int8_reference(
@@ -17,11 +16,8 @@ def linear24q_int8_reference(
 ) -> Tensor:
     x = x if x.layout == torch.strided else x.to_dense()
     x32 = F.pad(torch.atleast_2d(x).flatten(0, -2).float(), (0, 1))  # a column of zeros, for padding
-    largest = x32.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_INPUT)
-    finite = largest.isfinite()
-    factor = largest.new_tensor(127) / largest  # a number over a tensor would be its reciprocal, rounded, times that
-    inputs = torch.where(finite, (x32 * factor).round(), 0).double()
-    steps = torch.where(finite, largest / (127 * 127 if quant_type == "nf4" else 127), torch.nan)
+    integers, largest = round_to_integers(x32, 127)
+    inputs, steps = integers.double(), largest / (127 * 127 if quant_type == "nf4" else 127)
     codes, index, scales = split_tiles(tiles, quant_type)
     numbers = integer_codes(codes, quant_type).double()
     weight = numbers.new_zeros(*numbers.shape[:-1], 4).scatter_(-1, index, numbers).flatten(-2)  # [rows, tiles, 64]
