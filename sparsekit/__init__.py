@@ -74,6 +74,8 @@ Packages
     prune                        What a pruning method of your own is made of: ``Method`` and the statistics.
     compress                     The entries of a ``CompressReport``.
     train                        The entries of a ``SparseTraining``.
+    diffusion                    Gaussian diffusion: schedule, loss, guidance by labels, and sampling.
+    evaluate                     FID and KID of generated images.
     runs                         A folder for a training run, which goes on exactly where it was killed.
 
 About this installation
@@ -84,7 +86,7 @@ About this installation
 """
 
 from . import _installed as _installed  # refuses to run beside another project that is called sparsekit
-from . import compress, nn, ops, prune, runs, tiers, train
+from . import compress, diffusion, evaluate, nn, ops, prune, runs, tiers, train
 from ._config import show_config
 from ._version import VERSION as __version__
 from .checkpoint import load, save
@@ -158,6 +160,8 @@ __all__ = [
     "compress_",
     "conv2d24",
     "decompress_",
+    "diffusion",
+    "evaluate",
     "from_sparse_semi_structured",
     "keep_masks",
     "linear24",

@@ -17,7 +17,10 @@ import sparsekit as sk
 SNAPSHOT = Path(__file__).with_name("api.txt")
 PACKAGES = (
     "sparsekit",
-    *(f"sparsekit.{name}" for name in ("ops", "nn", "prune", "train", "compress", "tiers", "runs")),
+    *(
+        f"sparsekit.{name}"
+        for name in ("ops", "nn", "prune", "train", "compress", "tiers", "runs", "diffusion", "evaluate")
+    ),
 )
 METHODS = (staticmethod, classmethod, type(lambda: None))
 PROPERTIES = (property, functools.cached_property)
@@ -46,7 +49,7 @@ def arguments(value):
     if is_class(value):
         if not any({"__init__", "__new__"} & vars(base).keys() for base in value.__mro__ if is_ours(base)):
             return ""
-    elif not inspect.isroutine(value):
+    elif not inspect.isroutine(value) or isinstance(value, PROPERTIES):
         return ""
     signature = inspect.signature(value)
     plain = [each.replace(annotation=each.empty) for each in signature.parameters.values() if each.name != "self"]

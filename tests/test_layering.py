@@ -10,6 +10,8 @@ FOLDERS = {"sparsekit": "sparsekit", "triton_kernels": "sparsekit.triton_kernels
 OPTIONAL = {
     "transformers",
     "diffusers",
+    "torchmetrics",
+    "torch_fidelity",
     "datasets",
     "accelerate",
     "peft",
@@ -52,7 +54,7 @@ LAYERS = [
         "sparsekit._optimizers",
     ],
     ["sparsekit.nn", "sparsekit._replace"],
-    ["sparsekit.runs"],
+    ["sparsekit.diffusion", "sparsekit.evaluate", "sparsekit.runs"],
     ["sparsekit.prune", "sparsekit.compress", "sparsekit.checkpoint", "sparsekit.train"],
     ["sparsekit.tiers"],
     ["sparsekit"],
