@@ -1,6 +1,5 @@
 """The folder of a run: made with its config, or checked to hold a run of the same config that nobody else runs."""
 
-import os
 import sys
 from contextlib import suppress
 from datetime import datetime
@@ -8,36 +7,49 @@ from pathlib import Path
 from typing import Any
 
 from .._json import check_call, parse_json, write_json
-from .status import read_status
+from .lock import lock_folder, unlock_folder
 
 
 def prepare_folder(folder: Path | None, config: dict[str, Any]) -> Path:
-    """Makes the folder of a run with its config, or checks that it holds a run of the same config."""
+    """Makes the folder of a run with its config, or checks that it holds a run of the same config.
+
+    It is locked for this process, unless the run is finished, so that any number of processes can read its result.
+    """
     folder = _new_default() if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
+    names = {each.name for each in folder.iterdir() if not each.name.startswith(".")}
+    if names and "config.json" not in names:
+        raise ValueError(f"{folder} holds no run, but {min(names)}: name another folder")
+    if "result.json" in names:
+        _check_config(folder / "config.json", config)
+        return folder
+    lock_folder(folder)
+    try:
+        _fill(folder, config)
+    except BaseException:
+        unlock_folder(folder)
+        raise
+    return folder
+
+
+def _fill(folder: Path, config: dict[str, Any]) -> None:
     path = folder / "config.json"
     if path.exists():
-        try:
-            known = parse_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not the config of a run: {error}") from error
-        check_call(path, known, config)
-        _check_alone(folder)
-    elif other := next((each.name for each in folder.iterdir() if not each.name.startswith(".")), None):
-        raise ValueError(f"{folder} holds no run, but {other}: name another folder")
+        _check_config(path, config)
     else:
         write_json(path, config)
     for name in ("state", "samples"):
         (folder / name).mkdir(exist_ok=True)
     for name in ("metrics.jsonl", "log.txt"):
         (folder / name).touch()
-    return folder
 
 
-def _check_alone(folder: Path) -> None:
-    status = read_status(folder)
-    if status is not None and status.state == "running" and status.process != os.getpid() and status.is_alive():
-        raise RuntimeError(f"{folder} is being run by process {status.process}: wait for it, or name another folder")
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    try:
+        known = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not the config of a run: {error}") from error
+    check_call(path, known, config)
 
 
 def _new_default() -> Path:

@@ -1,6 +1,8 @@
 """The position of a run in its data, and batches whose order depends on the seed and the epoch alone."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,15 +14,34 @@ class Position:
     Args:
         epoch: the epochs that are complete.
         batch: the batches of the next epoch that are complete.
+        data: the ``count``, ``batch_size`` and ``seed`` of ``Run.batches``; None before its first batch.
     """
 
     epoch: int = 0
     batch: int = 0
+    data: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("epoch", self.epoch), ("batch", self.batch)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+
+    def of_data(self, **data: int) -> "Position":
+        """Returns this position in the data that it is in already, or in these if it is in none yet.
+
+        Raises:
+            ValueError: it is in other data; the message says how they differ.
+        """
+        if self.data is not None and self.data != data:
+            differ = [name for name in data if data[name] != self.data.get(name)]
+            before, now = (", ".join(f"{name}={each.get(name)}" for name in differ) for each in (self.data, data))
+            raise ValueError(f"the run was begun with {before} and cannot go on with {now}: that is another run")
+        return replace(self, data=data)
+
+    def after_batch(self, batches: int) -> "Position":
+        """Returns the position after one more batch of an epoch that has so many batches."""
+        last = self.batch + 1 == batches
+        return replace(self, epoch=self.epoch + 1, batch=0) if last else replace(self, batch=self.batch + 1)
 
 
 def epoch_batches(
@@ -53,3 +74,15 @@ def generator_of(seed: int, epoch: int) -> torch.Generator:
     both = torch.Generator("cpu").manual_seed(seed)
     start = int(torch.randint(2**62, (), generator=both, device="cpu", dtype=torch.int64))
     return torch.Generator("cpu").manual_seed((start + epoch) % 2**63)
+
+
+def load_batches(
+    load: Callable[[list[list[int]]], Iterable[Any]], rest: list[list[int]], seed: int, epoch: int
+) -> Iterator[Any]:
+    """Begins to load batches in a random state of the epoch, as a DataLoader draws the seed of its workers from it."""
+    before = torch.get_rng_state()
+    try:
+        torch.set_rng_state(generator_of(seed, epoch).get_state())
+        return iter(load(rest))
+    finally:
+        torch.set_rng_state(before)

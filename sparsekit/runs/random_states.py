@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def get_random_states() -> dict[str, Any]:
     return states
 
 
-def set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: Mapping[str, Any]) -> None:
     """Sets the random states that ``get_random_states`` returned, of the GPUs as far as there are as many.
 
     Raises:

@@ -37,6 +37,22 @@ def from_first(work: Callable[[], T]) -> T:
     return said[0]
 
 
+def in_each(work: Callable[[], None]) -> None:
+    """Calls ``work`` in every process.
+
+    Raises:
+        Exception: what it raised in this process; where it failed only in others, what the first of them raised.
+    """
+    mine: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        mine = error
+    failed = [error for error in gather(None if mine is None else _sendable(mine)) if error is not None]
+    if failed:
+        raise mine or failed[0]
+
+
 def _sendable(error: BaseException) -> BaseException:
     """Returns an error for the other processes: the same, or if it cannot be pickled or ends a process, its text."""
     try:
@@ -44,7 +60,7 @@ def _sendable(error: BaseException) -> BaseException:
             return error
     except Exception:
         pass
-    return RuntimeError(f"the first process ended with {type(error).__name__}: {error}")
+    return RuntimeError(f"another process ended with {type(error).__name__}: {error}")
 
 
 def gather(value: T) -> list[T]:

@@ -2,36 +2,24 @@
 
 import json
 import os
-import shutil
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch
-
 from .._json import parse_json, to_json, write_json
 from .folder import cut_records, prepare_folder
-from .position import Position, epoch_batches, generator_of
-from .random_states import get_random_states, set_random_states
+from .lock import lock_folder, unlock_folder
+from .parts import Stateful, check_parts, get_states, set_states
+from .position import Position, epoch_batches, load_batches
+from .random_states import get_random_states
 from .ranks import from_first, gather, rank_and_size
-from .state import StoredState, read_state, stored_states, write_state
-from .status import State, new_status
-
-HEARTBEAT = 1.0  # seconds between two writes of status.json
-
-
-class Stateful(Protocol):
-    """The part of a run that has a state: a model, an optimizer, a schedule, a scaler, an averaged model."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+from .signals import stopping
+from .state import StoredState, last_readable, read_state, write_state
+from .status import State, StatusWriter
 
 
 class Tracker(Protocol):
@@ -57,20 +45,22 @@ class Run:
     In one process on a CPU, losses and weights are bit for bit those of a run that was never killed. All processes of
     torch.distributed call the same methods; the first one writes. The folder holds ``config.json``, ``metrics.jsonl``,
     ``status.json``, ``log.txt``, ``state/step-N/``, ``samples/`` and, after ``finish``, ``result.json``; nothing in it
-    is unpickled. An exception in the block sets the state ``"failed"``, is written to the log and raised again.
+    is unpickled. An exception in the block sets the state ``"failed"``, is written to the log and raised again; Ctrl-C,
+    SIGTERM and a block that ends without ``finish`` set ``"stopped"``.
     """
 
     def __init__(self, folder: Path, steps: int | None, tracker: Tracker | None) -> None:
         self.folder = folder
         self.step = 0
         self.position = Position()
-        self._steps, self._tracker = steps, tracker
+        self._tracker = tracker
         self._rank, self._size = rank_and_size()
-        self._parts: dict[str, Stateful] = {}
-        self._restored = False
-        self._ended: State | None = None
-        self._beat = 0.0
-        self._since: tuple[float, int] | None = None
+        self._status = StatusWriter(folder, steps)
+        self._parts: dict[str, Stateful] | None = None
+        self._finished = (folder / "result.json").exists()
+        self._exit = ExitStack()
+        if self._rank == 0:
+            self._exit.callback(unlock_folder, folder)
 
     @classmethod
     def open(
@@ -102,9 +92,7 @@ class Run:
             raise TypeError(f"config must be a mapping, got {type(config).__name__}")
         path = from_first(lambda: prepare_folder(None if folder is None else Path(folder), plain))
         run = cls(path, steps, tracker)
-        if (path / "result.json").exists():  # it is opened to be read, unless it is restored
-            run._ended = "finished"
-        else:
+        if not run._finished:  # else it is opened to be read, unless it is restored
             run._write_status("running")
         return run
 
@@ -133,19 +121,28 @@ class Run:
 
         Raises:
             ValueError: there are states but none can be read, or the last one is of other parts or another number of
-                processes.
+                processes, or does not fit a part; then all parts are unchanged.
+            RuntimeError: the run was finished, and another process goes on with it.
         """
-        if wrong := [name for name in parts if not name.isidentifier()]:
-            raise ValueError(f"the name of a part must be an identifier, as its file is named by it, got {wrong[0]!r}")
-        self._parts, self._restored, self._ended = dict(parts), True, None
-        path = from_first(self._last_readable)
+        check_parts(parts)
+        path = from_first(self._last_state)
         state = None if path is None else read_state(path)
         if state is not None:
-            self._load(state, path)
+            if state.parts.keys() != parts.keys():
+                raise ValueError(f"{path} holds {', '.join(state.parts)}, and this run has {', '.join(parts)}")
+            if len(state.random) != self._size:
+                raise ValueError(f"{path} is of {len(state.random)} processes, and this run has {self._size}")
+            try:
+                set_states(parts, state.parts, state.random[self._rank])
+            except ValueError as error:
+                raise ValueError(f"cannot go on with {path}: {error}") from error
+            self.step, self.position = state.step, state.position
+        self._parts, self._finished = dict(parts), False
         if self._rank == 0:
             cut_records(self.folder / "metrics.jsonl", 0 if state is None else state.metrics)
-        self._since = time.monotonic(), self.step
-        self._write_status("running")
+            if state is not None:
+                self.log(f"goes on after step {self.step}")
+            self._status.begin(self.step)
         return state is not None
 
     def save(self) -> None:
@@ -155,10 +152,10 @@ class Run:
             RuntimeError: ``restore`` was not called, so that it is not known what the state consists of.
             OSError: it cannot be written.
         """
-        if not self._restored:
+        if self._parts is None:
             raise RuntimeError("call restore(model=..., ...) before save(): it names what the state consists of")
         random = gather(get_random_states())
-        parts = {name: part.state_dict() for name, part in self._parts.items()}  # which may talk to other processes
+        parts = get_states(self._parts)
 
         def write() -> None:
             metrics = self.folder / "metrics.jsonl"
@@ -187,7 +184,7 @@ class Run:
                 file.write(line + "\n")
             if self._tracker is not None:
                 self._tracker.log(values, step=self.step)
-        self._heartbeat()
+            self._status.beat(self.step)
 
     def log(self, text: str) -> None:
         """Appends lines to ``log.txt``, with the time and, where there are several processes, the rank."""
@@ -216,25 +213,20 @@ class Run:
                 worker processes make are exact after a kill only if they depend on the sample and the epoch alone.
 
         Raises:
-            ValueError: the sizes do not fit together, or ``load`` gives more or fewer batches than it got lists.
+            ValueError: the sizes do not fit together; ``load`` gives more or fewer batches than it got lists; or the
+                run was begun with another ``count``, ``batch_size`` or ``seed``.
         """
+        self.position = self.position.of_data(count=count, batch_size=batch_size, seed=seed)
         while self.position.epoch < epochs:
             epoch = self.position.epoch
             order = epoch_batches(count, batch_size, seed=seed, epoch=epoch, rank=self._rank, ranks=self._size)
-            before = torch.get_rng_state()
-            try:
-                torch.set_rng_state(generator_of(seed, epoch).get_state())  # a DataLoader draws the seed of its workers
-                rest = iter(load(order[self.position.batch :]))
-            finally:
-                torch.set_rng_state(before)
-            for batch in rest:
+            for batch in load_batches(load, order[self.position.batch :], seed, epoch):
                 if self.position.epoch != epoch:
                     raise ValueError(f"load must give a batch for each list of indices, got more than {len(order)}")
-                self.position = replace(self.position, batch=self.position.batch + 1)
-                if self.position.batch == len(order):
-                    self.position = Position(epoch + 1)
+                self.position = self.position.after_batch(len(order))
                 self.step += 1
-                self._heartbeat()
+                if self._rank == 0:
+                    self._status.beat(self.step)
                 yield batch
             if self.position.epoch == epoch:
                 raise ValueError(f"load must give a batch for each list of indices, got fewer than {len(order)}")
@@ -244,62 +236,27 @@ class Run:
         if self._rank == 0:
             write_json(self.folder / "result.json", dict(result or {}))
         self._write_status("finished")
-        self._ended = "finished"
+        self._finished = True
 
     def __enter__(self) -> "Run":
+        self._exit.enter_context(stopping())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception):
-            with suppress(OSError):  # the error itself is raised, not that the disk is full
-                self.log("".join(traceback.format_exception(kind, error, trace)))
-                self._write_status("failed", every_rank=True)
-        elif self._ended is None:
-            done = error is None and (self._steps is None or self.step >= self._steps)
-            self._write_status("finished" if done else "stopped")
+        with self._exit:
+            if isinstance(error, Exception):
+                with suppress(OSError):  # the error itself is raised, not that the disk is full
+                    self.log("".join(traceback.format_exception(kind, error, trace)))
+                    self._status.write("failed", self.step)  # by any process
+            elif not self._finished:
+                self._write_status("stopped")
 
-    def _last_readable(self) -> Path | None:
-        """Returns the last state that can be read; None if there is none at all."""
-        unreadable: dict[Path, ValueError] = {}
-        for path in stored_states(self.folder / "state"):
-            try:
-                read_state(path)
-            except ValueError as error:
-                unreadable[path] = error
-                continue
-            for other, reason in unreadable.items():  # else it would count as the last state again
-                aside = other.with_name(f"unreadable-{other.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                other.rename(aside)
-                self.log(f"{other.name} cannot be read, and is {aside.name} now: {reason}")
-            return path
-        for reason in unreadable.values():
-            raise ValueError(f"cannot go on with {self.folder}: no stored state can be read: {reason}")
-        return None
+    def _last_state(self) -> Path | None:
+        lock_folder(self.folder)
+        return last_readable(self.folder / "state", self.log)
 
-    def _load(self, state: StoredState, path: Path | None) -> None:
-        if state.parts.keys() != self._parts.keys():
-            raise ValueError(f"{path} holds {', '.join(state.parts)}, and this run has {', '.join(self._parts)}")
-        if len(state.random) != self._size:
-            raise ValueError(f"{path} is of {len(state.random)} processes, and this run has {self._size}")
-        for name, part in self._parts.items():
-            part.load_state_dict(state.parts[name])
-        self.step, self.position = state.step, state.position
-        set_random_states(state.random[self._rank])
+    def _write_status(self, state: State) -> None:
         if self._rank == 0:
-            self.log(f"goes on after step {self.step}")
-
-    def _heartbeat(self) -> None:
-        if time.monotonic() - self._beat >= HEARTBEAT:
-            self._write_status("running")
-
-    def _write_status(self, state: State, every_rank: bool = False) -> None:
-        if self._rank and not every_rank:
-            return
-        now = self._beat = time.monotonic()
-        rate = None
-        if self._since is not None and self.step > self._since[1]:
-            rate = (self.step - self._since[1]) / (now - self._since[0])
-        new_status(state, self.step, self._steps, rate).write(self.folder)
+            self._status.write(state, self.step)

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,3 +81,29 @@ def read_state(path: Path) -> StoredState:
     values = {name: read_values(path / f"{name}.safetensors") for name in parts}
     random = [read_values(path / f"random-{rank}.safetensors") for rank in range(ranks)]
     return StoredState(step, position, metrics, values, random)
+
+
+def last_readable(folder: Path, log: Callable[[str], None]) -> Path | None:
+    """Returns the last state in a folder that can be read; None if there is none at all.
+
+    Later ones that cannot be read are renamed to ``unreadable-step-N``, as they would count as the last ones again.
+
+    Raises:
+        ValueError: there are states, and none can be read.
+    """
+    unreadable: dict[Path, ValueError] = {}
+    for path in stored_states(folder):
+        try:
+            read_state(path)
+        except ValueError as error:
+            unreadable[path] = error
+            continue
+        for other, reason in unreadable.items():
+            aside = other.with_name(f"unreadable-{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
+            log(f"{other.name} cannot be read, and is {aside.name} now: {reason}")
+        return path
+    for reason in unreadable.values():
+        raise ValueError(f"cannot go on with {folder.parent}: no stored state can be read: {reason}")
+    return None

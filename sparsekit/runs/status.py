@@ -1,8 +1,10 @@
-"""The status of a run, which another process can read at any time, and whether its process still runs."""
+"""The status of a run, which another process can read at any time, and by which it can stop the run."""
 
 import os
+import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,6 +12,7 @@ from typing import Literal, get_args
 from .._json import parse_json, write_json
 
 State = Literal["running", "finished", "stopped", "failed"]
+HEARTBEAT = 1.0  # seconds between two writes of status.json
 
 
 @dataclass
@@ -17,8 +20,8 @@ class Status:
     """The content of ``status.json``.
 
     Args:
-        state: ``"running"`` (also after a kill: see ``is_alive``), ``"finished"``, ``"stopped"`` before its last step,
-            or ``"failed"``.
+        state: ``"running"`` (also after a kill: see ``is_alive``), ``"finished"``, ``"stopped"`` before ``finish``, or
+            ``"failed"``.
         step: the steps that were begun.
         steps: of how many, or None if that is not known.
         rate: steps a second since this process began or went on, or None before its first step.
@@ -52,13 +55,62 @@ class Status:
         """Writes ``status.json``, whole or not at all."""
         write_json(folder / "status.json", asdict(self))
 
+    def stop(self) -> None:
+        """Asks the process for a gentle stop, by SIGTERM; the run then writes ``"stopped"`` and can go on later.
 
-def new_status(state: State, step: int, steps: int | None, rate: float | None) -> Status:
-    """Returns the status of a run of this process, now."""
-    others = None if steps is None else max(0, steps - step)
-    left = 0.0 if others == 0 else others / rate if others and rate else None
-    started = process_started(os.getpid())
-    return Status(state, step, steps, rate, left, socket.gethostname(), os.getpid(), started, time.time())
+        Raises:
+            RuntimeError: the process that wrote this does not run, or not on this machine; no other gets the signal.
+            PermissionError: the process is another user's.
+        """
+        opened = None
+        with suppress(AttributeError, OSError):  # not Linux, or there is no such process
+            opened = os.pidfd_open(self.process)  # of one process, so that no later one with its id gets the signal
+        try:
+            if self.state != "running" or not self.is_alive():
+                raise RuntimeError(f"process {self.process} on {self.host} does not run here: there is nothing to stop")
+            if opened is None:
+                os.kill(self.process, signal.SIGTERM)
+            else:
+                signal.pidfd_send_signal(opened, signal.SIGTERM)
+        finally:
+            if opened is not None:
+                os.close(opened)
+
+
+class StatusWriter:
+    """The writer of ``status.json``, which measures the rate of the run.
+
+    Args:
+        folder: the folder of the run.
+        steps: the steps that the run will have, or None.
+    """
+
+    def __init__(self, folder: Path, steps: int | None) -> None:
+        self._folder, self._steps = folder, steps
+        self._written = 0.0
+        self._since: tuple[float, int] | None = None
+
+    def begin(self, step: int) -> None:
+        """Measures the rate from now on."""
+        self._since = time.monotonic(), step
+        self.write("running", step)
+
+    def beat(self, step: int) -> None:
+        """Writes that the run is running, if that was not written within the last second."""
+        if time.monotonic() - self._written >= HEARTBEAT:
+            self.write("running", step)
+
+    def write(self, state: State, step: int) -> None:
+        """Writes ``status.json``, whole or not at all."""
+        now = self._written = time.monotonic()
+        rate = (step - self._since[1]) / (now - self._since[0]) if self._since and step > self._since[1] else None
+        others = None if self._steps is None else max(0, self._steps - step)
+        left = 0.0 if others == 0 else others / rate if others and rate else None
+        process = os.getpid()
+        started = process_started(process)
+        Status(state, step, self._steps, rate, left, socket.gethostname(), process, started, time.time()).write(
+            self._folder
+        )
 
 
 def read_status(folder: str | os.PathLike[str]) -> Status | None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def write_values(path: Path, values: Any) -> None:
     """Writes nested dicts, lists and tuples of tensors and plain values, such as the state dict of an optimizer.
 
     ``read_values`` returns the same, on the CPU: int and float, list and tuple, a number and a tensor of one number
-    stay what they are.
+    stay what they are, and the state dict of a module keeps the versions of its modules.
 
     Raises:
         TypeError: a value of another type is among them; the message names it.
@@ -53,7 +53,7 @@ def read_values(path: Path) -> Any:
         raise ValueError(f"{path} is missing") from error
     except RecursionError as error:
         raise ValueError(f"{path} holds no state: it is nested too deeply") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no state: {error}") from error
 
 
@@ -76,6 +76,8 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tuple": [_encode(each, f"{name}.{index}", tensors) for index, each in enumerate(value)]}
     if isinstance(value, Mapping):
         pairs = [[_encode(key, name, tensors), _encode(each, f"{name}.{key}", tensors)] for key, each in value.items()]
+        if hasattr(value, "_metadata"):  # the versions of the modules, by which load_state_dict reads their states
+            return {"module": [pairs, _encode(value._metadata, name, tensors)]}
         return {"counter" if kind is Counter else "dict": pairs}
     raise TypeError(f"{name} must hold tensors, numbers, strings, lists, tuples and dicts, got {kind.__name__}")
 
@@ -94,6 +96,10 @@ def _decode(data: Any, tensors: Mapping[str, Tensor]) -> Any:
         return float(inner)
     if kind == "tuple":
         return tuple(_decode(each, tensors) for each in inner)
+    if kind == "module":
+        state: Any = OrderedDict(_decode({"dict": inner[0]}, tensors))  # which can have an attribute, unlike a dict
+        state._metadata = _decode(inner[1], tensors)
+        return state
     if kind in ("dict", "counter"):
         pairs = {_decode(key, tensors): _decode(each, tensors) for key, each in inner}
         return Counter(pairs) if kind == "counter" else pairs
