@@ -3,5 +3,6 @@
 from .position import Position, epoch_batches
 from .run import Run
 from .status import Status, read_status
+from .trackers import RunTracker, open_tracker
 
-__all__ = ["Position", "Run", "Status", "epoch_batches", "read_status"]
+__all__ = ["Position", "Run", "RunTracker", "Status", "epoch_batches", "open_tracker", "read_status"]

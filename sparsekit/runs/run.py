@@ -20,6 +20,7 @@ from .ranks import from_first, gather, rank_and_size
 from .signals import stopping
 from .state import StoredState, last_readable, read_state, write_state
 from .status import State, StatusWriter
+from .trackers import RunTracker
 
 
 class Tracker(Protocol):
@@ -77,7 +78,8 @@ class Run:
             folder: the folder; None makes a new one, ``output/DATE/TIME``, that the first process chooses for all.
             config: all that the run depends on, as JSON has it. A folder goes on only with the same.
             steps: the steps that the run will have, for the time left.
-            tracker: what also gets each record, by ``log(values, step=step)``, as accelerate's ``Accelerator`` does.
+            tracker: what also gets each record, by ``log(values, step=step)``: of ``open_tracker``, which the end of
+                the block ends, or accelerate's ``Accelerator``.
 
         Raises:
             TypeError: the config holds what JSON does not have.
@@ -94,6 +96,9 @@ class Run:
         run = cls(path, steps, tracker)
         if not run._finished:  # else it is opened to be read, unless it is restored
             run._write_status("running")
+        if run._rank == 0 and isinstance(tracker, RunTracker):
+            tracker.attach(path, plain)
+            run._exit.callback(tracker.finish)
         return run
 
     @property
@@ -147,6 +152,8 @@ class Run:
 
     def save(self) -> None:
         """Stores the state after the step that was just made, whole or not at all; the last two are kept.
+
+        It comes last in a step: a run that goes on from it has the records before it, and makes those of later steps.
 
         Raises:
             RuntimeError: ``restore`` was not called, so that it is not known what the state consists of.
