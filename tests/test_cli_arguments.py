@@ -22,7 +22,7 @@ for package in ("tyro", "rich", "PIL", "transformers"):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("", "expected one of {prune, inspect, compress, bench, convert}. (sparsekit --help)"),
+        ("", "expected one of {prune, inspect, compress, bench, convert, monitor}. (sparsekit --help)"),
         ("prune", "missing from sparsekit prune: --model STR, --out PATH (sparsekit prune --help)"),
         (
             "prune --modle x --out y",
@@ -30,7 +30,7 @@ for package in ("tyro", "rich", "PIL", "transformers"):
         ),
         (
             "melt",
-            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench, convert "
+            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench, convert, monitor "
             "(sparsekit --help)",
         ),
         ("inspect x y", "unrecognized options: y (sparsekit inspect --help)"),
@@ -53,7 +53,7 @@ def test_a_box_of_ascii_is_one_line_too():
 
 
 def test_help_and_version(capsys):
-    for name in ("prune", "inspect", "compress", "bench"):
+    for name in ("prune", "inspect", "compress", "bench", "monitor"):
         code, out, _ = call([name, "--help"], capsys)
         assert code == 0 and f"sparsekit {name}" in out and "--json" in out
     assert call(["--version"], capsys) == (0, f"sparsekit {sk.__version__}\n", [])

@@ -1,4 +1,4 @@
-"""The command line: ``sparsekit prune``, ``inspect``, ``compress``, ``bench`` and ``convert``."""
+"""The command line: ``sparsekit prune``, ``inspect``, ``compress``, ``bench``, ``convert`` and ``monitor``."""
 
 import os
 import sys

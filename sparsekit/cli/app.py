@@ -12,9 +12,17 @@ from .compress import Compress
 from .convert import Convert
 from .errors import UsageError
 from .inspect import Inspect
+from .monitor import Monitor
 from .prune import Prune
 
-COMMANDS = {"prune": Prune, "inspect": Inspect, "compress": Compress, "bench": Bench, "convert": Convert}
+COMMANDS = {
+    "prune": Prune,
+    "inspect": Inspect,
+    "compress": Compress,
+    "bench": Bench,
+    "convert": Convert,
+    "monitor": Monitor,
+}
 DESCRIPTION = """Make transformers models sparse, check what they hold, and run them faster than dense.
 
 Exit codes: 0 done, 1 the run or a check failed, 2 bad arguments, 130 interrupted. Nothing is ever half-written."""
@@ -29,7 +37,9 @@ def run(arguments: Sequence[str]) -> int:
         )
         try:
             try:
-                command: Prune | Inspect | Compress | Bench | Convert = parse(COMMANDS, DESCRIPTION, arguments)
+                command: Prune | Inspect | Compress | Bench | Convert | Monitor = parse(
+                    COMMANDS, DESCRIPTION, arguments
+                )
             except SystemExit:
                 return 0  # after --help
             code = command.run()

@@ -3,6 +3,9 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+
+from .._version import DISTRIBUTION
 
 
 class UsageError(ValueError):
@@ -35,3 +38,17 @@ def regex(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise UsageError(f"{text!r} is no regular expression: {error}") from error
+
+
+def check_installed(what: str, **packages: str) -> None:
+    """Checks that the packages of a command are installed.
+
+    Args:
+        what: what needs them.
+        packages: by the name of a module, the package that has it; all are of the extra ``systems``.
+
+    Raises:
+        RuntimeError: says which ones are missing.
+    """
+    if missing := [package for module, package in packages.items() if find_spec(module) is None]:
+        raise RuntimeError(f"{what} needs {', '.join(missing)}: pip install '{DISTRIBUTION}[systems]'")
