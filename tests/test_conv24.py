@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import GEOMETRIES, assert_convolution, sparse_conv24
 from helpers import DTYPES, LAYOUTS, assert_same, dtype_id, opcheck, poison
 from packed_products import assert_equal_gradients, assert_same_for_any_threads, assert_same_in_any_batch
 
@@ -8,22 +9,6 @@ import sparsekit as sk
 from sparsekit.ops.conv24 import conv2d24_reference
 
 OPS = torch.ops.sparsekit
-
-
-def sparse_conv24(outputs, inputs, height=3, width=3, dtype=torch.float32):
-    """A normal weight pruned to 2:4 along the input channels, and its mask."""
-    weight = torch.randn(outputs, height, width, inputs).to(dtype)
-    pruned, mask = sk.nm_prune(weight.flatten(0, 2), 2, 4)
-    return tuple(each.view(outputs, height, width, inputs).permute(0, 3, 1, 2).contiguous() for each in (pruned, mask))
-
-
-def assert_convolution(actual, x, weight, bias, *geometry):
-    """Compares with float64, allowing fp32 sums in any order and one rounding to the dtype."""
-    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), *geometry)
-    size = F.conv2d(x.abs().double(), weight.abs().double(), None if bias is None else bias.abs().double(), *geometry)
-    bound = size * (weight[0].numel() + 2) * 2**-24 + exact.abs() * torch.finfo(x.dtype).eps + 1e-7
-    assert actual.dtype == x.dtype and actual.shape == exact.shape and actual.is_contiguous()
-    assert ((actual.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -50,11 +35,6 @@ def test_convolution_literal(simd, dtype):
     assert sk.conv2d24(x, packed, None, 2, 1).tolist() == [[[[-10, -30], [-70, -85]]]]
     assert sk.conv2d24(x, packed, dilation=(1, 2)).tolist() == [[[[-59], [-86]]]]
     assert sk.conv2d24(x, packed, padding="same").tolist() == [[[[-49, -58, 3], [-76, -85, 6], [7, 8, 9]]]]
-
-
-GEOMETRIES = [
-    (1, 0, 1), (1, 1, 1), (2, 1, 1), (1, 2, 2), ((2, 1), (0, 3), (1, 2)), (3, (4, 0), 1), (1, "same", (1, 2)),
-]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

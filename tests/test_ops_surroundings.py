@@ -10,7 +10,7 @@ from helpers import assert_same, sparse24
 from torch.utils._pytree import tree_leaves
 
 import sparsekit as sk
-from sparsekit.ops import _kernels, arrange24, arranged_linear24
+from sparsekit.ops import _kernels, arrange24, arrange_conv24, arranged_conv2d24, arranged_linear24
 from sparsekit.ops._define import DECLARED
 from sparsekit.ops.arranged24 import LAYOUTS
 from sparsekit.ops.int8_linear import PackedInt8, int8_linear, quantize_rows
@@ -141,12 +141,13 @@ def op_calls(dtype):
         "unpack_bits": lambda: sk.ops.unpack_bits(bits, 20),
     }
     if dtype == torch.float32:
-        packed = prepack(weight, 3)
+        packed, arranged = prepack(weight, 3), arrange_conv24(convolution)
         reordered = prepack_conv2d(torch.randn(7, 20, 3, 3), image.shape[:1] + image.shape[2:], (1, 1), (1, 1), (1, 1))
         return {
             **calls,
             "prepacked_linear": lambda: prepacked_linear(x, packed, bias),
             "prepacked_dense": lambda: OPS.prepacked_dense(packed),
+            "arranged_conv2d24": lambda: arranged_conv2d24(image, arranged, padding=1),
             "prepacked_conv2d": lambda: prepacked_conv2d(image, reordered, None, (1, 1), (1, 1), (1, 1), False),
         }
     wide, (high, _) = torch.randn(2, 64).to(dtype), sparse24(32, 64, dtype)

@@ -134,6 +134,29 @@ Tensor linear_input_pairs24(Tensor x, Tensor data, std::optional<Tensor> bias, i
   return linear(x, data, bias, rows, false);
 }
 
+Tensor arranged_conv2d24(Tensor x, Tensor data, std::optional<Tensor> bias, int64_t outputs, std::vector<int64_t> kernel,
+                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  STD_TORCH_CHECK(is_like(x, ScalarType::Float, shape_of(x)) && x.dim() == 4 && outputs >= 0 &&
+                      is_like(data, ScalarType::Byte, {data.numel()}) &&
+                      (!bias || is_like(*bias, ScalarType::Float, {outputs})),
+                  "convolution of an arranged weight: data and bias must fit x");
+  const ConvShape shape = conv_shape(x, outputs, kernel, stride, padding, dilation);
+  data = in_order(data);
+  STD_TORCH_CHECK(data.numel() == bytes_of_row_pairs(data, outputs) && std::min(shape.out_height, shape.out_width) > 0,
+                  "convolution of an arranged weight: x or data has a size that does not fit");
+  Tensor y = empty(x, {shape.images, shape.outputs, shape.out_height, shape.out_width}, ScalarType::Float);
+  if (y.numel() == 0) return y;
+  x = in_order(x);
+  const ArrangedConv24Args args{.x = static_cast<const float*>(x.const_data_ptr()),
+                                .data = static_cast<const uint8_t*>(data.const_data_ptr()),
+                                .bias = contiguous_data<float>(bias),
+                                .y = static_cast<float*>(y.mutable_data_ptr()),
+                                .shape = shape,
+                                .threads = static_cast<int>(torch::stable::get_num_threads())};
+  arranged24_kernels(kernels()).conv2d_row_pairs(args, parallel_ranges);
+  return y;
+}
+
 }  // namespace
 }  // namespace sparsekit
 
@@ -145,4 +168,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit, CPU, m) {
   m.impl("restore_input_pairs24", TORCH_BOX(&sparsekit::restore_input_pairs24));
   m.impl("linear_row_pairs24", TORCH_BOX(&sparsekit::linear_row_pairs24));
   m.impl("linear_input_pairs24", TORCH_BOX(&sparsekit::linear_input_pairs24));
+  m.impl("arranged_conv2d24", TORCH_BOX(&sparsekit::arranged_conv2d24));
 }

@@ -1,5 +1,5 @@
 // The kernels of arranged 2:4 weights. They have a table of their own, beside kernels.h, because a level of the others takes
-// a minute to compile. row_pairs24_kernel.h and input_pairs24_kernel.h say what the bytes of an arranged weight are.
+// a minute to compile. row_pairs24_layout.h and input_pairs24_kernel.h say what the bytes of an arranged weight are.
 #pragma once
 
 #include <string_view>
@@ -41,6 +41,15 @@ struct LinearArranged24Args {
   DType dtype;
 };
 
+struct ArrangedConv24Args {
+  const float* x;       // [images, inputs, height, width], contiguous
+  const uint8_t* data;  // in row pairs, of [outputs, kernel_height * kernel_width * inputs]
+  const float* bias;    // [outputs] or null
+  float* y;             // [images, outputs, out_height, out_width], contiguous
+  ConvShape shape;
+  int threads;
+};
+
 struct Arranged24Kernels {
   std::string_view simd_level;
   // Blocks of rows [begin, end).
@@ -51,6 +60,7 @@ struct Arranged24Kernels {
   void (*restore_input_pairs)(const RestoreArranged24Args&, int64_t begin, int64_t end);
   void (*linear_row_pairs)(const LinearArranged24Args&, ParallelFor);
   void (*linear_input_pairs)(const LinearArranged24Args&, ParallelFor);
+  void (*conv2d_row_pairs)(const ArrangedConv24Args&, ParallelFor);
 };
 
 extern const Arranged24Kernels arranged24_scalar;

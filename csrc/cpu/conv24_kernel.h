@@ -3,81 +3,13 @@
 // in the order of the weight, times which it is the product of linear24. The whole of it, im2col, is never in memory.
 #pragma once
 
+#include "tap_pieces.h"
 #include "token_tiles.h"
 
 namespace sparsekit::SPARSEKIT_LEVEL {
 namespace {
 
-constexpr int kMostPositions = kMaxVectors * kLanes;  // of a tile
 constexpr int64_t kChannelsConverted = 8;             // of 16-bit values at once
-
-// Positions of a tile, from `lane` on. `input` is where the first of them reads channel 0 of its image, in elements of x;
-// the others are `step` apart.
-struct Piece {
-  int64_t input, step;
-  int lane, count;
-};
-
-// What the positions of a tile read at one tap: pieces inside of their images, and between these gaps, which are 0.
-struct TapPieces {
-  int pieces = 0, gaps = 0;
-  Piece piece[kMostPositions], gap[kMostPositions + 1];
-
-  TapPieces(const Conv24Args& a, int64_t tap, int64_t position, int64_t positions, int64_t width) {
-    const int64_t y_offset = tap / a.kernel_width * a.dilation_y - a.padding_y;
-    const int64_t x_offset = tap % a.kernel_width * a.dilation_x - a.padding_x;
-    // Outputs [first, last) of a row have their input inside of it.
-    const int64_t first = x_offset >= 0 ? 0 : (-x_offset + a.stride_x - 1) / a.stride_x;
-    const int64_t last = x_offset >= a.width ? 0 : (a.width - 1 - x_offset) / a.stride_x + 1;
-    int64_t image = position / (a.out_height * a.out_width), y = position / a.out_width % a.out_height;
-    for (int64_t done = 0, x = position % a.out_width; done < positions; x = 0) {
-      const int64_t count = std::min(a.out_width - x, positions - done), input_y = y * a.stride_y + y_offset;
-      const int64_t begin = std::max(x, first), end = std::min(x + count, last);
-      if (input_y >= 0 && input_y < a.height && begin < end)
-        add({.input = (image * a.inputs * a.height + input_y) * a.width + begin * a.stride_x + x_offset,
-             .step = a.stride_x,
-             .lane = static_cast<int>(done + begin - x),
-             .count = static_cast<int>(end - begin)});
-      done += count;
-      if (++y == a.out_height) y = 0, ++image;
-    }
-    add_gap(width);
-  }
-
-  // Rows that follow one another in memory, as all do where the kernel is 1x1, are one piece.
-  void add(const Piece& next) {
-    Piece* last = pieces > 0 ? &piece[pieces - 1] : nullptr;
-    if (last && next.step == 1 && next.lane == last->lane + last->count && next.input == last->input + last->count) {
-      last->count += next.count;
-    } else {
-      add_gap(next.lane);
-      piece[pieces++] = next;
-    }
-  }
-
-  void add_gap(int64_t end) {
-    const int begin = pieces > 0 ? piece[pieces - 1].lane + piece[pieces - 1].count : 0;
-    if (begin < end) gap[gaps++] = {.input = 0, .step = 0, .lane = begin, .count = static_cast<int>(end) - begin};
-  }
-};
-
-// Short pieces are copied by overlapping halves too: at 16x16, one value at a time took as long as the products of 64
-// output channels.
-template <class T>
-void copy_piece(const T* from, int64_t step, int count, float* to) {
-  int i = 0;
-  if (step != 1) {
-    for (; i < count; ++i) to[i] = to_float(from[i * step]);
-  } else if (count >= kLanes) {
-    for (; i + kLanes <= count; i += kLanes) store_lanes(to + i, load_lanes(from + i));
-    if (i < count) store_lanes(to + count - kLanes, load_lanes(from + count - kLanes));
-  } else if (std::is_same_v<T, float> && count >= 4) {
-    for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 16);
-    if (i < count) std::memcpy(to + count - 4, from + count - 4, 16);
-  } else {
-    for (; i < count; ++i) to[i] = to_float(from[i]);
-  }
-}
 
 // The working memory of a thread.
 struct ConvScratch {
@@ -95,16 +27,16 @@ struct ConvBlock {
   ConvScratch scratch;
   bool finite;  // whether x is everywhere
   int64_t width = vectors * kLanes, most_inputs = kMaxVectors / vectors * kRun;  // of the tile
-  int64_t taps = a.kernel_height * a.kernel_width;
-  int64_t tap_values = 2 * (a.inputs / 4) + a.inputs % 4, tap_bytes = (a.inputs + 7) / 8;
+  int64_t taps = a.shape.kernel_height * a.shape.kernel_width;
+  int64_t tap_values = 2 * (a.shape.inputs / 4) + a.shape.inputs % 4, tap_bytes = (a.shape.inputs + 7) / 8;
   // Taps of whole bytes follow one another as the columns of one row of a weight.
-  int64_t joined = a.inputs % 8 == 0 ? taps : 1;
+  int64_t joined = a.shape.inputs % 8 == 0 ? taps : 1;
 
   void run() const {
     const KeptOffsets offsets(width * static_cast<int64_t>(sizeof(float)));
     const auto times_tile = kTimesTile<kRun, kMaxVectors>[vectors - 1];
-    const int64_t cols = joined * a.inputs;
-    if (a.inputs == 0) std::fill_n(scratch.sums, rows * width, 0.0f);
+    const int64_t cols = joined * a.shape.inputs;
+    if (a.shape.inputs == 0) std::fill_n(scratch.sums, rows * width, 0.0f);
     for (int64_t tap = 0; tap < taps; tap += joined)
       for (int64_t col = 0; col < cols; col += most_inputs) {
         const int64_t inputs = std::min(most_inputs, cols - col);
@@ -120,10 +52,10 @@ struct ConvBlock {
 
   // Copies columns [col, col + inputs) of the taps from `tap` on.
   void load(int64_t tap, int64_t col, int64_t inputs) const {
-    const int64_t plane = a.height * a.width;
+    const int64_t plane = a.shape.height * a.shape.width;
     for (int64_t i = 0; i < inputs;) {
-      const int64_t first = (col + i) % a.inputs, count = std::min(a.inputs - first, inputs - i);
-      const TapPieces found(a, tap + (col + i) / a.inputs, position, positions, width);
+      const int64_t first = (col + i) % a.shape.inputs, count = std::min(a.shape.inputs - first, inputs - i);
+      const TapPieces found(a.shape, tap + (col + i) / a.shape.inputs, position, positions, width);
       const T* from = static_cast<const T*>(a.x) + first * plane;
       for (const int64_t end = i + count; i < end; ++i, from += plane) {
         float* to = scratch.tile + i * width;
@@ -138,7 +70,7 @@ struct ConvBlock {
 
   WeightPiece piece(int64_t first, int64_t count, int64_t tap, int64_t col, int64_t inputs) const {
     const int64_t stored = taps * tap_values, begin = tap * tap_values + col / 2;
-    const int64_t kept = col + inputs < joined * a.inputs ? inputs / 2 : joined * tap_values - col / 2;
+    const int64_t kept = col + inputs < joined * a.shape.inputs ? inputs / 2 : joined * tap_values - col / 2;
     const T* values = static_cast<const T*>(a.values) + (row + first) * stored + begin;
     WeightPiece piece{.values = scratch.values,
                       .values_stride = kept,
@@ -167,18 +99,18 @@ struct ConvBlock {
   // Calls body(lane, count, y) for the positions of each image, where y is theirs in the first output channel.
   template <class Body>
   void each_image(Body body) const {
-    const int64_t plane = a.out_height * a.out_width;
+    const int64_t plane = a.shape.out_height * a.shape.out_width;
     for (int64_t lane = 0; lane < positions;) {
       const int64_t image = (position + lane) / plane, at = (position + lane) % plane;
       const int64_t count = std::min(plane - at, positions - lane);
-      body(lane, count, static_cast<T*>(a.y) + (image * a.outputs + row) * plane + at);
+      body(lane, count, static_cast<T*>(a.y) + (image * a.shape.outputs + row) * plane + at);
       lane += count;
     }
   }
 
   void store() const {
     each_image([&](int64_t lane, int64_t count, T* y) {
-      for (int64_t r = 0; r < rows; ++r, y += a.out_height * a.out_width) {
+      for (int64_t r = 0; r < rows; ++r, y += a.shape.out_height * a.shape.out_width) {
         const float shift = a.bias ? to_float(static_cast<const T*>(a.bias)[row + r]) : 0.0f;
         const float* sums = scratch.sums + r * width + lane;
         int64_t i = 0;
@@ -190,15 +122,15 @@ struct ConvBlock {
 
   // multiply_dropped for a convolution: where a dropped weight meets an input that is Inf or NaN, the result is NaN.
   void multiply_dropped_taps() const {
-    const int64_t plane = a.out_height * a.out_width;
+    const int64_t plane = a.shape.out_height * a.shape.out_width;
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const TapPieces found(a, tap, position, positions, width);
+      const TapPieces found(a.shape, tap, position, positions, width);
       for (int p = 0; p < found.pieces; ++p)
         for (int i = 0; i < found.piece[p].count; ++i) {
           const int64_t at = position + found.piece[p].lane + i;
-          T* y = static_cast<T*>(a.y) + (at / plane * a.outputs + row) * plane + at % plane;
+          T* y = static_cast<T*>(a.y) + (at / plane * a.shape.outputs + row) * plane + at % plane;
           const T* x = static_cast<const T*>(a.x) + found.piece[p].input + i * found.piece[p].step;
-          for (int64_t channel = 0; channel < a.inputs; ++channel, x += a.height * a.width) {
+          for (int64_t channel = 0; channel < a.shape.inputs; ++channel, x += a.shape.height * a.shape.width) {
             if (all_finite(x, 1)) continue;
             for (int64_t r = 0; r < rows; ++r)
               if (!(a.bitmask[((row + r) * taps + tap) * tap_bytes + channel / 8] >> channel % 8 & 1))
@@ -233,7 +165,7 @@ void conv_items(int64_t begin, int64_t end, void* context) {
                              .position = position,
                              .positions = std::min(next, positions) - position,
                              .row = row,
-                             .rows = std::min(plan.block_rows, a.outputs - row),
+                             .rows = std::min(plan.block_rows, a.shape.outputs - row),
                              .scratch = {tile, tile + kTile, tile + kTile + kValues},
                              .finite = finite};
     block.run();
@@ -243,10 +175,10 @@ void conv_items(int64_t begin, int64_t end, void* context) {
 }  // namespace
 
 void conv2d24(const Conv24Args& a, ParallelFor parallel_for) {
-  const int64_t positions = a.images * a.out_height * a.out_width;
+  const int64_t positions = a.shape.images * a.shape.out_height * a.shape.out_width;
   dispatch(a.dtype, [&]<class T>(T*) {
-    const bool finite = all_finite(static_cast<const T*>(a.x), a.images * a.inputs * a.height * a.width);
-    ConvTask task{a, positions, finite, LanesPlan(positions, a.outputs, a.threads, 4)};
+    const bool finite = all_finite(static_cast<const T*>(a.x), a.shape.images * a.shape.inputs * a.shape.height * a.shape.width);
+    ConvTask task{a, positions, finite, LanesPlan(positions, a.shape.outputs, a.threads, 4)};
     parallel_for(task.plan.tiles * task.plan.blocks, 1, conv_items<T>, &task);
   });
 }

@@ -180,14 +180,19 @@ struct RoundTokensArgs {
 };
 
 // All contiguous, in the layout of ops/conv24.py.
+// What a convolution of one group is like, besides its weight.
+struct ConvShape {
+  int64_t images, inputs, height, width, outputs, out_height, out_width;
+  int64_t kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+};
+
 struct Conv24Args {
   const void* x;           // [images, inputs, height, width]
   const void* values;      // [outputs, kernel_height * kernel_width, 2 * (inputs / 4) + inputs % 4]
   const uint8_t* bitmask;  // [outputs, kernel_height * kernel_width, ceil(inputs / 8)]
   const void* bias;        // [outputs] or null
   void* y;                 // [images, outputs, out_height, out_width]
-  int64_t images, inputs, height, width, outputs, out_height, out_width;
-  int64_t kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  ConvShape shape;
   int threads;
   DType dtype;
 };

@@ -95,35 +95,44 @@ void load_row_pair_tiles(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// The sums [row][token] of a block of rows. The row after the last one is the partner of an odd row.
+// Adds the products of a tile of inputs with the pairs of a block of rows, which begin at `at`, to sums [row][token]; those
+// of the first tile are the sums. The row after the last one is the partner of an odd row. Each pair fetches `share` bytes
+// of what is needed next. Returns where the pairs of the next tile begin.
+template <class T, int kVectors>
+const uint8_t* add_pairs(const uint8_t* at, int64_t pairs, int64_t kept, const char* inputs, const char* next, int64_t share,
+                         bool first, float* sums) {
+  constexpr int64_t kWidth = kVectors * kLanes, kAhead = 1024, kLine = 64;
+  float converted[2 * kPairInputs];
+  for (int64_t pair = 0; pair < pairs; ++pair, next += share) {
+    const PairRecord<const uint8_t> record{at, kept};
+    const PairHead head = record.head();
+    const float* weights;
+    if constexpr (std::is_same_v<T, float>) {
+      weights = reinterpret_cast<const float*>(record.weights(head.shared));
+    } else {
+      convert_weights(reinterpret_cast<const T*>(record.weights(head.shared)), 2 * kept, converted);
+      weights = converted;
+    }
+    const uint8_t* end = record.end<T>(head.shared);
+    for (const uint8_t* line = at + kAhead; line < end + kAhead; line += kLine) __builtin_prefetch(line);
+    for (int64_t i = 0; i < share; i += kLine) __builtin_prefetch(next + i, 0, 2);
+    pair_times_tile<kVectors>(record.offsets(), weights, head.shared, kept, inputs, first, sums + head.first * kWidth,
+                              sums + head.second * kWidth);
+    at = end;
+  }
+  return at;
+}
+
+// The sums [row][token] of a block of rows.
 template <class T, int kVectors>
 void sum_row_pairs(const RowPairsTask& task, int64_t block, int64_t token, float* sums) {
-  constexpr int64_t kWidth = kVectors * kLanes, kAhead = 1024, kLine = 64;
   const RowPairsShape& shape = task.shape;
   const int64_t pairs = shape.pairs(block);
-  float converted[2 * kPairInputs];
   const uint8_t* at = task.args.data + shape.start(task.args.data, block);
   for (int64_t tile = 0; tile < shape.tiles; ++tile) {
     const char* inputs = reinterpret_cast<const char*>(task.tile(token, tile));
-    const int64_t kept = kept_of(shape.inputs(tile)), bytes = shape.inputs(tile) * stride_of<Floats>(kVectors);
-    const int64_t share = LanesPlan::ceil_div(bytes / kLine, pairs) * kLine;  // of the next tile, which each pair fetches
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const PairRecord<const uint8_t> record{at, kept};
-      const PairHead head = record.head();
-      const float* weights;
-      if constexpr (std::is_same_v<T, float>) {
-        weights = reinterpret_cast<const float*>(record.weights(head.shared));
-      } else {
-        convert_weights(reinterpret_cast<const T*>(record.weights(head.shared)), 2 * kept, converted);
-        weights = converted;
-      }
-      const uint8_t* end = record.end<T>(head.shared);
-      for (const uint8_t* line = at + kAhead; line < end + kAhead; line += kLine) __builtin_prefetch(line);
-      for (int64_t i = 0; i < share; i += kLine) __builtin_prefetch(inputs + bytes + pair * share + i, 0, 2);
-      pair_times_tile<kVectors>(record.offsets(), weights, head.shared, kept, inputs, tile == 0,
-                                sums + head.first * kWidth, sums + head.second * kWidth);
-      at = end;
-    }
+    const int64_t bytes = shape.inputs(tile) * stride_of<Floats>(kVectors), share = LanesPlan::ceil_div(bytes / 64, pairs) * 64;
+    at = add_pairs<T, kVectors>(at, pairs, kept_of(shape.inputs(tile)), inputs, inputs + bytes, share, tile == 0, sums);
   }
 }
 

@@ -113,6 +113,30 @@ const T* contiguous_data(std::optional<Tensor>& tensor) {
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
+// The shape of a convolution of images x.
+inline ConvShape conv_shape(const Tensor& x, int64_t outputs, const std::vector<int64_t>& kernel,
+                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation) {
+  const auto out_size = [&](int i) {
+    return (x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) / stride[i] + 1;
+  };
+  return {.images = x.size(0),
+          .inputs = x.size(1),
+          .height = x.size(2),
+          .width = x.size(3),
+          .outputs = outputs,
+          .out_height = out_size(0),
+          .out_width = out_size(1),
+          .kernel_height = kernel[0],
+          .kernel_width = kernel[1],
+          .stride_y = stride[0],
+          .stride_x = stride[1],
+          .padding_y = padding[0],
+          .padding_x = padding[1],
+          .dilation_y = dilation[0],
+          .dilation_x = dilation[1]};
+}
+
 // Whether an output is so large that it should be written past the caches.
 inline bool exceeds_caches(int64_t bytes) { return bytes > 8 << 20; }
 

@@ -3,6 +3,7 @@
 from ._kernels import SlowKernelsWarning, backends, force_simd, simd_level, simd_levels
 from ._kernels import register_kernels as _register_kernels
 from .arranged24 import Arranged24, arrange24, arranged_linear24
+from .arranged_conv24 import ArrangedConv24, arrange_conv24, arranged_conv2d24
 from .bits import pack_bits, unpack_bits
 from .blocks import block_scores, block_topk_mask
 from .conv24 import PackedConv24, conv2d24, pack_conv24
@@ -26,6 +27,7 @@ from .transposable import transposable_mask24
 
 __all__ = [
     "Arranged24",
+    "ArrangedConv24",
     "Packed24",
     "PackedConv24",
     "QuantizedWeight24",
@@ -33,6 +35,8 @@ __all__ = [
     "TieredWeight",
     "TiledWeight24",
     "arrange24",
+    "arrange_conv24",
+    "arranged_conv2d24",
     "arranged_linear24",
     "backends",
     "block_scores",

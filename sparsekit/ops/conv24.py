@@ -53,7 +53,7 @@ class PackedConv24(NamedTuple):
             ValueError: tensors that do not have the shapes that ``shape`` asks for, or are on two devices.
         """
         check_packed_conv24(self)
-        return _of_rows(call_op(_unpack24, *_as_rows(self.values, self.bitmask), self.shape[1]), self.shape)
+        return of_rows(call_op(_unpack24, *_as_rows(self.values, self.bitmask), self.shape[1]), self.shape)
 
 
 def _to_rows(weight: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ def _to_rows(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _of_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Returns what ``_to_rows`` was given, contiguous."""
+def of_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns the weight ``[out, in, height, width]``, contiguous, given a row for every tap, or one of all taps."""
     outputs, inputs, height, width = shape
     return rows.reshape(outputs, height, width, inputs).permute(0, 3, 1, 2).contiguous()
 
@@ -83,7 +83,7 @@ def conv2d24_reference(
     dilation: Sequence[int],
 ) -> Tensor:
     shape = (values.shape[0], x.shape[1], *kernel)
-    weight = _of_rows(unpack24_reference(*_as_rows(values, bitmask), x.shape[1]), shape)
+    weight = of_rows(unpack24_reference(*_as_rows(values, bitmask), x.shape[1]), shape)
     if weight.numel() == 0:  # F.conv2d rejects it
         y = torch.zeros_like(_fake(x, values, bitmask, bias, kernel, stride, padding, dilation))
         return y if bias is None else y + bias[:, None, None]
@@ -120,7 +120,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
         shape = (values.shape[0], ctx.shape[1], *kernel)
-        weight = _of_rows(_unpack24(*_as_rows(values, bitmask), ctx.shape[1]), shape)
+        weight = of_rows(_unpack24(*_as_rows(values, bitmask), ctx.shape[1]), shape)
         grad_x = conv2d_input(ctx.shape, weight, grad, *geometry)
     if ctx.needs_input_grad[1]:
         shape = (bitmask.shape[0], ctx.shape[1], *kernel)
