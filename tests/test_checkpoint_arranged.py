@@ -80,8 +80,8 @@ def test_other_formats(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (put("layers", "first", "layout", value="rows"), "is 'linear24' in the layout 'rows', only 2:4 has one, of"),
-        (put("layers", "third", "layout", value="row pairs"), "is 'dense' in the layout 'row pairs'"),
+        (put("layers", "first", "layout", value="rows"), "'rows', allowed is 'input pairs' or 'row pairs'"),
+        (put("layers", "third", "layout", value="row pairs"), "is 'dense' in the layout 'row pairs', allowed is none"),
         (put("layers", "first", "layout", value=3), "has no 'layout' of type str"),
         (lambda _, tensors: tensors["first.bitmask"].fill_(1) is None, "does not keep exactly two of every four"),
     ],

@@ -12,7 +12,7 @@ from torch import nn
 import sparsekit as sk
 from sparsekit.cli.stored import Role, own_matrices
 from sparsekit.masks import get_mask
-from sparsekit.nn import Conv2d24, PrepackedConv2d
+from sparsekit.nn import ArrangedConv2d24, Conv2d24, PrepackedConv2d
 
 X = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -85,6 +85,22 @@ def test_a_compressed_layer_becomes_dense_by_a_dense_file(tmp_path):
     assert type(loaded[0].up) is nn.Conv2d and type(loaded[0].down) is nn.Conv2d
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_the_layout_of_an_arranged_convolution_comes_back(tmp_path, path, target):
+    model = compressed()
+    model[0].up = ArrangedConv2d24.of(model[0].up.packed, model[0].up).eval()
+    model[0].up.bias = compressed()[0].up.bias
+    sk.save(model, tmp_path / "arranged.safetensors")
+    sk.load(loaded := target(), tmp_path / "arranged.safetensors")
+    assert type(loaded[0].up) is ArrangedConv2d24 and loaded[0].up.trainable
+    torch.testing.assert_close(loaded(X), model(X))
+    with safe_open(path, "pt") as plain, safe_open(tmp_path / "arranged.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("0.up.values"), plain.get_tensor("0.up.values"))
+        assert json.loads(file.metadata()["sparsekit"])["layers"]["0.up"]["layout"] == "row pairs"
+    assert sk.decompress_(loaded) == ("0.up", "0.down")
+    assert torch.equal(loaded[0].up.weight, compressed()[0].up.weight.clone())
+
+
 def test_what_does_not_fit_is_refused(path):
     other = convolved(pruned=False)
     other[0].down = nn.Conv2d(12, 8, 1, bias=False, padding_mode="reflect")
@@ -99,6 +115,10 @@ def test_what_does_not_fit_is_refused(path):
     [
         (put("layers", "0.down", "images", value=[2, 5]), r"layer '0\.down' has images of \[2, 5\]"),
         (put("layers", "0.down", "images", value=[2, 5, -6]), r"layer '0\.down' has images of \[2, 5, -6\]"),
+        (
+            put("layers", "0.up", "layout", value="input pairs"),
+            r"'conv24' in the layout 'input pairs', allowed is 'row",
+        ),
         (put("layers", "0.up", "shape", value=[12, 72]), r"layer '0\.up' has the shape \[12, 72\]"),
         (put("layers", "0.up", "kind", value="linear24"), r"layer '0\.up' has the shape \[12, 8, 3, 3\]"),
         (

@@ -13,7 +13,8 @@ from torch import nn
 import sparsekit as sk
 from sparsekit.compress import convolutions
 from sparsekit.compress.sizes import Images, size_of
-from sparsekit.nn import Conv2d24, PrepackedConv2d
+from sparsekit.nn import ArrangedConv2d24, Conv2d24, PrepackedConv2d
+from sparsekit.ops import backends
 
 X = torch.randn(2, 8, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -28,7 +29,7 @@ def test_the_faster_form_is_taken_and_the_report_says_which(ratios, tmp_path):
     assert up.timing("2x5x6").ratio == 3.0 and up.why == "fastest; next prepacked: faster than plain, but slower"
     assert up.bytes_after == 12 * 9 * (4 * 4 + 1) and up.bytes_before == 12 * 9 * 8 * 4
     assert "1 of 12x8x3x3  2:4  3.00x (3.00x) at 2x5x6" in str(report)
-    assert ratios["measured"][0] == (("2:4", "prepacked"), (2, 8, 5, 6), False)
+    assert ratios["measured"][0] == (("2:4", "2:4 row pairs", "prepacked"), (2, 8, 5, 6), False)
     report.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["layers"][0]["calls"] == {"2x5x6": 1}
     assert type(model[0].up) is Conv2d24
@@ -68,6 +69,34 @@ def test_what_is_measured_is_what_the_batches_give(ratios):
     assert last == Images(4, 5, 6, True) and str(last) == "4x5x6 channels last"
     report = sk.compress_(convolved(channels_last=True), X.to(memory_format=torch.channels_last))
     assert report.layers[0].calls == {"2x5x6 channels last": 1}
+
+
+def test_row_pairs_are_taken_where_they_are_faster(ratios):
+    ratios["2:4 row pairs"] = 4.0
+    model = convolved()
+    before, expected = snapshot(model), model(X)
+    report = sk.compress_(model, X)
+    assert set(decisions(report).values()) == {"2:4"} and type(model[0].up) is ArrangedConv2d24
+    assert report.layers[0].kernels == {"2x5x6": "2:4 row pairs"}
+    torch.testing.assert_close(model(X), expected)
+    sk.decompress_(model)
+    assert_same(snapshot(model), before)
+    odd = nn.Sequential(nn.Conv2d(10, 4, 1)).eval()  # a rest of two channels is never arranged
+    sk.prune_(odd, sk.Magnitude("2:4"))
+    report = sk.compress_(odd, torch.randn(1, 10, 5, 5))
+    assert type(odd[0]) is Conv2d24 and report.layers[0].timings["1x5x5"].keys() == {"plain", "2:4", "prepacked"}
+    report = sk.compress_(model.train(), X)
+    assert report.layers[0].timings["2x5x6"].keys() == {"plain", "2:4"}
+
+
+@pytest.mark.skipif(backends()["arranged_conv2d24"]["cpu"] == "reference", reason="needs the extension")
+def test_the_bytes_by_which_forms_are_compared():
+    conv = nn.Conv2d(96, 128, 3, bias=False)
+    sk.prune_(conv.eval(), sk.Magnitude("2:4"))
+    form = convolutions.Convolution24()
+    expected = form.nbytes(conv) + form.extra_bytes(conv, ["2:4 row pairs"])
+    assert ArrangedConv2d24.from_conv2d(conv).data.nbytes == pytest.approx(expected, rel=0.03)
+    assert form.extra_bytes(conv, ["2:4"]) == 0
 
 
 def odd(**options):

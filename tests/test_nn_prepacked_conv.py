@@ -1,4 +1,4 @@
-"""PrepackedConv2d, and what it has in common with Conv2d24: copies, states, conversions, compilation."""
+"""PrepackedConv2d, and what it has in common with the 2:4 convolutions: copies, states, conversions, compilation."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ OPTIONS = [
     {"padding": "valid", "bias": False},
 ]
 LAST = torch.channels_last
-X = torch.randn(2, 10, 9, 8, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 12, 9, 8, generator=torch.Generator().manual_seed(0))
 
 
 @EACH
@@ -28,7 +28,7 @@ X = torch.randn(2, 10, 9, 8, generator=torch.Generator().manual_seed(0))
 def test_computes_what_the_dense_layer_does(form, options):
     conv = pruned_conv(**options)
     layer = form.from_conv2d(conv)
-    for x in (X, X.to(memory_format=LAST), X[1], X[:0], X[:, :, ::2], torch.randn(7, 10, 12, 13)):
+    for x in (X, X.to(memory_format=LAST), X[1], X[:0], X[:, :, ::2], torch.randn(7, 12, 12, 13)):
         torch.testing.assert_close(layer(x), conv(x))
     assert torch.equal(layer.weight, conv.weight) and layer.bias is conv.bias
     back = layer.to_conv2d()
@@ -81,7 +81,7 @@ def test_the_state_is_a_dense_weight():
     assert layer.state_dict().keys() == {"weight", "bias"} and torch.equal(layer.state_dict()["weight"], conv.weight)
     layer.load_state_dict({"weight": conv.weight * 2, "bias": conv.bias})
     assert torch.equal(layer.weight, conv.weight * 2)
-    with pytest.raises(RuntimeError, match=r"weight must have shape \(6, 10, 3, 2\), got \(2, 3\)"):
+    with pytest.raises(RuntimeError, match=r"weight must have shape \(6, 12, 3, 2\), got \(2, 3\)"):
         layer.load_state_dict({"weight": torch.ones(2, 3), "bias": conv.bias})
 
 
@@ -127,8 +127,8 @@ def test_compiled_traced_and_transformed(form):
 def test_rejects_images_that_do_not_fit(form):
     layer = form.from_conv2d(pruned_conv())
     for x, error, match in (
-        (torch.randn(2, 9, 8, 8), ValueError, r"x must have shape \[images, 10, height, width\]"),
-        (torch.randn(2, 10, 2, 8), ValueError, r"x must be at least as large as the kernel, \(3, 2\)"),
+        (torch.randn(2, 9, 8, 8), ValueError, r"x must have shape \[images, 12, height, width\]"),
+        (torch.randn(2, 12, 2, 8), ValueError, r"x must be at least as large as the kernel, \(3, 2\)"),
         (X.double(), TypeError, r"float64"),
         ([1.0], TypeError, "input must be a tensor, got list"),
     ):

@@ -10,6 +10,7 @@ from .._replace import check_original_known, check_replaceable, guard_saving, re
 from .._state import get_original, set_original
 from ..masks import remove_mask, set_mask_bits
 from ..nn import (
+    ArrangedConv2d24,
     ArrangedLinear24,
     Compressed,
     CompressedConv2d,
@@ -25,6 +26,7 @@ from ..nn import (
     RoutedTieredLinear,
     TieredLinear,
 )
+from ..nn.arranged import Arranged
 from ..ops import Packed24
 from ..ops.int8_linear import PackedInt8
 from .mask_file import remove_masks
@@ -120,8 +122,10 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
         new.frozen = trainable
     elif isinstance(module, nn.Conv2d | CompressedConv2d):
         if layer.kind == "conv24":
-            new = Conv2d24.of(layer.convolution24(name, tensors).to(device), module)
-            new.values.requires_grad_(trainable)
+            packed_conv = layer.convolution24(name, tensors).to(device)
+            own = nn.Parameter(packed_conv.values, requires_grad=trainable)
+            convolution = Conv2d24 if layer.layout is None or device.type != "cpu" else ArrangedConv2d24
+            new = convolution.of(packed_conv._replace(values=own), module)
         else:
             assert layer.images is not None
             new = PrepackedConv2d(tensors[join(name, "weight")].to(device), module, layer.images)
@@ -158,7 +162,7 @@ def _assign(model: nn.Module, layers: Mapping[str, LayerRecord], tensors: Mappin
         if tensor.is_floating_point() is not state[key].is_floating_point():
             raise ValueError(f"{key} is {state[key].dtype}, the model's {tensor.dtype}")
     for name, layer in layers.items():
-        rearranged = layer.rounding is not None or isinstance(modules.get(name), ArrangedLinear24)
+        rearranged = layer.rounding is not None or isinstance(modules.get(name), Arranged)
         held = ("weight",) if layer.kind in ("prepacked", "prepacked_conv") else PARTS[layer.kind] if rearranged else ()
         for part in held:  # the layer holds them already, in another order
             del state[join(name, part)]

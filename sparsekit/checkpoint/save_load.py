@@ -83,8 +83,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     ``decompress_`` makes the compressed layers dense again, as after ``compress_``.
 
     A packed 2:4 layer becomes a ``Linear24``, or on a CPU an ``ArrangedLinear24`` in the layout that was saved, which
-    the file names but does not hold; and a tiered one a ``TieredLinear``; one that replaces a layer with a
-    plan (``RoutedLinear24``, ``RoutedTieredLinear``) follows that plan, and has a dense copy if the plan wants one. A
+    the file names but does not hold; a convolution likewise a ``Conv2d24`` or an ``ArrangedConv2d24``; and a tiered one
+    a ``TieredLinear``; one that replaces a layer with a plan (``RoutedLinear24``, ``RoutedTieredLinear``) follows that
+    plan, and has a dense copy if the plan wants one. A
     file does not say what is fastest on another machine: on a GPU, load with ``dense=True`` and let ``compress_``
     measure. A file of only masks does not change the weights, which must be zero wherever a mask drops them.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._json import parse_json
 from ..masks import MaskInfo, check_masks, get_mask_bits, get_mask_info, masked_parameters
 from ..nn import (
+    ArrangedConv2d24,
     ArrangedLinear24,
     Conv2d24,
     Int8Linear,
@@ -98,7 +99,8 @@ class LayerRecord:
             layout = module.layout if isinstance(module, ArrangedLinear24) else None
             return LayerRecord("linear24", weight_shape(module), module.transposed, mask=mask, layout=layout)
         if isinstance(module, Conv2d24):
-            return LayerRecord("conv24", weight_shape(module), mask=mask)
+            layout = "row pairs" if isinstance(module, ArrangedConv2d24) else None
+            return LayerRecord("conv24", weight_shape(module), mask=mask, layout=layout)
         if isinstance(module, PrepackedConv2d):
             return LayerRecord("prepacked_conv", weight_shape(module), mask=mask, images=module.images)
         if isinstance(module, TieredLinear):
@@ -179,9 +181,10 @@ class LayerRecord:
         transposed = field(where, data, "transposed", bool)
         rounding = Rounding.parse(where, data) if kind in LOSSY else None
         layout: Any = field(where, data, "layout", str) if "layout" in data else None
-        if layout is not None and (kind != "linear24" or layout not in LAYOUTS):
-            known = " or ".join(map(repr, LAYOUTS))
-            raise ValueError(f"{where} is {kind!r} in the layout {layout!r}, only 2:4 has one, of {known}")
+        known = {"linear24": LAYOUTS, "conv24": ("row pairs",)}.get(kind, ())
+        if layout is not None and layout not in known:
+            allowed = " or ".join(map(repr, known)) or "none"
+            raise ValueError(f"{where} is {kind!r} in the layout {layout!r}, allowed is {allowed}")
         images = parse_images(where, data) if kind == "prepacked_conv" else None
         return LayerRecord(kind, shape, transposed, tokens, info, block, k, parameter, rounding, layout, images)
 

@@ -60,10 +60,10 @@ def compress_(
     that needs the least time over all calls in the batches is taken; of those as fast, the smallest.
 
     **A convolution** (``nn.Conv2d`` in float32, on a CPU) becomes by the same rule ``nn.Conv2d24`` where its weight is
-    2:4 along the input channels at every tap, or in eval mode ``nn.PrepackedConv2d``. It is measured on images of the
-    sizes that the batches give it, at most 8, their number rounded up to a power of two but to no more than have 4096
-    positions together, in the memory format that they have: ``model.to(memory_format=torch.channels_last)`` may be
-    faster, and is up to the caller. Without batches it stays.
+    2:4 along the input channels at every tap, or in eval mode ``nn.ArrangedConv2d24``, the same in row pairs, or
+    ``nn.PrepackedConv2d``. It is measured on images of the sizes that the batches give it, at most 8, their number
+    rounded up to a power of two but to no more than have 4096 positions together, in the memory format that they have:
+    ``model.to(memory_format=torch.channels_last)`` may be faster, and is up to the caller. Without batches it stays.
 
     **On a GPU** a layer with a 2:4 weight becomes ``nn.RoutedLinear24``, which takes by the same rule the fastest
     kernel at each count: a decode kernel, cuSPARSELt by its best algorithm and split-K, or CUTLASS. An algorithm that

@@ -1,6 +1,7 @@
 """Compressed layers: packed tensors and one op call."""
 
 from .arranged24 import ArrangedLinear24
+from .arranged_conv24 import ArrangedConv2d24
 from .compressed import Compressed
 from .compressed_conv import CompressedConv2d
 from .compressed_linear import CompressedLinear
@@ -16,6 +17,7 @@ from .tiered import TieredLinear
 from .weight_view import WeightView
 
 __all__ = [
+    "ArrangedConv2d24",
     "ArrangedLinear24",
     "Compressed",
     "CompressedConv2d",
