@@ -22,7 +22,7 @@ for package in ("tyro", "rich", "PIL", "transformers"):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("", "expected one of {prune, inspect, compress, bench, convert, monitor}. (sparsekit --help)"),
+        ("", "expected one of {prune, inspect, compress, bench, convert, monitor, sweep}. (sparsekit --help)"),
         ("prune", "missing from sparsekit prune: --model STR, --out PATH (sparsekit prune --help)"),
         (
             "prune --modle x --out y",
@@ -30,8 +30,8 @@ for package in ("tyro", "rich", "PIL", "transformers"):
         ),
         (
             "melt",
-            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench, convert, monitor "
-            "(sparsekit --help)",
+            "unrecognized options: melt; available subcommands: prune, inspect, compress, bench, convert, monitor, "
+            "sweep (sparsekit --help)",
         ),
         ("inspect x y", "unrecognized options: y (sparsekit inspect --help)"),
         ("bench x --tokens a", "error parsing --tokens: Could not find valid parse for arguments: ['a']"),
@@ -53,7 +53,7 @@ def test_a_box_of_ascii_is_one_line_too():
 
 
 def test_help_and_version(capsys):
-    for name in ("prune", "inspect", "compress", "bench", "monitor"):
+    for name in ("prune", "inspect", "compress", "bench", "monitor", "sweep"):
         code, out, _ = call([name, "--help"], capsys)
         assert code == 0 and f"sparsekit {name}" in out and "--json" in out
     assert call(["--version"], capsys) == (0, f"sparsekit {sk.__version__}\n", [])

@@ -1,4 +1,4 @@
-"""The command line: ``sparsekit prune``, ``inspect``, ``compress``, ``bench``, ``convert`` and ``monitor``."""
+"""The command line: ``sparsekit prune``, ``inspect``, ``compress``, and so on, as ``COMMANDS`` of ``app.py`` lists."""
 
 import os
 import sys

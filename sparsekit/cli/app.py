@@ -14,6 +14,7 @@ from .errors import UsageError
 from .inspect import Inspect
 from .monitor import Monitor
 from .prune import Prune
+from .sweep import Sweep
 
 COMMANDS = {
     "prune": Prune,
@@ -22,6 +23,7 @@ COMMANDS = {
     "bench": Bench,
     "convert": Convert,
     "monitor": Monitor,
+    "sweep": Sweep,
 }
 DESCRIPTION = """Make transformers models sparse, check what they hold, and run them faster than dense.
 
@@ -37,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
         )
         try:
             try:
-                command: Prune | Inspect | Compress | Bench | Convert | Monitor = parse(
+                command: Prune | Inspect | Compress | Bench | Convert | Monitor | Sweep = parse(
                     COMMANDS, DESCRIPTION, arguments
                 )
             except SystemExit:
