@@ -15,6 +15,9 @@ Prune a model
     RIA                          The method that keeps the largest weights relative to their row and column.
     SparseGPT                    The method that drops weights column by column and updates the others.
     ADMM                         The method that finds masks and weights together.
+    Scores                       The method that keeps the largest of the scores that it is given.
+    taylor_scores                Scores of how much the loss would change, from its gradients.
+    diff_pruning_scores          The same for diffusion models, of the timesteps with a large loss.
     Swaps                        A refinement of any method: swaps kept weights for dropped ones.
     LeastSquares                 A refinement of any method: solves for the kept weights.
     Calibration                  Options: how the model is run on its calibration batches.
@@ -25,6 +28,10 @@ Train a sparse model
     keep_masks                   Keeps dropped weights at zero while an optimizer trains the others.
     sparse_training_             Makes linear layers train with 2:4 weights whose masks still move.
     SparseTraining               The training that ``sparse_training_`` began: its layers, and how it ends.
+
+Look at gradients
+    GradProbe                    Records the gradients of activations while a model trains.
+    param_grad_norms             Returns the norm of the gradient of every parameter.
 
 Run it faster
     compress_                    Swaps each layer for the fastest form that was measured, never a slower one.
@@ -76,6 +83,7 @@ Packages
     train                        The entries of a ``SparseTraining``.
     diffusion                    Gaussian diffusion: schedule, loss, guidance by labels, and sampling.
     evaluate                     FID and KID of generated images.
+    probes                       Draws the gradients that were recorded.
     runs                         A folder for a training run, which goes on exactly where it was killed.
 
 About this installation
@@ -86,7 +94,7 @@ About this installation
 """
 
 from . import _installed as _installed  # refuses to run beside another project that is called sparsekit
-from . import compress, diffusion, evaluate, nn, ops, prune, runs, tiers, train
+from . import compress, diffusion, evaluate, nn, ops, probes, prune, runs, tiers, train
 from ._config import show_config
 from ._version import VERSION as __version__
 from .checkpoint import load, save
@@ -118,6 +126,7 @@ from .ops import (
     tile24,
     transposable_mask24,
 )
+from .probes import GradProbe, param_grad_norms
 from .prune import (
     ADMM,
     RIA,
@@ -125,12 +134,15 @@ from .prune import (
     LeastSquares,
     Magnitude,
     PruneReport,
+    Scores,
     SparseGPT,
     Swaps,
     Wanda,
+    diff_pruning_scores,
     keep_masks,
     prune_,
     reestimate_batchnorm_,
+    taylor_scores,
 )
 from .semi_structured import from_sparse_semi_structured, to_sparse_semi_structured
 from .train import SparseTraining, sparse_training_
@@ -140,6 +152,7 @@ __all__ = [
     "RIA",
     "Calibration",
     "CompressReport",
+    "GradProbe",
     "LeastSquares",
     "Magnitude",
     "Measure",
@@ -147,6 +160,7 @@ __all__ = [
     "PackedConv24",
     "PruneReport",
     "QuantizedWeight24",
+    "Scores",
     "SparseGPT",
     "SparseTraining",
     "Swaps",
@@ -160,6 +174,7 @@ __all__ = [
     "compress_",
     "conv2d24",
     "decompress_",
+    "diff_pruning_scores",
     "diffusion",
     "evaluate",
     "from_sparse_semi_structured",
@@ -178,6 +193,8 @@ __all__ = [
     "pack24",
     "pack_conv24",
     "pack_tiered",
+    "param_grad_norms",
+    "probes",
     "prune",
     "prune_",
     "prune_pack24",
@@ -187,6 +204,7 @@ __all__ = [
     "save",
     "show_config",
     "sparse_training_",
+    "taylor_scores",
     "tier_prune",
     "tier_scores",
     "tiers",

@@ -25,11 +25,11 @@ name                set by                 meaning                              
 ==================  =====================  ==========================================  ===============================
 
 The class of a layer changes in two places: ``sparse_training_`` makes an ``nn.Linear`` a ``MaskedLinear``, and
-``integrations.peft`` gives a LoRA layer a class that masks what it adds. Three hooks are registered:
-``keep_masks`` and ``fade`` have one on the optimizer each, and ``sparse_training_`` has the one on the model that sets
-``_ran_sparse``. ``_undo`` keeps the ids of modules that are being changed, and sets nothing on them. Nothing is
-attached to tensors. One configuration is changed: ``integrations.peft.lora_config`` registers a custom module in a
-``LoraConfig``.
+``integrations.peft`` gives a LoRA layer a class that masks what it adds. Hooks are registered in four places:
+``keep_masks`` and ``fade`` have one on the optimizer each, ``sparse_training_`` has the one on the model that sets
+``_ran_sparse``, and ``GradProbe`` has them on modules, on the tensors that pass through these in one step, and on the
+steps of all optimizers. ``_undo`` keeps the ids of modules that are being changed, and sets nothing on them. One
+configuration is changed: ``integrations.peft.lora_config`` registers a custom module in a ``LoraConfig``.
 """
 
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from surroundings import inputs, make
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -200,6 +201,76 @@ def fsdp_tiers() -> None:
     model = sharded()
     step = sk.tiers.Step(1, sk.tiers.Ratios(0.5, 0.5, 0.0), 0.5, 0.0, 0.0)
     refused(model, lambda: sk.tiers.tier_iteration(model, step, [shard()]), "shard", "FSDP", "DTensor")
+
+
+def assert_norms(model: nn.Module, named: nn.Module) -> None:
+    """The gradients of a step of both ranks have the norms of one process, and a probe sees the rank's own."""
+    together = make().train()
+    together(torch.cat([inputs(20), inputs(21)])).square().mean().backward()
+    with sk.GradProbe(model, "*2") as probe:
+        model(inputs(20 + dist.get_rank())).square().mean().backward()
+    norms = sk.param_grad_norms(named)
+    for name, parameter in together.named_parameters():
+        torch.testing.assert_close(norms[name], parameter.grad.norm().item(), rtol=1e-5, atol=0)
+    own = make().train()
+    with sk.GradProbe(own, "2") as mine:
+        own(inputs(20 + dist.get_rank())).square().mean().backward()
+    (found,), (expected,) = probe.records, mine.records
+    torch.testing.assert_close(list(found.values()), list(expected.values()))
+
+
+def ddp_gradients() -> None:
+    model = DistributedDataParallel(make().train())
+    assert_norms(model, model.module)
+
+
+def fsdp_gradients() -> None:
+    model = make().train()
+    for block in model:
+        fully_shard(block)
+    fully_shard(model)
+    assert_norms(model, model)
+    total = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    norms = sk.param_grad_norms(model)
+    torch.testing.assert_close(sum(norm**2 for norm in norms.values()) ** 0.5, full(total).item(), rtol=1e-5, atol=0)
+    if dist.get_rank() == 0:
+        model[0].up.weight.grad = None  # its rows on the other rank have one
+        model[2].bias.grad = None
+    else:
+        model[2].bias.grad = None
+    missing = sk.param_grad_norms(model)
+    assert missing["2.bias"] is None and 0 < missing["0.up.weight"] < norms["0.up.weight"]
+    assert missing["1.up.weight"] == norms["1.up.weight"]
+
+
+def fsdp_gradients_of_replicas() -> None:
+    """Every rank holds a replica: a mesh of 2 replicas of 1 shard."""
+    model = fully_shard(make().train(), mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards")))
+    assert_norms(model, model)
+
+
+def fsdp_scores() -> None:
+    model = sharded()
+    refused(model, lambda: sk.taylor_scores(model, mean_square, [shard()]), "sharded")
+
+
+def ddp_scores() -> None:
+    """Scores of this rank's batches, which prune_ with batches refuses until they are added up."""
+    model = DistributedDataParallel(make())
+    scores = sk.taylor_scores(model, mean_square, [shard(), shard()])
+    own = sk.taylor_scores(make(), mean_square, [shard(), shard()])
+    for name, expected in own.items():
+        torch.testing.assert_close(scores[f"module.{name}"], expected)
+    refused(model, lambda: sk.prune_(model, sk.Scores("2:4", scores), [shard()]), "differ")
+    for each in scores.values():
+        dist.all_reduce(each)
+    sk.prune_(model, sk.Scores("2:4", scores))
+    assert_sparse(model.module)
+    assert_equal_on_ranks(model)
+
+
+def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
 
 
 def accelerate_keep_masks() -> None:

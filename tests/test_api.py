@@ -19,7 +19,7 @@ PACKAGES = (
     "sparsekit",
     *(
         f"sparsekit.{name}"
-        for name in ("ops", "nn", "prune", "train", "compress", "tiers", "runs", "diffusion", "evaluate")
+        for name in ("ops", "nn", "prune", "train", "compress", "tiers", "runs", "diffusion", "evaluate", "probes")
     ),
 )
 METHODS = (staticmethod, classmethod, type(lambda: None))

@@ -10,7 +10,9 @@ from .methods import RIA, Magnitude, Method, Wanda
 from .prune_model import prune_
 from .refinements import LeastSquares, Swaps
 from .report import PruneLayerReport, PruneReport, Skipped
+from .scores import Scores
 from .sparsegpt import SparseGPT
+from .taylor import diff_pruning_scores, taylor_scores
 
 __all__ = [
     "ADMM",
@@ -24,14 +26,17 @@ __all__ = [
     "Method",
     "PruneLayerReport",
     "PruneReport",
+    "Scores",
     "Skipped",
     "SparseGPT",
     "Statistic",
     "Swaps",
     "Wanda",
+    "diff_pruning_scores",
     "keep_masks",
     "prune_",
     "reestimate_batchnorm_",
+    "taylor_scores",
 ]
 
 _name_functions(__name__, "sk.prune_(model, method, batches)")

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .._layers import (
     Where,
@@ -153,6 +154,17 @@ def find_layers(
                 layers.append(layer)
         never += left
     return layers, skipped + never
+
+
+def differentiable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the weights of all layers that are parameters of floating-point numbers, by the layer's name."""
+    layers = [each for name, module in model.named_modules() for each in _layers_of(name, module, "input", {})]
+    weights = {layer.name: layer.module._parameters.get(layer.parameter) for layer in layers}
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if weight is not None and not is_lazy(weight) and weight.is_floating_point()
+    }
 
 
 def _layers_of(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..masks import Pattern
 from .calibration.statistics import InputNorm, Statistic
+from .layers import PrunableLayer
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Method(ABC):
     def __post_init__(self) -> None:
         if Pattern.parse(self.pattern).tiers:
             raise ValueError(f"{self.pattern!r} is what progressive_tiers leaves, not a rule to prune by")
+
+    def for_layer(self, layer: PrunableLayer) -> "Method":
+        """Returns the method as it prunes one layer or expert; here, itself.
+
+        It is called for all layers before the first one is pruned, so that an error leaves the model as it is.
+        """
+        return self
 
     @abstractmethod
     def prune(self, weight: Tensor, statistic: Any) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def _prune_matrix(layer: PrunableLayer, method: Method, inputs: LayerInputs | No
     """Returns the new weight of a layer and its mask, both in the layout of the layer's weight."""
     weight = layer.weight.detach()
     dense = grouped(weight, layer.axis)
-    pruned, mask = method.prune(dense, None if inputs is None else inputs.statistic)
+    pruned, mask = method.for_layer(layer).prune(dense, None if inputs is None else inputs.statistic)
     if pruned.shape != dense.shape or mask.shape != dense.shape:
         shapes = f"a weight {tuple(pruned.shape)} and a mask {tuple(mask.shape)}"
         raise ValueError(f"{method!r} must return both of the shape {tuple(dense.shape)} that it got, got {shapes}")

@@ -109,6 +109,9 @@ def prune_(
         if not layers:
             raise ValueError(nothing_to("prune", "layer that can be pruned", where, skipped))
         check_weights(layers)
+        for layer in layers:
+            for each in layer.experts or (layer,):
+                method.for_layer(each)  # raises if it cannot
         digests = ranks.exchange(None if resume is None else digest_batches(batches))
         finished = None
         if resume is not None:

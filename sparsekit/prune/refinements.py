@@ -1,5 +1,6 @@
 """Refinements of another method's result: swaps that improve its mask, and the best weights for its mask."""
 
+import copy
 import math
 from dataclasses import dataclass, fields
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ..masks import Pattern
 from .calibration.statistics import Gram
+from .layers import PrunableLayer
 from .methods import Method
 from .second_order import damped
 
@@ -31,6 +33,11 @@ class Refinement(Method):
             raise TypeError(f"{type(method).__name__} needs {method.statistic.__name__}, which Gram does not offer")
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "pattern", method.pattern)
+
+    def for_layer(self, layer: PrunableLayer) -> Method:
+        refined = copy.copy(self)
+        object.__setattr__(refined, "method", self.method.for_layer(layer))
+        return refined
 
     def __repr__(self) -> str:
         own = [f"{item.name}={getattr(self, item.name)!r}" for item in fields(self) if item.name not in BASE]
