@@ -138,6 +138,7 @@ def reload(model: nn.Sequential, folder: Path) -> object:
 
 METHODS = {
     "magnitude": sk.Magnitude("2:4"),
+    "scores": sk.Scores("2:4", {name: each.cos() for name, each in make(7).named_parameters() if each.dim() == 2}),
     "wanda": sk.Wanda("2:4"),
     "ria": sk.RIA("2:4"),
     "sparsegpt": sk.SparseGPT("2:4"),
@@ -146,7 +147,10 @@ METHODS = {
     "least_squares": sk.LeastSquares(sk.Wanda("2:4")),
 }
 VERBS = {
-    **{f"prune-{name}": Verb(make, partial(prune, each), name == "magnitude") for name, each in METHODS.items()},
+    **{
+        f"prune-{name}": Verb(make, partial(prune, each), name in ("magnitude", "scores"))
+        for name, each in METHODS.items()
+    },
     "compress": Verb(pruned, lambda model, _: sk.compress_(model, inputs())),
     "compress-int8": Verb(pruned, lambda model, _: sk.compress_(model, inputs(), precision="int8")),
     "compress-conv": Verb(lambda: pruned(Imaged), lambda model, _: sk.compress_(model, inputs())),

@@ -38,6 +38,7 @@ def param_grad_norms(model: nn.Module, *, scaler: Any = None, run: Any = None) -
         )
     norms: dict[str, float | None] = {}
     groups: dict[Any, dict[str, Any]] = {}
+    parameter: Any
     for name, parameter in model.named_parameters():
         norms[name] = None
         key = (parameter.device_mesh, parameter.placements) if is_sharded(parameter) else parameter.device

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .._batches import Progress, as_batches, check_functions, observing
 from .._layers import check_model
 from .._optimizers import sharding
+from .._trees import copied
 from .._undo import claiming, restoring
 from .layers import differentiable_weights
 
@@ -45,7 +47,7 @@ def taylor_scores(
     scores: dict[str, Tensor] = {}
     with _scoring(model, loss_fn) as weights:
         for batch in (progress or iter)(as_batches(batches)):
-            for name, gradient in _gradients(loss_fn(model, batch), weights).items():
+            for name, gradient in _gradients(loss_fn(model, copied(batch)), weights).items():
                 _add(scores, name, _product(weights[name], gradient))
     return _checked(scores)
 
@@ -70,7 +72,7 @@ def diff_pruning_scores(
         loss_fn: ``loss_fn(model, timestep)`` returns the loss at a timestep, a tensor of one number.
         timesteps: whatever ``loss_fn`` takes, such as ``range(1000)``, or every tenth of them; with the images as well
             if they are not the same at all timesteps.
-        share: of the largest loss; the paper uses 0.02 to 0.1, and 0 counts every timestep.
+        share: of the largest loss; the paper uses 0.02 to 0.1, and 0 counts all with a positive loss.
         progress: wraps the loop over the timesteps that count.
 
     Returns:
@@ -88,10 +90,10 @@ def diff_pruning_scores(
     with _scoring(model, loss_fn) as weights:
         timesteps = list(timesteps)
         with torch.no_grad():
-            losses = [_number(loss_fn(model, each)) for each in timesteps]
+            losses = [_number(loss_fn(model, copied(each))) for each in timesteps]
         counting = [each for each, loss in zip(timesteps, losses, strict=True) if loss > share * max(losses)]
         for timestep in (progress or iter)(counting):
-            for name, gradient in _gradients(loss_fn(model, timestep), weights).items():
+            for name, gradient in _gradients(loss_fn(model, copied(timestep)), weights).items():
                 _add(sums, name, gradient.float())
         return _checked({name: _product(weights[name], total) for name, total in sums.items()})
 
@@ -114,7 +116,7 @@ def _scoring(model: nn.Module, loss_fn: LossFn) -> Iterator[dict[str, nn.Paramet
             weight.requires_grad_(False)
 
     # DistributedDataParallel would wait for a backward pass of all its parameters.
-    alone = model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+    alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
     with claiming(model, "scored"), restoring(freeze), observing(model), alone:
         with torch.inference_mode(False), torch.enable_grad():
             for weight in frozen:
