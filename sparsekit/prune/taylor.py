@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .._batches import Progress, as_batches, check_functions, observing
 from .._layers import check_model
@@ -116,7 +115,7 @@ def _scoring(model: nn.Module, loss_fn: LossFn) -> Iterator[dict[str, nn.Paramet
             weight.requires_grad_(False)
 
     # DistributedDataParallel would wait for a backward pass of all its parameters.
-    alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    alone = model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
     with claiming(model, "scored"), restoring(freeze), observing(model), alone:
         with torch.inference_mode(False), torch.enable_grad():
             for weight in frozen:
