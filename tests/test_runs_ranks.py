@@ -1,6 +1,7 @@
 """Runs of several processes: one folder for all, and what FSDP2 shards is stored whole and goes on exactly."""
 
 import json
+import threading
 
 import pytest
 import sharded_run
@@ -66,3 +67,23 @@ def test_processes_agree_on_the_default_folder(tmp_path, monkeypatch, ranks):
     assert all("it differs in data" in str(error) for error in errors)
     with Run.open(first, CONFIG) as run, pytest.raises(ValueError, match="is of 2 processes, and this run has 1"):
         run.restore(part=Part())
+
+
+@pytest.mark.parametrize(("first", "state"), [(KeyboardInterrupt, "stopped"), (OSError, "failed")])
+def test_the_state_is_that_of_the_first_process_if_it_has_ended(tmp_path, ranks, first, state):
+    """The others then fail because they cannot reach it."""
+    ended = threading.Event()
+
+    def act(rank):
+        try:
+            with Run.open(tmp_path, CONFIG, steps=7 + rank):
+                if rank == 0:
+                    raise first
+                assert ended.wait(10)
+                raise RuntimeError("connection closed by peer")
+        finally:
+            ended.set()
+
+    ranks(act)
+    assert (read_status(tmp_path).state, read_status(tmp_path).steps) == (state, 7)
+    assert "rank 1 Traceback" in (tmp_path / "log.txt").read_text()

@@ -6,12 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
+from interrupts import count_lines, interrupted
 from running import CONFIG, Part, describe, records, run_steps
 from torch import nn
 
 from sparsekit._json import write_record
 from sparsekit._safetensors import seal, write_tensors
 from sparsekit.runs import Position, Run
+from sparsekit.runs.parts import set_states
 from sparsekit.runs.random_states import get_random_states, set_random_states
 from sparsekit.runs.values import KEY, read_values, write_values
 
@@ -152,6 +154,30 @@ def test_the_versions_of_modules_are_kept(tmp_path):
     read = read_values(tmp_path / "x")["model"]
     assert read._metadata == model.state_dict()._metadata and read._metadata["1"] == {"version": 2}
     model.load_state_dict(read)
+
+
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupt_sets_all_parts_or_none(stride):
+    def make():
+        layers = [nn.Linear(2, 2) for _ in range(2)]
+        return {"first": layers[0], "average": layers[1], "last": Part(3)}
+
+    def look(parts):
+        return describe([*(part.state_dict() for part in parts.values()), torch.get_rng_state()])
+
+    other, random = make(), get_random_states()
+    states = {name: part.state_dict() for name, part in other.items()}
+    torch.rand(1)
+    parts = make()
+    before = get_random_states()
+    lines = count_lines(lambda: set_states(parts, states, random))
+    after = look(parts)
+    for line in range(0, lines, stride):
+        parts = make()
+        set_random_states(before)
+        unset = look(parts)
+        interrupted(lambda parts=parts: set_states(parts, states, random), line)
+        assert look(parts) in (unset, after), line
 
 
 class Fragile(Part):

@@ -19,7 +19,7 @@ from .random_states import get_random_states
 from .ranks import from_first, gather, rank_and_size
 from .signals import stopping
 from .state import StoredState, last_readable, read_state, write_state
-from .status import State, StatusWriter
+from .status import State, StatusWriter, read_status
 from .trackers import RunTracker
 
 
@@ -254,9 +254,12 @@ class Run:
     ) -> None:
         with self._exit:
             if isinstance(error, Exception):
-                with suppress(OSError):  # the error itself is raised, not that the disk is full
+                with suppress(OSError, ValueError):  # the error itself is raised, not that the disk is full
                     self.log("".join(traceback.format_exception(kind, error, trace)))
-                    self._status.write("failed", self.step)  # by any process
+                    known = read_status(self.folder)
+                    # Any process says that the run failed, unless the first one has ended, which others fail of.
+                    if self._rank == 0 or known is None or known.state == "running":
+                        self._status.write("failed", self.step)
             elif not self._finished:
                 self._write_status("stopped")
 
