@@ -168,6 +168,8 @@ def test_batches_of_an_epoch():
         epoch_batches(3, 4)
     with pytest.raises(ValueError, match="batch must be an integer of at least 0, got -1"):
         Position(0, -1)
+    with pytest.raises(ValueError, match="data must be a mapping or None, got 3"):
+        Position(0, 0, 3)
 
 
 def test_the_loader_gives_a_batch_for_each_list(tmp_path):

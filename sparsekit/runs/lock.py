@@ -32,12 +32,13 @@ def lock_folder(folder: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        locked = _lock(descriptor)
-        holder = _holder(folder) if locked is None else None if locked else os.read(descriptor, 512).decode("utf-8")
+        locked, holder = _lock(descriptor), None
+        if locked is None:
+            holder = _holder(folder)
+        elif not locked:
+            holder = os.read(descriptor, 512).decode("utf-8", "replace") or "another process"
         if holder is not None:
-            raise RuntimeError(
-                f"{folder} is being run by {holder or 'another process'}: wait for it, or name another folder"
-            )
+            raise RuntimeError(f"{folder} is being run by {holder}: wait for it, or name another folder")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     except BaseException:

@@ -25,6 +25,8 @@ class Position:
         for name, value in (("epoch", self.epoch), ("batch", self.batch)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        if self.data is not None and not isinstance(self.data, Mapping):
+            raise ValueError(f"data must be a mapping or None, got {self.data!r}")
 
     def of_data(self, **data: int) -> "Position":
         """Returns this position in the data that it is in already, or in these if it is in none yet.
