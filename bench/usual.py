@@ -41,3 +41,18 @@ def rank_mask24(score: Tensor) -> Tensor:
         (~ad).int() + (~bd).int() + (~cd).int(),
     )
     return torch.stack([won >= 2 for won in wins], 1).view(score.shape)
+
+
+def multinomial_mask(logits: Tensor, n: int, m: int) -> Tensor:
+    """Draws n of m entries of every group as MaskPro's published code does; returns the mask as numbers."""
+    p = logits.view(-1, m).softmax(-1).clamp(min=1e-8)
+    return torch.zeros_like(p).scatter_(1, p.multinomial(n), 1)
+
+
+def multinomial_step(logits: Tensor, mask: Tensor, advantage: Tensor, lr: float, n: int, m: int) -> Tensor:
+    """Updates the logits of a mask with n = 2 by the published formula, and draws the next mask."""
+    p = logits.view(-1, m).softmax(-1).clamp(1e-8, 1)
+    left = 1 / (mask / (1 - p + 1e-8)).sum(-1, keepdim=True)
+    gradient = mask / p + left * mask / ((1 - p) ** 2 + 1e-8)
+    logits.view(-1, m).sub_(lr * advantage * p * (gradient - (p * gradient).sum(-1, keepdim=True)))
+    return multinomial_mask(logits, n, m)

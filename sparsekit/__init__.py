@@ -48,6 +48,8 @@ Masks and scores, as functions on tensors
     nm_mask_bits                 The same mask, with one bit for each entry.
     nm_prune                     Returns a weight with all but the n best of every m set to zero, and the mask.
     nm_prune_                    The same on the weight itself; returns the mask.
+    nm_sample                    Draws n of every m at random, from logits.
+    nm_policy_step_              Makes such a mask less or more likely, and draws the next one.
     transposable_mask24          Marks the best 2:4 mask that is 2:4 along rows and along columns.
     block_scores                 Sums magnitudes, or magnitudes times a scale, over blocks.
     block_topk_mask              Marks the k largest magnitudes of every block.
@@ -114,8 +116,10 @@ from .ops import (
     linear_tiered,
     nm_mask,
     nm_mask_bits,
+    nm_policy_step_,
     nm_prune,
     nm_prune_,
+    nm_sample,
     pack24,
     pack_conv24,
     pack_tiered,
@@ -186,8 +190,10 @@ __all__ = [
     "load",
     "nm_mask",
     "nm_mask_bits",
+    "nm_policy_step_",
     "nm_prune",
     "nm_prune_",
+    "nm_sample",
     "nn",
     "ops",
     "pack24",

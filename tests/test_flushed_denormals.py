@@ -34,6 +34,10 @@ def denormal_calls():
         "nm_mask_bits": lambda: sk.nm_mask_bits(tiny.bfloat16(), 3, 7),
         "nm_prune": lambda: sk.nm_prune(weight, 2, 4, scale=scale),
         "nm_prune_one": lambda: sk.nm_prune(tiny, 1, 4),
+        "nm_sample": lambda: sk.nm_sample(tiny, 2, 4, seed=1),
+        "nm_policy_step_": lambda: sk.nm_policy_step_(
+            tiny.clone(), sk.nm_sample(tiny, 2, 4, seed=1), 1, 1, 2, 4, seed=1
+        ),
         "transposable_mask24": lambda: sk.transposable_mask24(tiny),
         "block_scores": lambda: sk.block_scores(weight, scale=scale),
         "block_topk_mask": lambda: sk.block_topk_mask(tiny, 10),

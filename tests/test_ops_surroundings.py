@@ -95,6 +95,7 @@ def op_calls(dtype):
     tiled = sk.tile24(quantized)
     single, factor = torch.randn(6, 8), torch.linalg.cholesky(torch.eye(8) + 0.1).t().contiguous()
     int8 = PackedInt8(*quantize_rows(weight))
+    logits = weight if weight.dtype != torch.float16 else weight.float()
     calls = {
         "int8_linear": lambda: int8_linear(x, int8, bias),
         "int8_weight": int8.to_dense,
@@ -103,6 +104,10 @@ def op_calls(dtype):
         "nm_mask_bits": lambda: sk.nm_mask_bits(weight, 3, 7),
         "nm_prune": lambda: sk.nm_prune(weight, 2, 4, scale=scale),
         "nm_prune_": lambda: sk.nm_prune_(weight.clone(), 2, 4),
+        "nm_sample": lambda: sk.nm_sample(logits, 2, 4, seed=1),
+        "nm_policy_step_": lambda: sk.nm_policy_step_(
+            logits.clone(), OPS.nm_sample(logits, 2, 4, 1, 0), 0.5, 0.1, 2, 4, seed=1
+        ),
         "transposable_mask24": lambda: sk.transposable_mask24(weight),
         "block_scores": lambda: sk.block_scores(weight, (4, 4), scale=scale),
         "block_topk_mask": lambda: sk.block_topk_mask(weight, 3, (4, 8)),

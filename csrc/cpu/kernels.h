@@ -226,11 +226,27 @@ struct SparsegptArgs {
   int n, m;
 };
 
+constexpr int64_t kSampleWidth = 2048;  // the most columns of a piece
+
+struct SampleArgs {
+  void* logits;          // [rows, cols], F32 or BF16, written only if there is a mask that was drawn
+  const uint8_t* drawn;  // [rows, ceil(cols / 8)]: the mask whose logits are stepped before the next one is drawn, or null
+  uint8_t* bits;         // [rows, ceil(cols / 8)]
+  int64_t stride, cols;
+  int64_t width;  // columns of a piece, a multiple of 8 * m
+  uint64_t seed, offset;  // offset is that of the mask that is drawn now
+  float step;
+  int n, m;
+  DType dtype;
+};
+
 struct Kernels {
   const char* simd_level;
   const char* features;  // what a processor must have, as the compiler names it, separated by commas
   // Rows [begin, end).
   void (*nm)(const NmArgs&, int64_t begin, int64_t end);
+  // Pieces [begin, end) of `width` columns, those of the first row first.
+  void (*sample)(const SampleArgs&, int64_t begin, int64_t end);
   // Block rows [begin, end).
   void (*block_scores)(const BlockScoresArgs&, int64_t begin, int64_t end);
   void (*block_topk)(const BlockTopkArgs&, int64_t begin, int64_t end);

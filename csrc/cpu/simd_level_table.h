@@ -14,6 +14,7 @@
 #include "prune_pack24_kernel.h"
 #include "quantize24_kernel.h"
 #include "round_tokens_kernel.h"
+#include "sample_kernel.h"
 #include "sparsegpt_kernel.h"
 #include "tier_prune_kernel.h"
 #include "tier_scores_kernel.h"
@@ -26,6 +27,7 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .simd_level = SPARSEKIT_TEXT(SPARSEKIT_LEVEL),
     .features = SPARSEKIT_FEATURES,
     .nm = SPARSEKIT_LEVEL::nm,
+    .sample = SPARSEKIT_LEVEL::sample,
     .block_scores = SPARSEKIT_LEVEL::block_scores,
     .block_topk = SPARSEKIT_LEVEL::block_topk,
     .tier_prune = SPARSEKIT_LEVEL::tier_prune,

@@ -17,6 +17,7 @@ from .linear24q_int8 import linear24q_int8
 from .linear_tiered import linear_tiered
 from .nm import nm_mask, nm_mask_bits, nm_prune, nm_prune_
 from .quant24 import QuantizedWeight24, quantize24
+from .sample import nm_policy_step_, nm_sample
 from .sparse24 import Packed24, pack24, prune_pack24
 from .sparsegpt import sparsegpt_columns
 from .tier_scores import tier_scores
@@ -53,8 +54,10 @@ __all__ = [
     "linear_tiered",
     "nm_mask",
     "nm_mask_bits",
+    "nm_policy_step_",
     "nm_prune",
     "nm_prune_",
+    "nm_sample",
     "pack24",
     "pack_bits",
     "pack_conv24",
