@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.nn import ArrangedConv2d24, Conv2d24
-from sparsekit.ops import backends
+from sparsekit.ops import arranged_conv2d24, backends
 
 COMPILED = pytest.mark.skipif(backends()["arranged_conv2d24"]["cpu"] == "reference", reason="needs the extension")
 X = torch.randn(2, 12, 9, 8, generator=torch.Generator().manual_seed(0))
@@ -60,3 +60,24 @@ def test_it_cannot_be_trained_and_comes_back_dense():
     back = layer.to_conv2d()
     assert type(back) is nn.Conv2d and torch.equal(back.weight, conv.weight) and back.weight.requires_grad
     assert sk.masks.get_mask(back) is not None
+
+
+@COMPILED
+@pytest.mark.parametrize("options", [{}, {"stride": (2, 1), "padding": (1, 0)}, {"padding": "same"}], ids=str)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # by F.conv2d
+def test_a_call_without_gradients_goes_straight_to_the_kernel(options):
+    conv = pruned_conv(**options)
+    layer = ArrangedConv2d24.from_conv2d(conv)
+    negated = torch.complex(X, X).conj().imag  # whose sign torch has yet to change
+    with torch.no_grad():
+        assert (layer._convolve_directly(X) is None) == (options == {"padding": "same"})
+        for x in (X, X[:0], X[:, :, ::2], X.transpose(2, 3), negated, torch.nn.Parameter(X)):
+            torch.testing.assert_close(layer(x), conv(x))
+            assert torch.equal(
+                layer(x), arranged_conv2d24(x, layer.arranged, conv.bias, layer.stride, layer.padding, layer.dilation)
+            )
+        with pytest.raises(ValueError, match=r"x must have shape \[images, 12, height"):
+            layer(X[:, :8])
+        if options != {"padding": "same"}:
+            with pytest.raises(ValueError, match="at least as large as the kernel"):
+                layer(X[:, :, :, :1] if not options else X[:, :, :0])

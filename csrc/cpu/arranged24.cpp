@@ -142,7 +142,8 @@ Tensor arranged_conv2d24(Tensor x, Tensor data, std::optional<Tensor> bias, int6
                   "convolution of an arranged weight: data and bias must fit x");
   const ConvShape shape = conv_shape(x, outputs, kernel, stride, padding, dilation);
   data = in_order(data);
-  STD_TORCH_CHECK(data.numel() == bytes_of_row_pairs(data, outputs) && std::min(shape.out_height, shape.out_width) > 0,
+  const auto fits = [&](int i) { return x.size(2 + i) + 2 * padding[i] > dilation[i] * (kernel[i] - 1); };
+  STD_TORCH_CHECK(data.numel() == bytes_of_row_pairs(data, outputs) && fits(0) && fits(1),
                   "convolution of an arranged weight: x or data has a size that does not fit");
   Tensor y = empty(x, {shape.images, shape.outputs, shape.out_height, shape.out_width}, ScalarType::Float);
   if (y.numel() == 0) return y;

@@ -43,9 +43,7 @@ struct ConvRowPairs {
     const std::unique_ptr<const uint8_t*[]> at(new const uint8_t*[end_block - first_block]);
     for (int64_t b = first_block; b < end_block; ++b) at[b - first_block] = a.data + shape.start(a.data, b);
     if (shape.tiles == 0) std::fill_n(sums, rows * kWidth, 0.0f);
-    bool finite = true;
-    each_tile([&](int64_t t) {
-      finite &= is_finite(shape.inputs(t));
+    const bool finite = each_tile([&](int64_t t) {
       for (int64_t b = first_block; b < end_block; ++b)
         at[b - first_block] = add_pairs<float, kVectors>(at[b - first_block], shape.pairs(b), kept_of(shape.inputs(t)),
                                                          reinterpret_cast<const char*>(tile), nullptr, 0, t == 0,
@@ -55,29 +53,23 @@ struct ConvRowPairs {
     store();
   }
 
-  // Calls body(number) for every tile of inputs, when they are in `tile`.
+  // Calls body(number) for every tile of inputs, when they are in `tile`. Returns whether all inputs are finite.
   template <class Body>
-  void each_tile(const Body& body) const {
+  bool each_tile(const Body& body) const {
+    bool finite = true;
     int64_t tap = 0, channel = 0;
     TapLoads loads(a.shape, 0, position, positions, kVectors);
     for (int64_t t = 0; t < shape.tiles; ++t) {
+      Floats times_zero[kVectors];
+      std::fill_n(times_zero, kVectors, zeros());
       for (int64_t i = 0; i < shape.inputs(t); ++i, ++channel) {
         if (channel == a.shape.inputs) loads = TapLoads(a.shape, ++tap, position, positions, kVectors), channel = 0;
-        loads.copy<kVectors>(a.x + channel * a.shape.height * a.shape.width, tile + i * kStride);
+        loads.copy<kVectors>(a.x + channel * a.shape.height * a.shape.width, tile + i * kStride, times_zero);
       }
+      for (const Floats& each : times_zero) finite &= !any_nan(each);
       body(t);
     }
-  }
-
-  bool is_finite(int64_t inputs) const {
-    Floats times_zero[kVectors];  // NaN where an input is not finite
-    std::fill_n(times_zero, kVectors, zeros());
-    for (int64_t i = 0; i < inputs; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v)
-        times_zero[v] = multiply_add(load_lanes(tile + i * kStride + v * kLanes), zeros(), times_zero[v]);
-    for (int v = 1; v < kVectors; ++v) times_zero[0] = add(times_zero[0], times_zero[v]);
-    return !any_nan(times_zero[0]);
+    return finite;
   }
 
   // multiply_dropped for sums: where a dropped weight meets an input that is Inf or NaN, the result is NaN.

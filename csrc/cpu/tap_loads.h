@@ -54,7 +54,8 @@ struct TapLoads {
   }
 
   void add(const LanesLoad& next) {
-    LanesLoad& last = more_count > 0 && more[more_count - 1].vector == next.vector ? more[more_count - 1] : first[next.vector];
+    const bool added = more_count > 0 && more[more_count - 1].vector == next.vector;
+    LanesLoad& last = added ? more[more_count - 1] : first[next.vector];
     if (last.lanes == 0) last.input = next.input;
     if (last.input == next.input)
       last.lanes |= next.lanes;
@@ -62,18 +63,34 @@ struct TapLoads {
       more[more_count++] = next;
   }
 
-  // Copies one channel, whose first image is at x.
+  // Copies one channel, whose first image is at x. `times_zero`, of each vector, becomes NaN where an input is not finite.
   template <int kVectors>
-  void copy(const float* x, float* to) const {
+  void copy(const float* x, float* to, Floats* times_zero) const {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store_lanes(to + v * kLanes, load_some(x + first[v].input, first[v].lanes, zeros()));
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats loaded = load_some(x + first[v].input, first[v].lanes, zeros());
+      times_zero[v] = multiply_add(loaded, zeros(), times_zero[v]);
+      store_lanes(to + v * kLanes, loaded);
+    }
+    if (more_count + strided_count > 0) times_zero[0] = multiply_add(copy_rest(x, to), zeros(), times_zero[0]);
+  }
+
+  // Returns NaN where an input is not finite, else 0.
+  __attribute__((noinline)) Floats copy_rest(const float* x, float* to) const {
+    Floats times_zero = zeros();
     for (int i = 0; i < more_count; ++i) {
       float* at = to + more[i].vector * kLanes;
-      store_lanes(at, load_some(x + more[i].input, more[i].lanes, load_lanes(at)));
+      const Floats loaded = load_some(x + more[i].input, more[i].lanes, load_lanes(at));
+      times_zero = multiply_add(loaded, zeros(), times_zero);
+      store_lanes(at, loaded);
     }
     for (int i = 0; i < strided_count; ++i)
-      for (int lane = 0; lane < strided[i].count; ++lane)
-        to[strided[i].lane + lane] = x[strided[i].input + lane * strided[i].step];
+      for (int lane = 0; lane < strided[i].count; ++lane) {
+        const float loaded = x[strided[i].input + lane * strided[i].step];
+        times_zero = multiply_add(broadcast(loaded), zeros(), times_zero);
+        to[strided[i].lane + lane] = loaded;
+      }
+    return times_zero;
   }
 };
 

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ArrangedConv24, PackedConv24, arrange_conv24, arranged_conv2d24, backends
+from ..ops._conv import pads_of
+from ..ops._define import can_call_directly
+from ..ops._kernels import call_kernel
 from ..ops.conv24 import check_packed_conv24
 from .arranged import Arranged
 from .common import autocast_dtype, carry_mask
 from .compressed_conv import CompressedConv2d, strides_of
 from .conv24 import Conv2d24
 
+CONVOLUTION = torch.ops.sparsekit.arranged_conv2d24.default
 Layer = TypeVar("Layer", bound="ArrangedConv2d24")
 
 
@@ -38,6 +42,9 @@ class ArrangedConv2d24(Arranged, Conv2d24):  # type: ignore[override, misc]
         check_packed_conv24(packed)
         geometry: Any = like.stride, like.padding, like.dilation
         self._take_geometry(packed.shape, strides_of(like), *geometry)
+        stride, dilation = list(self.stride), list(self.dilation)
+        pads, uneven = pads_of(self.padding, self.kernel_size, stride, dilation)  # type: ignore[arg-type]
+        self.geometry = None if any(uneven) else (list(self.kernel_size), stride, pads, dilation)
         self._take(packed.values, packed.bitmask, bias)
 
     @classmethod
@@ -93,7 +100,21 @@ class ArrangedConv2d24(Arranged, Conv2d24):  # type: ignore[override, misc]
             return super()._unpack(first, second)
         return ArrangedConv24(second, self._shape()).to_dense()
 
+    def _convolve_directly(self, input: Tensor) -> Tensor | None:
+        """Computes ``_convolve`` where torch adds nothing to a call, without checks in Python; None where it cannot."""
+        data = self._buffers["data"]
+        if data is None or self.geometry is None or type(input) is not Tensor or not can_call_directly():
+            return None
+        if input.dim() != 4 or input.shape[1] != self.in_channels:
+            return None
+        try:
+            return call_kernel(CONVOLUTION, input, data, self._parameters["bias"], self.out_channels, *self.geometry)
+        except Exception:  # what follows says why
+            return None
+
     def _convolve(self, input: Tensor) -> Tensor:
+        if (output := self._convolve_directly(input)) is not None:
+            return output
         self._check_training()
         arranged, dtype = self.arranged, autocast_dtype(input)
         if arranged is None or dtype not in (None, torch.float32):

@@ -23,7 +23,8 @@ struct Case {
   Flush flush;
 };
 
-inline std::unique_ptr<Buffer> arrange(const sparsekit::Arranged24Kernels& level, const Case& c, const Weight& w, Buffer& values, Buffer& bitmask) {
+inline std::unique_ptr<Buffer> arrange(const sparsekit::Arranged24Kernels& level, const Case& c, const Weight& w,
+                                       Buffer& values, Buffer& bitmask) {
   const size_t item = size_of(c.dtype);
   Buffer pairs(c.row_pairs ? w.blocks * w.tiles * w.height / 2 * 3 * 2 : 0, c.flush);
   std::vector<int64_t> starts;

@@ -14,7 +14,8 @@ std::unique_ptr<Buffer> arrange_taps(const sparsekit::Arranged24Kernels& level, 
   std::memset(bits.data(), 0, bits.size());
   for (int64_t row = 0; row < w.rows; ++row)
     for (int64_t col = 0; col < w.cols; ++col)
-      if (kept[row * w.cols + col] != 0) bits.as<uint8_t>()[row * w.bytes + col / 8] |= static_cast<uint8_t>(1 << col % 8);
+      if (kept[row * w.cols + col] != 0)
+        bits.as<uint8_t>()[row * w.bytes + col / 8] |= static_cast<uint8_t>(1 << col % 8);
   return arrange(level, {DType::F32, w.rows, w.cols, true, flush}, w, values, bits);
 }
 
@@ -75,8 +76,9 @@ void run(const Kernels& level, DType dtype, const ConvShape& s, bool bias, int t
   const sparsekit::Arranged24Kernels& arranged = sparsekit::arranged24_kernels(level);
   const auto data = arrange_taps(arranged, s, values, weight, flush);
   std::memset(y.data(), 255, y.size());
-  arranged.conv2d_row_pairs({.x = x.as<float>(), .data = data->as<uint8_t>(), .bias = bias ? shift.as<float>() : nullptr,
-                             .y = y.as<float>(), .shape = s, .threads = threads},
+  arranged.conv2d_row_pairs({.x = x.as<float>(), .data = data->as<uint8_t>(),
+                             .bias = bias ? shift.as<float>() : nullptr, .y = y.as<float>(), .shape = s,
+                             .threads = threads},
                             parallel_for);
   expect_sums("arranged_conv2d24");
 }
