@@ -36,7 +36,11 @@ def test_computes_what_the_dense_layer_does(form, options):
     torch.testing.assert_close(layer.reference(X).float(), conv(X))
 
 
-@pytest.mark.parametrize("images", [X, X.to(memory_format=LAST)], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    "images",
+    [X, X.to(memory_format=LAST), X.to(memory_format=LAST)[:, :, 1:, :5]],
+    ids=["contiguous", "channels last", "cropped"],
+)
 @pytest.mark.parametrize("weights", [torch.contiguous_format, LAST], ids=str)
 def test_the_memory_format_of_the_result_is_that_of_the_dense_layer(images, weights):
     conv = pruned_conv(padding=1).to(memory_format=weights)
@@ -45,6 +49,14 @@ def test_the_memory_format_of_the_result_is_that_of_the_dense_layer(images, weig
     assert layer.weight.stride() == conv.weight.stride() == layer.to_conv2d().weight.stride()
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(images).stride() == conv(images).stride()
+
+
+def test_the_memory_format_of_a_single_channel_is_that_of_its_strides():
+    conv = nn.Conv2d(1, 4, 3).eval()
+    layer = PrepackedConv2d.from_conv2d(conv)
+    for strides in ((12, 12, 4, 1), (12, 1, 4, 1)):
+        x = torch.empty_strided((2, 1, 3, 4), strides).fill_(1)
+        assert layer(x).stride() == conv(x).stride()
 
 
 @EACH

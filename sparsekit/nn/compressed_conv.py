@@ -103,5 +103,15 @@ def strides_of(conv: nn.Conv2d | CompressedConv2d) -> tuple[int, ...]:
 
 
 def is_channels_last(images: Tensor) -> bool:
-    """Returns whether images lie in memory position by position, and not also channel by channel."""
-    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    """Returns whether ``F.conv2d`` takes images to lie in memory position by position, not channel by channel.
+
+    It goes by the strides, as ATen's ``suggest_memory_format`` does: those of a part of a channels last tensor are so,
+    and those of a single channel may be either.
+    """
+    least = 0
+    sizes, strides = images.shape, images.stride()
+    for dim in (1, 3, 2, 0):
+        if sizes[dim] == 0 or strides[dim] < least or strides[1] == 0 or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * sizes[dim]
+    return True
