@@ -11,6 +11,7 @@ BERT_UP, BERT_DOWN = (3072, 768), (768, 3072)
 MODEL = ((2304, 768), BERT, BERT_UP, BERT_DOWN)  # the layers of one stage of such a model
 WIDE, DEEP = (14336, 4096), (4096, 14336)  # the feed-forward of an 8B decoder
 
+GROUPS = (8 * 2**20, 4)  # the maskable weights of a DDPM UNet for CIFAR-10, a group in each row
 SPARSEGPT = ((1024, 1024), (1024, 2048))
 LINEAR = (SQUARE, BERT, BERT_UP, BERT_DOWN, UP)
 GOAL_SHAPES = (SQUARE, UP)  # those with a goal for few tokens

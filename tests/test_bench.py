@@ -53,6 +53,7 @@ def test_calls_take_turns_and_are_compared_round_by_round(monkeypatch):
     assert timing.medians({"own": [1.0, 5.0, 2.0]}) == {"own": 2.0} and timing.spread([1.0, 2.0, 3.0]) == 1
 
 
+@pytest.mark.slow
 def test_every_bench_runs(tmp_path):
     """On tiny weights: every check of a result holds, and every row can be rendered."""
     pytest.importorskip("pytest_benchmark")

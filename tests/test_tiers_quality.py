@@ -37,7 +37,10 @@ def test_a_norm_stands_for_the_score(criterion, dtype):
         weight, tier_map = pruned, maps[0]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=["stories260K", pytest.param("shakespeare", marks=pytest.mark.slow)],  # the second is trained
+)
 def language(request, data):
     return MODELS[request.param](data)
 
