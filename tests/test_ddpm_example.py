@@ -165,7 +165,7 @@ def test_a_run_that_was_killed_five_times_is_the_one_that_was_not(tmp_path, monk
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(FOLDER), str(Path(__file__).parent))))
     context = multiprocessing.get_context("forkserver")  # each process is a fork of one that has imported all
     context.set_forkserver_preload(["train"])
-    arguments = [*TINY, "--epoch", 2, "--save-every", 5, "--sample-every", 2]
+    arguments = [*TINY, "--epoch", 2, "--save-every", 5, "--sample-every", 2, "--num-workers", 1]
 
     def started(folder):
         process = context.Process(target=train_here, args=([*arguments, "--save-dir", folder],))
@@ -203,7 +203,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("launcher", "options"),
     [
-        ((), ("--spawn", 2)),
+        ((), ("--spawn", 2, "--num-workers", 1)),
         (("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), ("--parallel", "fsdp2")),
     ],
     ids=["spawn", "torchrun, sharded"],
@@ -269,6 +269,3 @@ def test_the_short_run_ends_with_all_figures(tmp_path):
             assert score["interval"][0] < score["value"] < score["interval"][1]
     assert found["generated"]["fid"]["value"] > found["real"]["fid"]["value"], "it has learned little"
     assert "recognized as asked" in said
-    run("run.py", "--short", "--data", "shapes", "--out", tmp_path)
-    again = json.loads((tmp_path / "result.json").read_text())
-    assert {**again, "seconds": 0} == {**result, "seconds": 0}, "nothing is trained again, and images are the same"

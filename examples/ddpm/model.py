@@ -11,7 +11,7 @@ GROUPS = 32  # of GroupNorm, as published, where the channels allow it
 
 
 def new_unet(config: Config, images: Images) -> UNet2DModel:
-    """Returns a UNet of the sizes in the settings; the first ``attn`` levels that are named have attention."""
+    """Returns a UNet of the sizes in the settings; the levels that ``attn`` names have attention, down and up."""
     channels = tuple(config.channel * each for each in config.channel_mult)
     levels = range(len(channels))
     attention = ["Attn" if level in config.attn else "" for level in levels]

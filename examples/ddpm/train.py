@@ -11,6 +11,7 @@ samples/, and at the end the averaged weights in model/, as diffusers' UNet2DMod
 """
 
 import math
+import multiprocessing
 from contextlib import ExitStack
 
 import sample
@@ -50,8 +51,16 @@ def train(config: Config) -> None:
         hidden = True if trainer.rank else None  # None hides the bar if there is no terminal
 
         def loader(order: list[list[int]]) -> DataLoader:
-            pin = trainer.device.type == "cuda"
-            return DataLoader(data, batch_size=None, sampler=order, num_workers=config.num_workers, pin_memory=pin)
+            # Workers are forks also of a process that was spawned: new ones would import everything in each epoch.
+            context = "fork" if config.num_workers and "fork" in multiprocessing.get_all_start_methods() else None
+            return DataLoader(
+                data,
+                batch_size=None,
+                sampler=order,
+                num_workers=config.num_workers,
+                pin_memory=trainer.device.type == "cuda",
+                multiprocessing_context=context,
+            )
 
         batches = run.batches(len(data), config.batch_size, epochs=config.epoch, seed=config.seed, load=loader)
         probe = stack.enter_context(trainer.probe(run))
