@@ -125,6 +125,23 @@ def test_samples_depend_on_the_generator_and_are_clipped():
     assert draws[0].abs().max() == 1
 
 
+@pytest.mark.parametrize("sampler", ["ancestral", "ddpm", "ddim", "dpm-solver++"])
+def test_samples_are_the_same_in_every_surrounding(sampler):
+    pytest.importorskip("diffusers")
+
+    def drawn():
+        diffusion, generator = GaussianDiffusion(20), torch.Generator("cpu").manual_seed(0)
+        return diffusion.sample(lambda x, t, labels: 0.1 * x, (2, 1, 2, 2), sampler=sampler, generator=generator)
+
+    plain = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(drawn(), plain) and drawn().dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_loss_is_the_mean_over_all_elements():
     x, t, noise = torch.randn(4, 1, 3, 3), torch.tensor([0, 9, 99, 499]), torch.randn(4, 1, 3, 3)
     loss = PUBLISHED.loss(lambda x, t, labels: torch.zeros_like(x), x, t=t, noise=noise)

@@ -75,6 +75,9 @@ def test_scores_are_the_same_again_and_leave_the_random_state():
     x, y = features(torch.randn(50, D)), features(torch.randn(50, D))
     state = torch.get_rng_state()
     assert fid(x, y, resamples=5) == fid(x, y, resamples=5) and kid(x, y, resamples=5) == kid(x, y, resamples=5)
+    with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        elsewhere = fid(x, y, resamples=5), kid(x, y, resamples=5)
+    assert elsewhere == (fid(x, y, resamples=5), kid(x, y, resamples=5))
     assert fid(x, y, resamples=5, seed=1).interval != fid(x, y, resamples=5).interval
     assert torch.equal(torch.get_rng_state(), state)
 

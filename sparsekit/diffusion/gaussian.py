@@ -177,7 +177,8 @@ class GaussianDiffusion:
             if scheduler is None:
                 x = self.ancestral_step(x, eps, t, normal(), variance)
             else:
-                x = scheduler.step(eps, t, x, **drawing).prev_sample
+                with torch.device("cpu"):  # where the scheduler has its tables, whatever the default device is
+                    x = scheduler.step(eps, t, x, **drawing).prev_sample
         return x.clamp(-1, 1)
 
     def _scheduler(self, sampler: Sampler, steps: int, variance: Variance) -> Any:
@@ -192,17 +193,17 @@ class GaussianDiffusion:
             "trained_betas": self.betas.tolist(),
             "timestep_spacing": "trailing",  # begins at the last step, where x is nearest to pure noise
         }
-        scheduler: Any
-        if sampler == "ddpm":
-            scheduler = DDPMScheduler(**common, variance_type=variance, clip_sample=False)
-        elif sampler == "ddim":
-            scheduler = DDIMScheduler(**common, clip_sample=False)
-        elif sampler == "dpm-solver++":
-            scheduler = DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++")
-        else:
+        kinds: dict[str, Any] = {
+            "ddpm": (DDPMScheduler, {"variance_type": variance, "clip_sample": False}),
+            "ddim": (DDIMScheduler, {"clip_sample": False}),
+            "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+        }
+        if sampler not in kinds:
             raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {sampler!r}")
-        with warnings.catch_warnings():
+        kind, own = kinds[sampler]
+        with torch.device("cpu"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the DPM-Solver's, of how NumPy 2 takes a tensor
+            scheduler = kind(**common, **own)
             scheduler.set_timesteps(steps)
         return scheduler
 

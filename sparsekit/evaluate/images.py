@@ -138,7 +138,8 @@ def fid(real: ImageFeatures, generated: ImageFeatures, *, resamples: int = 100, 
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
         raise ImportError(f"FID needs torchmetrics, without torch-fidelity or with torchvision: {INSTALL}") from error
-    metric = FrechetInceptionDistance(_Given(real), sync_on_compute=False)
+    with torch.device("cpu"):  # whatever the default device is
+        metric = FrechetInceptionDistance(_Given(real), sync_on_compute=False)
     return _score("fid", lambda *sets: float(_compute(metric, *sets)), real, generated, resamples, seed)
 
 
@@ -210,7 +211,10 @@ def _score(
     def resample(values: Tensor) -> Tensor:
         return values[torch.randint(len(values), (len(values),), generator=generator, device="cpu")]
 
-    with torch.random.fork_rng(devices=[]):  # torchmetrics draws its subsets from the global random state
+    with (
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+    ):  # torchmetrics draws its subsets from the global random state
         torch.manual_seed(seed)
         value = compute(*sets)
         drawn = torch.tensor([compute(*map(resample, sets)) for _ in range(resamples)], dtype=torch.float64)
