@@ -147,7 +147,9 @@ class GradProbe:
         """Closes the record of this step; it is called by itself where a torch optimizer steps."""
         if self._taken:
             record = {"step": self._now, **self._joined()}
-            self.records = [record] if self._reduce == "full" else [*self.records, record]
+            if self._reduce == "full":
+                self.records.clear()
+            self.records.append(record)
             if self._run is not None:
                 self._run.record(**{key: value for key, value in record.items() if key != "step"})
         self._forget()
@@ -162,7 +164,7 @@ class GradProbe:
 
         def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
-                if not (self._called or self._ever):
+                if not self._ever:
                     raise RuntimeError(f"no probed module was called with gradients before this step; {COMPILED}")
                 if self._called:  # else a second optimizer has closed this step
                     self.step()
@@ -202,7 +204,7 @@ class GradProbe:
     def _take(self, key: str, bin_of: Tensor | None, gradient: Tensor) -> None:
         values, scale = real_values(gradient), None
         if self._scaler is not None:
-            scale = self._scaler.scale(torch.ones(1, device=values.device))
+            scale = self._scaler.scale(torch.ones(1, dtype=torch.float32, device=values.device))
             values = values.float() / scale
         if bin_of is not None and values.shape[:1] == bin_of.shape:
             self._taken.append(_Taken(key, sample_norms(values), bin_of, scale))

@@ -46,8 +46,10 @@ def param_grad_norms(model: nn.Module, *, scaler: Any = None, run: Any = None) -
             groups.setdefault(key, {})[name] = parameter
     with torch.no_grad():
         found = [_norms(list(members.values())) for members in groups.values()]
-        scales = [] if scaler is None or not found else [scaler.scale(torch.ones(1, device=found[0].device))]
-        *found, scale = [*to_cpu([*found, *scales]), *([] if scales else [torch.ones(1)])]
+        if scaler is not None and found:
+            found.append(scaler.scale(torch.ones(1, dtype=torch.float32, device=found[0].device)))
+        found = to_cpu(found)
+        scale = found.pop().item() if len(found) > len(groups) else 1.0
     for members, (values, used) in zip(groups.values(), found, strict=True):
         for name, value, is_used in zip(members, (values / scale).tolist(), used.tolist(), strict=True):
             norms[name] = value if is_used else None

@@ -66,6 +66,10 @@ def diff_pruning_scores(
     of different timesteps add up with their signs, as in the published code. The losses of all timesteps are computed
     first, so they may come in any order.
 
+    The method was published for whole channels. Of the single weights of a converged model the gradients nearly cancel,
+    and what is left ranks little better than chance: a UNet of MNIST digits whose loss is 0.027 has a loss of 1.01 when
+    it is pruned to 2:4 by these scores and not trained, 1.00 by random ones, and 0.59 by ``taylor_scores``.
+
     Args:
         model: as for ``taylor_scores``, which also says how the model is run.
         loss_fn: ``loss_fn(model, timestep)`` returns the loss at a timestep, a tensor of one number.
