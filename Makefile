@@ -13,7 +13,7 @@ ARGS ?=
 help:
 	@echo 'make demo       train a small language model, make it 2:4 sparse, run it faster than dense'
 	@echo 'make tiers      prune a small language model by progressive tiers, and compare with one-shot pruning'
-	@echo 'make ddpm       train a diffusion model of digits, draw images by it, evaluate them (minutes on 2 cores)'
+	@echo 'make ddpm       train a diffusion model of digits, draw images by it, evaluate and prune it (minutes on 2 cores)'
 	@echo 'make test       run the test suite without slow tests (under 6 minutes on 2 cores)'
 	@echo 'make test-all   run the whole test suite (under 20 minutes)'
 	@echo 'make bench      time every op against its baselines, write bench/results/ (about 12 minutes)'

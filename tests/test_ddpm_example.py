@@ -269,3 +269,4 @@ def test_the_short_run_ends_with_all_figures(tmp_path):
             assert score["interval"][0] < score["value"] < score["interval"][1]
     assert found["generated"]["fid"]["value"] > found["real"]["fid"]["value"], "it has learned little"
     assert "recognized as asked" in said
+    assert result["prune"]["best"] in result["prune"]["images"]

@@ -1,10 +1,11 @@
-"""Trains a diffusion model, draws images by it and evaluates them; all figures are in result.json at the end.
+"""Trains a diffusion model, draws images by it, evaluates and prunes it; all figures are in result.json at the end.
 
     python examples/ddpm/run.py                    # digits where MNIST is found, else shapes; minutes on two cores
     python examples/ddpm/run.py --short            # a rehearsal with little training
     python examples/ddpm/run.py --data FOLDER      # images at FOLDER/CLASS/NAME.png
 
-After a kill, the same command goes on. Each part is also a command with more options: train.py, sample.py, evaluate.py.
+After a kill, the same command goes on. Each part is also a command with more options:
+train.py, sample.py, evaluate.py, prune.py.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import prune
 import sample
 import train
 import tyro
@@ -44,6 +46,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "train": lambda: train.main(config),
         "sample": lambda: sample.main(sampling),
         "evaluate": lambda: evaluate.main(evaluation),
+        "prune": lambda: prune.main(prune.Pruning(folder, seed=settings.seed, short=short)),
     }
     seconds: dict[str, float] = {}
     for name, part in parts.items():
@@ -56,6 +59,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "seconds": seconds,
         "train": json.loads((folder / "result.json").read_text("utf-8")),
         "evaluate": json.loads((folder / "samples" / "evaluation.json").read_text("utf-8")),
+        "prune": json.loads((folder / "prune" / "result.json").read_text("utf-8")),
     }
     path = settings.out / "result.json"
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")

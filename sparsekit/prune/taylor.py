@@ -67,8 +67,9 @@ def diff_pruning_scores(
     first, so they may come in any order.
 
     The method was published for whole channels. Of the single weights of a converged model the gradients nearly cancel,
-    and what is left ranks little better than chance: a UNet of MNIST digits whose loss is 0.027 has a loss of 1.01 when
-    it is pruned to 2:4 by these scores and not trained, 1.00 by random ones, and 0.59 by ``taylor_scores``.
+    and ``taylor_scores`` rank them better: the losses of two UNets of MNIST digits, 0.028 and 0.027, are 0.12 and 1.01
+    after pruning to 2:4 by these scores without training, 0.08 and 0.59 by ``taylor_scores``, and 0.38 and 1.00 by
+    random ones.
 
     Args:
         model: as for ``taylor_scores``, which also says how the model is run.
