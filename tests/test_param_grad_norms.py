@@ -11,7 +11,7 @@ import sparsekit as sk
 
 
 class Odd(nn.Module):
-    """Tied, unused, frozen, sparse, complex and 16-bit parameters beside a plain one."""
+    """Tied, unused, frozen, sparse, complex, 16-bit and 64-bit parameters beside a plain one."""
 
     def __init__(self):
         super().__init__()
@@ -21,9 +21,10 @@ class Odd(nn.Module):
         self.unused, self.frozen = nn.Linear(2, 2), nn.Parameter(torch.ones(3), requires_grad=False)
         self.turn = nn.Parameter(torch.tensor([3 + 4j]))
         self.small = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        self.large = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
     def forward(self, ids):
-        x = self.again(self.plain(self.embed(ids)) + self.frozen) * self.small
+        x = self.again(self.plain(self.embed(ids)) + self.frozen) * self.small * self.large
         return (x * self.turn.abs()).sum()
 
 

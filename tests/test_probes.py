@@ -45,6 +45,20 @@ def test_reductions_by_hand():
     assert [each.tolist() for each in take("full")] == [[[0.5, -2.0], [0.0, 3.0]]] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduce", ["norm", "mean_abs", "hist"])
+def test_other_dtypes(dtype, reduce):
+    """300 gradients of 1024: their squares are beyond float16, and their sum is not exact in 16 bits."""
+    layer = linear([[1.0]]).to(dtype)
+    with sk.GradProbe(layer, reduce=reduce, timesteps=1 if reduce == "norm" else None) as probe:
+        for _ in range(2):
+            if reduce == "norm":
+                probe.at(torch.zeros(300))
+            layer(torch.ones(300, 1, dtype=dtype)).backward(torch.full((300, 1), 1024.0, dtype=dtype))
+    expected = {"norm": 1024 * math.sqrt(600), "mean_abs": 1024.0, "hist": [0] * 50 + [600]}[reduce]
+    assert probe.records[0]["grad_output"] == pytest.approx(expected)
+
+
 def test_a_histogram_counts_infinities_and_nan_last():
     layer = linear([[1.0]])
     with sk.GradProbe(layer, reduce="hist") as probe:

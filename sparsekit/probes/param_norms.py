@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._layers import check_model
 from .._optimizers import is_sharded, local_part, sharding
-from .values import local_values, to_cpu
+from .values import local_values, sum_dtype, to_cpu
 
 
 def param_grad_norms(model: nn.Module, *, scaler: Any = None, run: Any = None) -> dict[str, float | None]:
@@ -25,7 +25,7 @@ def param_grad_norms(model: nn.Module, *, scaler: Any = None, run: Any = None) -
         run: gets the norms under ``grad/NAME``, by ``run.record(**values)``.
 
     Returns:
-        The norms, summed in float32; None for a parameter without a gradient.
+        The norms; None for a parameter without a gradient.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -68,7 +68,7 @@ def _norms(parameters: list[Any]) -> Tensor:
         ]
     device = local_part(first).device
     values = [torch.zeros(0, device=device) if each is None else local_values(each) for each in gradients]
-    norms = torch.stack(torch._foreach_norm(values, 2, dtype=torch.float32))
+    norms = torch.stack(torch._foreach_norm(values, 2, dtype=sum_dtype(*values))).float()
     used = torch.ones_like(norms)
     if not is_sharded(first):
         return torch.stack([norms, used])

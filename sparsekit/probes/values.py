@@ -36,18 +36,23 @@ def local_values(gradient: Tensor) -> Tensor:
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
+def sum_dtype(*gradients: Tensor) -> torch.dtype:
+    """Returns the dtype that norms are summed in: float32, or float64 where a gradient has that."""
+    return torch.float64 if any(each.dtype == torch.float64 for each in gradients) else torch.float32
+
+
 def norm(gradient: Tensor) -> Tensor:
-    """Returns the Euclidean norm as a tensor of one number, summed in float32."""
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)[None]
+    """Returns the Euclidean norm as a float32 tensor of one number."""
+    return torch.linalg.vector_norm(gradient, dtype=sum_dtype(gradient)).float()[None]
 
 
 def sample_norms(gradient: Tensor) -> Tensor:
-    """Returns the norm of each entry along the first dimension."""
-    return torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float32)
+    """Returns the float32 norm of each entry along the first dimension."""
+    return torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=sum_dtype(gradient)).float()
 
 
 def _mean_abs(gradient: Tensor) -> Tensor:
-    total = torch.linalg.vector_norm(gradient, 1, dtype=torch.float32)
+    total = torch.linalg.vector_norm(gradient, 1, dtype=sum_dtype(gradient)).float()
     return torch.stack([total, torch.full_like(total, gradient.numel())])
 
 
