@@ -22,6 +22,7 @@ Prune a model
     LeastSquares                 A refinement of any method: solves for the kept weights.
     Calibration                  Options: how the model is run on its calibration batches.
     PruneReport                  What ``prune_`` did to each layer.
+    MaskPro                      Learns masks from losses alone, without gradients.
     reestimate_batchnorm_        Gives BatchNorm layers the statistics of the pruned model.
 
 Train a sparse model
@@ -137,6 +138,7 @@ from .prune import (
     Calibration,
     LeastSquares,
     Magnitude,
+    MaskPro,
     PruneReport,
     Scores,
     SparseGPT,
@@ -159,6 +161,7 @@ __all__ = [
     "GradProbe",
     "LeastSquares",
     "Magnitude",
+    "MaskPro",
     "Measure",
     "Packed24",
     "PackedConv24",

@@ -6,6 +6,8 @@ from .batchnorm import reestimate_batchnorm_
 from .calibration import Calibration
 from .calibration.statistics import Gram, InputNorm, Statistic
 from .mask_keeper import MaskKeeper, keep_masks
+from .maskpro import MaskPro
+from .maskpro_report import MaskProReport, MaskProStep
 from .methods import RIA, Magnitude, Method, Wanda
 from .prune_model import prune_
 from .refinements import LeastSquares, Swaps
@@ -23,6 +25,9 @@ __all__ = [
     "LeastSquares",
     "Magnitude",
     "MaskKeeper",
+    "MaskPro",
+    "MaskProReport",
+    "MaskProStep",
     "Method",
     "PruneLayerReport",
     "PruneReport",

@@ -39,6 +39,10 @@ class Method(ABC):
         """
         return self
 
+    def without_inputs(self) -> "Method":
+        """Returns the method for an expert that no token reached; here, by magnitude."""
+        return Magnitude(self.pattern)
+
     @abstractmethod
     def prune(self, weight: Tensor, statistic: Any) -> tuple[Tensor, Tensor]:
         """Returns ``(pruned, mask)`` for a weight, which is not changed.

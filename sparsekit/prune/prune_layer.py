@@ -14,7 +14,7 @@ from .calibration.inputs import LayerInputs
 from .calibration.ranks import Ranks
 from .full_precision import full_precision
 from .layers import PrunableLayer, check_result
-from .methods import Magnitude, Method
+from .methods import Method
 from .report import PruneLayerReport
 
 
@@ -64,7 +64,7 @@ def _prune_experts(layer: PrunableLayer, method: Method, inputs: LayerInputs | N
     for expert, own in zip(layer.experts, each_inputs, strict=True):
         if own is not None and own.statistic is not None and not len(own.sample):
             missed += 1
-            found.append(_prune_matrix(expert, Magnitude(method.pattern), None))
+            found.append(_prune_matrix(expert, method.without_inputs(), None))
         else:
             found.append(_prune_matrix(expert, method, own))
     weights, masks = (torch.stack(each) for each in zip(*found, strict=True))

@@ -1,0 +1,144 @@
+"""The masks that learning starts from: a method's, those of a pruned copy, or those that the model has stored."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._batches import Forward
+from .._layers import Where
+from .._undo import undoing
+from ..masks import Pattern, get_mask, get_mask_bits, get_mask_info, masked_parameters, remove_mask, set_mask_bits
+from .calibration import Calibration
+from .calibration.ranks import Group
+from .layers import PrunableLayer, check_weights, find_layers, nothing_to
+from .methods import Method, Wanda
+from .prune_model import prune_
+from .refinements import Swaps
+from .report import Skipped
+
+Init = Method | nn.Module | Mapping[str, Tensor] | None
+Found = tuple[list[PrunableLayer], list[Tensor], tuple[Skipped, ...]]
+
+
+class MaskOnly(Method):
+    """A method that chooses the masks of another one and leaves all weights as they are."""
+
+    def __init__(self, method: Method) -> None:
+        for name, value in (("pattern", method.pattern), ("method", method), ("statistic", method.statistic)):
+            object.__setattr__(self, name, value)
+
+    def for_layer(self, layer: PrunableLayer) -> Method:
+        return MaskOnly(self.method.for_layer(layer))
+
+    def without_inputs(self) -> Method:
+        return MaskOnly(self.method.without_inputs())
+
+    def __repr__(self) -> str:
+        return repr(self.method)
+
+    def prune(self, weight: Tensor, statistic: Any) -> tuple[Tensor, Tensor]:
+        return weight, self.method.prune(weight, statistic)[1]
+
+
+def first_masks(
+    model: nn.Module,
+    init: Init,
+    pattern: Pattern,
+    axis: Literal["input", "flatten"],
+    where: Where | None,
+    batches: Any,
+    forward: Forward,
+    group: Group,
+) -> Found:
+    """Returns the layers to learn, the first mask of each in the shape of its weight, and what is left out and why.
+
+    The model is unchanged.
+
+    Raises:
+        TypeError: ``init`` is of another type.
+        ValueError: no layer has a first mask, a mask does not fit, or the dropped weights are zero already.
+    """
+    layers, skipped = find_layers(model, pattern, axis, where)
+    if init is None and any(_stored(layer.module, layer.parameter, pattern) is not None for layer in layers):
+        init = model
+    if init is None:
+        init = Swaps(Wanda(str(pattern)))
+    if isinstance(init, Method):
+        return _of_method(
+            model, init, pattern, axis, where, Calibration(False, forward, batchnorm=False, group=group), batches
+        )
+    if isinstance(init, nn.Module):
+        other = dict(init.named_modules())
+        given = {layer.name: _stored(other.get(layer.path), layer.parameter, pattern) for layer in layers}
+        what = f"init has no stored {pattern} mask for it"
+    elif isinstance(init, Mapping):
+        given = {layer.name: init.get(layer.name) for layer in layers}
+        what = "init has no mask for it"
+        if unknown := sorted(set(init) - set(given)):
+            raise ValueError(f"init has a mask for {unknown[0]!r}, which is no layer that can be pruned")
+    else:
+        raise TypeError(
+            f"init must be a Method, a pruned copy of the model or a mapping of masks, got {type(init).__name__}"
+        )
+    chosen, masks = [], []
+    for layer in layers:
+        mask = given[layer.name]
+        if mask is None:
+            skipped.append(Skipped(layer.name, what))
+            continue
+        if mask.dtype != torch.bool or mask.shape != layer.weight.shape:
+            raise ValueError(
+                f"the first mask of layer {layer.name!r} must be bool {tuple(layer.weight.shape)}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        chosen.append(layer)
+        masks.append(mask)
+    if not chosen:
+        raise ValueError(nothing_to("learn", "layer that can be pruned and has a first mask", where, skipped))
+    check_weights(chosen)
+    if not any(layer.weight.detach()[~mask.to(layer.weight.device)].any() for layer, mask in zip(chosen, masks, strict=True)):
+        raise ValueError(
+            "the weights that the first masks drop are all zero, so no other mask can be better: load the dense "
+            "weights, and pass the pruned model, or its masks, as init"
+        )
+    return chosen, masks, tuple(skipped)
+
+
+def _of_method(
+    model: nn.Module,
+    method: Method,
+    pattern: Pattern,
+    axis: Literal["input", "flatten"],
+    where: Where | None,
+    calibration: Calibration,
+    batches: Any,
+) -> Found:
+    if Pattern.parse(method.pattern) != pattern:
+        raise ValueError(f"init must choose masks of {pattern}, got {method!r}")
+    with undoing() as undo:  # never committed: the masks are stored only until they are read
+        for module in model.modules():
+            undo.callback(_restore_masks, module, _masks_of(module))
+        report = prune_(model, MaskOnly(method), batches, axis=axis, where=where, calibration=calibration)
+        names = {layer.name for layer in report.layers}
+        layers = [layer for layer in find_layers(model, pattern, axis, where)[0] if layer.name in names]
+        masks = [get_mask(layer.module, layer.parameter) for layer in layers]
+    return layers, [mask for mask in masks if mask is not None], report.skipped
+
+
+def _stored(module: nn.Module | None, parameter: str, pattern: Pattern) -> Tensor | None:
+    info = None if module is None else get_mask_info(module, parameter)
+    return None if module is None or info is None or info.pattern != pattern else get_mask(module, parameter)
+
+
+def _masks_of(module: nn.Module) -> dict[str, Any]:
+    return {key: (get_mask_bits(module, key), get_mask_info(module, key)) for key in masked_parameters(module)}
+
+
+def _restore_masks(module: nn.Module, before: Mapping[str, Any]) -> None:
+    for key in masked_parameters(module):
+        if key not in before:
+            remove_mask(module, key)
+    for key, (bits, info) in before.items():
+        set_mask_bits(module, bits, info, key)

@@ -1,0 +1,99 @@
+"""The losses of masked models, each a function of the mask and the number of a batch alone."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._batches import as_batches, observing
+from .._trees import copied
+from .calibration.ranks import Ranks, local_buffers
+from .mask_arena import MaskArena
+
+LossFn = Callable[[nn.Module, Any], Tensor | float]
+
+
+def as_sequence(batches: Any) -> Sequence[Any]:
+    """Returns batches that can be read by their index; a loader is read once, and its batches are kept.
+
+    Raises:
+        TypeError: ``batches`` is neither a batch nor an iterable of them.
+    """
+    is_sequence = hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not hasattr(batches, "keys")
+    return batches if is_sequence and not isinstance(batches, Tensor | tuple | str) else list(as_batches(batches))
+
+
+class MaskedLosses:
+    """The losses of a model with masks on batches, of which this process has its share.
+
+    The random state is seeded by the number that a batch has among those of all processes, so that every mask meets the
+    same timesteps, noise and dropout, in every epoch and in any number of processes.
+
+    Args:
+        model: the model.
+        loss_fn: ``loss_fn(model, batch)``.
+        arena: the layers.
+        batches: those of this process.
+        kind: what they are for.
+        seed: chooses the noise, with kind and number.
+        microbatches: how many batches of this process make a step.
+        ranks: the processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        arena: MaskArena,
+        batches: Sequence[Any],
+        kind: Literal["learn", "held out"],
+        seed: int,
+        microbatches: int,
+        ranks: Ranks,
+    ) -> None:
+        self._model, self._loss_fn, self._arena, self._batches = model, loss_fn, arena, batches
+        self._kind, self._seed, self._microbatches, self._ranks = kind, seed, microbatches, ranks
+        self._gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Prepares the model to be run, without gradients and in evaluation mode; at the end it is as it was."""
+        with torch.inference_mode(False), local_buffers(self._model), observing(self._model):
+            yield
+
+    def of(self, bits: Tensor, indices: Sequence[int]) -> list[float]:
+        """Returns the loss of a mask on each of the batches, inside ``running``.
+
+        Raises:
+            TypeError: ``loss_fn`` returns something else than a number.
+            ValueError: a loss is NaN or infinite.
+        """
+        with self._arena.masking(bits):
+            return [self._loss(index) for index in indices]
+
+    def mean(self, losses: Sequence[float]) -> float:
+        """Returns the mean over all processes, exact in fp64 and so the same in any order."""
+        every = [loss for own in self._ranks.exchange(list(losses)) for loss in own]
+        return math.fsum(every) / len(every)
+
+    def _loss(self, index: int) -> float:
+        turn, place = divmod(index, self._microbatches)
+        number = (turn * self._ranks.size + self._ranks.rank) * self._microbatches + place
+        seed = random.Random(f"{self._seed} {self._kind} {number}").getrandbits(63)
+        torch.default_generator.manual_seed(seed)
+        for gpu in self._gpus:
+            torch.cuda.default_generators[gpu.index].manual_seed(seed)
+        loss = self._loss_fn(self._model, copied(self._batches[index]))
+        if not isinstance(loss, float | int) and not (isinstance(loss, Tensor) and loss.numel() == 1):
+            what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn(model, batch) must return a number or a tensor of one number, got {what}")
+        if not math.isfinite(value := float(loss)):
+            raise ValueError(f"the loss of a masked model is {value} on batch {index}: use a smaller lr or fewer flips")
+        return value

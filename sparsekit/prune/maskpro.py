@@ -1,0 +1,285 @@
+"""``MaskPro``: learns n:m masks from the losses of masked models, without back-propagation."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._batches import check_functions
+from .._layers import Where, check_model
+from .._undo import Undo, change, claiming
+from ..masks import Pattern
+from ..ops import nm_policy_step_, nm_sample
+from .advantage import Advantage, multiplier_for
+from .apply_mask import apply_mask
+from .calibration.ranks import Group, Ranks
+from .first_masks import Init, first_masks
+from .mask_arena import MaskArena
+from .masked_losses import LossFn, MaskedLosses, as_sequence
+from .maskpro_report import MaskProReport, MaskProStep
+
+CHECKED = 16  # batches, of all processes, on which the likeliest mask is compared with the best one
+CHECK_EVERY = 10  # passes over as many batches: a check costs about a tenth of the time
+REPEATS = 1e-2  # relative difference of two losses of one mask on one batch that tells noise from rounding
+
+
+class MaskPro:
+    """A learner of n:m masks that runs the model forward only: weights are frozen, and no gradient is needed.
+
+    Every weight has a logit. Each step draws a mask at random from the logits, and makes it more likely if its loss is
+    lower than that of the initial mask on the same batch, less likely if it is higher (MaskPro,
+    https://arxiv.org/abs/2506.12876)::
+
+        learner = sk.MaskPro(model, loss_fn, "2:4", batches=train, held_out=valid)
+        for step in learner.steps(10_000):
+            print(step)
+        report = learner.finish()
+
+    Until ``finish`` the model is unchanged: a masked weight exists while its layer is called, and no longer. It is run
+    in evaluation mode. ``finish`` writes the best mask that was found, or the initial one where that has no larger
+    loss on the batches that were held out, and stores masks as ``prune_`` does.
+
+    Both masks meet the same noise: the random state of torch is seeded by the number of the batch. So ``loss_fn`` draws
+    from that state, not from a generator of its own, and the loss of the initial mask is computed once for each batch.
+
+    In a run, the learner is a part: ``run.restore(learner=learner)``. It goes on exactly, with the same arguments.
+    Under ``torch.distributed`` (``torchrun --nproc-per-node 2 script.py``), each process gets its own batches and draws
+    the same masks. They exchange losses alone, and learn what one process learns that has the batches of all in turn
+    and as many ``microbatches`` as there are processes.
+
+    Memory: the model, one logit and two bits for each weight, and the masked weight of one layer. LLaMA-2-7B in
+    bfloat16 takes 13.5 GB, its logits 13.0 GB, masks 1.6 GB.
+
+    Args:
+        model: any tree of modules; the layers that ``prune_`` would prune are learned.
+        loss_fn: ``loss_fn(model, batch)`` returns the loss, a number or a tensor of one.
+        pattern: ``"n:m"``.
+        batches: what is learned from: a list or another object with indices and a length, whose items may be loaded
+            when they are asked for, or an iterable such as a DataLoader, which is read once and kept.
+        held_out: other batches, on which the result is compared with the initial mask. None holds out the last tenth of
+            ``batches``, at least one.
+        init: the initial masks: a ``Method``, a pruned copy of the model, or bool masks by the names of layers. None
+            takes those that the model has stored, if any, else ``Swaps(Wanda(pattern))`` on ``batches``.
+        where: ``where(name, module)`` selects layers; None selects all.
+        axis: what the groups of a Conv2d run along, as in ``prune_``.
+        lr: how far a step moves the logits at an advantage of 1; None is 0.1.
+        multiplier: the logit that kept entries begin with; the larger, the fewer groups are drawn differently.
+        flips: how many groups a draw of the first mask should change, from which ``multiplier`` follows; None is the
+            square root of the number of groups.
+        microbatches: batches of this process for one step.
+        seed: chooses masks and noise.
+        dtype: of the logits; None is bfloat16, rounded at random, for 16-bit weights, else float32.
+        parity: whether to follow the published code: lr 50, multiplier 10, residuals less their running mean but not
+            divided by their deviation, and the initial mask in the first step. It depends on the scale of the loss.
+        group: the processes that learn together, as in ``Calibration``.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: an argument is out of range, no layer can be learned, there are too few batches to hold one out, or
+            the processes have different models or arguments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        pattern: str = "2:4",
+        *,
+        batches: Any,
+        held_out: Any = None,
+        init: Init = None,
+        where: Where | None = None,
+        axis: Literal["input", "flatten"] = "input",
+        lr: float | None = None,
+        multiplier: float | None = None,
+        flips: float | None = None,
+        microbatches: int = 1,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        parity: bool = False,
+        group: Group = "world",
+    ) -> None:
+        check_model(model)
+        check_functions(loss_fn=loss_fn)
+        parsed = Pattern.parse(pattern)
+        if loss_fn is None or parsed.m is None or parsed.n == parsed.m:
+            raise ValueError(f'MaskPro needs a loss_fn and a pattern "n:m" with n < m, got {loss_fn} and {pattern!r}')
+        if axis not in ("input", "flatten"):
+            raise ValueError(f'axis must be "input" or "flatten", got {axis!r}')
+        for name, value in (("lr", lr), ("multiplier", multiplier), ("flips", flips), ("microbatches", microbatches)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if multiplier is not None and flips is not None:
+            raise ValueError("multiplier follows from flips: pass one of the two")
+        learned, held = _split(batches, held_out)
+        self._model, self._pattern, self._seed = model, parsed, seed
+        self._ranks = Ranks(group, None)
+        with torch.inference_mode(False), torch.no_grad():
+            found = first_masks(model, init, parsed, axis, where, learned, loss_fn, group)
+            layers, masks, self._skipped = found
+            weight = layers[0].weight
+            dtype = dtype or (torch.float32 if weight.dtype == torch.float32 else torch.bfloat16)
+            self._arena = arena = MaskArena(layers, parsed, dtype, weight.device)
+            self._initial = arena.pack(masks)
+            groups = arena.groups
+            self._lr = lr or (50.0 if parity else 0.1)
+            self._multiplier = multiplier or (
+                10.0 if parity else multiplier_for(flips or math.sqrt(groups), groups, arena.n, arena.m)
+            )
+            self._advantage = Advantage(normalize=not parity)
+            self._ranks.agree({**self._call(), "microbatches": microbatches}, layers)
+            arena.set_logits(self._initial, self._multiplier)
+        self._step, self._finished, self._microbatches = 0, False, microbatches
+        self._bits: Tensor | None = self._initial.to(arena.logits.device) if parity else None
+        self._best, self._best_residual = self._initial, 0.0
+        self._baselines: dict[int, float] = {}
+        self._checked = range(min(len(learned), max(CHECKED // self._ranks.size, 1)))
+        checked = sum(self._ranks.exchange(len(self._checked)))
+        self._check_every = CHECK_EVERY * max(checked // (microbatches * self._ranks.size), 1)
+        self._losses = MaskedLosses(model, loss_fn, arena, learned, "learn", seed, microbatches, self._ranks)
+        self._held_out = MaskedLosses(model, loss_fn, arena, held, "held out", seed, 1, self._ranks)
+
+    def steps(self, count: int) -> Iterator[MaskProStep]:
+        """Learns until ``count`` steps are done in all, those before a restore included; yields each step.
+
+        Raises:
+            ValueError: a loss is NaN or infinite, or ``loss_fn`` gives another loss each time.
+            RuntimeError: ``finish`` was called, or another process has failed.
+        """
+        while self._step < count:
+            yield self._ranks.all_or_none(self._learn)
+
+    def learn(self, count: int) -> None:
+        """Learns until ``count`` steps are done in all."""
+        for _ in self.steps(count):
+            pass
+
+    def finish(self) -> MaskProReport:
+        """Writes the best mask into the model, weights and stored masks, and returns what came of it.
+
+        The best mask is that of the likeliest masks seen now and then with the lowest loss on batches learned from.
+        If its loss on the batches that were held out is not lower than that of the initial mask, the initial mask is
+        written. If anything fails, the model is as it was.
+
+        Raises:
+            RuntimeError: it was called before.
+        """
+        return change(self._model, "pruned", self._ranks.together(self._finish))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what learning goes on from; its tensors are those of the learner, not copies."""
+        advantage = (self._advantage.steps, self._advantage.mean, self._advantage.variance)
+        return {
+            **self._call(),
+            "step": self._step,
+            "advantage": advantage,
+            "logits": self._arena.logits,
+            "initial": self._initial,
+            "best": self._best,
+            "best_residual": self._best_residual,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the learner to a state of one that was made with the same arguments.
+
+        Raises:
+            ValueError: it is of other layers or arguments; then nothing is changed.
+        """
+        for key, value in self._call().items():
+            if state.get(key) != value:
+                raise ValueError(f"it has {key} {state.get(key)}, and this learner {value}")
+        steps, mean, variance = state["advantage"]
+        tracker, normalize = self._advantage.tracker, self._advantage.normalize
+        with torch.inference_mode(False), torch.no_grad():
+            initial, best = state["initial"].to("cpu", copy=True), state["best"].to("cpu", copy=True)
+            self._arena.logits.copy_(state["logits"])
+        self._advantage = Advantage(tracker, normalize, steps, mean, variance)
+        self._step, self._initial, self._best = state["step"], initial, best
+        self._best_residual, self._baselines = state["best_residual"], {}
+        is_first = self._step == 0 and not normalize
+        self._bits = initial.to(self._arena.logits.device) if is_first else None
+
+    def _call(self) -> dict[str, Any]:
+        """Returns what two learners must have in common."""
+        layers = [f"{slot.layer.name} {slot.full}" for slot in self._arena.slots]
+        values = {"pattern": str(self._pattern), "lr": self._lr, "multiplier": self._multiplier, "seed": self._seed}
+        values["parity"] = not self._advantage.normalize
+        return {**values, "dtype": str(self._arena.logits.dtype), "layers": layers}
+
+    def _learn(self) -> MaskProStep:
+        if self._finished:
+            raise RuntimeError("finish() has written the mask into the model: make a new MaskPro of the dense model")
+        arena, losses = self._arena, self._losses
+        draw = {"n": arena.n, "m": arena.m, "seed": self._seed}
+        first = self._step * self._microbatches
+        indices = [(first + i) % len(losses) for i in range(self._microbatches)]
+        with claiming(self._model, "pruned"), losses.running():
+            bits = nm_sample(arena.logits, **draw, offset=self._step) if self._bits is None else self._bits
+            initial = losses.mean(self._of_initial(indices))
+            loss = losses.mean(losses.of(bits, indices))
+            advantage, tracked = self._advantage.after(loss - initial)
+            following = nm_policy_step_(arena.logits, bits, advantage, self._lr, **draw, offset=self._step)
+            self._bits, self._advantage, self._step = following, tracked, self._step + 1
+            if self._step % self._check_every == 0:
+                self._check()
+        return MaskProStep(self._step, loss, initial, advantage)
+
+    def _of_initial(self, indices: Sequence[int]) -> list[float]:
+        """Returns the losses of the initial mask, which are computed once."""
+        if missing := [index for index in dict.fromkeys(indices) if index not in self._baselines]:
+            found = self._losses.of(self._initial, missing)
+            if not self._baselines:
+                (again,) = self._losses.of(self._initial, missing[:1])
+                if not math.isclose(again, found[0], rel_tol=REPEATS):
+                    raise ValueError(
+                        f"loss_fn gave {found[0]:.6g} and {again:.6g} for the same mask and batch: it must draw all "
+                        "noise from torch's global random state, which MaskPro seeds, or from the batch"
+                    )
+            self._baselines.update(zip(missing, found, strict=True))
+        return [self._baselines[index] for index in indices]
+
+    def _check(self) -> None:
+        """Keeps the likeliest mask if its loss, on some of the batches, is the lowest so far."""
+        likeliest = self._arena.likeliest()
+        initial = self._losses.mean(self._of_initial(self._checked))
+        residual = self._losses.mean(self._losses.of(likeliest, self._checked)) - initial
+        if residual < self._best_residual:
+            self._best, self._best_residual = likeliest, residual
+
+    def _finish(self, undo: Undo) -> MaskProReport:
+        if self._finished:
+            raise RuntimeError("finish() was called before: make a new MaskPro of the dense model")
+        held, arena = self._held_out, self._arena
+        every = range(len(held))
+        with held.running():
+            self._check()
+            initial, loss = held.mean(held.of(self._initial, every)), held.mean(held.of(self._best, every))
+            count = sum(self._ranks.exchange(len(held)))
+            kept = loss < initial
+            undo.callback(setattr, self, "_finished", False)
+            for layer, mask in arena.masks(self._best if kept else self._initial):
+                apply_mask(layer, layer.weight.detach().masked_fill(~mask, 0), mask, self._pattern, undo)
+            self._finished = True
+        names = tuple(slot.layer.name for slot in arena.slots)
+        flips = arena.flips(self._best, self._initial)
+        return MaskProReport(
+            self._step, initial, loss, kept, flips, arena.groups, names, self._skipped, self._multiplier, count
+        )
+
+
+def _split(batches: Any, held_out: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Returns the batches to learn from and those that are held out."""
+    learned = as_sequence(batches)
+    if held_out is not None:
+        held = as_sequence(held_out)
+    else:
+        count = max(len(learned) // 10, 1)
+        learned = [learned[i] for i in range(len(learned))]
+        learned, held = learned[:-count], learned[-count:]
+    if not len(learned) or not len(held):
+        raise ValueError(
+            f"MaskPro needs batches to learn from and others to hold out, got {len(learned)} and {len(held)}"
+        )
+    return learned, held
