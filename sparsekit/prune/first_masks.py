@@ -1,6 +1,6 @@
 """The masks that learning starts from: a method's, those of a pruned copy, or those that the model has stored."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from .prune_model import prune_
 from .refinements import Swaps
 from .report import Skipped
 
+CALIBRATED = 16  # batches that a method gets: more change few masks
 Init = Method | nn.Module | Mapping[str, Tensor] | None
 Found = tuple[list[PrunableLayer], list[Tensor], tuple[Skipped, ...]]
 
@@ -48,7 +49,7 @@ def first_masks(
     pattern: Pattern,
     axis: Literal["input", "flatten"],
     where: Where | None,
-    batches: Any,
+    batches: Sequence[Any],
     forward: Forward,
     group: Group,
 ) -> Found:
@@ -98,7 +99,9 @@ def first_masks(
     if not chosen:
         raise ValueError(nothing_to("learn", "layer that can be pruned and has a first mask", where, skipped))
     check_weights(chosen)
-    if not any(layer.weight.detach()[~mask.to(layer.weight.device)].any() for layer, mask in zip(chosen, masks, strict=True)):
+    if not any(
+        layer.weight.detach()[~mask.to(layer.weight.device)].any() for layer, mask in zip(chosen, masks, strict=True)
+    ):
         raise ValueError(
             "the weights that the first masks drop are all zero, so no other mask can be better: load the dense "
             "weights, and pass the pruned model, or its masks, as init"
@@ -113,10 +116,11 @@ def _of_method(
     axis: Literal["input", "flatten"],
     where: Where | None,
     calibration: Calibration,
-    batches: Any,
+    batches: Sequence[Any],
 ) -> Found:
     if Pattern.parse(method.pattern) != pattern:
         raise ValueError(f"init must choose masks of {pattern}, got {method!r}")
+    batches = [batches[i] for i in range(min(len(batches), CALIBRATED))]
     with undoing() as undo:  # never committed: the masks are stored only until they are read
         for module in model.modules():
             undo.callback(_restore_masks, module, _masks_of(module))

@@ -22,6 +22,7 @@ from .maskpro_report import MaskProReport, MaskProStep
 
 CHECKED = 16  # batches, of all processes, on which the likeliest mask is compared with the best one
 CHECK_EVERY = 10  # passes over as many batches: a check costs about a tenth of the time
+LR, PUBLISHED_LR, PUBLISHED_MULTIPLIER = 0.1, 50.0, 10.0
 REPEATS = 1e-2  # relative difference of two losses of one mask on one batch that tells noise from rounding
 
 
@@ -113,33 +114,29 @@ class MaskPro:
                 raise ValueError(f"{name} must be positive, got {value}")
         if multiplier is not None and flips is not None:
             raise ValueError("multiplier follows from flips: pass one of the two")
-        learned, held = _split(batches, held_out)
         self._model, self._pattern, self._seed = model, parsed, seed
-        self._ranks = Ranks(group, None)
+        self._ranks = ranks = Ranks(group, None)
+        learned, held = ranks.all_or_none(lambda: _split(batches, held_out))
         with torch.inference_mode(False), torch.no_grad():
-            found = first_masks(model, init, parsed, axis, where, learned, loss_fn, group)
-            layers, masks, self._skipped = found
+            layers, masks, self._skipped = first_masks(model, init, parsed, axis, where, learned, loss_fn, group)
             weight = layers[0].weight
             dtype = dtype or (torch.float32 if weight.dtype == torch.float32 else torch.bfloat16)
             self._arena = arena = MaskArena(layers, parsed, dtype, weight.device)
-            self._initial = arena.pack(masks)
-            groups = arena.groups
-            self._lr = lr or (50.0 if parity else 0.1)
-            self._multiplier = multiplier or (
-                10.0 if parity else multiplier_for(flips or math.sqrt(groups), groups, arena.n, arena.m)
-            )
+            self._initial = self._best = arena.pack(masks)
+            if multiplier is None and not parity:
+                multiplier = multiplier_for(flips or math.sqrt(arena.groups), arena.groups, arena.n, arena.m)
+            self._multiplier, self._lr = multiplier or PUBLISHED_MULTIPLIER, lr or (PUBLISHED_LR if parity else LR)
             self._advantage = Advantage(normalize=not parity)
-            self._ranks.agree({**self._call(), "microbatches": microbatches}, layers)
+            ranks.agree({**self._call(), "microbatches": microbatches}, layers)
             arena.set_logits(self._initial, self._multiplier)
-        self._step, self._finished, self._microbatches = 0, False, microbatches
-        self._bits: Tensor | None = self._initial.to(arena.logits.device) if parity else None
-        self._best, self._best_residual = self._initial, 0.0
+            self._step, self._microbatches, self._finished, self._best_residual = 0, microbatches, False, 0.0
+            self._bits = self._draw()
         self._baselines: dict[int, float] = {}
-        self._checked = range(min(len(learned), max(CHECKED // self._ranks.size, 1)))
-        checked = sum(self._ranks.exchange(len(self._checked)))
-        self._check_every = CHECK_EVERY * max(checked // (microbatches * self._ranks.size), 1)
-        self._losses = MaskedLosses(model, loss_fn, arena, learned, "learn", seed, microbatches, self._ranks)
-        self._held_out = MaskedLosses(model, loss_fn, arena, held, "held out", seed, 1, self._ranks)
+        self._losses = MaskedLosses(model, loss_fn, arena, learned, "learn", seed, microbatches, ranks)
+        self._held_out = MaskedLosses(model, loss_fn, arena, held, "held out", seed, 1, ranks)
+        self._checked = range(min(len(learned), max(CHECKED // ranks.size, 1)))
+        checked = sum(ranks.exchange(len(self._checked)))
+        self._check_every = CHECK_EVERY * max(checked // (microbatches * ranks.size), 1)
 
     def steps(self, count: int) -> Iterator[MaskProStep]:
         """Learns until ``count`` steps are done in all, those before a restore included; yields each step.
@@ -198,8 +195,7 @@ class MaskPro:
         self._advantage = Advantage(tracker, normalize, steps, mean, variance)
         self._step, self._initial, self._best = state["step"], initial, best
         self._best_residual, self._baselines = state["best_residual"], {}
-        is_first = self._step == 0 and not normalize
-        self._bits = initial.to(self._arena.logits.device) if is_first else None
+        self._bits = self._draw()
 
     def _call(self) -> dict[str, Any]:
         """Returns what two learners must have in common."""
@@ -208,19 +204,26 @@ class MaskPro:
         values["parity"] = not self._advantage.normalize
         return {**values, "dtype": str(self._arena.logits.dtype), "layers": layers}
 
+    def _draw(self) -> Tensor:
+        """Returns the mask of the next step; in the published code that of the first one is the initial mask."""
+        logits, n, m = self._arena.logits, self._arena.n, self._arena.m
+        if self._step == 0 and not self._advantage.normalize:
+            return self._initial.to(logits.device)
+        return nm_sample(logits, n, m, seed=self._seed, offset=self._step)
+
     def _learn(self) -> MaskProStep:
         if self._finished:
             raise RuntimeError("finish() has written the mask into the model: make a new MaskPro of the dense model")
         arena, losses = self._arena, self._losses
-        draw = {"n": arena.n, "m": arena.m, "seed": self._seed}
         first = self._step * self._microbatches
         indices = [(first + i) % len(losses) for i in range(self._microbatches)]
         with claiming(self._model, "pruned"), losses.running():
-            bits = nm_sample(arena.logits, **draw, offset=self._step) if self._bits is None else self._bits
             initial = losses.mean(self._of_initial(indices))
-            loss = losses.mean(losses.of(bits, indices))
+            loss = losses.mean(losses.of(self._bits, indices))
             advantage, tracked = self._advantage.after(loss - initial)
-            following = nm_policy_step_(arena.logits, bits, advantage, self._lr, **draw, offset=self._step)
+            following = nm_policy_step_(
+                arena.logits, self._bits, advantage, self._lr, arena.n, arena.m, seed=self._seed, offset=self._step
+            )
             self._bits, self._advantage, self._step = following, tracked, self._step + 1
             if self._step % self._check_every == 0:
                 self._check()
