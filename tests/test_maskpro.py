@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import Pattern, get_mask
-from sparsekit.prune.advantage import Advantage, flip_probability, multiplier_for
+from sparsekit.prune.advantage import Advantage, flip_probability, lr_for, multiplier_for
 from sparsekit.prune.layers import PrunableLayer
 from sparsekit.prune.mask_arena import MaskArena
 
@@ -19,10 +19,11 @@ WANDA = sk.Wanda("2:4")
 
 
 def problem(seed=0, batches=24):
-    """A layer, and batches of inputs, correlated, with the outputs of the dense layer."""
+    """A layer, and batches of correlated inputs, some larger than others, with the outputs of the dense layer."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.eye(32) + 0.3 * torch.randn(32, 32, generator=g)
     x = torch.randn(batches, 32, 32, generator=g) @ mix * (torch.rand(32, generator=g) + 0.5)
+    x = x * (torch.rand(batches, 1, 1, generator=g) + 0.5)
     layer = nn.Linear(32, 4, bias=False)
     layer.weight.data = torch.randn(4, 32, generator=g)
     return layer, [(each, each @ layer.weight.detach().T) for each in x]
@@ -32,8 +33,8 @@ def loss_fn(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def make(seed=0, loss=loss_fn, **options):
-    layer, batches = problem(seed)
+def make(data=0, loss=loss_fn, **options):
+    layer, batches = problem(data)
     options = {"init": WANDA, **options}
     return sk.MaskPro(layer, loss, batches=batches[:16], held_out=batches[16:], **options), layer
 
@@ -60,7 +61,7 @@ def noisy(model, images):
 
 
 def test_it_lowers_the_loss_and_stores_the_masks():
-    learner, layer = make(lr=0.2, multiplier=3.0)
+    learner, layer = make(data=1)
     dense, seen = layer.weight.detach().clone(), []
     for step in learner.steps(600):
         seen.append(step)
@@ -68,9 +69,9 @@ def test_it_lowers_the_loss_and_stores_the_masks():
     report = learner.finish()
     mask = get_mask(layer)
     assert [step.step for step in seen] == list(range(1, 601))
-    assert report.kept and report.loss < 0.97 * report.initial_loss and 0 < report.flips <= report.groups == 32
+    assert report.kept and report.loss < 0.9 * report.initial_loss and 0 < report.flips <= report.groups == 32
     assert torch.equal(layer.weight, dense.masked_fill(~mask, 0)) and (mask.view(-1, 4).sum(1) == 2).all()
-    held = [loss_fn(layer, batch).item() for batch in problem()[1][16:]]
+    held = [loss_fn(layer, batch).item() for batch in problem(1)[1][16:]]
     assert report.loss == pytest.approx(sum(held) / 8, rel=1e-5)
     assert "the learned mask is in the model" in str(report) and report.to_json()["steps"] == 600
     for act in (learner.finish, lambda: learner.learn(601)):
@@ -101,21 +102,6 @@ def test_it_is_never_worse_than_the_initial_mask():
     assert "the initial mask is in the model" in str(report)
 
 
-def final_loss(kind, seed):
-    learner, _ = make(seed, lr=0.05, multiplier=3.0, seed=seed)
-    if kind != "normalized":
-        learner._advantage = Advantage(0.99 if kind in ("tracker", "unpaired") else 1.0, normalize=False)
-    own = learner._of_initial
-    if kind == "vanilla":
-        learner._of_initial = lambda indices: [0.0] * len(indices)
-    if kind == "unpaired":
-        learner._of_initial = lambda indices: own([(i + 5) % 16 for i in indices])
-    learner._check_every = 10**9
-    learner.learn(2000)
-    with learner._losses.running():
-        return sum(sum(learner._losses.of(bits, range(16))) for bits in (learner._arena.likeliest(),)) / 16
-
-
 def test_advantages_by_hand():
     plain = Advantage(0.75, normalize=False)
     first, plain = plain.after(4.0)  # the mean becomes 1
@@ -129,6 +115,7 @@ def test_advantages_by_hand():
 
 def test_the_multiplier_gives_the_number_of_flips():
     assert flip_probability(10, 2, 4) == pytest.approx(1.36e-4, rel=2e-3)  # measured, of the published code
+    assert lr_for(10, 2, 4) == 5 and lr_for(3, 2, 4) == pytest.approx(3 * 0.01 / 0.134, rel=2e-2)
     assert flip_probability(0, 2, 4) == pytest.approx(5 / 6) and flip_probability(0, 1, 4) == pytest.approx(3 / 4)
     multiplier = multiplier_for(500, 20_000, 4, 8)
     layer = nn.Linear(400, 400)
@@ -165,7 +152,9 @@ def test_initial_masks():
         assert torch.equal(next(learner._arena.masks(learner._initial))[1], mask)
     assert torch.equal(layer.weight, dense) and get_mask(layer) is None
     pruned.weight.data.copy_(dense)  # it keeps its mask
-    assert torch.equal(next((kept := sk.MaskPro(pruned, loss_fn, batches=batches))._arena.masks(kept._initial))[1], mask)
+    assert torch.equal(
+        next((kept := sk.MaskPro(pruned, loss_fn, batches=batches))._arena.masks(kept._initial))[1], mask
+    )
     layer.weight.data.mul_(mask)
     with pytest.raises(ValueError, match="all zero, so no other mask can be better"):
         sk.MaskPro(layer, loss_fn, batches=batches, init=pruned)
@@ -261,7 +250,9 @@ def test_ranks_learn_what_one_process_learns(ranks):
 
     (layer, batches), models = problem(), [problem()[0] for _ in range(2)]
     logits, steps, report = learn(layer, batches[:16], batches[16:], 2)
-    for rank, result in enumerate(ranks(lambda rank: learn(models[rank], batches[rank:16:2], batches[16 + rank :: 2], 1))):
+    for rank, result in enumerate(
+        ranks(lambda rank: learn(models[rank], batches[rank:16:2], batches[16 + rank :: 2], 1))
+    ):
         assert not isinstance(result, BaseException), result
         assert torch.equal(result[0], logits) and result[1] == steps and result[2] == report
         assert torch.equal(models[rank].weight, layer.weight)
@@ -326,11 +317,46 @@ def test_the_memory_of_a_large_model():
     assert weights + arena.logits.nbytes + 2 * bits.nbytes <= 28.1e9
 
 
+KINDS = ("vanilla", "unpaired", "residual", "tracker", "normalized")  # from the worst to the best
+
+
+def learned(kind, seed):
+    """The losses of the initial and of the likeliest mask after learning by advantages of this kind."""
+    learner, _ = make(seed, lr=0.05, multiplier=3.0, seed=seed)
+    if kind != "normalized":
+        learner._advantage = Advantage(0.99 if kind in ("tracker", "unpaired") else 1.0, normalize=False)
+    own = learner._of_initial
+    if kind == "vanilla":
+        learner._of_initial = lambda indices: [0.0] * len(indices)
+    if kind == "unpaired":
+        learner._of_initial = lambda indices: own([(i + 5) % 16 for i in indices])
+    learner._check_every = 10**9
+    learner.learn(2000)
+    both = learner._initial, learner._arena.likeliest()
+    with learner._losses.running():
+        return [sum(learner._losses.of(bits, range(16))) / 16 for bits in both]
+
+
 @pytest.mark.slow
 def test_the_published_ablation():
-    means = {kind: sum(final_loss(kind, seed) for seed in range(3)) / 3 for kind in KINDS}
-    assert means["vanilla"] > means["residual"] > means["tracker"], means
-    assert means["unpaired"] > means["tracker"] > means["normalized"], means
+    """The paper's: the loss alone fails, and so do baselines of other batches; each part makes it better."""
+    losses = torch.tensor([[learned(kind, seed) for seed in range(3)] for kind in KINDS]).mean(1)
+    vanilla, unpaired, residual, tracker, normalized = losses[:, 1].tolist()
+    assert vanilla > unpaired > residual > tracker > normalized, losses
+    assert vanilla > 2 * losses[0, 0] and normalized < losses[0, 0], losses
 
 
-KINDS = ("vanilla", "residual", "tracker", "unpaired", "normalized")
+@pytest.mark.slow
+def test_a_trained_unet_predicts_noise_better(data):
+    """Without an option; the initial mask is that of Wanda with swaps. The loss falls by about a tenth or more."""
+    model, images = trained(data), digits(data, 2048)
+    learner = sk.MaskPro(
+        model,
+        lambda model, x: DIFFUSION.loss(model, x),
+        batches=list(images[:1024].split(32)),
+        held_out=list(images[1024:].split(128)),
+    )
+    learner.learn(400)
+    report = learner.finish()
+    print(report)
+    assert report.kept and report.loss < report.initial_loss

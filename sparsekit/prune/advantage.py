@@ -1,4 +1,4 @@
-"""How far to move from a mask: the advantage that its loss gives it, and the logits that the first masks come from."""
+"""How far to move from a mask: the advantage that its loss gives it, and the defaults that go with it."""
 
 import math
 from dataclasses import dataclass
@@ -51,3 +51,11 @@ def multiplier_for(flips: float, groups: int, n: int, m: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if flip_probability(middle, n, m) * groups > flips else (low, middle)
     return high
+
+
+def lr_for(multiplier: float, n: int, m: int) -> float:
+    """Returns the learning rate at which draws move a logit by the multiplier in about 100 steps.
+
+    The rarer a group is drawn differently, the further each such draw moves it, by half the multiplier at most.
+    """
+    return multiplier * min(0.01 / flip_probability(multiplier, n, m), 0.5)

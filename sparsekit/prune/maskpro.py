@@ -12,7 +12,7 @@ from .._layers import Where, check_model
 from .._undo import Undo, change, claiming
 from ..masks import Pattern
 from ..ops import nm_policy_step_, nm_sample
-from .advantage import Advantage, multiplier_for
+from .advantage import Advantage, lr_for, multiplier_for
 from .apply_mask import apply_mask
 from .calibration.ranks import Group, Ranks
 from .first_masks import Init, first_masks
@@ -22,7 +22,7 @@ from .maskpro_report import MaskProReport, MaskProStep
 
 CHECKED = 16  # batches, of all processes, on which the likeliest mask is compared with the best one
 CHECK_EVERY = 10  # passes over as many batches: a check costs about a tenth of the time
-LR, PUBLISHED_LR, PUBLISHED_MULTIPLIER = 0.1, 50.0, 10.0
+PUBLISHED_LR, PUBLISHED_MULTIPLIER = 50.0, 10.0
 REPEATS = 1e-2  # relative difference of two losses of one mask on one batch that tells noise from rounding
 
 
@@ -65,7 +65,8 @@ class MaskPro:
             takes those that the model has stored, if any, else ``Swaps(Wanda(pattern))`` on ``batches``.
         where: ``where(name, module)`` selects layers; None selects all.
         axis: what the groups of a Conv2d run along, as in ``prune_``.
-        lr: how far a step moves the logits at an advantage of 1; None is 0.1.
+        lr: how far a step moves the logits at an advantage of 1. None follows from the multiplier: draws move a logit
+            by the multiplier in about 100 steps, but by half of it at most in one.
         multiplier: the logit that kept entries begin with; the larger, the fewer groups are drawn differently.
         flips: how many groups a draw of the first mask should change, from which ``multiplier`` follows; None is the
             square root of the number of groups.
@@ -125,7 +126,8 @@ class MaskPro:
             self._initial = self._best = arena.pack(masks)
             if multiplier is None and not parity:
                 multiplier = multiplier_for(flips or math.sqrt(arena.groups), arena.groups, arena.n, arena.m)
-            self._multiplier, self._lr = multiplier or PUBLISHED_MULTIPLIER, lr or (PUBLISHED_LR if parity else LR)
+            self._multiplier = multiplier or PUBLISHED_MULTIPLIER
+            self._lr = lr or (PUBLISHED_LR if parity else lr_for(self._multiplier, arena.n, arena.m))
             self._advantage = Advantage(normalize=not parity)
             ranks.agree({**self._call(), "microbatches": microbatches}, layers)
             arena.set_logits(self._initial, self._multiplier)
