@@ -28,8 +28,9 @@ The class of a layer changes in two places: ``sparse_training_`` makes an ``nn.L
 ``integrations.peft`` gives a LoRA layer a class that masks what it adds. Hooks are registered in four places:
 ``keep_masks`` and ``fade`` have one on the optimizer each, ``sparse_training_`` has the one on the model that sets
 ``_ran_sparse``, and ``GradProbe`` has them on modules, on the tensors that pass through these in one step, and on the
-steps of all optimizers. ``_undo`` keeps the ids of modules that are being changed, and sets nothing on them. One
-configuration is changed: ``integrations.peft.lora_config`` registers a custom module in a ``LoraConfig``.
+steps of all optimizers. While a layer is called, ``MaskPro`` has its masked weight in place of the parameter. ``_undo``
+keeps the ids of modules that are being changed, and sets nothing on them. One configuration is changed:
+``integrations.peft.lora_config`` registers a custom module in a ``LoraConfig``.
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from ..masks import Pattern, get_mask, get_mask_bits, get_mask_info, masked_para
 from .calibration import Calibration
 from .calibration.ranks import Group
 from .layers import PrunableLayer, check_weights, find_layers, nothing_to
+from .masked_losses import set_noise
 from .methods import Method, Wanda
 from .prune_model import prune_
 from .refinements import Swaps
@@ -52,83 +53,92 @@ def first_masks(
     batches: Sequence[Any],
     forward: Forward,
     group: Group,
+    seed: int,
 ) -> Found:
     """Returns the layers to learn, the first mask of each in the shape of its weight, and what is left out and why.
 
-    The model is unchanged.
+    The model is unchanged. ``seed`` chooses the noise that a method's statistics are computed with.
 
     Raises:
         TypeError: ``init`` is of another type.
         ValueError: no layer has a first mask, a mask does not fit, or the dropped weights are zero already.
     """
     layers, skipped = find_layers(model, pattern, axis, where)
-    if init is None and any(_stored(layer.module, layer.parameter, pattern) is not None for layer in layers):
-        init = model
     if init is None:
-        init = Swaps(Wanda(str(pattern)))
+        stored = any(_stored(layer.module, layer.parameter, pattern) is not None for layer in layers)
+        init = model if stored else Swaps(Wanda(str(pattern)))
     if isinstance(init, Method):
-        return _of_method(
-            model, init, pattern, axis, where, Calibration(False, forward, batchnorm=False, group=group), batches
-        )
+        if Pattern.parse(init.pattern) != pattern:
+            raise ValueError(f"init must choose masks of {pattern}, got {init!r}")
+        calibration = Calibration(sequential=False, forward=forward, batchnorm=False, group=group)
+        found = _of_method(model, init, axis, where, calibration, batches, seed)
+    else:
+        found = _given(init, layers, skipped, pattern, where)
+    check_weights(found[0])
+    for layer, mask in zip(*found[:2], strict=True):
+        weight = layer.weight.detach()
+        if weight.masked_fill(mask.to(weight.device), 0).any():
+            return found
+    raise ValueError(
+        "the weights that the first masks drop are all zero, so no other mask can be better: load the dense weights, "
+        "and pass the pruned model, or its masks, as init"
+    )
+
+
+def _of_method(
+    model: nn.Module,
+    method: Method,
+    axis: Literal["input", "flatten"],
+    where: Where | None,
+    calibration: Calibration,
+    batches: Sequence[Any],
+    seed: int,
+) -> Found:
+    """Prunes the model by a method that leaves the weights as they are, reads the masks, and removes them again."""
+    some = [batches[i] for i in range(min(len(batches), CALIBRATED))]
+    gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
+    with torch.random.fork_rng(gpus), undoing() as undo:  # never committed
+        set_noise(model, seed)
+        for module in model.modules():
+            undo.callback(_restore_masks, module, _masks_of(module))
+        report = prune_(model, MaskOnly(method), some, axis=axis, where=where, calibration=calibration)
+        names = {layer.name for layer in report.layers}
+        pattern = Pattern.parse(method.pattern)
+        layers = [layer for layer in find_layers(model, pattern, axis, where)[0] if layer.name in names]
+        masks = [get_mask(layer.module, layer.parameter) for layer in layers]
+    return layers, [mask for mask in masks if mask is not None], report.skipped
+
+
+def _given(
+    init: Any, layers: Sequence[PrunableLayer], skipped: Sequence[Skipped], pattern: Pattern, where: Where | None
+) -> Found:
+    """Finds the masks of the layers in a model or a mapping."""
+    given: dict[str, Tensor | None]
     if isinstance(init, nn.Module):
-        other = dict(init.named_modules())
-        given = {layer.name: _stored(other.get(layer.path), layer.parameter, pattern) for layer in layers}
-        what = f"init has no stored {pattern} mask for it"
+        modules = dict(init.named_modules())
+        given = {layer.name: _stored(modules.get(layer.path), layer.parameter, pattern) for layer in layers}
     elif isinstance(init, Mapping):
         given = {layer.name: init.get(layer.name) for layer in layers}
-        what = "init has no mask for it"
         if unknown := sorted(set(init) - set(given)):
             raise ValueError(f"init has a mask for {unknown[0]!r}, which is no layer that can be pruned")
     else:
         raise TypeError(
             f"init must be a Method, a pruned copy of the model or a mapping of masks, got {type(init).__name__}"
         )
-    chosen, masks = [], []
-    for layer in layers:
-        mask = given[layer.name]
-        if mask is None:
-            skipped.append(Skipped(layer.name, what))
-            continue
-        if mask.dtype != torch.bool or mask.shape != layer.weight.shape:
+    found = [(layer, mask) for layer in layers if (mask := given[layer.name]) is not None]
+    missed = [
+        Skipped(layer.name, f"init has no {pattern} mask for it") for layer in layers if given[layer.name] is None
+    ]
+    if not found:
+        what = "layer that can be pruned and has a first mask"
+        raise ValueError(nothing_to("learn", what, where, [*missed, *skipped]))
+    for layer, mask in found:
+        shape = tuple(layer.weight.shape)
+        if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(
-                f"the first mask of layer {layer.name!r} must be bool {tuple(layer.weight.shape)}, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
+                f"the first mask of layer {layer.name!r} must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}"
             )
-        chosen.append(layer)
-        masks.append(mask)
-    if not chosen:
-        raise ValueError(nothing_to("learn", "layer that can be pruned and has a first mask", where, skipped))
-    check_weights(chosen)
-    if not any(
-        layer.weight.detach()[~mask.to(layer.weight.device)].any() for layer, mask in zip(chosen, masks, strict=True)
-    ):
-        raise ValueError(
-            "the weights that the first masks drop are all zero, so no other mask can be better: load the dense "
-            "weights, and pass the pruned model, or its masks, as init"
-        )
-    return chosen, masks, tuple(skipped)
-
-
-def _of_method(
-    model: nn.Module,
-    method: Method,
-    pattern: Pattern,
-    axis: Literal["input", "flatten"],
-    where: Where | None,
-    calibration: Calibration,
-    batches: Sequence[Any],
-) -> Found:
-    if Pattern.parse(method.pattern) != pattern:
-        raise ValueError(f"init must choose masks of {pattern}, got {method!r}")
-    batches = [batches[i] for i in range(min(len(batches), CALIBRATED))]
-    with undoing() as undo:  # never committed: the masks are stored only until they are read
-        for module in model.modules():
-            undo.callback(_restore_masks, module, _masks_of(module))
-        report = prune_(model, MaskOnly(method), batches, axis=axis, where=where, calibration=calibration)
-        names = {layer.name for layer in report.layers}
-        layers = [layer for layer in find_layers(model, pattern, axis, where)[0] if layer.name in names]
-        masks = [get_mask(layer.module, layer.parameter) for layer in layers]
-    return layers, [mask for mask in masks if mask is not None], report.skipped
+    return [layer for layer, _ in found], [mask for _, mask in found], (*missed, *skipped)
 
 
 def _stored(module: nn.Module | None, parameter: str, pattern: Pattern) -> Tensor | None:

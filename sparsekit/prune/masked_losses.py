@@ -27,6 +27,13 @@ def as_sequence(batches: Any) -> Sequence[Any]:
     return batches if is_sequence and not isinstance(batches, Tensor | tuple | str) else list(as_batches(batches))
 
 
+def set_noise(model: nn.Module, seed: int) -> None:
+    """Seeds the random states of torch that the model can draw from; the caller has forked them."""
+    torch.default_generator.manual_seed(seed)
+    for device in {tensor.device for tensor in model.parameters() if tensor.is_cuda}:
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
 class MaskedLosses:
     """The losses of a model with masks on batches, of which this process has its share.
 
@@ -57,7 +64,6 @@ class MaskedLosses:
     ) -> None:
         self._model, self._loss_fn, self._arena, self._batches = model, loss_fn, arena, batches
         self._kind, self._seed, self._microbatches, self._ranks = kind, seed, microbatches, ranks
-        self._gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -86,10 +92,7 @@ class MaskedLosses:
     def _loss(self, index: int) -> float:
         turn, place = divmod(index, self._microbatches)
         number = (turn * self._ranks.size + self._ranks.rank) * self._microbatches + place
-        seed = random.Random(f"{self._seed} {self._kind} {number}").getrandbits(63)
-        torch.default_generator.manual_seed(seed)
-        for gpu in self._gpus:
-            torch.cuda.default_generators[gpu.index].manual_seed(seed)
+        set_noise(self._model, random.Random(f"{self._seed} {self._kind} {number}").getrandbits(63))
         loss = self._loss_fn(self._model, copied(self._batches[index]))
         if not isinstance(loss, float | int) and not (isinstance(loss, Tensor) and loss.numel() == 1):
             what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -50,8 +50,9 @@ class MaskPro:
     the same masks. They exchange losses alone, and learn what one process learns that has the batches of all in turn
     and as many ``microbatches`` as there are processes.
 
-    Memory: the model, one logit and two bits for each weight, and the masked weight of one layer. LLaMA-2-7B in
-    bfloat16 takes 13.5 GB, its logits 13.0 GB, masks 1.6 GB.
+    Memory: the model, one logit for each weight, the mask that was drawn and the next one as bits, and the masked
+    weight of one layer. LLaMA-2-7B in bfloat16 takes 13.5 GB, its logits 13.0 GB, each mask 0.8 GB. The initial and the
+    best mask are on the CPU.
 
     Args:
         model: any tree of modules; the layers that ``prune_`` would prune are learned.
@@ -60,9 +61,10 @@ class MaskPro:
         batches: what is learned from: a list or another object with indices and a length, whose items may be loaded
             when they are asked for, or an iterable such as a DataLoader, which is read once and kept.
         held_out: other batches, on which the result is compared with the initial mask. None holds out the last tenth of
-            ``batches``, at least one.
+            ``batches``, at least one, and loads them all.
         init: the initial masks: a ``Method``, a pruned copy of the model, or bool masks by the names of layers. None
-            takes those that the model has stored, if any, else ``Swaps(Wanda(pattern))`` on ``batches``.
+            takes those that the model has stored, if any, else ``Swaps(Wanda(pattern))``. A method gets up to 16 of
+            ``batches``.
         where: ``where(name, module)`` selects layers; None selects all.
         axis: what the groups of a Conv2d run along, as in ``prune_``.
         lr: how far a step moves the logits at an advantage of 1. None follows from the multiplier: draws move a logit
@@ -119,7 +121,7 @@ class MaskPro:
         self._ranks = ranks = Ranks(group, None)
         learned, held = ranks.all_or_none(lambda: _split(batches, held_out))
         with torch.inference_mode(False), torch.no_grad():
-            layers, masks, self._skipped = first_masks(model, init, parsed, axis, where, learned, loss_fn, group)
+            layers, masks, self._skipped = first_masks(model, init, parsed, axis, where, learned, loss_fn, group, seed)
             weight = layers[0].weight
             dtype = dtype or (torch.float32 if weight.dtype == torch.float32 else torch.bfloat16)
             self._arena = arena = MaskArena(layers, parsed, dtype, weight.device)
