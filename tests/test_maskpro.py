@@ -348,7 +348,7 @@ def test_the_published_ablation():
 
 @pytest.mark.slow
 def test_a_trained_unet_predicts_noise_better(data):
-    """Without an option; the initial mask is that of Wanda with swaps. The loss falls by about a tenth or more."""
+    """By the defaults: from Wanda's mask with swaps, 0.474, to 0.391 in 400 steps, on digits not learned from."""
     model, images = trained(data), digits(data, 2048)
     learner = sk.MaskPro(
         model,
@@ -358,5 +358,4 @@ def test_a_trained_unet_predicts_noise_better(data):
     )
     learner.learn(400)
     report = learner.finish()
-    print(report)
-    assert report.kept and report.loss < report.initial_loss
+    assert report.kept and report.loss < 0.9 * report.initial_loss

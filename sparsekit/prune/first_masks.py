@@ -27,6 +27,8 @@ Found = tuple[list[PrunableLayer], list[Tensor], tuple[Skipped, ...]]
 class MaskOnly(Method):
     """A method that chooses the masks of another one and leaves all weights as they are."""
 
+    method: Method
+
     def __init__(self, method: Method) -> None:
         for name, value in (("pattern", method.pattern), ("method", method), ("statistic", method.statistic)):
             object.__setattr__(self, name, value)
