@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from digits import DIFFUSION, digits, trained
+from experts import Stacked
 from interrupts import assert_all_or_nothing, count_lines, difference, interrupted, model_state
 from torch import nn
 
@@ -140,6 +141,42 @@ def test_convolutions_tails_tied_layers_and_what_where_leaves_out():
     assert (get_mask(network.fc)[:, :4].sum(1) == 2).all() and get_mask(network.fc)[:, 4:].all()
     chosen = sk.MaskPro(Network(), noisy, batches=IMAGES, where=lambda name, _: name == "fc", axis="flatten")
     assert chosen.finish().layers == ("fc",)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_of_which_one_gets_no_token(transposed):
+    experts = Stacked(transposed=transposed)
+    state = model_state(experts)
+    batches = [(torch.randn(12, 8), torch.tensor([0, 1, 2]).repeat(4)) for _ in range(4)]
+    learner = sk.MaskPro(experts, lambda model, batch: model(*batch).square().mean(), batches=batches, multiplier=1.0)
+    steps = list(learner.steps(3))
+    assert not difference(model_state(experts), state) and len({step.loss for step in steps}) == 3
+    assert learner.finish().groups == 4 * (24 * 2 + 8 * 3)
+    for key, axis in (("gate_up_proj", 2), ("down_proj", 2)):
+        mask = get_mask(experts, key).movedim(axis - transposed, -1)
+        assert (mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
+def test_surroundings():
+    """It may be made and used in inference mode and under autocast, and goes on outside; loaders are read once."""
+    plain, _ = make(lr=0.3, multiplier=2.0)
+    plain.learn(20)
+    layer, batches = problem()
+    with torch.inference_mode():
+        options = {"init": WANDA, "lr": 0.3, "multiplier": 2.0}
+        other = sk.MaskPro(layer, loss_fn, batches=batches[:16], held_out=batches[16:], **options)
+        other.learn(10)
+    other.learn(20)
+    assert torch.equal(other.state_dict()["logits"], plain.state_dict()["logits"])
+    other.finish()
+    assert layer(torch.ones(1, 32)).requires_grad
+    network = Network().bfloat16().train()
+    loader = torch.utils.data.DataLoader(torch.stack(IMAGES).flatten(0, 1), batch_size=3, shuffle=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner = sk.MaskPro(network, lambda model, x: model(x).float().square().mean(), batches=loader)
+        learner.learn(3)
+        learner.finish()
+    assert learner.state_dict()["logits"].dtype == torch.bfloat16 and network.training
 
 
 def test_initial_masks():

@@ -17,7 +17,7 @@ from .mask_arena import MaskArena
 LossFn = Callable[[nn.Module, Any], Tensor | float]
 
 
-def as_sequence(batches: Any) -> Sequence[Any]:
+def _as_sequence(batches: Any) -> Sequence[Any]:
     """Returns batches that can be read by their index; a loader is read once, and its batches are kept.
 
     Raises:
@@ -25,6 +25,27 @@ def as_sequence(batches: Any) -> Sequence[Any]:
     """
     is_sequence = hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not hasattr(batches, "keys")
     return batches if is_sequence and not isinstance(batches, Tensor | tuple | str) else list(as_batches(batches))
+
+
+def split_batches(batches: Any, held_out: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Returns the batches to learn from and those that are held out; without the latter, the last tenth is.
+
+    Raises:
+        TypeError: they are neither batches nor iterables of them.
+        ValueError: there are too few.
+    """
+    learned = _as_sequence(batches)
+    if held_out is not None:
+        held = _as_sequence(held_out)
+    else:
+        count = max(len(learned) // 10, 1)
+        learned = [learned[i] for i in range(len(learned))]
+        learned, held = learned[:-count], learned[-count:]
+    if not len(learned) or not len(held):
+        raise ValueError(
+            f"MaskPro needs batches to learn from and others to hold out, got {len(learned)} and {len(held)}"
+        )
+    return learned, held
 
 
 def set_noise(model: nn.Module, seed: int) -> None:

@@ -17,7 +17,7 @@ from .apply_mask import apply_mask
 from .calibration.ranks import Group, Ranks
 from .first_masks import Init, first_masks
 from .mask_arena import MaskArena
-from .masked_losses import LossFn, MaskedLosses, as_sequence
+from .masked_losses import LossFn, MaskedLosses, split_batches
 from .maskpro_report import MaskProReport, MaskProStep
 
 CHECKED = 16  # batches, of all processes, on which the likeliest mask is compared with the best one
@@ -119,7 +119,7 @@ class MaskPro:
             raise ValueError("multiplier follows from flips: pass one of the two")
         self._model, self._pattern, self._seed = model, parsed, seed
         self._ranks = ranks = Ranks(group, None)
-        learned, held = ranks.all_or_none(lambda: _split(batches, held_out))
+        learned, held = ranks.all_or_none(lambda: split_batches(batches, held_out))
         with torch.inference_mode(False), torch.no_grad():
             layers, masks, self._skipped = first_masks(model, init, parsed, axis, where, learned, loss_fn, group, seed)
             weight = layers[0].weight
@@ -274,19 +274,3 @@ class MaskPro:
         return MaskProReport(
             self._step, initial, loss, kept, flips, arena.groups, names, self._skipped, self._multiplier, count
         )
-
-
-def _split(batches: Any, held_out: Any) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Returns the batches to learn from and those that are held out."""
-    learned = as_sequence(batches)
-    if held_out is not None:
-        held = as_sequence(held_out)
-    else:
-        count = max(len(learned) // 10, 1)
-        learned = [learned[i] for i in range(len(learned))]
-        learned, held = learned[:-count], learned[-count:]
-    if not len(learned) or not len(held):
-        raise ValueError(
-            f"MaskPro needs batches to learn from and others to hold out, got {len(learned)} and {len(held)}"
-        )
-    return learned, held
