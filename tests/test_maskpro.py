@@ -12,6 +12,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import Pattern, get_mask
+from sparsekit.prune import mask_arena
 from sparsekit.prune.advantage import Advantage, flip_probability, lr_for, multiplier_for
 from sparsekit.prune.layers import PrunableLayer
 from sparsekit.prune.mask_arena import MaskArena
@@ -177,6 +178,17 @@ def test_surroundings():
         learner.learn(3)
         learner.finish()
     assert learner.state_dict()["logits"].dtype == torch.bfloat16 and network.training
+
+
+def test_masks_are_unpacked_at_once_or_by_layer(monkeypatch):
+    logits = []
+    for entries in (mask_arena.UNPACKED, 0):
+        monkeypatch.setattr(mask_arena, "UNPACKED", entries)
+        torch.manual_seed(0)
+        learner = sk.MaskPro(Network(), noisy, batches=IMAGES, init=WANDA, multiplier=1.0)
+        learner.learn(5)
+        logits.append(learner.state_dict()["logits"])
+    assert torch.equal(*logits)
 
 
 def test_initial_masks():

@@ -16,6 +16,10 @@ from ..masks import Pattern, grouped, ungrouped
 from ..ops import nm_mask_bits, pack_bits, unpack_bits
 from .layers import PrunableLayer
 
+UNPACKED = (
+    2**26
+)  # entries up to which the mask of all layers is unpacked at once, in 64 MiB: small layers take less time
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -124,7 +128,10 @@ class MaskArena:
         """
         own: dict[nn.Module, dict[str, nn.Parameter]] = {}
         parts: dict[nn.Module, list[tuple[Slot, Tensor]]] = {}
+        whole = unpack_bits(bits.to(self.logits.device), 8 * len(bits)) if 8 * len(bits) <= UNPACKED else None
         for slot, part in self._parts(bits):
+            if whole is not None:
+                part = whole[slot.start : slot.stop]
             module, key = slot.layer.module, slot.layer.parameter
             own.setdefault(module, {})[key] = module.get_parameter(key)
             parts.setdefault(module, []).append((slot, part))
@@ -159,8 +166,11 @@ def _masked(own: dict[str, nn.Parameter], parts: list[tuple[Slot, Tensor]]) -> A
 
 
 def _dropped(slot: Slot, part: Tensor) -> Tensor:
-    """Returns a bool tensor in the shape of the layer's weight, True where the mask drops it."""
+    """Returns a bool tensor in the shape of the layer's weight, True where the mask, as bits or bool, drops it."""
     weight = slot.layer.weight
-    dropped = unpack_bits(~part.to(weight.device), slot.end - slot.start).view(slot.full)
-    tail = grouped(weight, slot.layer.axis).shape[-1] - slot.full[-1]
-    return ungrouped(F.pad(dropped, (0, tail)), slot.layer.axis, weight.shape)
+    part, count = part.to(weight.device), slot.end - slot.start
+    kept = part[:count] if part.dtype == torch.bool else unpack_bits(part, count)
+    dropped = kept.logical_not().view(slot.full)
+    if tail := grouped(weight, slot.layer.axis).shape[-1] - slot.full[-1]:
+        dropped = F.pad(dropped, (0, tail))
+    return ungrouped(dropped, slot.layer.axis, weight.shape)
