@@ -1,0 +1,136 @@
+"""MaskPro after kills and interrupts, in several processes, and in other modes of torch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from interrupts import assert_all_or_nothing, count_lines, difference, interrupted, model_state
+from mask_learning import IMAGES, WANDA, Network, loss_fn, make, noisy, problem
+
+import sparsekit as sk
+
+
+def test_surroundings():
+    """It may be made and used in inference mode and under autocast, and goes on outside; loaders are read once."""
+    plain, _ = make(lr=0.3, multiplier=2.0)
+    plain.learn(20)
+    layer, batches = problem()
+    with torch.inference_mode():
+        options = {"init": WANDA, "lr": 0.3, "multiplier": 2.0}
+        other = sk.MaskPro(layer, loss_fn, batches=batches[:16], held_out=batches[16:], **options)
+        other.learn(10)
+    other.learn(20)
+    assert torch.equal(other.state_dict()["logits"], plain.state_dict()["logits"])
+    other.finish()
+    assert layer(torch.ones(1, 32)).requires_grad
+    network = Network().bfloat16().train()
+    loader = torch.utils.data.DataLoader(torch.stack(IMAGES).flatten(0, 1), batch_size=3, shuffle=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner = sk.MaskPro(network, lambda model, x: model(x).float().square().mean(), batches=loader)
+        learner.learn(3)
+        learner.finish()
+    assert learner.state_dict()["logits"].dtype == torch.bfloat16 and network.training
+
+
+@pytest.mark.parametrize("options", [{}, {"parity": True}, {"dtype": torch.bfloat16}], ids=str)
+def test_a_killed_learner_goes_on_exactly(tmp_path, options):
+    options = {"multiplier": 2.0, **options, "lr": 0.3}
+    whole, _ = make(**options)
+    at_zero = copy.deepcopy(whole.state_dict())
+    whole.learn(30)
+    killed, _ = make(**options)
+    killed.learn(13)
+    with sk.runs.Run.open(tmp_path / "run", {}) as run:
+        run.restore(learner=killed)
+        run.step = 13
+        run.save()
+    with sk.runs.Run.open(tmp_path / "run", {}) as run:
+        again, _ = make(**options)
+        assert run.restore(learner=again)
+    again.learn(30)
+    expected = whole.state_dict()
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, expected[key]) if isinstance(value, torch.Tensor) else value == expected[key], key
+    again.load_state_dict(at_zero)
+    again.learn(30)
+    assert torch.equal(again.state_dict()["logits"], expected["logits"])
+    other, _ = make(**{**options, "seed": 1})
+    with pytest.raises(ValueError, match="seed 0, and this learner 1"):
+        other.load_state_dict(expected)
+
+
+def test_parity_begins_with_the_initial_mask():
+    learner, _ = make(parity=True)
+    first = next(learner.steps(1))
+    assert first.loss == first.initial_loss and first.advantage == 0
+    assert learner.finish().multiplier == 10
+
+
+def test_ranks_learn_what_one_process_learns(ranks):
+    def learn(model, batches, held, microbatches):
+        learner = sk.MaskPro(
+            model,
+            loss_fn,
+            batches=batches,
+            held_out=held,
+            init=sk.Magnitude("2:4"),
+            multiplier=2.0,
+            lr=0.3,
+            microbatches=microbatches,
+        )
+        steps = list(learner.steps(100))
+        return learner.state_dict()["logits"], steps, learner.finish()
+
+    (layer, batches), models = problem(), [problem()[0] for _ in range(2)]
+    logits, steps, report = learn(layer, batches[:16], batches[16:], 2)
+    for rank, result in enumerate(
+        ranks(lambda rank: learn(models[rank], batches[rank:16:2], batches[16 + rank :: 2], 1))
+    ):
+        assert not isinstance(result, BaseException), result
+        assert torch.equal(result[0], logits) and result[1] == steps and result[2] == report
+        assert torch.equal(models[rank].weight, layer.weight)
+
+
+def test_a_failure_in_one_rank_ends_all(ranks):
+    def failing(model, batch):
+        if batch[0].isnan().any():
+            raise ZeroDivisionError("bad batch")
+        return loss_fn(model, batch)
+
+    def learn(rank):
+        layer, batches = problem()
+        if rank == 1:
+            batches[3][0].fill_(math.nan)
+        sk.MaskPro(layer, failing, batches=batches, held_out=batches[:1], init=sk.Magnitude("2:4")).learn(10)
+
+    first, second = ranks(learn)
+    assert isinstance(second, ZeroDivisionError) and "rank 1 failed with ZeroDivisionError" in str(first)
+
+
+def test_an_interrupt_leaves_the_model_as_it_was():
+    def setup():
+        torch.manual_seed(0)
+        network = Network()
+        sk.prune_(network, sk.Magnitude("1:4"), where=lambda name, _: name == "fc")
+        return (network,)
+
+    def act(network):
+        sk.MaskPro(network, noisy, batches=IMAGES[:3], held_out=IMAGES[3:], init=WANDA).learn(1)
+
+    (network,) = setup()
+    before, random = model_state(network), torch.get_rng_state()
+    lines = count_lines(lambda: act(network))
+    for line in range(0, lines, lines // 20):
+        assert interrupted(lambda: act(network), line), line
+        assert not difference(model_state(network), before), line
+        assert torch.equal(torch.get_rng_state(), random)
+
+    def finishing(network, learner):
+        learner.finish()
+
+    def learned():
+        (network,) = setup()
+        return network, sk.MaskPro(network, noisy, batches=IMAGES[:3], held_out=IMAGES[3:], init=sk.Magnitude("2:4"))
+
+    assert_all_or_nothing(learned, finishing, lambda model, _: model_state(model), runs=15)
