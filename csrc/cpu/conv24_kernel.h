@@ -177,7 +177,9 @@ void conv_items(int64_t begin, int64_t end, void* context) {
 void conv2d24(const Conv24Args& a, ParallelFor parallel_for) {
   const int64_t positions = a.shape.images * a.shape.out_height * a.shape.out_width;
   dispatch(a.dtype, [&]<class T>(T*) {
-    const bool finite = all_finite(static_cast<const T*>(a.x), a.shape.images * a.shape.inputs * a.shape.height * a.shape.width);
+    const ConvShape& shape = a.shape;
+    const int64_t count = shape.images * shape.inputs * shape.height * shape.width;
+    const bool finite = all_finite(static_cast<const T*>(a.x), count);
     ConvTask task{a, positions, finite, LanesPlan(positions, a.shape.outputs, a.threads, 4)};
     parallel_for(task.plan.tiles * task.plan.blocks, 1, conv_items<T>, &task);
   });

@@ -179,13 +179,13 @@ struct RoundTokensArgs {
   DType dtype;
 };
 
-// All contiguous, in the layout of ops/conv24.py.
 // What a convolution of one group is like, besides its weight.
 struct ConvShape {
   int64_t images, inputs, height, width, outputs, out_height, out_width;
   int64_t kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
 };
 
+// All contiguous, in the layout of ops/conv24.py.
 struct Conv24Args {
   const void* x;           // [images, inputs, height, width]
   const void* values;      // [outputs, kernel_height * kernel_width, 2 * (inputs / 4) + inputs % 4]

@@ -117,6 +117,9 @@ const T* contiguous_data(std::optional<Tensor>& tensor) {
 inline ConvShape conv_shape(const Tensor& x, int64_t outputs, const std::vector<int64_t>& kernel,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation) {
+  for (const auto* each : {&kernel, &stride, &padding, &dilation})
+    STD_TORCH_CHECK(each->size() == 2, "convolution: kernel, stride, padding and dilation must have two sizes each");
+  STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0, "convolution: stride must be positive");
   const auto out_size = [&](int i) {
     return (x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) / stride[i] + 1;
   };

@@ -38,9 +38,10 @@ class Classifier(nn.Module):
         return self.last(F.dropout(self.features(x), 0.3, self.training))
 
 
-def trained_classifier(path: Path, part: Part, classes: int, epochs: int, seed: int = 0) -> Classifier:
-    """Loads a classifier, or trains one on real images and stores it."""
+def trained_classifier(folder: Path, part: Part, classes: int, epochs: int, seed: int = 0) -> Classifier:
+    """Loads the classifier of so many epochs from a folder, or trains it on real images and stores it there."""
     images, labels = part
+    path = folder / f"classifier-{epochs}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Classifier(images.shape[1], images.shape[2], classes)
@@ -59,7 +60,9 @@ def trained_classifier(path: Path, part: Part, classes: int, epochs: int, seed: 
                     optimizer.step()
                     schedule.step()
                     bar.update()
-    save_model(model, path)
+    whole = path.with_suffix(".part")  # a kill in the middle leaves no half of a file under the name
+    save_model(model, whole)
+    whole.replace(path)
     return model.eval()
 
 

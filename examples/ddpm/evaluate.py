@@ -39,9 +39,7 @@ def main(settings: Evaluation) -> dict[str, Any]:
     if not path.exists():
         raise SystemExit(f"{path} is missing: sample.py writes it")
     drawn = load_file(path)
-    model = trained_classifier(
-        settings.save_dir / "classifier.safetensors", images.train, len(images.classes), settings.classifier_epochs
-    )
+    model = trained_classifier(settings.save_dir, images.train, len(images.classes), settings.classifier_epochs)
     held_out, labels = images.held_out
     result: dict[str, Any] = {"classifier_accuracy_on_real": share(predicted(model, held_out) == labels)}
     if config.conditional:

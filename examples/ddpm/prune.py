@@ -1,8 +1,8 @@
 """Prunes a trained diffusion model to 2:4 by several methods, fine-tunes each, and runs the best one compressed.
 
-    python examples/ddpm/prune.py --save-dir out/train                       # after train.py
-    python examples/ddpm/prune.py --save-dir out/train --steps 1000          # with more fine-tuning
-    python examples/ddpm/prune.py --save-dir out/train --methods wanda sparsegpt --pattern 50%
+    python examples/ddpm/prune.py --save-dir out/train                                        # after train.py
+    python examples/ddpm/prune.py --save-dir out/train --steps 1000 --out out/prune-longer    # fine-tunes longer
+    python examples/ddpm/prune.py --save-dir out/train --methods wanda sparsegpt --pattern 50% --out out/prune-half
 
 All methods begin with the trained weights and are fine-tuned by the same batches with their masks kept. So is the dense
 model, for a fair comparison. Losses are those of held-out images, at the same timesteps and with the same noise for
@@ -50,7 +50,7 @@ class Pruning:
     """What prune.py takes."""
 
     save_dir: Path  # the folder of the run that has trained the model
-    out: Path | None = None  # None is prune/ in that folder
+    out: Path | None = None  # None is prune/ in that folder; other settings take another folder
     methods: tuple[str, ...] = METHODS
     pattern: str = "2:4"
     calibration: int = 256  # training images that Wanda, SparseGPT and Taylor see, each at one timestep
@@ -60,6 +60,7 @@ class Pruning:
     rate: float = 1e-3  # the learning rate that fine-tuning begins with
     held_out: int = 1000  # images to measure the loss on
     count: int = 250  # images to draw
+    w: float = 1.8  # guidance
     resamples: int = 50  # for the intervals of FID and KID
     classifier_epochs: int = 6
     timed_batch: int = 32  # images in the pass that is timed
@@ -205,9 +206,8 @@ def main(settings: Pruning) -> dict[str, Any]:
     pruned.save_pretrained(out / "model")  # as diffusers has it, dense with zeros
     found: dict[str, Any] = {"methods": result, "best": best, "images": {}}
     for name, model in (("trained", settings.save_dir / "model"), (best, out / "model")):
-        path = sample.main(
-            Sampling(settings.save_dir, model, out / "samples" / name, count=settings.count, seed=settings.seed)
-        )
+        drawing = {each: getattr(settings, each) for each in ("count", "w", "device", "seed")}
+        path = sample.main(Sampling(settings.save_dir, model, out / "samples" / name, **drawing))
         options = {"classifier_epochs": settings.classifier_epochs, "resamples": settings.resamples}
         found["images"][name] = evaluate.main(evaluate.Evaluation(settings.save_dir, path, **options))
     inputs = pruner.noisy(pruner.images.held_out, settings.timed_batch, batch=settings.timed_batch)[0][0]

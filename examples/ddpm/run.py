@@ -25,7 +25,7 @@ from config import Config, Sampling
 
 @dataclass
 class Settings:
-    out: Path = Path(__file__).parent / "out"
+    out: Path | None = None  # None is examples/ddpm/out, or short/ in it
     data: str = "auto"
     epoch: int | None = None
     w: float = 1.8  # guidance
@@ -35,7 +35,9 @@ class Settings:
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    folder, short = settings.out / "train", settings.short
+    short = settings.short
+    out = settings.out or Path(__file__).parent / "out" / ("short" if short else "")
+    folder = out / "train"
     size = {"epoch": 1, "held_out": 0.8, "channel": 8, "channel_mult": (1, 2)} if short else {"epoch": settings.epoch}
     count = 100 if short else settings.count
     config = Config(save_dir=folder, data=settings.data, seed=settings.seed, w=settings.w, **size)
@@ -46,7 +48,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "train": lambda: train.main(config),
         "sample": lambda: sample.main(sampling),
         "evaluate": lambda: evaluate.main(evaluation),
-        "prune": lambda: prune.main(prune.Pruning(folder, seed=settings.seed, short=short)),
+        "prune": lambda: prune.main(prune.Pruning(folder, seed=settings.seed, w=settings.w, short=short)),
     }
     seconds: dict[str, float] = {}
     for name, part in parts.items():
@@ -61,7 +63,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "evaluate": json.loads((folder / "samples" / "evaluation.json").read_text("utf-8")),
         "prune": json.loads((folder / "prune" / "result.json").read_text("utf-8")),
     }
-    path = settings.out / "result.json"
+    path = out / "result.json"
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     show(result)
     print(f"\nThe figures are in {path}, and the images in {folder / 'samples'}")

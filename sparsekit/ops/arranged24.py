@@ -21,7 +21,7 @@ class Arranged24(NamedTuple):
 
     Attributes:
         data: uint8, one dimension: what ``arrange24`` returns, about 5 or 5.5 bytes for every kept float32 and 3 or 3.5
-            for every kept 16-bit value. The results of other bytes are undefined.
+            for every kept 16-bit value. Other bytes are undefined behavior.
         shape: rows and columns of the dense weight.
         dtype: of the weight.
         layout: ``"input pairs"`` or ``"row pairs"``.

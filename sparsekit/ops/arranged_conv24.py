@@ -23,7 +23,7 @@ class ArrangedConv24(NamedTuple):
     another, as ``arrange24`` arranges it in row pairs.
 
     Attributes:
-        data: uint8, one dimension, about 5.5 bytes for every kept float32. The results of other bytes are undefined.
+        data: uint8, one dimension, about 5.5 bytes for every kept float32. Other bytes are undefined behavior.
         shape: the shape of the dense weight: output channels, input channels, and height and width of the kernel.
     """
 
