@@ -104,6 +104,22 @@ def test_samplers_draw_from_the_distribution():
     assert few.std().item() < 0.085, "a step that is wrong by little shows"
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])
+def test_any_number_of_steps_is_spread_over_all(sampler):
+    """Rounding errors in diffusers give 10 of these numbers of steps one more, at -1."""
+    pytest.importorskip("diffusers")
+    diffusion, last = GaussianDiffusion(69, beta_end=0.2), 68
+    for steps in range(1, 70):
+        timesteps = []
+        keep = {"progress": lambda spread, timesteps=timesteps: timesteps.extend(spread) or ()}
+        diffusion.sample(Labeled(), (1, 1), sampler=sampler, steps=steps, **keep)
+        assert len(timesteps) == steps and timesteps[0] == last and timesteps[-1] >= 0
+        assert timesteps == sorted(set(timesteps), reverse=True)
+    if sampler != "ddim":  # which leaves noise here, as the docstring says
+        x = diffusion.sample(optimal(diffusion, 0.2, 0.01), (2048, 1), sampler=sampler, steps=62)
+        assert (x.mean().item(), x.std().item()) == pytest.approx((0.2, 0.1), abs=0.04)
+
+
 def test_samples_depend_on_the_generator_and_are_clipped():
     def model(x, t, labels):
         assert t.shape == labels.shape == (3,) and not torch.is_grad_enabled()

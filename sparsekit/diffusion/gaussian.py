@@ -148,7 +148,8 @@ class GaussianDiffusion:
             sampler: ``"ancestral"`` is the original one, which takes all steps, with tables in float64. The others are
                 diffusers' ``DDPMScheduler``, ``DDIMScheduler`` and ``DPMSolverMultistepScheduler``; with DDIM some 50
                 steps are enough, with DPM-Solver++ 10 to 20.
-            steps: the number of steps, spread evenly from the last one; None takes all.
+            steps: the number of steps, spread evenly from the last one; None takes all. With DDIM, a number that does
+                not divide that of all leaves noise, more if it is large, because diffusers rounds the distance down.
             variance: of ``"ancestral"`` and ``"ddpm"``; see ``ancestral_step``.
             generator: what is drawn from, on any device; None is the global random state.
             device: where the samples are.
@@ -205,6 +206,11 @@ class GaussianDiffusion:
             warnings.simplefilter("ignore", DeprecationWarning)  # the DPM-Solver's, of how NumPy 2 takes a tensor
             scheduler = kind(**common, **own)
             scheduler.set_timesteps(steps)
+            timesteps = scheduler.timesteps[:steps]  # rounding errors may give one more, at -1
+            if sampler == "dpm-solver++":  # it has tables by timestep
+                scheduler.set_timesteps(timesteps=timesteps.tolist())
+            else:
+                scheduler.timesteps = timesteps
         return scheduler
 
 
