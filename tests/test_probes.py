@@ -138,11 +138,12 @@ def test_outputs_in_containers():
     assert probe.records == [{"step": 1, "grad_output": pytest.approx(math.sqrt(8)), "grad_input": 10.0}]
 
 
-def test_a_scaler_is_divided_out_and_skipped_steps_are_left_out():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_is_divided_out_and_skipped_steps_are_left_out(fused):
     model, x, t = unet_and_inputs()
     expected = record_of(model, x, t)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-100)
-    optimizer = sgd(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=fused)
     with sk.GradProbe(model, scaler=scaler) as probe:
         for _ in range(2):
             optimizer.zero_grad()
@@ -152,6 +153,30 @@ def test_a_scaler_is_divided_out_and_skipped_steps_are_left_out():
     assert scaler.get_scale() == 2.0**27, "the first step was not skipped"
     (record,) = probe.records
     assert record == pytest.approx({key: value if key == "step" else 64 * value for key, value in expected.items()})
+
+
+@dataclass
+class Counting:
+    """A run that counts the batches, also those whose step is skipped."""
+
+    step: int = 0
+
+    def record(self, **values):
+        pass
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps_of_a_run_are_in_no_later_record(fused):
+    model, x = linear([[1.0]]), torch.ones(1, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer, run = torch.optim.SGD(model.parameters(), lr=0.0, fused=fused), Counting()
+    with sk.GradProbe(model, every=2, scaler=scaler, run=run) as probe:
+        for run.step in range(1, 7):
+            optimizer.zero_grad()
+            scaler.scale(model(x).sum() * (math.inf if run.step in (2, 6) else 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert probe.records == [{"step": 4, "grad_output": 1.0}]
 
 
 @pytest.mark.parametrize("around", [nullcontext, lambda: torch.autograd.set_detect_anomaly(True, check_nan=False)])
@@ -238,10 +263,10 @@ def test_a_picture_of_each_kind(tmp_path):
             probe.at(torch.rand(5))
             train(model, x, t)
             optimizer.step()
-    records = [*probe.records, {"step": 9, "loss": 0.1, "grad/x": None}]
+    records = [*probe.records, {"step": 9, "loss": 0.1, "grad/x": None, "grad_norm": 2.0, "gradient_penalty": 1.0}]
     sk.probes.draw_gradients(records, tmp_path / "all.png")
     sk.probes.draw_gradients(records[:1], tmp_path / "one.svg")
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "one.svg").read_text().count("timestep, as a share of all") == 1
     with pytest.raises(ValueError, match="hold no norms of gradients"):
-        sk.probes.draw_gradients([{"step": 1, "loss": 0.5}], tmp_path / "none.png")
+        sk.probes.draw_gradients([{"step": 1, "loss": 0.5, "grad_norm": 2.0}], tmp_path / "none.png")

@@ -82,7 +82,7 @@ def test_compiled_code_is_refused():
     step = torch.compile(lambda: model(x).sum(), backend="eager")
     step()
     before = everything_attached(model)
-    with pytest.raises(RuntimeError, match="no probed module was called with gradients before this step; compiled"):
+    with pytest.raises(RuntimeError, match="before this step, unless by compiled code, which calls no hooks: probe"):
         with sk.GradProbe(model):
             step().backward()
             sgd(model).step()
@@ -93,6 +93,19 @@ def test_compiled_code_is_refused():
         step().backward()
     assert probe.records[0]["grad_output/1"] == pytest.approx(math.sqrt(2))
     torch._dynamo.reset()
+
+
+def test_one_part_of_a_model_may_step_before_the_probed_one():
+    """A discriminator learns from a generator that needs no gradients, in code that is not compiled."""
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), torch.ones(1, 2)
+    with sk.GradProbe(model, "0") as probe:
+        with torch.no_grad():
+            generated = model[0](x)
+        model[1](generated).sum().backward()
+        sgd(model[1]).step()
+        model(x).sum().backward()
+        sgd(model[0]).step()
+    assert len(probe.records) == 1
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def finish(run: Run, config: Config, images: Images, trainer: Trainer) -> None:
         records = read_records(run.folder)
         losses = draw_losses(records, run.folder / "loss.png")
         if config.probe_every:
-            draw_gradients((each for each in records if "loss" not in each), run.folder / "gradients.png")
+            draw_gradients(records, run.folder / "gradients.png")
         last = losses[-max(1, len(losses) // 20) :]
         result = {
             "steps": run.step,

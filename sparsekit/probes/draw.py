@@ -7,6 +7,7 @@ from typing import Any
 
 from .._version import DISTRIBUTION
 
+KINDS = ("grad_output", "grad_input", "grad")
 BY_TIMESTEP = "_by_timestep"
 LEGEND = 12  # layers that a legend names; more are told apart by color alone, from the first to the last
 
@@ -55,7 +56,7 @@ def _panels(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[l
     for record in records:
         for key, value in record.items():
             kind, _, layer = key.partition("/")
-            if not kind.startswith("grad"):
+            if kind.removesuffix(BY_TIMESTEP) not in KINDS:
                 continue
             if kind.endswith(BY_TIMESTEP):
                 binned.setdefault(kind, {}).setdefault(layer, []).append(value)

@@ -15,10 +15,11 @@ from .._trees import tensors_in
 from .values import REDUCTIONS, Reduce, real_values, sample_norms, to_cpu
 
 What = Literal["output", "input"]
-COMPILED = (
-    "compiled code calls no hooks: probe the model before torch.compile, or train it uncompiled meanwhile, within "
+UNCOMPILED = (
+    "probe the model before torch.compile, or train it uncompiled meanwhile, within "
     'torch.compiler.set_stance("force_eager")'
 )
+COMPILED = f"compiled code calls no hooks: {UNCOMPILED}"
 
 
 class GradProbe:
@@ -61,7 +62,8 @@ class GradProbe:
     Raises:
         TypeError: ``model`` is not a module, or ``modules`` neither a string nor a function.
         ValueError: another argument is out of range, or ``modules`` selects nothing.
-        RuntimeError: on entry, the model is compiled or the probe is in use; at the first step, compiled code ran it.
+        RuntimeError: on entry, the model is compiled or the probe is in use; at the first step, no probed module was
+            called, or by compiled code alone.
     """
 
     records: list[dict[str, Any]]
@@ -145,8 +147,8 @@ class GradProbe:
 
     def step(self) -> None:
         """Closes the record of this step; it is called by itself where a torch optimizer steps."""
-        if self._taken:
-            record = {"step": self._now, **self._joined()}
+        if self._taken and (values := self._joined()):
+            record = {"step": self._now, **values}
             if self._reduce == "full":
                 self.records.clear()
             self.records.append(record)
@@ -165,8 +167,12 @@ class GradProbe:
         def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if any(id(each) in own for group in optimizer.param_groups for each in group["params"]):
                 if not self._ever:
-                    raise RuntimeError(f"no probed module was called with gradients before this step; {COMPILED}")
-                if self._called:  # else a second optimizer has closed this step
+                    raise RuntimeError(
+                        "no probed module was called before this step, unless by compiled code, which calls no hooks: "
+                        + UNCOMPILED
+                    )
+                skipped = getattr(optimizer, "found_inf", False)  # a scaler lets a fused optimizer skip the step itself
+                if self._called and not skipped:  # if not called, a second optimizer has closed this step
                     self.step()
 
         self._handles.append(register_optimizer_step_post_hook(stepped))
@@ -193,9 +199,10 @@ class GradProbe:
         """Puts a hook on each tensor in what a module got or gave, if this step is recorded."""
         if torch.compiler.is_compiling():
             raise RuntimeError(COMPILED)
+        self._ever = True
         if not torch.is_grad_enabled():
             return
-        self._called = self._ever = True
+        self._called = True
         if self._now % self._every == 0:
             for tensor in {id(each): each for each in tensors_in(value) if each.requires_grad}.values():
                 self._of_step.append(tensor.register_hook(partial(self._take, key, self._bin_of)))
@@ -215,9 +222,9 @@ class GradProbe:
         """Returns the values of this step's record."""
         taken = self._taken
         if self._scaler is not None:
-            # Within a step the scale only falls, after a pass with infinite gradients, whose step is skipped.
-            scales = to_cpu([each.scale for each in taken if each.scale is not None])
-            taken = [each for each, scale in zip(taken, scales, strict=True) if torch.equal(scale, scales[-1])]
+            # Since the last step, the scale only fell, after passes with infinite gradients, whose step was skipped.
+            scales, now = to_cpu([each.scale for each in taken if each.scale is not None]), self._scaler.get_scale()
+            taken = [each for each, scale in zip(taken, scales, strict=True) if scale.item() <= now]
         parts: dict[str, list[Tensor]] = {}
         binned: dict[str, list[tuple[Tensor, Tensor]]] = {}
         bins = iter(to_cpu([each.bin_of for each in taken if each.bin_of is not None]))
