@@ -81,19 +81,28 @@ def start(code):
     return subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes)
 
 
-WORKER = "import os\nif os.fork() == 0:\n    input()\n    os._exit(0)\n"  # it outlives its parent
-
-
 def test_a_running_folder_is_refused_until_its_process_is_killed(tmp_path):
-    code = f"from sparsekit.runs import Run\nRun.open({str(tmp_path)!r}, {{}})\n{WORKER}print(flush=True)\ninput()"
+    code = f"""
+import os
+from sparsekit.runs import Run
+Run.open({str(tmp_path)!r}, {{}})
+if os.fork() == 0:
+    try:
+        Run.open({str(tmp_path)!r}, {{}})
+    except RuntimeError as error:
+        print(error)
+    print(flush=True)
+    input()
+    os._exit(0)
+input()"""
     with start(code) as process:
-        process.stdout.readline()
         message = f"is being run by process {process.pid} on {socket.gethostname()}: wait for it, or name another"
+        assert message in process.stdout.readline()
         with pytest.raises(RuntimeError, match=message):
             Run.open(tmp_path, {})
         process.kill()
         process.wait()
-        with Run.open(tmp_path, {}):  # though the forked worker still runs
+        with Run.open(tmp_path, {}):  # though the forked process still runs
             pass
 
 
@@ -226,9 +235,48 @@ def test_other_data_are_refused(tmp_path):
 
 
 def test_a_finished_run_is_opened_to_read_its_result(tmp_path):
-    with Run.open(tmp_path, {"a": 1}, steps=3) as run:
-        run.restore()
+    with pytest.raises(KeyError, match="after the end"), Run.open(tmp_path, {"a": 1}, steps=3) as run:
+        run.step = 3
         run.finish({"loss": 0.5})
-    with Run.open(tmp_path, {"a": 1}, steps=3) as run:
+        raise KeyError("after the end")
+    with pytest.raises(KeyError, match="plot"), Run.open(tmp_path, {"a": 1}, steps=3) as run:
         assert run.result == {"loss": 0.5}
-    assert read_status(tmp_path).state == "finished"
+        raise KeyError("plot")
+    assert (read_status(tmp_path).state, read_status(tmp_path).step) == ("finished", 3)
+
+
+def test_a_finished_run_goes_on_only_after_restore(tmp_path):
+    with Run.open(tmp_path, {}) as run:
+        run.restore()
+        for _ in run.batches(4, 2, epochs=1):
+            run.record(loss=0.5)
+        run.save()
+        run.finish()
+        assert not list(run.batches(4, 2, epochs=1))
+        for act in (run.save, run.record, run.finish, lambda: list(run.batches(4, 2, epochs=2))):
+            with pytest.raises(RuntimeError, match=r"is finished: call restore\(\.\.\.\) first to go on with it"):
+                act()
+    assert read_status(tmp_path).state == "finished" and len(records(tmp_path)) == run.step == 2
+    with Run.open(tmp_path, {}) as run:
+        run.restore()
+        assert len(list(run.batches(4, 2, epochs=2))) == 2
+    assert read_status(tmp_path).state == "stopped"
+
+
+def test_a_full_disk_does_not_hide_that_a_run_failed(tmp_path, monkeypatch):
+    def full(run, text):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Run, "log", full)
+    with pytest.raises(KeyError, match="lr"), Run.open(tmp_path, {}):
+        (tmp_path / "status.json").write_text("torn")  # which the first process does not ask
+        raise KeyError("lr")
+    assert read_status(tmp_path).state == "failed"
+
+
+def test_the_rate_is_measured_without_restore_too(tmp_path):
+    with Run.open(tmp_path, {}, steps=4) as run:
+        for _ in run.batches(2, 1, epochs=1):
+            pass
+    status = read_status(tmp_path)
+    assert status.rate > 0 and status.left == pytest.approx(2 / status.rate)

@@ -9,7 +9,8 @@ import torch.multiprocessing
 from running import CONFIG, Part, describe, records
 from torch import nn
 
-from sparsekit.runs import Run, read_status
+from sparsekit.runs import Run, read_status, state
+from sparsekit.runs.state import read_state
 from sparsekit.runs.values import read_values
 
 
@@ -67,6 +68,26 @@ def test_processes_agree_on_the_default_folder(tmp_path, monkeypatch, ranks):
     assert all("it differs in data" in str(error) for error in errors)
     with Run.open(first, CONFIG) as run, pytest.raises(ValueError, match="is of 2 processes, and this run has 1"):
         run.restore(part=Part())
+
+
+def test_a_state_that_one_process_cannot_read_is_refused_by_all(tmp_path, monkeypatch, ranks):
+    def act(rank):
+        with Run.open(tmp_path, CONFIG) as run:
+            run.restore(part=Part())
+            run.save()
+            run.restore(part=Part())
+
+    def read_once(path):
+        if read:
+            raise OSError("stale file handle")
+        read.append(path)
+        return read_state(path)
+
+    read = []
+    monkeypatch.setattr(state, "read_state", read_once)
+    for error in ranks(act):
+        assert isinstance(error, OSError) and str(error) == "stale file handle"
+    assert read == [tmp_path / "state" / "step-0"]
 
 
 @pytest.mark.parametrize(("first", "state"), [(KeyboardInterrupt, "stopped"), (OSError, "failed")])

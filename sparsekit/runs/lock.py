@@ -14,7 +14,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SILENT = 300.0  # seconds without a heartbeat after which a run on another machine counts as killed, without locks
-_held: dict[str, int] = {}  # the descriptors of this process's locks, by path
+_held: dict[tuple[int, str], int] = {}  # descriptors by process and path: a forked process holds no lock of its parent
 
 
 def lock_folder(folder: Path) -> None:
@@ -28,7 +28,7 @@ def lock_folder(folder: Path) -> None:
         OSError: the file of the lock cannot be made.
     """
     path = os.path.join(os.path.realpath(folder), ".lock")
-    if path in _held:
+    if (os.getpid(), path) in _held:
         return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -44,12 +44,12 @@ def lock_folder(folder: Path) -> None:
     except BaseException:
         os.close(descriptor)
         raise
-    _held[path] = descriptor
+    _held[os.getpid(), path] = descriptor
 
 
 def unlock_folder(folder: Path) -> None:
     """Releases the lock of a folder, if this process holds it."""
-    descriptor = _held.pop(os.path.join(os.path.realpath(folder), ".lock"), None)
+    descriptor = _held.pop((os.getpid(), os.path.join(os.path.realpath(folder), ".lock")), None)
     if descriptor is not None:
         os.close(descriptor)
 

@@ -16,9 +16,9 @@ from .lock import lock_folder, unlock_folder
 from .parts import Stateful, check_parts, get_states, set_states
 from .position import Position, epoch_batches, load_batches
 from .random_states import get_random_states
-from .ranks import from_first, gather, rank_and_size
+from .ranks import from_first, gather, in_each, rank_and_size
 from .signals import stopping
-from .state import StoredState, last_readable, read_state, write_state
+from .state import StoredState, last_state, write_state
 from .status import State, StatusWriter, read_status
 from .trackers import RunTracker
 
@@ -47,7 +47,8 @@ class Run:
     torch.distributed call the same methods; the first one writes. The folder holds ``config.json``, ``metrics.jsonl``,
     ``status.json``, ``log.txt``, ``state/step-N/``, ``samples/`` and, after ``finish``, ``result.json``; nothing in it
     is unpickled. An exception in the block sets the state ``"failed"``, is written to the log and raised again; Ctrl-C,
-    SIGTERM and a block that ends without ``finish`` set ``"stopped"``.
+    SIGTERM and a block that ends without ``finish`` set ``"stopped"``. What is finished stays finished, whatever ends
+    the block: it can be read and logged to, and goes on only after ``restore``.
     """
 
     def __init__(self, folder: Path, steps: int | None, tracker: Tracker | None) -> None:
@@ -129,14 +130,10 @@ class Run:
                 processes, or does not fit a part; then all parts are unchanged.
             RuntimeError: the run was finished, and another process goes on with it.
         """
-        check_parts(parts)
-        path = from_first(self._last_state)
-        state = None if path is None else read_state(path)
+        in_each(lambda: check_parts(parts))
+        from_first(lambda: lock_folder(self.folder))
+        path, state = last_state(self.folder / "state", parts, self.log)
         if state is not None:
-            if state.parts.keys() != parts.keys():
-                raise ValueError(f"{path} holds {', '.join(state.parts)}, and this run has {', '.join(parts)}")
-            if len(state.random) != self._size:
-                raise ValueError(f"{path} is of {len(state.random)} processes, and this run has {self._size}")
             try:
                 set_states(parts, state.parts, state.random[self._rank])
             except ValueError as error:
@@ -156,9 +153,11 @@ class Run:
         It comes last in a step: a run that goes on from it has the records before it, and makes those of later steps.
 
         Raises:
-            RuntimeError: ``restore`` was not called, so that it is not known what the state consists of.
+            RuntimeError: ``restore`` was not called, so that it is not known what the state consists of; or the run is
+                finished.
             OSError: it cannot be written.
         """
+        self._check_unfinished()
         if self._parts is None:
             raise RuntimeError("call restore(model=..., ...) before save(): it names what the state consists of")
         random = gather(get_random_states())
@@ -182,7 +181,9 @@ class Run:
         Raises:
             ValueError: a value is called ``step``, which is ``run.step``.
             TypeError: a value is not as JSON has them.
+            RuntimeError: the run is finished.
         """
+        self._check_unfinished()
         if "step" in values:
             raise ValueError(f"the step of a record is run.step, {self.step}: give {values['step']!r} another name")
         if self._rank == 0:
@@ -222,12 +223,14 @@ class Run:
         Raises:
             ValueError: the sizes do not fit together; ``load`` gives more or fewer batches than it got lists; or the
                 run was begun with another ``count``, ``batch_size`` or ``seed``.
+            RuntimeError: there is a step to make, and the run is finished.
         """
         self.position = self.position.of_data(count=count, batch_size=batch_size, seed=seed)
         while self.position.epoch < epochs:
             epoch = self.position.epoch
             order = epoch_batches(count, batch_size, seed=seed, epoch=epoch, rank=self._rank, ranks=self._size)
             for batch in load_batches(load, order[self.position.batch :], seed, epoch):
+                self._check_unfinished()
                 if self.position.epoch != epoch:
                     raise ValueError(f"load must give a batch for each list of indices, got more than {len(order)}")
                 self.position = self.position.after_batch(len(order))
@@ -239,7 +242,13 @@ class Run:
                 raise ValueError(f"load must give a batch for each list of indices, got fewer than {len(order)}")
 
     def finish(self, result: Mapping[str, Any] | None = None) -> None:
-        """Writes ``result.json``, whole or not at all, and sets the state ``"finished"``."""
+        """Writes ``result.json``, whole or not at all, and sets the state ``"finished"``.
+
+        Raises:
+            TypeError: the result is not as JSON has it.
+            RuntimeError: the run is finished already.
+        """
+        self._check_unfinished()
         if self._rank == 0:
             write_json(self.folder / "result.json", dict(result or {}))
         self._write_status("finished")
@@ -253,19 +262,22 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._exit:
-            if isinstance(error, Exception):
-                with suppress(OSError, ValueError):  # the error itself is raised, not that the disk is full
-                    self.log("".join(traceback.format_exception(kind, error, trace)))
-                    known = read_status(self.folder)
-                    # Any process says that the run failed, unless the first one has ended, which others fail of.
-                    if self._rank == 0 or known is None or known.state == "running":
-                        self._status.write("failed", self.step)
-            elif not self._finished:
+            if self._finished:
+                return
+            if not isinstance(error, Exception):
                 self._write_status("stopped")
+                return
+            # The error itself is raised, not that the disk is full.
+            with suppress(OSError, ValueError):
+                self.log("".join(traceback.format_exception(kind, error, trace)))
+            with suppress(OSError, ValueError):
+                # Any process says that the run failed, unless the first one has ended, which others fail of.
+                if self._rank == 0 or (known := read_status(self.folder)) is None or known.state == "running":
+                    self._status.write("failed", self.step)
 
-    def _last_state(self) -> Path | None:
-        lock_folder(self.folder)
-        return last_readable(self.folder / "state", self.log)
+    def _check_unfinished(self) -> None:
+        if self._finished:
+            raise RuntimeError(f"the run in {self.folder} is finished: call restore(...) first to go on with it")
 
     def _write_status(self, state: State) -> None:
         if self._rank == 0:

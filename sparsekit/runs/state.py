@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from .._folders import new_folder
 from .._json import read_record, write_record
 from .position import Position
+from .ranks import from_first, in_each, rank_and_size
 from .values import read_values, write_values
 
 KEPT = 2
@@ -83,18 +84,46 @@ def read_state(path: Path) -> StoredState:
     return StoredState(step, position, metrics, values, random)
 
 
-def last_readable(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """Returns the last state in a folder that can be read; None if there is none at all.
+def last_state(
+    folder: Path, parts: Collection[str], log: Callable[[str], None]
+) -> tuple[Path, StoredState] | tuple[None, None]:
+    """Returns the last state in a folder that can be read, after its path; None for both if there is none at all.
 
-    Later ones that cannot be read are renamed to ``unreadable-step-N``, as they would count as the last ones again.
+    All processes call it, and it raises in all of them or in none. The first one chooses the state: later ones that it
+    cannot read are renamed to ``unreadable-step-N``, as they would count as the last ones again.
 
     Raises:
-        ValueError: there are states, and none can be read.
+        ValueError: there are states, and none can be read; or the last one is of other parts or another number of
+            processes.
+        OSError: a file is there and cannot be read now.
     """
+    state: StoredState | None = None
+
+    def choose() -> Path | None:
+        nonlocal state
+        path, state = _last_readable(folder, log)
+        return path
+
+    def read() -> None:
+        nonlocal state
+        if path is None:
+            return
+        state = state or read_state(path)  # the first process has read it already
+        if state.parts.keys() != set(parts):
+            raise ValueError(f"{path} holds {', '.join(state.parts)}, and this run has {', '.join(parts)}")
+        if len(state.random) != (size := rank_and_size()[1]):
+            raise ValueError(f"{path} is of {len(state.random)} processes, and this run has {size}")
+
+    path = from_first(choose)
+    in_each(read)
+    return (None, None) if path is None or state is None else (path, state)
+
+
+def _last_readable(folder: Path, log: Callable[[str], None]) -> tuple[Path, StoredState] | tuple[None, None]:
     unreadable: dict[Path, ValueError] = {}
     for path in stored_states(folder):
         try:
-            read_state(path)
+            state = read_state(path)
         except ValueError as error:
             unreadable[path] = error
             continue
@@ -103,7 +132,7 @@ def last_readable(folder: Path, log: Callable[[str], None]) -> Path | None:
             shutil.rmtree(aside, ignore_errors=True)
             other.rename(aside)
             log(f"{other.name} cannot be read, and is {aside.name} now: {reason}")
-        return path
+        return path, state
     for reason in unreadable.values():
         raise ValueError(f"cannot go on with {folder.parent}: no stored state can be read: {reason}")
-    return None
+    return None, None

@@ -88,10 +88,10 @@ class StatusWriter:
     def __init__(self, folder: Path, steps: int | None) -> None:
         self._folder, self._steps = folder, steps
         self._written = 0.0
-        self._since: tuple[float, int] | None = None
+        self._since = time.monotonic(), 0
 
     def begin(self, step: int) -> None:
-        """Measures the rate from now on."""
+        """Measures the rate from now on, and writes that the run is running."""
         self._since = time.monotonic(), step
         self.write("running", step)
 
@@ -103,7 +103,8 @@ class StatusWriter:
     def write(self, state: State, step: int) -> None:
         """Writes ``status.json``, whole or not at all."""
         now = self._written = time.monotonic()
-        rate = (step - self._since[1]) / (now - self._since[0]) if self._since and step > self._since[1] else None
+        took, made = now - self._since[0], step - self._since[1]
+        rate = made / took if made > 0 and took > 0 else None
         others = None if self._steps is None else max(0, self._steps - step)
         left = 0.0 if others == 0 else others / rate if others and rate else None
         process = os.getpid()
