@@ -82,7 +82,7 @@ def test_scores_are_the_same_again_and_leave_the_random_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_features_do_not_depend_on_batches_or_modes():
+def test_features_do_not_depend_on_batches_modes_or_surroundings():
     extractor = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)).train()
     images = torch.randn(10, 1, 8, 8)
     whole, parts = image_features([images], extractor), image_features(images.split(3), extractor, name="mine")
@@ -90,6 +90,8 @@ def test_features_do_not_depend_on_batches_or_modes():
     torch.testing.assert_close(whole.values, parts.values, atol=1e-6, rtol=0)
     assert (whole.extractor, parts.extractor) == ("Sequential", "mine") and whole.digest == parts.digest
     assert extractor[1].training and extractor[1].num_batches_tracked == 0
+    with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(image_features([images], extractor).values, whole.values)
     with torch.no_grad():
         extractor[0].bias += 1
     assert image_features([images], extractor).digest != whole.digest

@@ -83,6 +83,16 @@ def test_every_level_equals_reference(simd, dtype, pattern, shape):
     assert_same_bits(stepped, reference)
 
 
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_the_ends_of_the_ranges(simd, seed):
+    logits, last = torch.randn(5, 20, dtype=torch.bfloat16), 2**63 - 2
+    bits, reference = sk.nm_sample(logits, 2, 4, seed=seed, offset=last), logits.clone()
+    assert torch.equal(bits, nm_sample_reference(logits, 2, 4, seed, last))
+    after = nm_policy_step_inplace_reference(reference, bits, torch.tensor(0.5), 0.3, 2, 4, seed, last)
+    assert torch.equal(sk.nm_policy_step_(logits, bits, 0.5, 0.3, 2, 4, seed=seed, offset=last), after)
+    assert_same_bits(logits, reference)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_strides(simd, layout):
     base = torch.randn(24, 40)
@@ -261,6 +271,9 @@ def test_opcheck():
         ({"logits": torch.zeros(())}, ValueError, "logits must have at least one dimension"),
         ({"n": 5}, ValueError, "0 < n <= m <= 32, got 5:4"),
         ({"seed": 2**63}, ValueError, "seed must be an integer of 64 bits"),
+        ({"seed": -(2**63) - 1}, ValueError, "seed must be an integer of 64 bits"),
+        ({"offset": 2**63 - 1}, ValueError, r"offset must be from 0 to 2\^63 - 2, got 9223372036854775807"),
+        ({"offset": -1}, ValueError, "offset must be from 0 to"),
         ({"offset": 0.5}, TypeError, "offset must be an int, got 0.5"),
         ({"bits": torch.zeros(2, dtype=torch.uint8)}, ValueError, r"bits must have shape \(1,\), got \(2,\)"),
         ({"bits": torch.zeros(1)}, TypeError, "bits must be torch.uint8"),

@@ -82,16 +82,22 @@ def image_features(images: Iterable[Tensor], extractor: nn.Module, *, name: str 
 
     Args:
         images: batches as the extractor takes them; they are moved to its device.
-        extractor: a module that returns ``[batch, features]``; it is run in evaluation mode without gradients, and then
-            has its modes back. More dimensions are flattened.
+        extractor: a module that returns ``[batch, features]``; it is run in evaluation mode without gradients or the
+            caller's autocast, and then has its modes back. More dimensions are flattened.
         name: a name for the scores; None takes that of the class.
 
     Raises:
         ValueError: there are no images, or features are not finite.
     """
     where = next(iter(extractor.parameters()), torch.empty(0, device="cpu")).device
+
+    def features(batch: Tensor) -> Tensor:
+        with torch.autocast(where.type, enabled=False):  # of the caller, which the digest does not know
+            found: Tensor = extractor(batch.to(where))
+        return found.flatten(1).to("cpu", torch.float64)
+
     with evaluating(extractor):
-        parts = [extractor(batch.to(where)).flatten(1).to("cpu", torch.float64) for batch in images]
+        parts = [features(batch) for batch in images]
     if not sum(map(len, parts)):
         raise ValueError("there are no images to compute features of")
     values = torch.cat(parts)

@@ -137,15 +137,15 @@ def nm_sample(logits: Tensor, n: int, m: int, *, seed: int, offset: int = 0) -> 
         logits: ``[..., cols]``, float32 or bfloat16, any strides; -Inf or NaN is drawn only where nothing else is left.
         n: entries drawn from each group.
         m: group size; ``0 < n <= m <= 32``.
-        seed: chooses the random numbers; an integer of 64 bits.
-        offset: the number of the draw; an integer of 64 bits, of which the draws of one seed take one after the other.
+        seed: chooses the random numbers; any integer of 64 bits, from -2^63 to 2^63 - 1.
+        offset: the number of the draw, from 0 to 2^63 - 2; the draws of one seed take one after the other.
 
     Returns:
         The mask as bits, as ``nm_mask_bits`` returns it: uint8 ``[..., ceil(cols / 8)]``.
 
     Raises:
         TypeError: ``logits`` is not one of the dtypes above, or a number is not an integer.
-        ValueError: ``logits`` is a scalar, or not ``0 < n <= m <= 32``, or an integer has more than 64 bits.
+        ValueError: ``logits`` is a scalar, or not ``0 < n <= m <= 32``, or ``seed`` or ``offset`` is out of range.
     """
     _check(logits, n, m, seed, offset)
     return _nm_sample(logits, n, m, seed, offset)
@@ -206,6 +206,7 @@ def _check(logits: Tensor, n: int, m: int, seed: int, offset: int) -> None:
         raise TypeError("logits must be float32 or bfloat16, got torch.float16")
     check_pattern(n, m)
     check_ints(seed=seed, offset=offset)
-    for name, value in (("seed", seed), ("offset", offset)):
-        if not -(2**63) <= value < 2**63 - 1:
-            raise ValueError(f"{name} must be an integer of 64 bits, from -2^63 to 2^63 - 2, got {value}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an integer of 64 bits, from -2^63 to 2^63 - 1, got {seed}")
+    if not 0 <= offset < 2**63 - 1:  # the next one has 64 bits too, and the rounding has the negative ones
+        raise ValueError(f"offset must be from 0 to 2^63 - 2, got {offset}")
