@@ -115,6 +115,7 @@ def test_initial_masks():
         ({"pattern": "4:4"}, "n < m"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"flips": 3, "multiplier": 3.0}, "pass one of the two"),
+        ({"flips": 27}, r"flips must be less than 26\.6667, what equal logits give in 32 groups, got 27"),
         ({"init": sk.Wanda("1:4")}, "must choose masks of 2:4"),
         ({"init": {"": torch.arange(128).view(4, 32) > 3}}, "exactly 2 of every 4"),
         ({"init": {"": torch.ones(4, 30, dtype=torch.bool)}}, r"bool \(4, 32\)"),

@@ -39,6 +39,10 @@ def test_the_multiplier_gives_the_number_of_flips():
     assert flip_probability(10, 2, 4) == pytest.approx(1.36e-4, rel=2e-3)  # measured, of the published code
     assert lr_for(10, 2, 4) == 5 and lr_for(3, 2, 4) == pytest.approx(3 * 0.01 / 0.134, rel=2e-2)
     assert flip_probability(0, 2, 4) == pytest.approx(5 / 6) and flip_probability(0, 1, 4) == pytest.approx(3 / 4)
+    assert flip_probability(multiplier_for(None, 1, 2, 4), 2, 4) == pytest.approx(5 / 12)
+    assert flip_probability(multiplier_for(None, 100, 2, 4), 2, 4) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match=r"flips must be less than 83\.3333, what equal logits give in 100 groups"):
+        multiplier_for(84, 100, 2, 4)
     multiplier = multiplier_for(500, 20_000, 4, 8)
     layer = nn.Linear(400, 400)
     arena = MaskArena([PrunableLayer("", layer, 1)], Pattern.parse("4:8"), torch.float32, torch.device("cpu"))

@@ -116,6 +116,17 @@ def test_rejects_before_anything_changes(change, error, said):
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_rejects_scores_of_too_few_or_too_many_experts(count):
+    experts = Stacked()
+    scores = {name: torch.ones(4, *each.shape[1:]) for name, each in experts.named_parameters()}
+    scores["down_proj"] = scores["down_proj"][[0] * count]
+    before = state_of(experts)
+    with pytest.raises(ValueError, match=rf"'down_proj' must have the shape of its weight, \(4, .*, got \({count}, "):
+        sk.prune_(experts, sk.Scores("2:4", scores))
+    assert state_of(experts) == before
+
+
 def test_rejects_what_are_no_scores():
     with pytest.raises(TypeError, match="scores must be a mapping from layer names to tensors, got list"):
         sk.Scores("2:4", [torch.ones(2)])

@@ -44,8 +44,18 @@ def flip_probability(multiplier: float, n: int, m: int) -> float:
     return -math.expm1(-sum(math.log1p(rest / left) for left in range(1, n + 1)))
 
 
-def multiplier_for(flips: float, groups: int, n: int, m: int) -> float:
-    """Returns the logit of kept entries with which about ``flips`` of the groups draw another mask; within 0 and 28."""
+def multiplier_for(flips: float | None, groups: int, n: int, m: int) -> float:
+    """Returns the logit of kept entries with which about ``flips`` of the groups draw another mask; up to 28.
+
+    None is the square root of the number of groups, or half of what equal logits give if that is less.
+
+    Raises:
+        ValueError: as many groups do not draw another mask even if all logits are equal.
+    """
+    limit = groups * flip_probability(0, n, m)
+    flips = min(math.sqrt(groups), limit / 2) if flips is None else flips
+    if flips >= limit:
+        raise ValueError(f"flips must be less than {limit:.6g}, what equal logits give in {groups} groups, got {flips}")
     low, high = 0.0, LARGEST_MULTIPLIER
     for _ in range(60):
         middle = (low + high) / 2

@@ -70,8 +70,9 @@ class MaskPro:
         lr: how far a step moves the logits at an advantage of 1. None follows from the multiplier: draws move a logit
             by the multiplier in about 100 steps, but by half of it at most in one.
         multiplier: the logit that kept entries begin with; the larger, the fewer groups are drawn differently.
-        flips: how many groups a draw of the first mask should change, from which ``multiplier`` follows; None is the
-            square root of the number of groups.
+        flips: how many groups a draw of the first mask should change, from which ``multiplier`` follows; below what
+            equal logits give, for 2:4 5/6 of the groups. None is the square root of their number, or half of that limit
+            if it is less.
         microbatches: batches of this process for one step.
         seed: chooses masks and noise.
         dtype: of the logits; None is bfloat16, rounded at random, for 16-bit weights, else float32.
@@ -126,9 +127,13 @@ class MaskPro:
             dtype = dtype or (torch.float32 if weight.dtype == torch.float32 else torch.bfloat16)
             self._arena = arena = MaskArena(layers, parsed, dtype, weight.device)
             self._initial = self._best = arena.pack(masks)
-            if multiplier is None and not parity:
-                multiplier = multiplier_for(flips or math.sqrt(arena.groups), arena.groups, arena.n, arena.m)
-            self._multiplier = multiplier or PUBLISHED_MULTIPLIER
+
+            def chosen() -> float:
+                if multiplier is None and not parity:
+                    return multiplier_for(flips, arena.groups, arena.n, arena.m)
+                return multiplier or PUBLISHED_MULTIPLIER
+
+            self._multiplier = ranks.all_or_none(chosen)
             self._lr = lr or (PUBLISHED_LR if parity else lr_for(self._multiplier, arena.n, arena.m))
             self._advantage = Advantage(normalize=not parity)
             ranks.agree({**self._call(), "microbatches": microbatches}, layers)

@@ -62,13 +62,14 @@ class Scores(Method):
             scores = self.scores.get(name, self.scores.get(layer.weight_name))
         if scores is None:
             raise ValueError(f"there are no scores for layer {name!r}: give some, or leave it out by where=...")
-        if layer.expert is not None:
-            scores = scores[layer.expert]
-        if scores.shape != layer.weight.shape:
+        weight = layer.module.get_parameter(layer.parameter)
+        if scores.shape != weight.shape:
             raise ValueError(
-                f"the scores of layer {name!r} must have the shape of its weight, {tuple(layer.weight.shape)}, "
+                f"the scores of layer {name!r} must have the shape of its weight, {tuple(weight.shape)}, "
                 f"got {tuple(scores.shape)}"
             )
+        if layer.expert is not None:
+            scores = scores[layer.expert]
         return Scores(self.pattern, grouped(scores.detach(), layer.axis))
 
     def prune(self, weight: Tensor, statistic: None) -> tuple[Tensor, Tensor]:
