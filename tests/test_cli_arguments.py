@@ -72,6 +72,17 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("rich", "PIL") else object())
     line = "sparsekit: the command line needs rich, pillow: pip install 'sparsekit-kernels[cli]'"
     assert refusal(["inspect", "x"], capsys) == (1, line)
+    line = "sparsekit: the command line needs rich: pip install 'sparsekit-kernels[systems]'"
+    assert refusal(["monitor", "x"], capsys) == (1, line)
+
+
+@pytest.mark.slow
+def test_runs_are_watched_without_transformers(tmp_path):
+    code = (
+        "import sys; sys.modules.update(transformers=None, PIL=None); from sparsekit.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "monitor", tmp_path, "--json"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.slow

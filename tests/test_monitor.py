@@ -14,7 +14,7 @@ from running import CONFIG
 from sparsekit.cli.watch import Watch, WatchedRun, averaged, sparkline
 from sparsekit.runs import Run, Status, read_status
 
-for package in ("tyro", "rich", "PIL", "transformers", "textual", "pynvml"):
+for package in ("tyro", "rich", "textual", "pynvml"):
     pytest.importorskip(package)
 
 
@@ -36,8 +36,8 @@ def runs(tmp_path):
     write_run(tmp_path / "sweep" / "a", state="finished")
     write_run(tmp_path / "sweep" / "b", state="running", rate=2.0, left=3.0)
     write_run(tmp_path / "c", state="running", process_started=1)
-    write_run(tmp_path / "d", state="running", host="node7")
-    write_run(tmp_path / "e", state="running", host="node7", heartbeat=time.time() - 100)
+    write_run(tmp_path / "d", state="running", host="node7", heartbeat=time.time() - 900)  # it evaluates
+    write_run(tmp_path / "e", state="running", host="node7", heartbeat=time.time() - 4000)
     write_run(tmp_path / "f", state="failed")
     (tmp_path / "f" / "samples" / "status.json").touch()  # a run holds no other
     write_run(tmp_path / "g")
@@ -68,31 +68,57 @@ def test_only_what_is_new_is_read(tmp_path):
     watch = Watch(tmp_path)
     (run,) = watch.read()
     curve = [(step, 1 / step) for step in (1, 2, 3, 4)]
-    assert run.curve == curve
+    assert run.curve.points == curve
     path = tmp_path / "metrics.jsonl"
     with open(path, "a") as file:
-        file.write('{"step": 5, "loss": null}\nnot JSON\n[]\n{"loss": 1}\n{"step": 6, "loss": 0.5}\n{"step": 7, "lo')
-    assert watch.read() == [run] and run.curve == [*curve, (6, 0.5)]
+        file.write('{"step": 5, "loss": null}\n{"step": 5, "loss": 1' + 400 * "0" + "}\\n")
+        file.write('not JSON\n[]\n{"loss": 1}\n{"step": 6, "loss": 0.5}\n{"step": 7, "lo')
+    assert watch.read() == [run] and run.curve.points == [*curve, (6, 0.5)]
     with open(path, "a") as file:
         file.write('ss": 2}\n')
     watch.read()
-    assert run.curve == [*curve, (6, 0.5), (7, 2)]
+    assert run.curve.points == [*curve, (6, 0.5), (7, 2)]
     path.write_text('{"step": 1, "loss": 9.0}\n')
     watch.read()
-    assert run.curve == [(1, 9.0)]
+    assert run.curve.points == [(1, 9.0)]
     path.unlink()
     watch.read()
-    assert run.curve == []
+    assert run.curve.points == []
 
 
-def test_a_long_curve_is_thinned(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, "val": {step}}}\n' for step in range(5000)))
+def test_a_long_curve_is_thinned_evenly(tmp_path):
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        file.writelines(f'{{"step": {step}, "val": {step}}}\n' for step in range(1, 100_001))
     run = WatchedRun(tmp_path, "x")
     run.read()
-    assert run.loss == "val" and 2048 <= len(run.curve) <= 4096 and run.curve[-1] == (4999, 4999)
-    assert averaged(run.curve, 5) == pytest.approx([500, 1500, 2500, 3500, 4500], abs=30)
-    assert sparkline([0, 1, 2, 3]) == "▁▃▆█" and sparkline([2.0]) == "▁" and sparkline([]) == ""
+    assert run.loss == "val" and run.curve.last == 100_000
+    assert run.curve.points == [(step, step) for step in range(1, 100_001, 32)]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 50001, "val": 0}\n{"step": 50002, "val": -1}\n')
+    run.read()
+    assert run.curve.last == -1
+    assert run.curve.points == [(step, step) for step in range(1, 50_000, 32)] + [(50_001, 0)]
+
+
+def test_means_and_bars_of_a_curve():
+    assert averaged([(step, step) for step in range(5000)], 5) == [499.5, 1499.5, 2499.5, 3499.5, 4499.5]
     assert averaged([(3, 1.0)], 4) == [1.0] and averaged([], 4) == []
+    assert sparkline([0, 1, 2, 3]) == "▁▃▆█" and sparkline([2.0]) == "▁" and sparkline([]) == ""
+
+
+def test_the_loss_is_shown_though_a_probe_has_recorded_first(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run = WatchedRun(tmp_path, "x")
+    seen = []
+    for text in ('{"step": 1, "norm": 3.0}', '{"step": 1, "eval_loss": 2.0}', '{"step": 2, "lr": 1, "loss": 0.5}'):
+        with open(path, "a") as file:
+            file.write(text + "\n")
+        run.read()
+        seen.append((run.loss, run.curve.points))
+    assert seen == [("norm", [(1, 3.0)]), ("eval_loss", [(1, 2.0)]), ("loss", [(2, 0.5)])]
+    path.write_text('{"step": 1, "norm": 4.0}\n')
+    run.read()
+    assert (run.loss, run.curve.points) == ("norm", [(1, 4.0)])
 
 
 def test_the_table(runs, capsys, monkeypatch):
@@ -112,7 +138,11 @@ def test_no_run_and_no_folder(tmp_path, capsys, monkeypatch):
     assert call(["monitor", tmp_path], capsys)[1].splitlines()[-1] == f"no run below {tmp_path}"
     assert refusal(["monitor", tmp_path / "x"], capsys) == (2, f"sparsekit: there is no folder {tmp_path / 'x'}")
     monkeypatch.setattr("sparsekit.cli.errors.find_spec", lambda name: None)
-    line = "sparsekit: the monitor needs textual, nvidia-ml-py: pip install 'sparsekit-kernels[systems]'"
+    line = "sparsekit: the table needs nvidia-ml-py: pip install 'sparsekit-kernels[systems]'"
+    assert refusal(["monitor", tmp_path], capsys) == (1, line)
+    assert call(["monitor", tmp_path, "--json"], capsys)[:2] == (0, "[]\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    line = "sparsekit: the panel needs textual, nvidia-ml-py: pip install 'sparsekit-kernels[systems]'"
     assert refusal(["monitor", tmp_path], capsys) == (1, line)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,19 @@ def test_without_locks_the_status_decides(tmp_path, monkeypatch, changes, refuse
     else:
         with Run.open(tmp_path, {}):
             pass
+
+
+def test_a_process_whose_start_is_unknown(tmp_path, monkeypatch):
+    with Run.open(tmp_path, {}), start("input()") as process:
+        known = replace(read_status(tmp_path), process=process.pid, process_started=None)
+        assert known.is_alive()
+        with pytest.raises(RuntimeError, match=f"process {process.pid} may be another one by now"):
+            known.stop()
+        process.kill()
+        process.wait()
+        assert not known.is_alive()
+    monkeypatch.setattr("sparsekit.runs.status.os", SimpleNamespace(name="nt", getpid=os.getpid))
+    assert known.is_alive() and not replace(known, heartbeat=known.heartbeat - 4000).is_alive()
 
 
 def test_a_crash_is_told(tmp_path):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_page(tmp_path):
-    for package in ("tyro", "rich", "PIL", "transformers", "matplotlib", "pynvml", "textual"):
+    for package in ("tyro", "rich", "matplotlib", "pynvml"):
         pytest.importorskip(package)
     text = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
     for language, name in (("python", "train.py"), ("toml", "lr.toml")):

@@ -18,13 +18,28 @@ from sparsekit.cli.results import collect, draw
 from sparsekit.cli.variants import read_variants
 from sparsekit.runs import Run, read_status
 
-for package in ("tyro", "rich", "PIL", "transformers", "matplotlib", "pynvml"):
+for package in ("tyro", "rich", "matplotlib", "pynvml"):
     pytest.importorskip(package)
 
 PROGRAM = """
 import json, os, subprocess, sys, time
 from pathlib import Path
 
+CHILD = '''
+import os, signal, sys, time
+from pathlib import Path
+
+def stop(number, frame):
+    time.sleep(0.3)  # while its parent has ended at once, as a shell does
+    (folder / "stopped").touch()
+    sys.exit()
+
+folder = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, stop)
+(folder / "child.tmp").write_text(str(os.getpid()))
+(folder / "child.tmp").rename(folder / "child")
+signal.pause()
+'''
 folder, act = Path(sys.argv[1]), sys.argv[2]
 folder.mkdir(exist_ok=True)
 with open(folder / "begun", "a") as file:
@@ -36,9 +51,7 @@ if act == "meet":  # the variants wait for each other
     while len(list(folder.parent.glob("*/begun"))) < 2:
         time.sleep(0.01)
 if act == "wait":
-    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
-    (folder / "child.tmp").write_text(str(child.pid))
-    (folder / "child.tmp").rename(folder / "child")
+    subprocess.Popen([sys.executable, "-c", CHILD, folder])
     time.sleep(60)
 (folder / "result.json").write_text(json.dumps({"loss": len(act), "test": {"name": "a|b", "accuracy": 0.25}}))
 """
@@ -105,6 +118,7 @@ def test_an_interrupt_stops_all_children(sweep, tmp_path):
     code, _, said = sweep("--jobs", 2, a="end", b="wait", c="wait", d="end")
     assert code == 130 and said[-1] == "sparsekit: interrupted" and signal.getsignal(signal.SIGINT) is before
     for child in children:
+        assert child.with_name("stopped").exists()
         end = time.monotonic() + 10
         while Path(f"/proc/{child.read_text()}/cmdline").exists() and is_running(child.read_text()):
             assert time.monotonic() < end
@@ -191,8 +205,19 @@ def test_wrong_options(sweep, tmp_path, monkeypatch, options, message):
     assert code == 2 and message in said[0]
 
 
-def test_results_without_numbers_are_drawn_too():
-    assert draw([{"variant": "a", "state": "no run"}]).startswith(b"\x89PNG")
+@pytest.mark.parametrize("values", [{}, {"$a_{": 0.5}, {"long": 10**400}])
+def test_results_of_any_kind_are_drawn(values):
+    assert draw([{"variant": "a", "state": "no run", **values}]).startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_in_the_tables(sweep, tmp_path, monkeypatch):
+    def fail(rows):
+        raise ValueError("too large to draw")
+
+    monkeypatch.setattr("sparsekit.cli.results.draw", fail)
+    code, table, said = sweep(a="end")
+    assert (code, said[-1]) == (1, "sparsekit: too large to draw") and "finished" in table
+    assert (tmp_path / "out/results.csv").exists() and (tmp_path / "out/results.md").exists()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from .._version import DISTRIBUTION, VERSION
 
 PACKAGES = {"tyro": "tyro", "rich": "rich", "transformers": "transformers", "PIL": "pillow"}  # the extra ``cli``
+OF_RUNS = ("monitor", "sweep")  # commands that need the first two only, which the extra ``systems`` has too
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,9 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         sys.stdout.write(f"sparsekit {VERSION}\n")
         return 0
-    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
-    if missing:
-        sys.stderr.write(f"sparsekit: the command line needs {', '.join(missing)}: pip install '{DISTRIBUTION}[cli]'\n")
+    extra, needed = "cli", list(PACKAGES)
+    if arguments and arguments[0] in OF_RUNS:
+        extra, needed = "systems", needed[:2]
+    if missing := [PACKAGES[module] for module in needed if find_spec(module) is None]:
+        said = f"the command line needs {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'"
+        sys.stderr.write(f"sparsekit: {said}\n")
         return 1
     try:
         from .app import run

@@ -37,14 +37,15 @@ class Monitor:
     debug: bool = False
 
     def run(self) -> int:
-        check_installed("the monitor", textual="textual", pynvml="nvidia-ml-py")
         if not self.folder.is_dir():
             raise UsageError(f"there is no folder {self.folder}")
         if self.json:
             terminal.print_json(to_json(Watch(self.folder).read()))
         elif self.once or not sys.stdout.isatty():
+            check_installed("the table", pynvml="nvidia-ml-py")
             show(self.folder)
         else:
+            check_installed("the panel", textual="textual", pynvml="nvidia-ml-py")
             from .panel import Panel
 
             Panel(self.folder).run()
@@ -78,8 +79,8 @@ def cells(run: WatchedRun) -> dict[str, str]:
         run.name,
         run.state,
         steps,
-        f"{run.curve[-1][1]:.4g}" if run.curve else "",
-        sparkline(averaged(run.curve, CURVE)),
+        "" if run.curve.last is None else f"{run.curve.last:.4g}",
+        sparkline(averaged(run.curve.points, CURVE)),
         "" if rate is None else f"{rate:.3g}/s",
         "" if left is None else f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60 // 1:02.0f}",
         ", ".join(said),
@@ -94,7 +95,7 @@ def to_json(runs: list[WatchedRun]) -> list[dict[str, object]]:
             "run": run.name,
             "state": run.state,
             "status": None if run.status is None else asdict(run.status),
-            "loss": run.curve[-1][1] if run.curve else None,
+            "loss": run.curve.last,
             "result": run.result,
         }
         for run in runs

@@ -110,7 +110,7 @@ class Panel(App[None]):
         run = self.chosen()
         about = f"no run below {self._folder}" if run is None else f"{run.name}: {run.loss or 'no records yet'}"
         self.query_one("#about", Static).update(printable(about))
-        self.query_one("#curve", Sparkline).data = averaged(run.curve, POINTS) if run else []
+        self.query_one("#curve", Sparkline).data = averaged(run.curve.points, POINTS) if run else []
         said = (run.name, run.log()) if run else ("", "")
         if said != self._said:
             self._said = said

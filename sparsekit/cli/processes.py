@@ -71,18 +71,51 @@ def start(command: Sequence[str], log: Path, gpu: str | None) -> subprocess.Pope
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> None:
-    """Asks processes to stop, and kills those that do not, with all that they have started."""
+    """Asks processes to stop, and kills those that do not, with all that they have started.
+
+    Only what a process leaves running when it ends, as a shell does, is asked after it: torchrun and the like pass the
+    signal on themselves.
+    """
     for process in processes:
         process.terminate()
     end, known = time.monotonic() + PATIENCE, len(signals)
-    while any(process.poll() is None for process in processes):
-        if time.monotonic() > end or len(signals) > known:
-            break
+    first, rest = list(processes), set[int]()
+    while (first or rest) and time.monotonic() < end and len(signals) == known:
+        for process in [each for each in first if each.poll() is not None]:
+            first.remove(process)
+            rest.add(process.pid)
+            signal_group(process.pid, signal.SIGTERM)
+        rest = {group for group in rest if group_runs(group)}
         time.sleep(POLL)
     for process in processes:
-        with suppress(ProcessLookupError):  # of its group, nothing is left
-            os.killpg(process.pid, signal.SIGKILL)
+        signal_group(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def signal_group(group: int, number: int) -> None:
+    """Sends a signal to all processes of a group, if any is left."""
+    with suppress(ProcessLookupError, PermissionError):  # which macOS raises where all have ended
+        os.killpg(group, number)
+
+
+def group_runs(group: int) -> bool:
+    """Returns whether a process of a group runs; on Linux, one that nobody asks for its exit status has ended."""
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    known = list(Path("/proc").glob("[0-9]*/stat"))
+    return not known or any(is_of_group(path, group) for path in known)
+
+
+def is_of_group(stat: Path, group: int) -> bool:
+    """Returns whether the process of a ``/proc/ID/stat`` runs and is of a group."""
+    try:
+        text = stat.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # it has ended since
+        return False
+    state, _, of, *_ = text.rpartition(")")[2].split()  # the name before it, in parentheses, may hold anything
+    return int(of) == group and state not in "ZX"
 
 
 @contextmanager

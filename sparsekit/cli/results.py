@@ -38,8 +38,8 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes ``results.csv``, ``results.md`` and ``results.png``, each whole or not at all."""
+def write_tables(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes ``results.csv`` and ``results.md``, each whole or not at all."""
     names = columns(rows)
     table = io.StringIO()
     writer = csv.DictWriter(table, names, lineterminator="\n")
@@ -47,9 +47,16 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerows(rows)
     lines = [names, ["---"] * len(names), *([shown(row.get(name)) for name in names] for row in rows)]
     markdown = "".join(f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |\n" for line in lines)
-    for name, data in (("csv", table.getvalue().encode()), ("md", markdown.encode()), ("png", draw(rows))):
+    for name, text in (("csv", table.getvalue()), ("md", markdown)):
         with replacing(folder / f"results.{name}") as file:
-            file.write(data)
+            file.write(text.encode())
+
+
+def write_picture(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes ``results.png``, whole or not at all; it can fail where the tables do not, as of a value near 1e308."""
+    data = draw(rows)
+    with replacing(folder / "results.png") as file:
+        file.write(data)
 
 
 def shown(value: Any) -> str:
@@ -70,7 +77,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
         values = {row["variant"]: row[name] if is_number(row.get(name)) else None for row in rows}
         bars = axes.barh(list(values), [each or 0.0 for each in values.values()])
         axes.bar_label(bars, [" none" if each is None else f" {shown(each)}" for each in values.values()])
-        axes.set_title(name)
+        axes.set_title(name, parse_math=False)  # a name may hold $
         axes.invert_yaxis()
         axes.margins(x=0.35)
         axes.locator_params(axis="x", nbins=4)

@@ -11,7 +11,7 @@ from ..runs.lock import lock_folder, unlock_folder
 from . import terminal
 from .errors import UsageError, check_installed, check_positive
 from .processes import run_commands
-from .results import collect, columns, shown, write_results
+from .results import collect, columns, shown, write_picture, write_tables
 from .variants import Variant, read_variants
 
 RECORD = "sweep.json"
@@ -59,10 +59,11 @@ class Sweep:
                 run_commands(self.pending(chosen), self.out, jobs=self.jobs, say=terminal.say)
             finally:
                 rows = collect(self.out, names)
-                write_results(self.out, rows)
+                write_tables(self.out, rows)
+            self.show(rows)
+            write_picture(self.out, rows)
         finally:
             unlock_folder(self.out)
-        self.show(rows)
         finished = {row["variant"] for row in rows if row["state"] == "finished"}
         left = [variant.name for variant in chosen if variant.name not in finished]
         if left:

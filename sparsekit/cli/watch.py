@@ -1,9 +1,9 @@
 """The runs below a folder as another process sees them: their status, their loss, and their log."""
 
 import json
-import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +12,40 @@ from typing import Any
 
 from .._json import parse_json
 from ..runs import Status, read_status
+from ..runs.status import SILENT
 
-SILENT = 60.0  # seconds without a heartbeat after which a run on another machine is called silent
-POINTS = 4096  # points of a curve that are kept; of more, every other one
+POINTS = 4096  # points of a curve that are kept
 LOG_BYTES = 16384
 BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Curve:
+    """A curve over the steps, thinned evenly where it is long.
+
+    Args:
+        points: steps and values: every one that was added, or every second, fourth and so on.
+        last: the value that was added last, which may not be among the points; None before the first one.
+    """
+
+    points: list[tuple[int, float]] = field(default_factory=list)
+    last: float | None = None
+    _step: int = 0
+    _stride: int = 1
+    _count: int = 0
+
+    def add(self, step: int, value: float) -> None:
+        """Appends a value; one of an earlier step replaces those from there on."""
+        if step < self._step:  # the records were cut off and written again between two looks
+            self.points = [point for point in self.points if point[0] < step]
+            self._count = len(self.points) * self._stride
+        self._step, self.last = step, value
+        if self._count % self._stride == 0:
+            self.points.append((step, value))
+        self._count += 1
+        if len(self.points) > POINTS:
+            del self.points[1::2]
+            self._stride *= 2
 
 
 @dataclass
@@ -31,7 +60,7 @@ class WatchedRun:
             machine knows; ``"unreadable"`` without a status.
         result: what is in ``result.json``; None before the run is finished.
         loss: the name of the value that the curve shows: ``loss``, else one with that in its name, else the first one.
-        curve: steps and values.
+        curve: its values, from the first record that has it.
     """
 
     folder: Path
@@ -40,7 +69,7 @@ class WatchedRun:
     state: str = "unreadable"
     result: Any = None
     loss: str | None = None
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    curve: Curve = field(default_factory=Curve)
     _read: int = 0
 
     def read(self) -> None:
@@ -57,7 +86,7 @@ class WatchedRun:
         try:
             self._read_records()
         except OSError:
-            self.curve, self._read = [], 0
+            self._forget()
 
     def log(self) -> str:
         """Returns the end of ``log.txt``."""
@@ -73,7 +102,7 @@ class WatchedRun:
     def _read_records(self) -> None:
         with open(self.folder / "metrics.jsonl", "rb") as file:
             if file.seek(0, os.SEEK_END) < self._read:  # the run went on from an earlier step
-                self.curve, self._read = [], 0
+                self._forget()
             file.seek(self._read)
             lines = file.read().rpartition(b"\n")[0]
         self._read += len(lines) + 1 if lines else 0
@@ -86,15 +115,15 @@ class WatchedRun:
             step, values = record["step"], {name: each for name, each in record.items() if is_number(each)}
         except (ValueError, KeyError, TypeError, AttributeError):
             return
-        others = [name for name in values if name != "step"]
-        if self.loss is None and others:
-            self.loss = min(others, key=lambda name: (name != "loss", "loss" not in name))
-        if is_number(step) and self.loss in values:
-            if self.curve and step < self.curve[-1][0]:  # cut off and written again between two looks
-                self.curve = [point for point in self.curve if point[0] < step]
-            self.curve.append((step, values[self.loss]))
-            if len(self.curve) > POINTS:
-                del self.curve[::2]
+        names = [name for name in (self.loss, *values) if name is not None and name != "step"]
+        best = min(names, key=lambda name: (name != "loss", "loss" not in name), default=None)
+        if best != self.loss:  # the first record may have been that of a probe
+            self.loss, self.curve = best, Curve()
+        if is_number(step) and best in values:
+            self.curve.add(step, values[best])
+
+    def _forget(self) -> None:
+        self.loss, self.curve, self._read = None, Curve(), 0
 
 
 class Watch:
@@ -140,8 +169,8 @@ def seen_state(status: Status) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Returns whether a value is a finite number, which a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def averaged(curve: Sequence[tuple[int, float]], width: int) -> list[float]:

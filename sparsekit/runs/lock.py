@@ -6,14 +6,13 @@ import socket
 import time
 from pathlib import Path
 
-from .status import read_status
+from .status import SILENT, read_status
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-SILENT = 300.0  # seconds without a heartbeat after which a run on another machine counts as killed, without locks
 _held: dict[tuple[int, str], int] = {}  # descriptors by process and path: a forked process holds no lock of its parent
 
 

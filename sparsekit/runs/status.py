@@ -12,7 +12,8 @@ from typing import Literal, get_args
 from .._json import parse_json, write_json
 
 State = Literal["running", "finished", "stopped", "failed"]
-HEARTBEAT = 1.0  # seconds between two writes of status.json
+HEARTBEAT = 1.0  # seconds between two writes of status.json, while steps are made
+SILENT = 3600.0  # seconds without one, longer than most evaluations, after which a run on another machine seems killed
 
 
 @dataclass
@@ -44,12 +45,24 @@ class Status:
     heartbeat: float
 
     def is_alive(self) -> bool:
-        """Returns whether the process that wrote this runs on this machine, and is not a later one with its id."""
+        """Returns whether the process that wrote this runs on this machine, and is not a later one with its id.
+
+        Where the system does not say when a process started, a later one is not told from it; on Windows, where nothing
+        is known of other processes, it counts as running for an hour after the last heartbeat.
+        """
         if self.host != socket.gethostname():
             return False
         if self.process_started is not None:
             return process_started(self.process) == self.process_started
-        return self.process == os.getpid()
+        if os.name != "posix":
+            return self.process == os.getpid() or time.time() - self.heartbeat < SILENT
+        try:
+            os.kill(self.process, 0)
+        except PermissionError:  # it is another user's
+            return True
+        except (OSError, OverflowError):
+            return False
+        return True
 
     def write(self, folder: Path) -> None:
         """Writes ``status.json``, whole or not at all."""
@@ -59,7 +72,8 @@ class Status:
         """Asks the process for a gentle stop, by SIGTERM; the run then writes ``"stopped"`` and can go on later.
 
         Raises:
-            RuntimeError: the process that wrote this does not run, or not on this machine; no other gets the signal.
+            RuntimeError: the process that wrote this does not run, or not on this machine; or the system does not say
+                when it started, so that it may be another one. No other gets the signal.
             PermissionError: the process is another user's.
         """
         opened = None
@@ -68,6 +82,8 @@ class Status:
         try:
             if self.state != "running" or not self.is_alive():
                 raise RuntimeError(f"process {self.process} on {self.host} does not run here: there is nothing to stop")
+            if self.process_started is None:
+                raise RuntimeError(f"process {self.process} may be another one by now: stop the run where it was begun")
             if opened is None:
                 os.kill(self.process, signal.SIGTERM)
             else:
