@@ -89,7 +89,7 @@ def test_compiled_code_is_refused():
             sgd(model).step()
     except RuntimeError as error:
         assert "before this step, unless by compiled code, which calls no hooks: probe" in str(error)
-    else:  # what other tests have left of torch.compile can make it trace again, and then hooks are called
+    else:  # seen once in a full run, cause unknown: then the hooks must have been called
         assert probe.records[0]["grad_output/1"] == pytest.approx(math.sqrt(2))
     model.zero_grad()
     assert not difference(everything_attached(model), before)
