@@ -1,0 +1,93 @@
+"""What the scripts have in common: the model and its data, the layers that are masked, and errors in plain words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ddpm_parts import Part, device_of
+from mask_files import in_targets
+from models import Denoiser, load_denoiser
+from torch import nn
+
+PROTECTED = ("conv_in", "conv_out", "time_emb", "class_emb")  # in names of layers that stay dense, as published
+Targets = tuple[str, ...]
+
+
+@dataclass
+class Source:
+    """The model, its images, and where it runs."""
+
+    # mnist, the folder of a pipeline, of a UNet2DModel or of a run of examples/ddpm, or a pipeline of the hub; auto is
+    # mnist where SPARSEKIT_DATA has it, else google/ddpm-cifar10-32.
+    original_model: str = "auto"
+    dataset: str = "auto"  # mnist, fashion_mnist, cifar10, shapes, or a folder of images by class
+    device: str = "auto"
+    seed: int = 0
+
+    def denoiser(self) -> Denoiser:
+        return load_denoiser(self.original_model, device_of(self.device))
+
+
+@dataclass
+class Sizes(Source):
+    """The images that losses are measured on while masks are learned."""
+
+    dataset_size: int = 4096  # images of the training set
+    batch_size: int = 32
+    max_batches: int | None = None  # fewer batches than the images make
+
+    def part(self, denoiser: Denoiser) -> Part:
+        """Returns the training images that make whole batches."""
+        if self.batch_size < 1 or self.dataset_size < self.batch_size:
+            raise SystemExit(
+                f"--batch_size must be from 1 to --dataset_size {self.dataset_size}, got {self.batch_size}"
+            )
+        images, labels = denoiser.images(self.dataset).train
+        count = min(self.dataset_size, len(images)) // self.batch_size
+        if self.max_batches is not None:
+            count = min(count, self.max_batches)
+        if not count:
+            raise SystemExit(
+                f"{len(images)} training images and --max_batches {self.max_batches} make no batch of "
+                f"{self.batch_size}: pass a smaller --batch_size"
+            )
+        return images[: count * self.batch_size], labels[: count * self.batch_size]
+
+
+def is_protected(name: str) -> bool:
+    return any(each in name for each in PROTECTED)
+
+
+def check_targets(unet: nn.Module, targets: Targets) -> None:
+    """Ends the script if a target names no part of the model."""
+    names = [name for name, _ in unet.named_modules()]
+    for target in targets:
+        if not any(in_targets(name, (target,)) for name in names):
+            parts = ", ".join(name for name, _ in unet.named_children())
+            raise SystemExit(f"--targets {target} names no part of the model: pass all, a part or a layer of {parts}")
+
+
+@contextmanager
+def explained(batch_size: int) -> Iterator[None]:
+    """Ends the script with one sentence where the memory is too small for a batch."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(batch_size) from error
+    except RuntimeError as error:  # what PyTorch raises where a CPU has no memory left
+        if "allocate memory" not in str(error):
+            raise
+        raise _out_of_memory(batch_size) from error
+
+
+def _out_of_memory(batch_size: int) -> SystemExit:
+    smaller = f"--batch_size {batch_size // 2}" if batch_size > 1 else "a model of fewer channels"
+    return SystemExit(f"out of memory with {batch_size} images in a batch: run it again with {smaller}")
+
+
+def read_npy_path(folder: Path, dataset: str, batch_size: int, batches: int) -> Path:
+    """Returns the file of the losses of the initial mask, named as published."""
+    name = Path(dataset).name
+    return folder / f"inference_loss_diffusion_{name}_bs{batch_size}_size{batches}.npy"
