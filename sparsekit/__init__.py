@@ -30,6 +30,11 @@ Train a sparse model
     sparse_training_             Makes linear layers train with 2:4 weights whose masks still move.
     SparseTraining               The training that ``sparse_training_`` began: its layers, and how it ends.
 
+Learn from a larger model
+    distill_loss                 The loss against a teacher's logits and the labels.
+    hidden_loss                  The difference between hidden states of student and teacher.
+    DistillSchedule              Temperature and the share of the teacher, linear in the progress.
+
 Look at gradients
     GradProbe                    Records the gradients of activations while a model trains.
     param_grad_norms             Returns the norm of the gradient of every parameter.
@@ -102,6 +107,7 @@ from ._config import show_config
 from ._version import VERSION as __version__
 from .checkpoint import load, save
 from .compress import CompressReport, Measure, compress_, decompress_
+from .distill import DistillSchedule, distill_loss, hidden_loss
 from .ops import (
     Packed24,
     PackedConv24,
@@ -158,6 +164,7 @@ __all__ = [
     "RIA",
     "Calibration",
     "CompressReport",
+    "DistillSchedule",
     "GradProbe",
     "LeastSquares",
     "Magnitude",
@@ -183,8 +190,10 @@ __all__ = [
     "decompress_",
     "diff_pruning_scores",
     "diffusion",
+    "distill_loss",
     "evaluate",
     "from_sparse_semi_structured",
+    "hidden_loss",
     "keep_masks",
     "linear24",
     "linear24q",

@@ -59,7 +59,7 @@ LAYERS = [
         "sparsekit._optimizers",
     ],
     ["sparsekit.nn", "sparsekit._replace"],
-    ["sparsekit.diffusion", "sparsekit.evaluate", "sparsekit.probes", "sparsekit.runs"],
+    ["sparsekit.diffusion", "sparsekit.distill", "sparsekit.evaluate", "sparsekit.probes", "sparsekit.runs"],
     ["sparsekit.prune", "sparsekit.compress", "sparsekit.checkpoint", "sparsekit.train"],
     ["sparsekit.tiers"],
     ["sparsekit"],
