@@ -42,6 +42,7 @@ Look at gradients
 Run it faster
     compress_                    Swaps each layer for the fastest form that was measured, never a slower one.
     decompress_                  Undoes ``compress_``.
+    quantize_                    Quantizes layers to nf4, or 2:4 layers to 8 or 4 bits, without measuring.
     Measure                      Options: how ``compress_`` measures.
     CompressReport               What ``compress_`` did to each layer, and what it measured.
 
@@ -88,6 +89,7 @@ Packages
     tiers                        Progressive pruning in which each block is dense, 2:4 or top-k.
     prune                        What a pruning method of your own is made of: ``Method`` and the statistics.
     compress                     The entries of a ``CompressReport``.
+    quant                        The report of ``quantize_``, and which layers bitsandbytes computes rightly.
     train                        The entries of a ``SparseTraining``.
     diffusion                    Gaussian diffusion: schedule, loss, guidance by labels, and sampling.
     evaluate                     FID and KID of generated images.
@@ -102,7 +104,7 @@ About this installation
 """
 
 from . import _installed as _installed  # refuses to run beside another project that is called sparsekit
-from . import compress, diffusion, evaluate, nn, ops, probes, prune, runs, tiers, train
+from . import compress, diffusion, evaluate, nn, ops, probes, prune, quant, runs, tiers, train
 from ._config import show_config
 from ._version import VERSION as __version__
 from .checkpoint import load, save
@@ -156,6 +158,7 @@ from .prune import (
     reestimate_batchnorm_,
     taylor_scores,
 )
+from .quant import quantize_
 from .semi_structured import from_sparse_semi_structured, to_sparse_semi_structured
 from .train import SparseTraining, sparse_training_
 
@@ -216,7 +219,9 @@ __all__ = [
     "prune",
     "prune_",
     "prune_pack24",
+    "quant",
     "quantize24",
+    "quantize_",
     "reestimate_batchnorm_",
     "runs",
     "save",

@@ -112,6 +112,12 @@ def is_stack(parameter: Tensor | None) -> bool:
     return parameter is not None and not is_lazy(parameter) and parameter.dim() == 3
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the layer that computes the logits of a language model; None if the model has none or does not say."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
 def unsupported_reason(module: nn.Module, parameter: str = "weight", *, prepare: bool = False) -> str | None:
     """Returns why a parameter can neither be pruned nor swapped; None if it can.
 

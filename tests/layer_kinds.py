@@ -10,6 +10,7 @@ from sparsekit.nn import (
     ArrangedLinear24,
     Int8Linear,
     Linear24,
+    Nf4Linear,
     Plan,
     PrepackedLinear,
     QuantizedLinear24,
@@ -71,10 +72,11 @@ class Rounding(nn.Linear):
 
 KINDS = {"linear24": Linear24, "tiered": TieredLinear, "prepacked": PrepackedLinear}
 KINDS |= {"input pairs": InputPairs, "row pairs": RowPairs}
-KINDS |= {"quantized": QuantizedLinear24, "float inputs": FloatInputs, "int8": Int8Linear}
+KINDS |= {"quantized": QuantizedLinear24, "float inputs": FloatInputs, "int8": Int8Linear, "nf4": Nf4Linear}
 LARGEST_INPUT = {
     QuantizedLinear24: 127,
     FloatInputs: 0,
+    Nf4Linear: 0,
     Int8Linear: int8_linear.LARGEST_INPUT.get(int8_linear.engine(), 0),
 }  # of the integers that inputs are rounded to
 ALL = KINDS | {"without plan": WithoutPlan, "24 routed": RoutedLinear24, "tiered routed": RoutedTieredLinear}

@@ -153,6 +153,8 @@ VERBS = {
     },
     "compress": Verb(pruned, lambda model, _: sk.compress_(model, inputs())),
     "compress-int8": Verb(pruned, lambda model, _: sk.compress_(model, inputs(), precision="int8")),
+    "quantize": Verb(pruned, lambda model, _: sk.quantize_(model, "nf4")),
+    "quantize-24": Verb(pruned, lambda model, _: sk.quantize_(model, "2:4 int4")),
     "compress-conv": Verb(lambda: pruned(Imaged), lambda model, _: sk.compress_(model, inputs())),
     "decompress-conv": Verb(packed_images, lambda model, _: sk.decompress_(model)),
     "decompress": Verb(packed, lambda model, _: sk.decompress_(model)),

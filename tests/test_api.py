@@ -19,7 +19,19 @@ PACKAGES = (
     "sparsekit",
     *(
         f"sparsekit.{name}"
-        for name in ("ops", "nn", "prune", "train", "compress", "tiers", "runs", "diffusion", "evaluate", "probes")
+        for name in (
+            "ops",
+            "nn",
+            "prune",
+            "train",
+            "compress",
+            "tiers",
+            "runs",
+            "diffusion",
+            "evaluate",
+            "probes",
+            "quant",
+        )
     ),
 )
 METHODS = (staticmethod, classmethod, type(lambda: None))

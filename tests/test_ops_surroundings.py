@@ -94,6 +94,7 @@ def op_calls(dtype):
     quantized = sk.quantize24(sk.Packed24(values, bits, (9, 20)))
     tiled = sk.tile24(quantized)
     single, factor = torch.randn(6, 8), torch.linalg.cholesky(torch.eye(8) + 0.1).t().contiguous()
+    nf4 = sk.ops.quantize_nf4(weight)
     int8 = PackedInt8(*quantize_rows(weight))
     logits = weight if weight.dtype != torch.float16 else weight.float()
     calls = {
@@ -127,6 +128,9 @@ def op_calls(dtype):
         "linear24q_reference": lambda: _linear24q._op_dk(REFERENCE, x, *quantized[:3], bias, "int8", 64),
         "linear24q_int8": lambda: sk.linear24q_int8(x, tiled, bias),
         "linear24q_int8_reference": lambda: _linear24q_int8._op_dk(REFERENCE, x, tiled.tiles, bias, 9, "int8", 64),
+        "linear_nf4_reference": lambda: sk.ops.linear_nf4(x, nf4, bias),
+        "linear_nf4": nf4.to_dense,
+        "quantize_nf4": lambda: sk.ops.quantize_nf4(weight)[:2],
         "arrange_input_pairs24": lambda: arrange24(sk.pack24(pruned), "input pairs").data,
         "arrange_row_pairs24": lambda: arrange24(sk.pack24(pruned), "row pairs").data,
         "match_row_pairs24": lambda: OPS.match_row_pairs24(bits, 20),

@@ -18,6 +18,7 @@ from ..nn import (
     Conv2d24,
     Int8Linear,
     Linear24,
+    Nf4Linear,
     PrepackedConv2d,
     PrepackedLinear,
     QuantizedLinear24,
@@ -116,6 +117,8 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
         if layer.kind == "int8":
             parts = [part.to(device) for part in layer.parts(name, tensors)]
             new = Int8Linear(PackedInt8(*parts), dtype=layer.rounding.dtype, transposed=layer.transposed)
+        elif layer.kind == "nf4":
+            new = Nf4Linear(layer.nf4(name, tensors).to(device), transposed=layer.transposed)
         else:
             quantized = layer.quantized(name, tensors).to(device)
             new = QuantizedLinear24(quantized, inputs=layer.rounding.inputs, transposed=layer.transposed)

@@ -16,6 +16,7 @@ from ..nn import (
     Conv2d24,
     Int8Linear,
     Linear24,
+    Nf4Linear,
     PrepackedConv2d,
     PrepackedLinear,
     QuantizedLinear24,
@@ -27,6 +28,7 @@ from ..ops import Packed24, PackedConv24, QuantizedWeight24, TieredWeight
 from ..ops._define import DTYPES
 from ..ops.arranged24 import LAYOUTS, Layout
 from ..ops.int8_linear import PackedInt8
+from ..ops.nf4 import Nf4Weight
 from ..ops.quant24 import check_kind
 from .fields import MAX_COUNT, field, parse_images, parse_mask, parse_tiers
 
@@ -37,16 +39,20 @@ PARTS = {  # the tensors that are stored
     "tiered": ("tiers", "dense", "values", "bitmask", "topk", "positions"),
     "quantized24": ("values", "scales", "bitmask"),
     "int8": ("values", "scales"),
+    "nf4": ("codes", "absmax"),
 }
 KINDS = (*PARTS, "prepacked", "prepacked_conv", "dense")
 CONVOLUTIONS = ("conv24", "prepacked_conv")
-LOSSY = ("quantized24", "int8")
+LOSSY = ("quantized24", "int8", "nf4")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a lossy layer stores its weight, and rounds its inputs; an ``Int8Linear`` has only the dtype."""
+    """How a lossy layer stores its weight, and rounds its inputs; an ``Int8Linear`` has only the dtype.
+
+    The ``group`` of an ``Nf4Linear`` is its block.
+    """
 
     dtype: torch.dtype
     quant_type: str = "int8"
@@ -111,6 +117,9 @@ class LayerRecord:
         if isinstance(module, QuantizedLinear24):
             rounding = Rounding(module.dtype, module.quant_type, module.group, module.inputs)
             return LayerRecord("quantized24", weight_shape(module), module.transposed, mask=mask, rounding=rounding)
+        if isinstance(module, Nf4Linear):
+            rounding = Rounding(module.dtype, "nf4", module.block, "float")
+            return LayerRecord("nf4", weight_shape(module), module.transposed, mask=mask, rounding=rounding)
         if isinstance(module, Int8Linear):
             rounding = Rounding(module.dtype)
             return LayerRecord("int8", weight_shape(module), module.transposed, mask=mask, rounding=rounding)
@@ -206,6 +215,12 @@ class LayerRecord:
         kind = self.rounding.quant_type, self.rounding.group, self.rounding.dtype
         return QuantizedWeight24(values, scales, bitmask, self.matrix, *kind)
 
+    def nf4(self, name: str, tensors: Mapping[str, Tensor]) -> Nf4Weight:
+        """Returns the packed weight of an nf4 layer."""
+        assert self.rounding is not None
+        codes, absmax = self.parts(name, tensors)
+        return Nf4Weight(codes, absmax, self.matrix, self.rounding.group, self.rounding.dtype)
+
     def parts(self, name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Returns the tensors in which a packed weight is stored."""
         return [tensors[join(name, part)] for part in PARTS[self.kind]]
@@ -221,6 +236,8 @@ class LayerRecord:
             weight = self.tiered(name, tensors).to_dense()
         elif self.kind == "quantized24":
             weight = self.quantized(name, tensors).to_dense()
+        elif self.kind == "nf4":
+            weight = self.nf4(name, tensors).to_dense()
         elif self.rounding is not None:
             weight = PackedInt8(*self.parts(name, tensors)).to_dense().to(self.rounding.dtype)
         else:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..nn.quantized24 import check_codes
 from ..ops import TieredWeight, pack_bits, unpack_bits
 from ..ops._define import DTYPES
+from ..ops.nf4 import check_nf4
 from ..ops.quant24 import check_quantized24
 from ..ops.sparse24 import values_per_row
 from .structure import PARTS, LayerRecord, join
@@ -37,6 +38,16 @@ def verify(name: str, record: LayerRecord, tensors: Mapping[str, Tensor]) -> Non
         except (TypeError, ValueError) as error:
             raise ValueError(f"layer {name!r} is not quantized as quantize24 does: {error}") from error
         _check_bitmask24(name, record, tensors)
+    elif record.kind == "nf4":
+        for part in PARTS[record.kind]:
+            _present(tensors, join(name, part))
+        packed4 = record.nf4(name, tensors)
+        try:
+            check_nf4(packed4)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer {name!r} is not quantized as quantize_nf4 does: {error}") from error
+        if not bool((packed4.absmax.isfinite() & (packed4.absmax >= 0)).all()):
+            raise ValueError(f"layer {name!r} has an absmax that is negative, infinite or NaN")
     elif record.kind == "int8":
         rows, cols = record.matrix
         values = _tensor(tensors, join(name, "values"), (rows, cols))

@@ -139,12 +139,6 @@ def copy_tokenizer(source: str, config: Any, folder: Path) -> None:
         load_tokenizer(source, config).save_pretrained(folder)
 
 
-def head_of(model: Any) -> nn.Module | None:
-    """Returns the layer that computes the logits; None if the model has none."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
-
-
 def longest(model: Any, tokenizer: Any = None) -> int | None:
     """Returns the most tokens that a model can read at once; None if there is no known limit.
 

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from .. import ADMM, RIA, LeastSquares, Magnitude, PruneReport, SparseGPT, Swaps, Wanda, prune_, save
 from .._json import write_json
-from .._layers import Where, shared_weight_reasons
+from .._layers import Where, output_head, shared_weight_reasons
 from ..masks import get_mask, get_mask_info, grouped
 from ..prune import Method
 from ..prune.report import summary
 from . import terminal, text
 from .errors import UsageError, regex, usage
 from .folders import MASKS, REPORT, check_out, new_folder
-from .models import Dtype, batch_of, copy_tokenizer, head_of, load_dense, load_tokenizer, longest, without_cache
+from .models import Dtype, batch_of, copy_tokenizer, load_dense, load_tokenizer, longest, without_cache
 from .page import write_page
 from .patterns import packed_bytes
 
@@ -131,7 +131,7 @@ class Prune:
 
     def where(self, model: nn.Module) -> tuple[Where, list[dict[str, str]]]:
         """Returns the function that selects layers, and the entry of the report if the output head stays dense."""
-        only, head = regex(self.only), None if self.head else head_of(model)
+        only, head = regex(self.only), None if self.head else output_head(model)
         if head is not None and (head, "weight") in shared_weight_reasons(model, fast_paths=False):
             head = None
         names = [name for name, module in model.named_modules() if module is head]

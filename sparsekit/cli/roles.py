@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .._layers import expert_axes, input_dim, shared_weight_reasons, unsupported_reason
-from .models import empty_model, head_of, read_config
+from .._layers import expert_axes, input_dim, output_head, shared_weight_reasons, unsupported_reason
+from .models import empty_model, read_config
 from .stored import Role
 
 
@@ -34,7 +34,7 @@ def roles_of(folder: Path, names: set[str]) -> Mapping[str, Role | None]:
             model = empty_model(read_config(str(folder)))
     except ValueError:  # transformers does not know this kind of model
         return {}
-    held, head = shared_weight_reasons(model, fast_paths=False), head_of(model)
+    held, head = shared_weight_reasons(model, fast_paths=False), output_head(model)
     roles: dict[str, Role | None] = {}
     for name, module in model.named_modules():
         axis = input_dim(module)

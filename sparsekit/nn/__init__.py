@@ -8,6 +8,7 @@ from .compressed_linear import CompressedLinear
 from .conv24 import Conv2d24
 from .int8 import Int8Linear
 from .linear24 import Linear24
+from .nf4 import Nf4Linear
 from .prepacked_conv import PrepackedConv2d
 from .prepacked_linear import PrepackedLinear
 from .quantized24 import QuantizedLinear24
@@ -25,6 +26,7 @@ __all__ = [
     "Conv2d24",
     "Int8Linear",
     "Linear24",
+    "Nf4Linear",
     "Plan",
     "PrepackedConv2d",
     "PrepackedLinear",

@@ -9,6 +9,7 @@ from .compressed import Compressed
 from .compressed_linear import CompressedLinear
 from .int8 import Int8Linear
 from .linear24 import Linear24
+from .nf4 import Nf4Linear
 from .prepacked_linear import PrepackedLinear
 from .quantized24 import QuantizedLinear24
 from .tiered import TieredLinear
@@ -62,4 +63,6 @@ def _packed_like(layer: CompressedLinear, linear: nn.Linear) -> CompressedLinear
         return TieredLinear.from_linear(linear, k=layer.k, block=layer.block)
     if isinstance(layer, QuantizedLinear24):
         return QuantizedLinear24.from_linear(linear, quant_type=layer.quant_type, group=layer.group, inputs="float")
+    if isinstance(layer, Nf4Linear):
+        return Nf4Linear.from_linear(linear, block=layer.block)
     return Int8Linear.from_linear(linear) if isinstance(layer, Int8Linear) else Linear24.from_linear(linear)

@@ -15,6 +15,7 @@ from .linear24 import linear24
 from .linear24q import linear24q
 from .linear24q_int8 import linear24q_int8
 from .linear_tiered import linear_tiered
+from .nf4 import Nf4Weight, linear_nf4, quantize_nf4
 from .nm import nm_mask, nm_mask_bits, nm_prune, nm_prune_
 from .quant24 import QuantizedWeight24, quantize24
 from .sample import nm_policy_step_, nm_sample
@@ -29,6 +30,7 @@ from .transposable import transposable_mask24
 __all__ = [
     "Arranged24",
     "ArrangedConv24",
+    "Nf4Weight",
     "Packed24",
     "PackedConv24",
     "QuantizedWeight24",
@@ -51,6 +53,7 @@ __all__ = [
     "linear24",
     "linear24q",
     "linear24q_int8",
+    "linear_nf4",
     "linear_tiered",
     "nm_mask",
     "nm_mask_bits",
@@ -67,6 +70,7 @@ __all__ = [
     "prune_pack24",
     "prune_to_hardware24",
     "quantize24",
+    "quantize_nf4",
     "simd_level",
     "simd_levels",
     "sparsegpt_columns",
