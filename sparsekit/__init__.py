@@ -30,6 +30,13 @@ Train a sparse model
     sparse_training_             Makes linear layers train with 2:4 weights whose masks still move.
     SparseTraining               The training that ``sparse_training_`` began: its layers, and how it ends.
 
+Make a model smaller
+    find_units                   Finds the neurons, heads and stages that can be removed as a whole.
+    mask_units_                  Writes zeros in their places, for ``keep_masks``.
+    slim_                        Removes them: the model computes the same as with zeros, and is smaller.
+    unslim_                      Brings the shapes of the model back, with zeros.
+    SlimPlan                     What stays of a model; it can be stored as JSON.
+
 Learn from a larger model
     distill_loss                 The loss against a teacher's logits and the labels.
     hidden_loss                  The difference between hidden states of student and teacher.
@@ -93,6 +100,7 @@ Packages
     train                        The entries of a ``SparseTraining``.
     diffusion                    Gaussian diffusion: schedule, loss, guidance by labels, and sampling.
     evaluate                     FID and KID of generated images.
+    slim                         What ``find_units`` finds.
     probes                       Draws the gradients that were recorded.
     runs                         A folder for a training run, which goes on exactly where it was killed.
 
@@ -104,7 +112,7 @@ About this installation
 """
 
 from . import _installed as _installed  # refuses to run beside another project that is called sparsekit
-from . import compress, diffusion, evaluate, nn, ops, probes, prune, quant, runs, tiers, train
+from . import compress, diffusion, evaluate, nn, ops, probes, prune, quant, runs, slim, tiers, train
 from ._config import show_config
 from ._version import VERSION as __version__
 from .checkpoint import load, save
@@ -160,6 +168,7 @@ from .prune import (
 )
 from .quant import quantize_
 from .semi_structured import from_sparse_semi_structured, to_sparse_semi_structured
+from .slim import SlimPlan, find_units, mask_units_, slim_, unslim_
 from .train import SparseTraining, sparse_training_
 
 __all__ = [
@@ -178,6 +187,7 @@ __all__ = [
     "PruneReport",
     "QuantizedWeight24",
     "Scores",
+    "SlimPlan",
     "SparseGPT",
     "SparseTraining",
     "Swaps",
@@ -195,6 +205,7 @@ __all__ = [
     "diffusion",
     "distill_loss",
     "evaluate",
+    "find_units",
     "from_sparse_semi_structured",
     "hidden_loss",
     "keep_masks",
@@ -203,6 +214,7 @@ __all__ = [
     "linear24q_int8",
     "linear_tiered",
     "load",
+    "mask_units_",
     "nm_mask",
     "nm_mask_bits",
     "nm_policy_step_",
@@ -226,6 +238,8 @@ __all__ = [
     "runs",
     "save",
     "show_config",
+    "slim",
+    "slim_",
     "sparse_training_",
     "taylor_scores",
     "tier_prune",
@@ -235,4 +249,5 @@ __all__ = [
     "to_sparse_semi_structured",
     "train",
     "transposable_mask24",
+    "unslim_",
 ]

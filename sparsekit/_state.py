@@ -21,6 +21,7 @@ name                set by                 meaning                              
                                            forward, while a model is observed
 ``recipe``          ``sparse_training_``   how a ``MaskedLinear`` multiplies           ``finish()`` or ``undo()``
 ``called``          ``sparse_training_``   whether it was called since                 ``finish()`` or ``undo()``
+``slim_plan``       ``slim_``              the ``SlimPlan`` of a model, on the model    ``unslim_``
 ``_ran_sparse``     a forward pre-hook     whether a pass of the model has run since   ``finish()`` or ``undo()``
 ==================  =====================  ==========================================  ===============================
 
@@ -29,8 +30,10 @@ The class of a layer changes in two places: ``sparse_training_`` makes an ``nn.L
 ``keep_masks`` and ``fade`` have one on the optimizer each, ``sparse_training_`` has the one on the model that sets
 ``_ran_sparse``, and ``GradProbe`` has them on modules, on the tensors that pass through these in one step, and on the
 steps of all optimizers. While a layer is called, ``MaskPro`` has its masked weight in place of the parameter. ``_undo``
-keeps the ids of modules that are being changed, and sets nothing on them. One configuration is changed:
-``integrations.peft.lora_config`` registers a custom module in a ``LoraConfig``.
+keeps the ids of modules that are being changed, and sets nothing on them. Configurations are changed in two places:
+``integrations.peft.lora_config`` registers a custom module in a ``LoraConfig``, and ``slim_`` sets ``slim_plan`` in one
+of transformers, with fewer stages also ``num_hidden_layers`` and ``layer_types``. It changes integers of
+modules as well: the sizes of layers, what depends on the number of heads, and the ``layer_idx`` of stages.
 """
 
 from dataclasses import dataclass
@@ -46,6 +49,7 @@ FORWARD = "forward"
 RECIPE = "recipe"
 CALLED = "called"
 RAN_SPARSE = "_ran_sparse"
+SLIM_PLAN = "slim_plan"
 
 
 def mask_name(parameter: str = "weight") -> str:

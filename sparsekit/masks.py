@@ -165,7 +165,7 @@ def set_mask(module: nn.Module, mask: Tensor, info: MaskInfo, parameter: str = "
     weight: Tensor = getattr(module, parameter)
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(f"mask must be bool {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-    set_mask_bits(module, pack_bits(mask.flatten(1)), replace(info, shape=tuple(mask.shape)), parameter)
+    set_mask_bits(module, pack_bits(mask.unsqueeze(-1).flatten(1)), replace(info, shape=tuple(mask.shape)), parameter)
 
 
 def set_mask_bits(module: nn.Module, bits: Tensor, info: MaskInfo, parameter: str = "weight") -> None:

@@ -61,7 +61,7 @@ LAYERS = [
     ["sparsekit.nn", "sparsekit._replace"],
     ["sparsekit.diffusion", "sparsekit.distill", "sparsekit.evaluate", "sparsekit.probes", "sparsekit.runs"],
     ["sparsekit.prune", "sparsekit.compress", "sparsekit.checkpoint", "sparsekit.train"],
-    ["sparsekit.tiers", "sparsekit.quant"],
+    ["sparsekit.tiers", "sparsekit.slim", "sparsekit.quant"],
     ["sparsekit"],
     ["sparsekit.integrations"],
     ["sparsekit.cli", "sparsekit.__main__"],
