@@ -17,7 +17,10 @@ FOLDER = Path(__file__).parent.parent / "examples" / "maskpro_ddpm"
 @pytest.fixture(scope="module")
 def modules():
     """The example's modules, imported as its scripts find their neighbors."""
-    names = ("mask_files", "models", "noisy", "settings")
+    names = (
+        "baseline ddpm_parts finetune get_mask_diffusion inference_loss_diffusion judge mask_files mnist_unet models "
+        "noisy settings test_ddpm_maskpro train_diffusion weight_prune"
+    ).split()
     known, path = {*sys.modules}, [*sys.path]
     sys.path.insert(0, str(FOLDER))
     try:
@@ -107,3 +110,233 @@ def test_noise_depends_on_the_number_of_the_batch_alone(modules, pipeline):
     (one, noise), (other, same) = again[1], batches[1]
     assert torch.equal(noise, same) and all(torch.equal(one[key], other[key]) for key in ("sample", "timestep"))
     assert not torch.equal(batches[0][1], noise) and one["class_labels"] is None
+
+
+@pytest.fixture(scope="module")
+def steps(modules, pipeline, tmp_path_factory):
+    """The folder of the first three steps, and the options of the others."""
+    out = tmp_path_factory.mktemp("steps")
+    source = {"original_model": str(pipeline), "dataset": "shapes", "device": "cpu"}
+    sizes = {**source, "dataset_size": 64, "batch_size": 16}
+    stats = modules.weight_prune.main(
+        modules.weight_prune.Pruning(**source, save_path=out / "pruned", calibration=32, batch_size=16)
+    )
+    summary = modules.get_mask_diffusion.main(
+        modules.get_mask_diffusion.Extraction(**source, model_path=out / "pruned", output_dir=out / "initial")
+    )
+    path = modules.inference_loss_diffusion.main(
+        modules.inference_loss_diffusion.Baseline(
+            **sizes, initial_mask_path=out / "initial", output_dir=out / "baselines"
+        )
+    )
+    return SimpleNamespace(out=out, source=source, sizes=sizes, stats=stats, summary=summary, path=path)
+
+
+def training(modules, steps, out, **options):
+    options = {"initial_mask_path": steps.out / "initial", "baseline_path": steps.out / "baselines", **options}
+    return modules.train_diffusion.Training(**{**steps.sizes, "out": out, "max_step": 6, **options})
+
+
+def test_masks_are_those_of_the_pruned_model(modules, steps):
+    from diffusers import DDPMPipeline
+
+    pruned = dict(DDPMPipeline.from_pretrained(steps.out / "pruned").unet.named_parameters())
+    dense = modules.models.load_denoiser(steps.source["original_model"]).unet
+    masked = modules.mask_files.masked_copy(dense, steps.out / "initial")
+    for name, weight in masked.named_parameters():
+        assert torch.equal(weight, pruned[name]), name
+    masks = modules.mask_files.masks_of(masked)
+    assert masks.keys() == steps.stats["layers"].keys() == steps.summary["layers"].keys()
+    assert not any(part in name for name in masks for part in modules.settings.PROTECTED)
+    assert masks["mid_block.resnets.0.conv1"].unflatten(1, (-1, 4)).sum(2).unique().tolist() == [2]
+    assert steps.summary["dropped_nonzeros"] == 0 and steps.summary["sparsity"] == 0.5
+    said = (steps.out / "initial" / "extraction_summary.txt").read_text()
+    assert "mid_block.resnets.0.conv1: [16, 16, 3, 3], 50.00% dropped" in said
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "random"])
+def test_masks_without_groups_become_the_nearest_24_masks(modules, steps, tmp_path, pruner, capsys):
+    modules.weight_prune.main(
+        modules.weight_prune.Pruning(**steps.source, save_path=tmp_path / "pruned", pruner=pruner, pruning_ratio=0.7)
+    )
+    assert "these masks are not 2:4: get_mask_diffusion.py chooses the 2:4 masks" in capsys.readouterr().out
+    summary = modules.get_mask_diffusion.main(
+        modules.get_mask_diffusion.Extraction(
+            **steps.source, model_path=tmp_path / "pruned", output_dir=tmp_path / "masks"
+        )
+    )
+    dense = modules.models.load_denoiser(steps.source["original_model"]).unet
+    mask = modules.mask_files.masks_of(modules.mask_files.masked_copy(dense, tmp_path / "masks"))
+    name = "mid_block.resnets.0.conv1"
+    kept = modules.models.load_denoiser(str(tmp_path / "pruned")).unet.get_submodule(name).weight != 0
+    size = dense.get_submodule(name).weight.abs()
+    groups = [each.movedim(1, -1).unflatten(-1, (-1, 4)) for each in (mask[name], kept, size)]
+    found, kept, size = (each.reshape(-1, 4) for each in groups)
+    assert summary["dropped_nonzeros"] > 0 and 0.29 < kept.float().mean() < 0.31
+    for row in range(0, len(found), 7):
+        best = sorted(range(4), key=lambda i: (kept[row, i].item(), size[row, i].item()))[2:]
+        assert found[row].nonzero().flatten().tolist() == sorted(best)
+
+
+def test_baselines_are_the_losses_of_the_initial_mask(modules, steps):
+    import numpy as np
+
+    assert steps.path.name == "inference_loss_diffusion_shapes_bs16_size4.npy"
+    denoiser = modules.models.load_denoiser(steps.source["original_model"])
+    masked = modules.mask_files.masked_copy(denoiser.unet, steps.out / "initial")
+    part = tuple(each[:64] for each in denoiser.images("shapes").train)
+    batches = modules.noisy.NoisyBatches(denoiser, part, 16, 0)
+    expected = modules.noisy.image_losses(masked, batches, "").view(4, 16).mean(1)
+    assert np.load(steps.path) == pytest.approx(expected.numpy(), rel=1e-5)
+    assert steps.path.with_name(f"{steps.path.stem}_summary.txt").read_text().startswith("4 batches: mean ")
+
+
+def test_masks_are_learned_tuned_and_tested(modules, steps, tmp_path):
+    import numpy as np
+    from diffusers import DDPMPipeline
+
+    run = tmp_path / "run"
+    result = modules.train_diffusion.main(training(modules, steps, run, max_step=8))
+    assert result["steps"] == 8 and json.loads((run / "training_summary.json").read_text()) == result
+    records = modules.ddpm_parts.read_records(run)
+    improvements, losses = np.load(run / "loss_improvements.npy"), np.load(run / "loss_training.npy")
+    assert improvements.tolist() == [record["initial_loss"] - record["loss"] for record in records]
+    assert losses.tolist() == [record["loss"] for record in records] and (run / "training_curves.png").exists()
+    np.testing.assert_allclose([each["initial_loss"] for each in records], [*np.load(steps.path)] * 2, rtol=1e-5)
+    dense = modules.models.load_denoiser(steps.source["original_model"]).unet
+    learned = modules.mask_files.masked_copy(dense, run / "learned_mask")
+    stored = DDPMPipeline.from_pretrained(run / "checkpoint").unet
+    for name, weight in learned.named_parameters():
+        assert torch.equal(weight, stored.get_parameter(name)), name
+    again = modules.train_diffusion.main(training(modules, steps, run, max_step=8))
+    assert again == result, "a finished run is not run again"
+
+    tuning = modules.finetune.Finetuning(
+        **steps.source, mask_path=run / "learned_mask", out=tmp_path / "tuned", max_step=3, batch_size=16, held_out=32
+    )
+    tuned = modules.finetune.main(tuning)
+    assert tuned["finetuned"]["images"] == 32 and tuned["finetuned"]["loss"] < tuned["masked"]["loss"]
+    weights = modules.models.load_denoiser(str(tmp_path / "tuned" / "checkpoint")).unet
+    for name, mask in modules.mask_files.masks_of(learned).items():
+        assert (weights.get_submodule(name).weight != 0).eq(mask).all(), name
+
+    testing = modules.test_ddpm_maskpro.Testing(
+        **steps.source,
+        initial_mask_path=steps.out / "initial",
+        learned_mask_path=run / "learned_mask",
+        finetuned_path=tmp_path / "tuned" / "checkpoint",
+        output_dir=tmp_path / "test",
+        **{"held_out": 64, "batch_size": 32, "count": 8, "shown": 4, "sampling_steps": 2, "classifier_epochs": 1},
+        **{"resamples": 2, "timed_batch": 2, "seconds": 0.01},
+    )
+    found = modules.test_ddpm_maskpro.main(testing)
+    assert json.loads((tmp_path / "test" / "evaluation_results.json").read_text()).keys() == found.keys()
+    assert found["sparsity"]["of_masked"] == 0.5 and (found["sparsity"]["exchanged_weights"] > 0) == result["kept"]
+    assert found["loss"]["initial"]["above"] != 0 and found["loss"]["finetuned"]["above"] < 0
+    assert found["images"].keys() == {"dense", "initial", "learned", "finetuned"}
+    assert found["images"]["learned"]["fid"]["n"] == 8 and sum(found["images"]["learned"]["classes"]) == 8
+    from PIL import Image
+
+    with Image.open(tmp_path / "test" / "samples.png") as picture:
+        assert picture.size == (2 * 4 * 16, 2 * 4 * 16)
+
+
+def test_targets_are_parts_of_the_model(modules, steps, tmp_path):
+    targets = ("down_blocks", "up_blocks.1")
+    options = {"targets": targets, "measure_baseline": True, "baseline_path": tmp_path, "max_step": 2, "save": False}
+    result = modules.train_diffusion.main(training(modules, steps, tmp_path / "run", **options))
+    dense = modules.models.load_denoiser(steps.source["original_model"]).unet
+    learned = modules.mask_files.masks_of(modules.mask_files.masked_copy(dense, tmp_path / "run" / "learned_mask"))
+    assert len(learned) == result["layers"] and not (tmp_path / "run" / "checkpoint").exists()
+    assert {name.split(".")[0] for name in learned} == {"down_blocks", "up_blocks"}
+    assert all(name.startswith(("down_blocks.", "up_blocks.1.")) for name in learned)
+
+
+def test_the_published_rule(modules, steps, tmp_path):
+    result = modules.train_diffusion.main(training(modules, steps, tmp_path, parity=True, save=False))
+    assert (result["lr"], result["multiplier"]) == (50, 10)
+    assert modules.ddpm_parts.read_records(tmp_path)[0]["improvement"] == 0, "the first mask is the initial one"
+
+
+def test_a_paired_comparison_by_hand(modules):
+    found = modules.judge.compared(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2.0, 4.0, 9.0]))
+    assert (found["loss"], found["above"], found["relative"]) == (3, -2, -0.4)
+    assert found["interval"] == pytest.approx([-2 - 1.96 / 3**0.5, -2 + 1.96 / 3**0.5])
+    assert found["chance"] == pytest.approx(5.32e-4, rel=1e-2)  # of 3.46 deviations
+    same = modules.judge.compared(torch.ones(3), torch.ones(3))
+    assert (same["above"], same["chance"]) == (0, 1)
+
+
+def test_rejects_what_does_not_fit(modules, steps, pipeline, tmp_path):
+    from PIL import Image
+
+    def rejects(call, match):
+        with pytest.raises(SystemExit, match=match):
+            call()
+
+    folders = (tmp_path / str(number) for number in range(99))
+    (tmp_path / "colors" / "red").mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (16, 16), (200, number, 0)).save(tmp_path / "colors" / "red" / f"{number}.png")
+
+    def train(**options):
+        return lambda: modules.train_diffusion.main(training(modules, steps, next(folders), **options))
+
+    rejects(
+        train(initial_mask_path=tmp_path), r"masks.safetensors is missing: get_mask_diffusion.py --output_dir .* wri"
+    )
+    rejects(
+        train(batch_size=8), r"bs8_size8.npy is missing: run inference_loss_diffusion.py with the same .*bs16_size4"
+    )
+    rejects(
+        train(seed=1), r"has the loss .* for batch 0, and the initial mask has .*run inference_loss_diffusion.py ag"
+    )
+    rejects(
+        train(targets=("up_block",)), "up_block names no part of the model: pass all, a part or a layer of .*up_blocks"
+    )
+    rejects(train(targets=("conv_in",), measure_baseline=True), "no masks in --targets conv_in: pass --targets all")
+    rejects(train(batch_size=65), "--batch_size must be from 1 to --dataset_size 64, got 65")
+    rejects(train(max_step=0), "--max_step must be at least 1, got 0")
+    rejects(train(dataset=str(tmp_path / "colors")), "the model takes images of 1 channels and .* has 3: name the data")
+    missing = modules.get_mask_diffusion.Extraction(**steps.source, model_path=tmp_path / "none")
+    rejects(lambda: modules.get_mask_diffusion.main(missing), "none is missing: run weight_prune.py --save_path")
+    plain = modules.get_mask_diffusion.Extraction(**steps.source, model_path=pipeline)
+    rejects(lambda: modules.get_mask_diffusion.main(plain), "has no zeros: prune it by weight_prune.py first")
+    rejects(lambda: modules.weight_prune.Pruning(pruning_ratio=30), "--pruning_ratio must be between 0 and 1, got 30")
+    rejects(lambda: modules.weight_prune.Pruning(pruning_ratio=0.3), "swaps are for n:m patterns: pass --pruner wanda")
+    tuning = modules.finetune.Finetuning(**steps.source, mask_path=steps.out / "initial", batch_size=10**6)
+    rejects(lambda: modules.finetune.main(tuning), "--batch_size must be from 1 to 4800 images, got 1000000")
+
+    other = modules.mnist_unet.MnistUNet()
+    rejects(
+        lambda: modules.mask_files.masked_copy(other, steps.out / "initial"), "it is of another model, so run get_ma"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_rejects_a_batch_that_does_not_fit_the_memory(modules, error):
+    with (
+        pytest.raises(SystemExit, match="out of memory with 32 images in a batch: run it again with --batch_size 16"),
+        modules.settings.explained(32),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match="other"), modules.settings.explained(32):
+        raise RuntimeError("other")
+
+
+def test_presets_are_the_published_values(modules):
+    from sparsekit.cli.variants import read_variants
+
+    presets = {each.name: each.filled(Path("OUT")) for each in read_variants(FOLDER / "presets.toml")}
+    assert [*presets] == ["1_quick", "2_standard", "3_best", "4_throughput", "5_finetune"]
+    values = [("5000", "16", "0.5", "3"), ("20000", "64", "1", "5"), ("50000", "32", "2", "7")]
+    values += [("25000", "128", "1.5", "6"), ("30000", "32", "0.8", "10")]
+    import tyro
+
+    for command, (size, batch, lr, logits) in zip(presets.values(), values, strict=True):
+        assert command[1] == "examples/maskpro_ddpm/train_diffusion.py"
+        found = tyro.cli(modules.train_diffusion.Training, args=command[2:])
+        sizes = (found.dataset_size, found.batch_size, found.lr, found.logits)
+        assert sizes == (int(size), int(batch), float(lr), float(logits)) and found.out == Path("OUT")

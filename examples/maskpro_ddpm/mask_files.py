@@ -11,7 +11,6 @@ import sparsekit as sk
 from sparsekit.masks import get_mask, remove_mask
 
 FILE = "masks.safetensors"
-INITIAL = Path("initial_mask_diffusion")
 
 
 def masks_of(unet: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,18 @@ from tqdm import tqdm
 Noisy = tuple[dict[str, Tensor | None], Tensor]  # the arguments of the UNet, and the noise that it is to predict
 
 
+def add_noise(denoiser: Denoiser, part: Part, seed: int, number: int) -> Noisy:
+    """Returns a batch of images with noise, each at a timestep of its own; seed and number choose both."""
+    x, labels = scaled(part[0]), part[1] + 1
+    start = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=start)) + number)
+    t = torch.randint(denoiser.diffusion.steps, (len(x),), generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    sample = denoiser.diffusion.q_sample(x, t, noise)
+    sample, t, labels, noise = (each.to(denoiser.unet.device) for each in (sample, t, labels, noise))
+    return {"sample": sample, "timestep": t, "class_labels": labels if denoiser.classes else None}, noise
+
+
 class NoisyBatches(Sequence[Noisy]):
     """Batches of images, each at a timestep and with noise of its own, made when they are asked for.
 
@@ -35,14 +47,7 @@ class NoisyBatches(Sequence[Noisy]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         which = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        x, labels = scaled(self.images[which]), self.labels[which] + 1
-        start = torch.Generator().manual_seed(self.seed)
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=start)) + index)
-        t = torch.randint(self.denoiser.diffusion.steps, (len(x),), generator=generator)
-        noise = torch.randn(x.shape, generator=generator)
-        sample = self.denoiser.diffusion.q_sample(x, t, noise)
-        sample, t, labels, noise = (each.to(self.denoiser.unet.device) for each in (sample, t, labels, noise))
-        return {"sample": sample, "timestep": t, "class_labels": labels if self.denoiser.classes else None}, noise
+        return add_noise(self.denoiser, (self.images[which], self.labels[which]), self.seed, index)
 
 
 def loss(unet: nn.Module, batch: Noisy) -> Tensor:

@@ -11,6 +11,8 @@ from mask_files import in_targets
 from models import Denoiser, load_denoiser
 from torch import nn
 
+OUT = Path("output/maskpro_ddpm")
+INITIAL = OUT / "initial_mask_diffusion"
 PROTECTED = ("conv_in", "conv_out", "time_emb", "class_emb")  # in names of layers that stay dense, as published
 Targets = tuple[str, ...]
 
@@ -25,6 +27,10 @@ class Source:
     dataset: str = "auto"  # mnist, fashion_mnist, cifar10, shapes, or a folder of images by class
     device: str = "auto"
     seed: int = 0
+
+    def data_name(self, denoiser: Denoiser) -> str:
+        """Returns the name of the data set."""
+        return Path(denoiser.data if self.dataset == "auto" else self.dataset).name
 
     def denoiser(self) -> Denoiser:
         return load_denoiser(self.original_model, device_of(self.device))
@@ -56,6 +62,18 @@ class Sizes(Source):
         return images[: count * self.batch_size], labels[: count * self.batch_size]
 
 
+def chosen_on(denoiser: Denoiser, dataset: str) -> Part:
+    """Returns the held-out images that decide whether the learned mask or the initial one is kept: the first half."""
+    images, labels = denoiser.images(dataset).held_out
+    return images[: len(images) // 2], labels[: len(images) // 2]
+
+
+def judged_on(denoiser: Denoiser, dataset: str) -> Part:
+    """Returns the held-out images that nothing was chosen on: the second half."""
+    images, labels = denoiser.images(dataset).held_out
+    return images[len(images) // 2 :], labels[len(images) // 2 :]
+
+
 def is_protected(name: str) -> bool:
     return any(each in name for each in PROTECTED)
 
@@ -85,9 +103,3 @@ def explained(batch_size: int) -> Iterator[None]:
 def _out_of_memory(batch_size: int) -> SystemExit:
     smaller = f"--batch_size {batch_size // 2}" if batch_size > 1 else "a model of fewer channels"
     return SystemExit(f"out of memory with {batch_size} images in a batch: run it again with {smaller}")
-
-
-def read_npy_path(folder: Path, dataset: str, batch_size: int, batches: int) -> Path:
-    """Returns the file of the losses of the initial mask, named as published."""
-    name = Path(dataset).name
-    return folder / f"inference_loss_diffusion_{name}_bs{batch_size}_size{batches}.npy"

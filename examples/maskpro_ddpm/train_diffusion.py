@@ -1,0 +1,162 @@
+"""Step 4: learns 2:4 masks from losses alone, and goes on where it was killed.
+
+    python examples/maskpro_ddpm/train_diffusion.py                             # the defaults need no tuning
+    python examples/maskpro_ddpm/train_diffusion.py --targets down_blocks up_blocks.1
+    python examples/maskpro_ddpm/train_diffusion.py --parity --lr 50 --logits 10    # the published rule
+
+It needs the initial masks of get_mask_diffusion.py and the losses of inference_loss_diffusion.py for the same sizes
+(--measure_baseline measures these first). The folder of the run holds what every run has, the learned masks in
+learned_mask/, the model in checkpoint/ (a pipeline of diffusers if it came as one), logits/, loss_improvements.npy,
+loss_training.npy, training_summary.json and training_curves.png.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import baseline
+import numpy as np
+import torch
+import tyro
+from curves import draw_curves
+from ddpm_parts import read_records
+from mask_files import masked_copy, masks_of, write_masks
+from models import Denoiser
+from noisy import NoisyBatches, loss
+from safetensors.torch import save_file
+from settings import INITIAL, OUT, Sizes, check_targets, chosen_on, explained
+from tqdm import tqdm
+
+import sparsekit as sk
+from sparsekit.runs import Run, open_tracker
+
+FREE = ("device", "save", "save_every", "out", "output_dir", "measure_baseline", "baseline_path", "tracker")
+FREE += ("project_name", "experiment_name", "initial_mask_path", "learned_mask_path")  # what a run does not depend on
+
+
+@dataclass
+class Training(Sizes):
+    """What train_diffusion.py takes."""
+
+    lr: float | None = None  # how far a step moves logits; None follows from the logits (published: 50)
+    epoch: int = 625  # passes over the batches
+    logits: float | None = None  # of kept weights at the beginning; None follows from the number of groups (10)
+    max_step: int | None = 4000
+    targets: tuple[str, ...] = ("all",)  # parts or layers to learn; the others stay dense
+    parity: bool = False  # the published rule: plain residuals, lr 50, logits 10
+    initial_mask_path: Path = INITIAL
+    learned_mask_path: Path | None = None  # masks of an earlier run to begin with, in place of the initial ones
+    baseline_path: Path = OUT / "baseline_losses"
+    measure_baseline: bool = False  # measures the losses of the initial mask if their file is missing
+    save: bool = True  # also writes checkpoint/ and logits/
+    save_every: int = 200  # steps between two stored states
+    output_dir: Path = OUT / "results_diffusion"
+    out: Path | None = None  # the folder of the run; None is one in --output_dir, named by lr, epoch, logits and size
+    tracker: Literal["swanlab", "wandb", "tensorboard", "trackio", "none"] = "none"
+    project_name: str = "maskpro-ddpm"
+    experiment_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epoch", "max_step"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SystemExit(f"--{name} must be at least 1, got {value}")
+
+    def folder(self) -> Path:
+        """Returns the folder of the run."""
+        lr, logits = ("auto" if each is None else f"{each:g}" for each in (self.lr, self.logits))
+        name = f"lr{lr}_epoch{self.epoch}_logits{logits}_size{self.dataset_size}_diffusion"
+        return self.out or self.output_dir / name
+
+    def of_run(self, masks: Path) -> dict[str, Any]:
+        """Returns what the run depends on: with other values, its folder does not go on."""
+        return {**{key: value for key, value in asdict(self).items() if key not in FREE}, "masks": str(masks)}
+
+
+def main(settings: Training) -> dict[str, Any]:
+    """Returns the summary that it also writes."""
+    denoiser = settings.denoiser()
+    check_targets(denoiser.unet, settings.targets)
+    masks = settings.learned_mask_path or settings.initial_mask_path
+    masked = masked_copy(denoiser.unet, masks, settings.targets)
+    initial = masks_of(masked)
+    if not initial:
+        raise SystemExit(f"{masks} has no masks in --targets {' '.join(settings.targets)}: pass --targets all")
+    batches = NoisyBatches(denoiser, settings.part(denoiser), settings.batch_size, settings.seed)
+    path = baseline.baseline_path(settings.baseline_path, settings.data_name(denoiser), batches)
+    with explained(settings.batch_size), torch.no_grad():
+        losses = baseline.read(path, masked if settings.measure_baseline else None, batches)
+    steps = min(settings.epoch * len(batches), settings.max_step or settings.epoch * len(batches))
+    names = {"project_name": settings.project_name, "experiment_name": settings.experiment_name}
+    tracker = open_tracker(settings.tracker, **names)
+    with (
+        Run.open(settings.folder(), settings.of_run(masks), steps=steps, tracker=tracker) as run,
+        explained(settings.batch_size),
+    ):
+        if run.result is None:
+            learner = sk.MaskPro(
+                denoiser.unet,
+                loss,
+                "2:4",
+                batches=batches,
+                held_out=NoisyBatches(denoiser, chosen_on(denoiser, settings.dataset), 128, settings.seed + 1),
+                init=initial,
+                where=lambda name, _: name in initial,
+                lr=settings.lr,
+                multiplier=settings.logits,
+                seed=settings.seed,
+                parity=settings.parity,
+            )
+            learn(run, learner, steps, settings.save_every, lambda *found: baseline.check(path, losses, *found))
+            finish(run, settings, denoiser, learner)
+        return run.result
+
+
+def learn(run: Run, learner: sk.MaskPro, steps: int, save_every: int, check: Any) -> None:
+    """Makes the steps of a run, and checks that the initial mask has the losses that were measured before."""
+    run.restore(learner=learner)
+    started, before = time.monotonic(), run.step
+    bar = tqdm(learner.steps(steps), "learn masks", steps, initial=run.step, leave=False, disable=None)
+    for step in bar:
+        check(step.step, step.initial_loss)
+        run.step = step.step
+        improvement = step.initial_loss - step.loss
+        run.record(loss=step.loss, initial_loss=step.initial_loss, improvement=improvement, advantage=step.advantage)
+        if run.step % save_every == 0 or run.step == steps:
+            run.save()
+    if run.step > before:
+        run.log(f"{(time.monotonic() - started) / (run.step - before):.4f} seconds a step")
+
+
+def finish(run: Run, settings: Training, denoiser: Denoiser, learner: sk.MaskPro) -> None:
+    """Writes the learned masks, the model, the curves and the summary."""
+    state = learner.state_dict()
+    report = learner.finish()
+    folder, unet = run.folder, denoiser.unet
+    write_masks(unet, folder / "learned_mask")
+    if settings.save:
+        denoiser.save(unet, folder / "checkpoint")
+        (folder / "logits").mkdir(exist_ok=True)
+        layers = {"layers": json.dumps(state["layers"])}  # in the order of their logits
+        save_file({"logits": state["logits"].cpu()}, folder / "logits" / "logits.safetensors", layers)
+    records = read_records(folder)
+    np.save(folder / "loss_improvements.npy", np.array([record["improvement"] for record in records]))
+    np.save(folder / "loss_training.npy", np.array([record["loss"] for record in records]))
+    draw_curves(records, folder / "training_curves.png")
+    result = {
+        **{name: getattr(report, name) for name in ("steps", "initial_loss", "loss", "kept", "flips", "groups")},
+        "multiplier": report.multiplier,
+        "lr": state["lr"],
+        "layers": len(report.layers),
+        "held_out_batches": report.held_out,
+        "original_model": settings.original_model,
+    }
+    (folder / "training_summary.json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    run.log(str(report))
+    run.finish(result)
+    print(f"{report}\n{folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Training, description=__doc__))
