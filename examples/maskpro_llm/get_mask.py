@@ -10,17 +10,16 @@ It writes ``initial_mask/NAME.pt`` to ``--out``, a bool mask for every linear la
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from config import Shared, load_model, run_command
 from masks import layer_masks, write_masks
 from texts import read
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import sparsekit as sk
-from sparsekit.cli.models import head_of
 from sparsekit.prune import Method
 
 METHODS: dict[str, Method] = {
@@ -41,15 +40,15 @@ class Masking(Shared):
     nsamples: int = 128  # texts to calibrate on, the first of those that train.py learns from
 
 
-def prune(model: nn.Module, method: Method, rows: Tensor | None = None) -> sk.PruneReport:
+def prune(model: Any, method: Method, rows: Tensor | None = None) -> sk.PruneReport:
     """Prunes all linear layers but the head, calibrated on texts if the method needs them."""
-    head = head_of(model)
+    head = model.get_output_embeddings()
     progress = partial(tqdm, desc="prune", leave=False, disable=None)
     batches = None if rows is None else [{"input_ids": batch.to(model.device)} for batch in rows.split(16)]
     return sk.prune_(model, method, batches, where=lambda _, module: module is not head, progress=progress)
 
 
-def masks_of_pruned(model: nn.Module, source: str) -> dict[str, Tensor]:
+def masks_of_pruned(model: Any, source: str) -> dict[str, Tensor]:
     """Returns the masks of weights that are 2:4 already.
 
     Raises:
