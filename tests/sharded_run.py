@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from running import leave_group
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -67,4 +68,4 @@ def run(rank, store, folder):
         train(f"{folder}/{kind}/stopped", kind, 2, 1)
         train(f"{folder}/{kind}/stopped", kind, 4, 7)  # the weights and random states of its own are replaced
     refuses(f"{folder}/refused")
-    dist.destroy_process_group()
+    leave_group()

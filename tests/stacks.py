@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from running import leave_group
 from surroundings import inputs, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -317,4 +318,4 @@ def run(rank: int, port: int, results: str) -> None:
             said = traceback.format_exc()
         Path(results, f"{name}-{rank}").write_text(said)
         dist.barrier()
-    dist.destroy_process_group()
+    leave_group()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from running import leave_group
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -250,7 +251,7 @@ def _work(rank, rendezvous, model, batch, expected, published):
     sharded = fully_shard(copy.deepcopy(model), mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
     PUBLISHED.loss(sharded, x, labels, t=t, noise=noise).backward()
     torch.testing.assert_close(gradients(sharded), expected, atol=1e-6, rtol=0)
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow

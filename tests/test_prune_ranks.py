@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from interrupts import difference, model_state
 from pruning import stack
+from running import leave_group
 from torch import nn
 
 import sparsekit as sk
@@ -187,7 +188,7 @@ def _wrapped(rank, folder):
         sk.prune_(model, sk.Wanda("1:4"), batches)
     except ValueError:
         torch.save(net.state_dict(), f"{folder}/{rank}-after.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from running import leave_group
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
@@ -102,7 +103,7 @@ def _work(rank, rendezvous, x, expected, errors):
         data_parallel(rank, x, expected)
         fully_sharded(rank, x, expected)
         masks_kept(rank, x)
-        dist.destroy_process_group()
+        leave_group()
     except BaseException:
         errors.put(traceback.format_exc())
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,11 @@ def _spawned(rank: int, work: Callable[[Config], None], config: Config, port: in
     torch.set_num_threads(max(1, torch.get_num_threads() // config.spawn))
     with joined(config):
         work(config)
+    # DDP keeps gloo's threads in torch 2.13. One that wants the interpreter while it is torn down aborts the process,
+    # which is done (https://github.com/pytorch/pytorch/issues/190489).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextmanager
