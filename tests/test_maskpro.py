@@ -12,8 +12,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.masks import Pattern, get_mask
-from sparsekit.prune import mask_arena
-from sparsekit.prune.layers import PrunableLayer
+from sparsekit.prune.layers import PrunableLayer, find_layers
 from sparsekit.prune.mask_arena import MaskArena
 
 
@@ -79,15 +78,22 @@ def test_experts_of_which_one_gets_no_token(transposed):
         assert (mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
 
 
-def test_masks_are_unpacked_at_once_or_by_layer(monkeypatch):
-    logits = []
-    for entries in (mask_arena.UNPACKED, 0):
-        monkeypatch.setattr(mask_arena, "UNPACKED", entries)
-        torch.manual_seed(0)
-        learner = sk.MaskPro(Network(), noisy, batches=IMAGES, init=WANDA, multiplier=1.0)
-        learner.learn(5)
-        logits.append(learner.state_dict()["logits"])
-    assert torch.equal(*logits)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("axis", ["input", "flatten"])
+def test_a_masked_forward_is_that_of_the_masked_model(layout, axis):
+    """Bit for bit, whatever the layout of a convolution's weight, and with inputs that fill no group at the end."""
+    torch.manual_seed(0)
+    network = Network().eval().to(memory_format=layout)
+    layers = find_layers(network, Pattern.parse("2:4"), axis, None)[0]
+    arena = MaskArena(layers, Pattern.parse("2:4"), torch.float32, torch.device("cpu"))
+    arena.logits.normal_()
+    bits, images = sk.nm_sample(arena.logits, 2, 4, seed=0), IMAGES[0].to(memory_format=layout)
+    with torch.no_grad():
+        with arena.masking(bits):
+            masked = network(images)
+        for layer, mask in arena.masks(bits):
+            layer.weight.masked_fill_(~mask, 0)
+        assert [layer.name for layer in layers] == ["conv", "fc"] and torch.equal(network(images), masked)
 
 
 def test_initial_masks():

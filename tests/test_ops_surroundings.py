@@ -10,7 +10,7 @@ from helpers import assert_same, sparse24
 from torch.utils._pytree import tree_leaves
 
 import sparsekit as sk
-from sparsekit.ops import _kernels, arrange24, arrange_conv24, arranged_conv2d24, arranged_linear24
+from sparsekit.ops import _kernels, arrange24, arrange_conv24, arranged_conv2d24, arranged_linear24, masked_weight
 from sparsekit.ops._define import DECLARED
 from sparsekit.ops.arranged24 import LAYOUTS
 from sparsekit.ops.int8_linear import PackedInt8, int8_linear, quantize_rows
@@ -109,6 +109,7 @@ def op_calls(dtype):
         "nm_policy_step_": lambda: sk.nm_policy_step_(
             logits.clone(), OPS.nm_sample(logits, 2, 4, 1, 0), 0.5, 0.1, 2, 4, seed=1
         ),
+        "masked_weight": lambda: masked_weight(weight[..., None], OPS.nm_mask_bits(weight, 2, 4).flatten()[:23], 20),
         "transposable_mask24": lambda: sk.transposable_mask24(weight),
         "block_scores": lambda: sk.block_scores(weight, (4, 4), scale=scale),
         "block_topk_mask": lambda: sk.block_topk_mask(weight, 3, (4, 8)),

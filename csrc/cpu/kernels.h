@@ -240,6 +240,15 @@ struct SampleArgs {
   DType dtype;
 };
 
+// All contiguous.
+struct MaskedArgs {
+  const void* weight;   // [rows, cols, taps]
+  const uint8_t* bits;  // of entries [rows, taps, full]
+  void* masked;         // [rows, cols, taps]
+  int64_t cols, full, taps;
+  DType dtype;
+};
+
 struct Kernels {
   const char* simd_level;
   const char* features;  // what a processor must have, as the compiler names it, separated by commas
@@ -247,6 +256,8 @@ struct Kernels {
   void (*nm)(const NmArgs&, int64_t begin, int64_t end);
   // Pieces [begin, end) of `width` columns, those of the first row first.
   void (*sample)(const SampleArgs&, int64_t begin, int64_t end);
+  // Rows [begin, end) of one tap; of more, pieces of 8 columns, those of the first row first.
+  void (*masked)(const MaskedArgs&, int64_t begin, int64_t end);
   // Block rows [begin, end).
   void (*block_scores)(const BlockScoresArgs&, int64_t begin, int64_t end);
   void (*block_topk)(const BlockTopkArgs&, int64_t begin, int64_t end);

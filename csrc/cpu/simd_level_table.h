@@ -9,6 +9,7 @@
 #include "linear24q_int8_kernel.h"
 #include "linear24q_kernel.h"
 #include "linear_tiered_kernel.h"
+#include "masked_kernel.h"
 #include "nm_kernel.h"
 #include "pack24_kernel.h"
 #include "prune_pack24_kernel.h"
@@ -28,6 +29,7 @@ extern constexpr Kernels SPARSEKIT_JOIN(kernels_, SPARSEKIT_LEVEL) = {
     .features = SPARSEKIT_FEATURES,
     .nm = SPARSEKIT_LEVEL::nm,
     .sample = SPARSEKIT_LEVEL::sample,
+    .masked = SPARSEKIT_LEVEL::masked,
     .block_scores = SPARSEKIT_LEVEL::block_scores,
     .block_topk = SPARSEKIT_LEVEL::block_topk,
     .tier_prune = SPARSEKIT_LEVEL::tier_prune,

@@ -15,6 +15,7 @@ from .linear24 import linear24
 from .linear24q import linear24q
 from .linear24q_int8 import linear24q_int8
 from .linear_tiered import linear_tiered
+from .masked import masked_weight
 from .nf4 import Nf4Weight, linear_nf4, quantize_nf4
 from .nm import nm_mask, nm_mask_bits, nm_prune, nm_prune_
 from .quant24 import QuantizedWeight24, quantize24
@@ -55,6 +56,7 @@ __all__ = [
     "linear24q_int8",
     "linear_nf4",
     "linear_tiered",
+    "masked_weight",
     "nm_mask",
     "nm_mask_bits",
     "nm_policy_step_",

@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from .._forwards import Around, around_forwards
 from .._undo import restoring
 from ..masks import Pattern, grouped, ungrouped
-from ..ops import nm_mask_bits, pack_bits, unpack_bits
+from ..ops import masked_weight, nm_mask_bits, pack_bits, unpack_bits
 from .layers import PrunableLayer
-
-UNPACKED = (
-    2**26
-)  # entries up to which the mask of all layers is unpacked at once, in 64 MiB: small layers take less time
 
 
 @dataclass(frozen=True)
@@ -117,21 +113,18 @@ class MaskArena:
     def masks(self, bits: Tensor) -> Iterator[tuple[PrunableLayer, Tensor]]:
         """Yields the layers, each with its bool mask in the shape of its weight."""
         for slot, part in self._parts(bits):
-            yield slot.layer, ~_dropped(slot, part)
+            yield slot.layer, _mask(slot, part)
 
     @contextmanager
     def masking(self, bits: Tensor) -> Iterator[None]:
         """Makes the layers multiply by their masked weights until the end.
 
         A masked weight is made when its layer is called, and freed after the call, so that there is one at a time: the
-        parameters are neither changed nor copied. It costs what writing masked weights into the model would.
+        parameters are neither changed nor copied.
         """
         own: dict[nn.Module, dict[str, nn.Parameter]] = {}
         parts: dict[nn.Module, list[tuple[Slot, Tensor]]] = {}
-        whole = unpack_bits(bits.to(self.logits.device), 8 * len(bits)) if 8 * len(bits) <= UNPACKED else None
         for slot, part in self._parts(bits):
-            if whole is not None:
-                part = whole[slot.start : slot.stop]
             module, key = slot.layer.module, slot.layer.parameter
             own.setdefault(module, {})[key] = module.get_parameter(key)
             parts.setdefault(module, []).append((slot, part))
@@ -156,8 +149,7 @@ def _masked(own: dict[str, nn.Parameter], parts: list[tuple[Slot, Tensor]]) -> A
         parameters: dict[str, Any] = parts[0][0].layer.module._parameters  # torch reads any tensor from it
         try:
             for slot, part in parts:
-                weight = own[slot.layer.parameter].detach()
-                parameters[slot.layer.parameter] = weight.masked_fill(_dropped(slot, part), 0)
+                parameters[slot.layer.parameter] = _masked_weight(slot, own[slot.layer.parameter].detach(), part)
             return forward(*args, **kwargs)
         finally:
             parameters.update(own)
@@ -165,12 +157,23 @@ def _masked(own: dict[str, nn.Parameter], parts: list[tuple[Slot, Tensor]]) -> A
     return run
 
 
-def _dropped(slot: Slot, part: Tensor) -> Tensor:
-    """Returns a bool tensor in the shape of the layer's weight, True where the mask, as bits or bool, drops it."""
+def _masked_weight(slot: Slot, weight: Tensor, part: Tensor) -> Tensor:
+    """Returns the weight of a layer with zeros where the bits of its mask drop entries."""
+    axis, full = slot.layer.axis, slot.full[-1]
+    bits = part[: (slot.end - slot.start + 7) // 8].to(weight.device)
+    groups = grouped(weight, axis)
+    if groups.is_contiguous():  # linear layers, and convolutions in the memory format channels_last
+        masked = masked_weight(groups.view(-1, groups.shape[-1], 1), bits, full)
+        return ungrouped(masked.view(groups.shape), axis, weight.shape)
+    assert isinstance(axis, int)
+    rows, cols = math.prod(weight.shape[:axis]), weight.shape[axis]
+    return masked_weight(weight.reshape(rows, cols, -1), bits, full).view(weight.shape)
+
+
+def _mask(slot: Slot, part: Tensor) -> Tensor:
+    """Returns the bits of a layer's mask as a bool tensor in the shape of its weight."""
     weight = slot.layer.weight
-    part, count = part.to(weight.device), slot.end - slot.start
-    kept = part[:count] if part.dtype == torch.bool else unpack_bits(part, count)
-    dropped = kept.logical_not().view(slot.full)
+    kept = unpack_bits(part.to(weight.device), slot.end - slot.start).view(slot.full)
     if tail := grouped(weight, slot.layer.axis).shape[-1] - slot.full[-1]:
-        dropped = F.pad(dropped, (0, tail))
-    return ungrouped(dropped, slot.layer.axis, weight.shape)
+        kept = F.pad(kept, (0, tail), value=True)
+    return ungrouped(kept, slot.layer.axis, weight.shape)
