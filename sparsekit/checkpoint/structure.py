@@ -172,9 +172,10 @@ class LayerRecord:
         if kind not in KINDS:
             raise ValueError(f"{where} is {kind!r}, known are {', '.join(map(repr, KINDS))}")
         shape = tuple(field(where, data, "shape", list))
+        parameter = field(where, data, "parameter", str) if "parameter" in data else "weight"
         if (
             not all(type(size) is int and size >= 0 for size in shape)
-            or len(shape) < 2
+            or len(shape) < (2 if parameter == "weight" else 1)
             or (kind != "dense" and len(shape) != (4 if kind in CONVOLUTIONS else 2))
         ):
             raise ValueError(f"{where} has the shape {list(shape)}")
@@ -184,7 +185,6 @@ class LayerRecord:
         mask = data.get("mask")
         info = None if mask is None else parse_mask(f"the mask of {where}", mask, shape)
         block, k = parse_tiers(where, data) if kind == "tiered" else ((0, 0), 0)
-        parameter = field(where, data, "parameter", str) if "parameter" in data else "weight"
         if parameter != "weight" and (kind != "dense" or (name != parameter and not name.endswith(f".{parameter}"))):
             raise ValueError(f"{where} has the weight {parameter!r}, and is not dense and called like it")
         transposed = field(where, data, "transposed", bool)

@@ -1,21 +1,32 @@
 """Slimming: removes neurons, attention heads and stages, so that a model really becomes smaller."""
 
 from .._packages import name_functions as _name_functions
+from .learn import UnitLearner, UnitReport, UnitStep
 from .masking import mask_units_
 from .plan import Branch, SlimPlan, Stages
+from .published import mask_rows_
+from .schedule import CubicSchedule
+from .scores import choose_units, unit_scores
 from .surgery import SlimReport, slim_, slim_plan, unslim_
 from .units import Units, find_units
 
 __all__ = [
     "Branch",
+    "CubicSchedule",
     "SlimPlan",
     "SlimReport",
     "Stages",
+    "UnitLearner",
+    "UnitReport",
+    "UnitStep",
     "Units",
+    "choose_units",
     "find_units",
+    "mask_rows_",
     "mask_units_",
     "slim_",
     "slim_plan",
+    "unit_scores",
     "unslim_",
 ]
 

@@ -10,15 +10,20 @@ from .plan import Branch, SlimPlan, Stages
 from .resize import Side, size
 
 
-def check_fits(model: nn.Module, plan: SlimPlan) -> None:
+def check_fits(model: nn.Module, plan: SlimPlan, *, whole: bool = False) -> None:
     """Checks that a plan names layers of the model that can be changed, with the sizes that they have.
+
+    Args:
+        model: the model.
+        plan: the plan.
+        whole: whether to check branches of which all units stay, too.
 
     Raises:
         ValueError: names what does not fit.
     """
     check_whole(model)
     shared = shared_weight_reasons(model, fast_paths=False)
-    for branch, _ in plan.dropping_units():
+    for branch in plan.units if whole else dict(plan.dropping_units()):
         _check_branch(model, branch, {module: reason for (module, _), reason in shared.items()})
     for stages in plan.stages:
         _check_stages(model, stages)

@@ -28,7 +28,7 @@ def mask_units_(model: nn.Module, plan: SlimPlan) -> None:
         RuntimeError: the model is being changed already.
     """
     check_model(model)
-    check_fits(model, plan)
+    check_fits(model, plan, whole=True)
 
     def work(undo: Undo) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -41,6 +41,9 @@ def mask_units_(model: nn.Module, plan: SlimPlan) -> None:
 
 def write_mask(layer: nn.Module, name: str, mask: Tensor, undo: Undo) -> None:
     """Stores the mask of a parameter and zeroes what it drops; ``undo`` records how to restore both."""
+    info = get_mask_info(layer, name)
+    if info is not None and (info.pattern.m is not None or info.pattern.tiers):
+        raise ValueError(f"a layer has a mask of the pattern {info.pattern}: mask units or rows first, then prune it")
     value, dropped = layer.get_parameter(name).detach(), ~mask
     known = get_mask_bits(layer, name), get_mask_info(layer, name)
     undo.callback(_restore, layer, name, value, dropped, value[dropped], *known)
