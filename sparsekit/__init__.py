@@ -98,7 +98,7 @@ Packages
     compress                     The entries of a ``CompressReport``.
     quant                        The report of ``quantize_``, and which layers bitsandbytes computes rightly.
     train                        The entries of a ``SparseTraining``.
-    diffusion                    Gaussian diffusion: schedule, loss, guidance by labels, and sampling.
+    diffusion                    Diffusion of images, Gaussian, and of tokens, absorbing: noise, losses, sampling.
     evaluate                     FID and KID of generated images.
     slim                         What ``find_units`` finds.
     probes                       Draws the gradients that were recorded.

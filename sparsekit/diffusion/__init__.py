@@ -1,5 +1,23 @@
 """Diffusion: how data becomes noise step by step, and how a model of the noise turns it back."""
 
+from .absorbing import k_dce_loss, lambda_dce_loss, t_dce_loss, t_dse_loss
+from .bound import Bound, evaluate_bound
 from .gaussian import GaussianDiffusion, drop_labels, guided
+from .noise import GeometricNoise, LogLinearNoise, Noise
+from .order import ordered_loss
 
-__all__ = ["GaussianDiffusion", "drop_labels", "guided"]
+__all__ = [
+    "Bound",
+    "GaussianDiffusion",
+    "GeometricNoise",
+    "LogLinearNoise",
+    "Noise",
+    "drop_labels",
+    "evaluate_bound",
+    "guided",
+    "k_dce_loss",
+    "lambda_dce_loss",
+    "ordered_loss",
+    "t_dce_loss",
+    "t_dse_loss",
+]

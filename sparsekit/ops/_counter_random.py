@@ -5,6 +5,8 @@ key of two to four random words. exp and log are polynomials of float32 products
 PyTorch's own differ by device in the last place.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,17 @@ ROUNDING = 1.5 * 2**23  # added and subtracted, it rounds a small float32 to an 
 def random_words(count: int, seed: int, offset: int, device: torch.device) -> Tensor:
     """Returns random words of 32 bits: four for each counter from 0 to ``count - 1``, as int64 ``[count, 4]``."""
     counter = torch.arange(count, device=device, dtype=torch.int64)
-    words = [counter & WORD, counter >> 32, *(torch.full_like(counter, part) for part in halves(offset))]
-    key = halves(seed)
+    return philox([counter & WORD, counter >> 32, *(torch.full_like(counter, part) for part in halves(offset))], seed)
+
+
+def philox(counter: list[Tensor], seed: int | Tensor) -> Tensor:
+    """Returns four random words of 32 bits for each counter, as int64 ``[..., 4]``.
+
+    Args:
+        counter: its four words, int64, of shapes that broadcast.
+        seed: 64 bits; a tensor has one for each counter, and broadcasts too.
+    """
+    words, key = [*torch.broadcast_tensors(*counter)], halves(seed)
     for _ in range(10):
         (high0, low0), (high1, low1) = _multiply(words[0], MULTIPLIERS[0]), _multiply(words[2], MULTIPLIERS[1])
         words = [high1 ^ words[1] ^ key[0], low1, high0 ^ words[3] ^ key[1], low0]
@@ -36,8 +47,8 @@ def random_words(count: int, seed: int, offset: int, device: torch.device) -> Te
     return torch.stack(words, -1)
 
 
-def halves(number: int) -> tuple[int, int]:
-    """Returns the lower and the upper 32 bits of an integer of 64."""
+def halves(number: Any) -> tuple[Any, Any]:
+    """Returns the lower and the upper 32 bits of an integer of 64, or of each in a tensor."""
     return number & WORD, number >> 32 & WORD
 
 
