@@ -1,7 +1,11 @@
 """The example that learns masks for diffusion models: its models, files and errors, and the steps one after another."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,3 +344,31 @@ def test_presets_are_the_published_values(modules):
         found = tyro.cli(modules.train_diffusion.Training, args=command[2:])
         sizes = (found.dataset_size, found.batch_size, found.lr, found.logits)
         assert sizes == (int(size), int(batch), float(lr), float(logits)) and found.out == Path("OUT")
+
+
+def test_the_menu_takes_numbers_and_names_only():
+    script = FOLDER / "quick_start.sh"
+    for words, given in (["6"], None), ([], "quick\n"):
+        said = subprocess.run(["bash", script, *words], input=given, capture_output=True, text=True, timeout=60)
+        assert said.returncode == 2
+        assert "the mode must be 1 to 5 or one of 1_quick 2_standard 3_best 4_throughput 5_finetune, got" in said.stderr
+    assert "5_finetune     masks, then their weights" in said.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_the_one_that_was_not(modules, steps, tmp_path):
+    options = {"max_step": 60, "save_every": 7}
+    whole = modules.train_diffusion.main(training(modules, steps, tmp_path / "whole", **options))
+    given = {**steps.sizes, **options, "initial_mask_path": steps.out / "initial"}
+    given |= {"baseline_path": steps.out / "baselines", "out": tmp_path / "killed"}
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, FOLDER / "train_diffusion.py", *words], env=environment)
+    while not (tmp_path / "killed" / "state" / "step-14").exists():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "result.json").exists()
+    assert modules.train_diffusion.main(training(modules, steps, tmp_path / "killed", **options)) == whole
+    for name in ("metrics.jsonl", "learned_mask/masks.safetensors", "logits/logits.safetensors", "loss_training.npy"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
