@@ -38,7 +38,7 @@ def modules():
 
 @pytest.fixture(scope="module")
 def pipeline(modules, tmp_path_factory):
-    """The folder of a pipeline of diffusers with a tiny UNet of gray images."""
+    """The folder of a pipeline of diffusers with a tiny UNet that draws gray images of ten classes."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
@@ -51,6 +51,7 @@ def pipeline(modules, tmp_path_factory):
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
+        num_class_embeds=11,
     )
     folder = tmp_path_factory.mktemp("pipeline")
     modules.models.Denoiser(unet, modules.models.GaussianDiffusion(100, 1e-4, 0.1), "shapes").save(unet, folder)
@@ -61,8 +62,9 @@ def test_the_mnist_unet_is_the_trained_one_and_can_be_stored(modules, data, tmp_
     denoiser = modules.models.load_denoiser("mnist")
     assert (denoiser.shape, denoiser.classes) == ((1, 28, 28), 0)
     held_out = tuple(each[:256] for each in denoiser.images().held_out)
-    losses = modules.noisy.image_losses(denoiser.unet, modules.noisy.NoisyBatches(denoiser, held_out, 128, 0), "")
-    assert losses.shape == (256,) and 0.025 < losses.mean() < 0.035
+    batches = modules.noisy.NoisyBatches(denoiser, held_out, 128, 0)
+    losses = modules.noisy.image_losses(denoiser.unet, batches, "")
+    assert losses.shape == (256,) and 0.025 < losses.mean() < 0.035 and batches[0][0]["class_labels"] is None
     denoiser.save(denoiser.unet, tmp_path)
     again = modules.models.load_denoiser(str(tmp_path))
     assert type(again.unet) is type(denoiser.unet) and again.diffusion == denoiser.diffusion
@@ -77,6 +79,7 @@ def test_pipelines_and_folders_of_a_unet_are_read(modules, pipeline, tmp_path):
     whole = modules.models.load_denoiser(str(pipeline))
     bare = modules.models.load_denoiser(str(pipeline / "unet"))
     assert whole.diffusion == modules.models.GaussianDiffusion(100, 1e-4, 0.1)
+    assert (bare.shape, bare.classes) == ((1, 16, 16), 10)
     assert bare.diffusion == modules.models.GaussianDiffusion() and bare.data == "auto"
     assert all(not each.requires_grad for each in whole.unet.parameters())
     run = tmp_path / "run"
@@ -113,7 +116,8 @@ def test_noise_depends_on_the_number_of_the_batch_alone(modules, pipeline):
     assert [len(noise) for _, noise in batches] == [8, 8, 4]
     (one, noise), (other, same) = again[1], batches[1]
     assert torch.equal(noise, same) and all(torch.equal(one[key], other[key]) for key in ("sample", "timestep"))
-    assert not torch.equal(batches[0][1], noise) and one["class_labels"] is None
+    assert torch.equal(one["class_labels"], part[1][8:16] + 1)
+    assert not torch.equal(batches[0][1], noise)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ class Settings:
     original_model: str = "auto"  # auto is the MNIST UNet where SPARSEKIT_DATA has it, else one that is trained here
     dataset: str = "auto"
     pruner: weight_prune.Pruner = "wanda+swaps"
-    max_step: int = 4000  # of learning
+    max_step: int = 2000  # of learning
     finetuning_steps: int = 500
     device: str = "auto"
     seed: int = 0
@@ -64,7 +64,7 @@ def main(settings: Settings) -> dict[str, Any]:
         step("train a UNet", lambda: train.main(config))
     source = {"original_model": model, "dataset": settings.dataset, "device": settings.device, "seed": settings.seed}
     initial, pruned, baselines = out / "initial_mask_diffusion", out / "pruned", out / "baseline_losses"
-    sizes = {**source, "dataset_size": 512 if short else 4096}
+    sizes = {**source, "dataset_size": 512 if short else 2048}
     pruning = weight_prune.Pruning(**source, save_path=pruned, pruner=settings.pruner)
     extraction = get_mask_diffusion.Extraction(**source, model_path=pruned, output_dir=initial)
     baseline = inference_loss_diffusion.Baseline(**sizes, initial_mask_path=initial, output_dir=baselines)

@@ -40,7 +40,7 @@ class Source:
 class Sizes(Source):
     """The images that losses are measured on while masks are learned."""
 
-    dataset_size: int = 4096  # images of the training set
+    dataset_size: int = 2048  # images of the training set
     batch_size: int = 32
     max_batches: int | None = None  # fewer batches than the images make
 

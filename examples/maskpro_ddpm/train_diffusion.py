@@ -27,6 +27,7 @@ from models import Denoiser
 from noisy import NoisyBatches, loss
 from safetensors.torch import save_file
 from settings import INITIAL, OUT, Sizes, check_targets, chosen_on, explained
+from torch import Tensor
 from tqdm import tqdm
 
 import sparsekit as sk
@@ -43,7 +44,7 @@ class Training(Sizes):
     lr: float | None = None  # how far a step moves logits; None follows from the logits (published: 50)
     epoch: int = 625  # passes over the batches
     logits: float | None = None  # of kept weights at the beginning; None follows from the number of groups (10)
-    max_step: int | None = 4000
+    max_step: int | None = 2000
     targets: tuple[str, ...] = ("all",)  # parts or layers to learn; the others stay dense
     parity: bool = False  # the published rule: plain residuals, lr 50, logits 10
     initial_mask_path: Path = INITIAL
@@ -95,22 +96,29 @@ def main(settings: Training) -> dict[str, Any]:
         explained(settings.batch_size),
     ):
         if run.result is None:
-            learner = sk.MaskPro(
-                denoiser.unet,
-                loss,
-                "2:4",
-                batches=batches,
-                held_out=NoisyBatches(denoiser, chosen_on(denoiser, settings.dataset), 128, settings.seed + 1),
-                init=initial,
-                where=lambda name, _: name in initial,
-                lr=settings.lr,
-                multiplier=settings.logits,
-                seed=settings.seed,
-                parity=settings.parity,
-            )
+            learner = new_learner(settings, denoiser, batches, initial)
             learn(run, learner, steps, settings.save_every, lambda *found: baseline.check(path, losses, *found))
             finish(run, settings, denoiser, learner)
         return run.result
+
+
+def new_learner(
+    settings: Training, denoiser: Denoiser, batches: NoisyBatches, initial: dict[str, Tensor]
+) -> sk.MaskPro:
+    """Returns a learner of the layers that have an initial mask."""
+    return sk.MaskPro(
+        denoiser.unet,
+        loss,
+        "2:4",
+        batches=batches,
+        held_out=NoisyBatches(denoiser, chosen_on(denoiser, settings.dataset), 128, settings.seed + 1),
+        init=initial,
+        where=lambda name, _: name in initial,
+        lr=settings.lr,
+        multiplier=settings.logits,
+        seed=settings.seed,
+        parity=settings.parity,
+    )
 
 
 def learn(run: Run, learner: sk.MaskPro, steps: int, save_every: int, check: Any) -> None:
