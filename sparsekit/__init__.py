@@ -108,7 +108,8 @@ About this installation
     show_config                  Prints versions, which kernel runs each op, and what is missing.
     __version__                  The version, a string.
 
-``sparsekit.integrations.transformers`` and ``sparsekit.integrations.peft`` are imported only when asked for.
+``sparsekit.integrations.transformers`` and ``sparsekit.integrations.peft`` are imported only when asked for,
+and so is ``sparsekit.models``, which has RADD, a transformer of masked tokens.
 """
 
 from . import _installed as _installed  # refuses to run beside another project that is called sparsekit

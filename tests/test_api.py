@@ -15,7 +15,7 @@ import pytest
 import sparsekit as sk
 
 SNAPSHOT = Path(__file__).with_name("api.txt")
-NAMED = "ops nn prune train compress tiers slim quant runs diffusion evaluate probes"
+NAMED = "ops nn prune train compress tiers slim quant runs diffusion evaluate models probes"
 PACKAGES = ("sparsekit", *(f"sparsekit.{name}" for name in NAMED.split()))
 METHODS = (staticmethod, classmethod, type(lambda: None))
 PROPERTIES = (property, functools.cached_property)

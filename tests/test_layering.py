@@ -14,6 +14,7 @@ OPTIONAL = {
     "torch_fidelity",
     "datasets",
     "accelerate",
+    "huggingface_hub",
     "peft",
     "bitsandbytes",
     "tqdm",
@@ -29,7 +30,10 @@ OPTIONAL = {
 }
 # Light ones that what only the command line imports may import at the top; its entry says what is missing.
 LIGHT = {"tyro", "rich"}
-OWN = {"sparsekit.cli.panel": {"textual"}}  # a module that its command imports once it knows that they are installed
+OWN = {
+    "sparsekit.cli.panel": {"textual"},
+    "sparsekit.models.radd": {"huggingface_hub"},
+}  # a module that its command imports once it knows that they are installed
 ENTRIES = {"sparsekit.cli", "sparsekit.__main__"}
 # From the bottom up: a module may import its own layer and those before it. The longest name decides.
 LAYERS = [
@@ -59,7 +63,14 @@ LAYERS = [
         "sparsekit._optimizers",
     ],
     ["sparsekit.nn", "sparsekit._replace"],
-    ["sparsekit.diffusion", "sparsekit.distill", "sparsekit.evaluate", "sparsekit.probes", "sparsekit.runs"],
+    [
+        "sparsekit.diffusion",
+        "sparsekit.distill",
+        "sparsekit.evaluate",
+        "sparsekit.models",
+        "sparsekit.probes",
+        "sparsekit.runs",
+    ],
     ["sparsekit.prune", "sparsekit.compress", "sparsekit.checkpoint", "sparsekit.train"],
     ["sparsekit.tiers", "sparsekit.slim", "sparsekit.quant"],
     ["sparsekit"],
