@@ -16,7 +16,19 @@ for package in ("accelerate", "matplotlib", "tqdm", "transformers", "tyro"):
     pytest.importorskip(package)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-OWN = ("baseline", "config", "evaluate", "get_mask", "inference_loss", "losses", "masks", "run", "texts", "train")
+OWN = (
+    "baseline",
+    "compare",
+    "config",
+    "evaluate",
+    "get_mask",
+    "inference_loss",
+    "losses",
+    "masks",
+    "run",
+    "texts",
+    "train",
+)
 NEIGHBORS = ("model", "speed", "text")  # of the example three_tier
 ALL = {"held_out": 4, "validation": 2, "sqlen": 16, "windows": "all"}
 LEARNING = {"dataset_size": 12, "batchsize": 4}
@@ -97,6 +109,23 @@ def test_the_steps_from_masks_to_evaluation(modules, masked, capsys):
     assert found["models"]["learned"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert json.loads((folder / "evaluation.json").read_text()) == found
     assert "4 texts that were held out" in capsys.readouterr().out
+
+
+def test_rules_are_compared_on_the_same_texts(modules, masked, capsys):
+    settings = modules.compare.Comparison(**masked, **LEARNING, epoch=7, max_step=4, seeds=(2,))
+    found = modules.compare.main(settings)
+    assert list(found) == list(modules.compare.RULES) and found == json.loads(
+        (masked["out"] / "comparison.json").read_text()
+    )
+    for runs in found.values():
+        assert [run["seed"] for run in runs] == [2]
+        for run in runs:
+            assert run["initial"] == found["ours"][0]["initial"] and run["dense"] == found["ours"][0]["dense"]
+            assert (run["flips"] == 0) <= (run["learned"] == run["initial"])
+    names = {path.name for path in (masked["out"] / "results").glob("*epoch7*size12*")}
+    assert {"lr50_epoch7_logits10_size12_parity_seed2", "lr0.15_epoch7_logits5.1_size12_seed2"} < names
+    said = capsys.readouterr().out.split("initial masks ")[-1]
+    assert f"{found['ours'][0]['learned']['perplexity']:.3f}" in said and all(rule in said for rule in found)
 
 
 def test_the_baseline_is_the_loss_of_the_masked_model(modules, masked):
@@ -207,13 +236,13 @@ def test_the_published_flags(modules, spelling):
         ({"dataset_size": 500}, r"has only \d+ texts of 16 tokens left for --dataset_size 500: lower that"),
         ({"model": "/nowhere"}, r"there is no folder /nowhere"),
         ({"data": "nowhere.txt"}, r"--data must be c4, builtin, a UTF-8 file or an id of a data set: .*nowhere.txt"),
-        ({"seed": 1, "epoch": 2, "lr": 2.0, "logits": 3.0}, r"seed"),
+        ({"validation": 1, "epoch": 4}, r"validation"),
     ],
 )
 def test_errors_say_what_to_run(modules, masked, changes, message):
     settings = {**masked, **LEARNING, "epoch": 1, **changes}
-    if "seed" in changes:
-        modules.train.main(modules.train.Training(**{**settings, "seed": 0}))
+    if "validation" in changes:
+        modules.train.main(modules.train.Training(**{**settings, "validation": 2}))
     with pytest.raises((ValueError, OSError), match=message):
         modules.train.main(modules.train.Training(**settings))
 

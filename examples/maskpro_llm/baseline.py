@@ -16,8 +16,8 @@ SAME_IN_16_BITS = 5e-3
 class Batched(Shared):
     """The settings that inference_loss.py and train.py have in common."""
 
-    dataset_size: int = 512  # texts to learn from
-    batchsize: int = 32  # texts in a step
+    dataset_size: int = 1536  # texts to learn from
+    batchsize: int = 8  # texts in a step
     microbatch: int = 32  # texts in a forward pass, at most; larger batches take several
     epoch: int = 1
     targets: tuple[str, ...] = ("all",)  # the layers that are masked, by parts of their names: layers.0 q_proj

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from sparsekit.cli.models import load_dense, load_tokenizer, read_config
+from sparsekit.cli.models import load_dense, load_tokenizer, read_config, transformers
 from sparsekit.cli.text import check_causal
 
 HERE = Path(__file__).parent
@@ -72,6 +72,7 @@ def load_model(settings: Shared, source: str | None = None) -> tuple[Any, Any]:
         ValueError: it cannot be loaded, or does not predict the next token.
         OSError: there is no such model.
     """
+    transformers()  # silences it
     dense = str(builtin(settings)) if settings.model == "builtin" else settings.model
     config = read_config(dense)
     model = load_dense(source or dense, settings.device, settings.dtype, masks=False)

@@ -71,7 +71,7 @@ def main(settings: Evaluation) -> dict[str, Any]:
         raise ValueError(f"--others are {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
     checkpoint = settings.checkpoint or newest(settings.out / "results")
     model, tokenizer = load_model(settings)
-    texts = read(settings, tokenizer, settings.nsamples)
+    texts = read(settings, tokenizer, settings.nsamples if settings.others else 1, "--nsamples")
     batches = texts.held_out.split(16)
     losses = {"dense": all_losses(model, batches, "dense")}
     masks = read_masks(settings.masks, model, settings.targets)

@@ -69,7 +69,7 @@ def main(settings: Masking) -> dict[str, Tensor]:
         masks = masks_of_pruned(model, settings.pruned)
     else:
         model, tokenizer = load_model(settings)
-        rows = read(settings, tokenizer, settings.nsamples).learn
+        rows = read(settings, tokenizer, settings.nsamples, "--nsamples").learn
         report = prune(model, METHODS[settings.method], rows)
         masks = layer_masks(model, [layer.name for layer in report.layers])
     write_masks(masks, settings.masks)

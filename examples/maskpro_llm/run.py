@@ -24,6 +24,11 @@ from config import Shared, run_command
 
 @dataclass
 class Settings(Shared):
+    """What run.py takes."""
+
+    lr: float | None = 0.15  # measured on the small model, as are the logits; None follows from the number of groups
+    logits: float | None = 5.1
+    epoch: int = train.Training.epoch
     max_step: int | None = None
     others: tuple[str, ...] = ("wanda", "sparsegpt")
     short: bool = False
@@ -40,7 +45,8 @@ def main(settings: Settings) -> dict[str, Any]:
     shared = {each.name: getattr(settings, each.name) for each in fields(Shared)}
     sizes = {"dataset_size": 64} if settings.short else {}
     seconds = 0.2 if settings.short else 2.0
-    training = train.Training(**shared, **sizes, max_step=settings.max_step)
+    learning = {name: getattr(settings, name) for name in ("lr", "logits", "epoch", "max_step")}
+    training = train.Training(**shared, **sizes, **learning)
     result: dict[str, Any] = {"seconds": {}}
     parts: dict[str, Callable[[], Any]] = {
         "masks": lambda: len(get_mask.main(get_mask.Masking(**shared))),

@@ -23,11 +23,11 @@ class Texts:
     learn: Tensor
 
 
-def read(settings: Shared, tokenizer: Any, count: int | None = None) -> Texts:
+def read(settings: Shared, tokenizer: Any, count: int | None = None, option: str = "--dataset_size") -> Texts:
     """Reads texts of ``sqlen`` tokens; shorter documents are left out.
 
     A document is in one part only. The first ones are held out, those that follow decide, and of the rest the first
-    ``count`` texts, or all, are learned from in their order.
+    ``count`` texts, or all, are learned from in their order; ``option`` is what asks for so many.
 
     Raises:
         ValueError: there are too few texts; says what to change.
@@ -36,12 +36,12 @@ def read(settings: Shared, tokenizer: Any, count: int | None = None) -> Texts:
     parts = {
         "--held_out": take(held, settings.held_out, settings, tokenizer),
         "--validation": take(held, settings.validation, settings, tokenizer),
-        "--dataset_size": take(chain(held, rest) if settings.data != "c4" else rest, count, settings, tokenizer),
+        option: take(chain(held, rest) if settings.data != "c4" else rest, count, settings, tokenizer),
     }
-    for option, wanted in zip(parts, (settings.held_out, settings.validation, count or 1), strict=True):
-        if len(parts[option]) < wanted:
+    for asked, wanted in zip(parts, (settings.held_out, settings.validation, count or 1), strict=True):
+        if len(parts[asked]) < wanted:
             raise ValueError(
-                f"{settings.data} has only {len(parts[option])} texts of {settings.sqlen} tokens left for {option} "
+                f"{settings.data} has only {len(parts[asked])} texts of {settings.sqlen} tokens left for {asked} "
                 f"{wanted}: lower that, --sqlen or --held_out, name more text by --data, or cut whole documents by "
                 "--windows all"
             )

@@ -36,7 +36,7 @@ from sparsekit.runs import Run
 class Training(Batched):
     """What train.py takes."""
 
-    epoch: int = 625
+    epoch: int = 10
     max_step: int | None = None  # steps in all, if less than the epochs have
     lr: float | None = None  # how far a step moves the logits; None suits the number of logits
     logits: float | None = None  # of the weights that the initial masks keep: a larger one draws fewer others
@@ -51,7 +51,7 @@ class Training(Batched):
         lr, logits = (50 if self.lr is None else self.lr, 10 if self.logits is None else self.logits)
         names = (f"{lr:g}", f"{logits:g}") if self.parity else (named(self.lr), named(self.logits))
         name = f"lr{names[0]}_epoch{self.epoch}_logits{names[1]}_size{self.dataset_size}"
-        return self.out / "results" / (name + "_parity" * self.parity)
+        return self.out / "results" / (name + "_parity" * self.parity + f"_seed{self.seed}" * (self.seed != 0))
 
     def of_run(self) -> dict[str, Any]:
         """Returns what the run depends on."""
@@ -97,6 +97,8 @@ def train(settings: Training, rank: int, ranks: int) -> dict[str, Any]:
     steps = steps if settings.max_step is None else min(steps, settings.max_step)
     with Run.open(settings.result, settings.of_run(), steps=steps) as run:
         if run.result is not None:
+            if rank == 0:
+                print(f"{settings.result} has a run that is finished: other settings or another --out begin a new one")
             return run.result
         learner = sk.MaskPro(
             model,
