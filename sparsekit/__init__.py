@@ -99,7 +99,7 @@ Packages
     quant                        The report of ``quantize_``, and which layers bitsandbytes computes rightly.
     train                        The entries of a ``SparseTraining``.
     diffusion                    Diffusion of images, Gaussian, and of tokens, absorbing: noise, losses, sampling.
-    evaluate                     FID and KID of generated images.
+    evaluate                     Accuracy, FID and KID; FLOPs, latency, bytes on disk and memory.
     slim                         What ``find_units`` finds.
     probes                       Draws the gradients that were recorded.
     runs                         A folder for a training run, which goes on exactly where it was killed.

@@ -1,5 +1,33 @@
-"""Evaluation: how good what a model generates is."""
+"""Evaluation: how good a model is, and what it costs."""
 
+from .classification import (
+    ClassificationScore,
+    PairedTest,
+    classification_score,
+    compare_classifiers,
+    predict_logits,
+)
+from .cost import Latency, ProcessCost, disk_bytes, measure_latency, measure_process
+from .flops import FlopCount, count_flops
 from .images import ImageFeatures, ImageScore, fid, image_features, inception, kid
 
-__all__ = ["ImageFeatures", "ImageScore", "fid", "image_features", "inception", "kid"]
+__all__ = [
+    "ClassificationScore",
+    "FlopCount",
+    "ImageFeatures",
+    "ImageScore",
+    "Latency",
+    "PairedTest",
+    "ProcessCost",
+    "classification_score",
+    "compare_classifiers",
+    "count_flops",
+    "disk_bytes",
+    "fid",
+    "image_features",
+    "inception",
+    "kid",
+    "measure_latency",
+    "measure_process",
+    "predict_logits",
+]
