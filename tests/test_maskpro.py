@@ -128,6 +128,9 @@ def test_initial_masks():
         ({"init": {"body": torch.ones(4, 32, dtype=torch.bool)}}, "'body', which is no layer"),
         ({"init": nn.Linear(32, 4)}, "nothing to learn"),
         ({"axis": "output"}, "axis must be"),
+        ({"draws": 0}, "draws must be positive, got 0"),
+        ({"draws": 4, "parity": True}, "with parity, draws is 1, got 4"),
+        ({"dtype": torch.float16}, r"dtype must be torch\.float32, torch\.bfloat16 or None, got torch\.float16"),
     ],
 )
 def test_what_is_wrong_is_said(options, match):

@@ -11,6 +11,7 @@ from torch import nn
 import sparsekit as sk
 from sparsekit.masks import Pattern
 from sparsekit.prune.advantage import Advantage, flip_probability, lr_for, multiplier_for
+from sparsekit.prune.flips import best_flips
 from sparsekit.prune.layers import PrunableLayer
 from sparsekit.prune.mask_arena import MaskArena
 
@@ -35,9 +36,28 @@ def test_advantages_by_hand():
     assert (first, second, even.mean, even.variance) == (0.0, 2.0, 5.0, 1.0)
 
 
+def test_the_flips_that_follow_from_draws_by_hand():
+    assert best_flips(100, [1.0, 3.0]) == pytest.approx(50)  # a mean of 2 and a deviation of sqrt(2)
+    assert best_flips(100, [-1.0, 1.0]) == best_flips(100, [-2.0, -1.0]) == best_flips(100, [-1.0, 2.0]) == 100
+    assert best_flips(100, [2.0, 2.0]) == pytest.approx(100 / 30) and best_flips(10, [2.0, 2.0]) == 1
+
+
+def test_the_steps_of_a_turn_have_the_likeliest_mask_as_baseline():
+    learner, _ = make(multiplier=1.0, lr=3.0)
+    steps, expected = [], []
+    for turn in range(4):
+        with learner._losses.running():
+            expected += learner._losses.of(learner._arena.likeliest(), [turn])
+        steps += learner.steps(4 * turn + 4)
+    assert [step.turn for step in steps] == [turn for turn in range(4) for _ in range(4)]
+    assert [step.baseline for step in steps[::4]] == expected and len({step.loss for step in steps}) > 8
+    assert all(step.baseline == steps[step.step - 1 - (step.step - 1) % 4].baseline for step in steps)
+    assert steps[0].baseline == steps[0].initial_loss and steps[12].baseline != steps[12].initial_loss
+
+
 def test_the_multiplier_gives_the_number_of_flips():
     assert flip_probability(10, 2, 4) == pytest.approx(1.36e-4, rel=2e-3)  # measured, of the published code
-    assert lr_for(10, 2, 4) == 5 and lr_for(3, 2, 4) == pytest.approx(3 * 0.01 / 0.134, rel=2e-2)
+    assert lr_for(10, 2, 4) == 2.5 and lr_for(3, 2, 4) == pytest.approx(3 * 0.005 / 0.134, rel=2e-2)
     assert flip_probability(0, 2, 4) == pytest.approx(5 / 6) and flip_probability(0, 1, 4) == pytest.approx(3 / 4)
     assert flip_probability(multiplier_for(None, 1, 2, 4), 2, 4) == pytest.approx(5 / 12)
     assert flip_probability(multiplier_for(None, 100, 2, 4), 2, 4) == pytest.approx(0.1)
@@ -53,13 +73,15 @@ def test_the_multiplier_gives_the_number_of_flips():
     assert abs(drawn - 500) < 4 * math.sqrt(500)
 
 
-KINDS = ("vanilla", "unpaired", "residual", "tracker", "normalized")  # from the worst to the best
+KINDS = ("vanilla", "unpaired", "residual", "tracker", "normalized", "likeliest")
 
 
 def learned(kind, seed):
     """The losses of the initial and of the likeliest mask after learning by advantages of this kind."""
     learner, _ = make(seed, lr=0.05, multiplier=3.0, seed=seed)
-    if kind != "normalized":
+    if kind != "likeliest":
+        learner._draws, learner._of_likeliest = 1, lambda indices, initial: initial
+    if kind not in ("normalized", "likeliest"):
         learner._advantage = Advantage(0.99 if kind in ("tracker", "unpaired") else 1.0, normalize=False)
     own = learner._of_initial
     if kind == "vanilla":
@@ -77,14 +99,14 @@ def learned(kind, seed):
 def test_the_published_ablation():
     """The paper's: the loss alone fails, and so do baselines of other batches; each part makes it better."""
     losses = torch.tensor([[learned(kind, seed) for seed in range(3)] for kind in KINDS]).mean(1)
-    vanilla, unpaired, residual, tracker, normalized = losses[:, 1].tolist()
-    assert vanilla > unpaired > residual > tracker > normalized, losses
+    vanilla, unpaired, residual, tracker, normalized, likeliest = losses[:, 1].tolist()
+    assert vanilla > unpaired > residual > tracker > normalized > likeliest, losses
     assert vanilla > 2 * losses[0, 0] and normalized < losses[0, 0], losses
 
 
 @pytest.mark.slow
 def test_a_trained_unet_predicts_noise_better(data):
-    """By the defaults: from Wanda's mask with swaps, 0.474, to 0.391 in 400 steps, on digits not learned from."""
+    """By the defaults: from Wanda's mask with swaps, 0.465, to 0.306 in 320 steps, on digits not learned from."""
     model, images = trained(data), digits(data, 2048)
     learner = sk.MaskPro(
         model,
@@ -92,6 +114,6 @@ def test_a_trained_unet_predicts_noise_better(data):
         batches=list(images[:1024].split(32)),
         held_out=list(images[1024:].split(128)),
     )
-    learner.learn(400)
+    learner.learn(320)
     report = learner.finish()
-    assert report.kept and report.loss < 0.9 * report.initial_loss
+    assert report.kept and report.loss < 0.8 * report.initial_loss

@@ -9,6 +9,7 @@ from interrupts import assert_all_or_nothing, count_lines, difference, interrupt
 from mask_learning import IMAGES, WANDA, Network, loss_fn, make, noisy, problem
 
 import sparsekit as sk
+from sparsekit.prune.advantage import multiplier_for
 
 
 def test_surroundings():
@@ -65,6 +66,8 @@ def test_parity_begins_with_the_initial_mask():
     first = next(learner.steps(1))
     assert first.loss == first.initial_loss and first.advantage == 0
     assert learner.finish().multiplier == 10
+    other, _ = make(parity=True, flips=5.0, lr=2.0)
+    assert other.finish().multiplier == multiplier_for(5.0, 32, 2, 4) and other.state_dict()["lr"] == 2
 
 
 def test_ranks_learn_what_one_process_learns(ranks):

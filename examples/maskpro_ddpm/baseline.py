@@ -45,9 +45,9 @@ def write(path: Path, losses: np.ndarray) -> np.ndarray:
     return losses
 
 
-def check(path: Path, losses: np.ndarray, step: int, found: float) -> None:
-    """Ends the script if the initial mask has another loss at a step, which is counted from 1, than in the file."""
-    index = (step - 1) % len(losses)
+def check(path: Path, losses: np.ndarray, turn: int, found: float) -> None:
+    """Ends the script if the initial mask has another loss on the batch of a turn than in the file."""
+    index = turn % len(losses)
     if not np.isclose(found, losses[index], rtol=CLOSE):
         raise SystemExit(
             f"{path} has the loss {losses[index]:.6g} for batch {index}, and the initial mask has {found:.6g}: the "

@@ -127,7 +127,7 @@ def learn(run: Run, learner: sk.MaskPro, steps: int, save_every: int, check: Any
     started, before = time.monotonic(), run.step
     bar = tqdm(learner.steps(steps), "learn masks", steps, initial=run.step, leave=False, disable=None)
     for step in bar:
-        check(step.step, step.initial_loss)
+        check(step.turn, step.initial_loss)
         run.step = step.step
         improvement = step.initial_loss - step.loss
         run.record(loss=step.loss, initial_loss=step.initial_loss, improvement=improvement, advantage=step.advantage)

@@ -116,7 +116,7 @@ def train(settings: Training, rank: int, ranks: int) -> dict[str, Any]:
         first, hidden = run.step, True if rank else None  # None hides the bar if there is no terminal
         for step in tqdm(learner.steps(steps), "learn", steps, initial=first, leave=False, disable=hidden):
             if step.step == first + 1:
-                start = first * ranks % len(batches)
+                start = step.turn * ranks % len(batches)
                 check_baseline(settings, expected[start : start + ranks], step.initial_loss)
             run.step = step.step
             run.record(loss=step.loss, initial_loss=step.initial_loss, advantage=step.advantage)

@@ -8,7 +8,7 @@ LARGEST_MULTIPLIER = 28.0  # nm_policy_step_ takes an entry that is further belo
 
 @dataclass
 class Advantage:
-    """Running statistics of the residuals, which are the losses of masks less those of the initial mask.
+    """Running statistics of the residuals, which are the losses of masks less that of one mask on the same batches.
 
     The advantage of a residual is its distance from the running mean, in units of the running deviation, so that it
     does not depend on the scale of the loss. The first residuals are averaged evenly, so that there is no transient,
@@ -64,8 +64,8 @@ def multiplier_for(flips: float | None, groups: int, n: int, m: int) -> float:
 
 
 def lr_for(multiplier: float, n: int, m: int) -> float:
-    """Returns the learning rate at which draws move a logit by the multiplier in about 100 steps.
+    """Returns the learning rate at which draws move a logit by the multiplier in about 200 steps.
 
-    The rarer a group is drawn differently, the further each such draw moves it, by half the multiplier at most.
+    The rarer a group is drawn differently, the further each such draw moves it, by a quarter of the multiplier at most.
     """
-    return multiplier * min(0.01 / flip_probability(multiplier, n, m), 0.5)
+    return multiplier * min(0.005 / flip_probability(multiplier, n, m), 0.25)

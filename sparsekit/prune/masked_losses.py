@@ -89,6 +89,10 @@ class MaskedLosses:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def indices(self, turn: int) -> list[int]:
+        """Returns the batches of this process that a turn has: the next ones, and after the last one the first."""
+        return [(turn * self._microbatches + i) % len(self._batches) for i in range(self._microbatches)]
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Prepares the model to be run, without gradients and in evaluation mode; at the end it is as it was."""

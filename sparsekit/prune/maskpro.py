@@ -10,19 +10,21 @@ from torch import Tensor, nn
 from .._batches import check_functions
 from .._layers import Where, check_model
 from .._undo import Undo, change, claiming
-from ..masks import Pattern
 from ..ops import nm_policy_step_, nm_sample
 from .advantage import Advantage, lr_for, multiplier_for
 from .apply_mask import apply_mask
 from .calibration.ranks import Group, Ranks
 from .first_masks import Init, first_masks
+from .flips import measured_flips
 from .mask_arena import MaskArena
 from .masked_losses import LossFn, MaskedLosses, split_batches
+from .maskpro_arguments import check_arguments, learnable_pattern
 from .maskpro_report import MaskProReport, MaskProStep
 
 CHECKED = 16  # batches, of all processes, on which the likeliest mask is compared with the best one
 CHECK_EVERY = 10  # passes over as many batches: a check costs about a tenth of the time
 PUBLISHED_LR, PUBLISHED_MULTIPLIER = 50.0, 10.0
+DRAWS = 4  # of which each costs 1.25 forwards, as the likeliest mask is run too
 REPEATS = 1e-2  # relative difference of two losses of one mask on one batch that tells noise from rounding
 
 
@@ -30,8 +32,9 @@ class MaskPro:
     """A learner of n:m masks that runs the model forward only: weights are frozen, and no gradient is needed.
 
     Every weight has a logit. Each step draws a mask at random from the logits, and makes it more likely if its loss is
-    lower than that of the initial mask on the same batch, less likely if it is higher (MaskPro,
-    https://arxiv.org/abs/2506.12876)::
+    lower than usual on its batch, less likely if it is higher (MaskPro, https://arxiv.org/abs/2506.12876). What is
+    usual is measured against the likeliest mask, which is run on each batch before the draws; the published rule
+    measures against the initial mask, whose losses tell ever less as learning moves away from it::
 
         learner = sk.MaskPro(model, loss_fn, "2:4", batches=train, held_out=valid)
         for step in learner.steps(10_000):
@@ -68,16 +71,18 @@ class MaskPro:
         where: ``where(name, module)`` selects layers; None selects all.
         axis: what the groups of a Conv2d run along, as in ``prune_``.
         lr: how far a step moves the logits at an advantage of 1. None follows from the multiplier: draws move a logit
-            by the multiplier in about 100 steps, but by half of it at most in one.
+            by the multiplier in about 200 steps, but by a quarter of it at most in one.
         multiplier: the logit that kept entries begin with; the larger, the fewer groups are drawn differently.
         flips: how many groups a draw of the first mask should change, from which ``multiplier`` follows; below what
-            equal logits give, for 2:4 5/6 of the groups. None is the square root of their number, or half of that limit
-            if it is less.
+            equal logits give, for 2:4 5/6 of the groups. None chooses it in the first step by the losses of 16 draws,
+            so that one draw in six is better than the initial mask, the square root of the number of groups at most.
+        draws: how many steps in a row draw a mask for the same batches; None is 4, or 1 with ``parity``.
         microbatches: batches of this process for one step.
         seed: chooses masks and noise.
         dtype: of the logits; None is bfloat16, rounded at random, for 16-bit weights, else float32.
-        parity: whether to follow the published code: lr 50, multiplier 10, residuals less their running mean but not
-            divided by their deviation, and the initial mask in the first step. It depends on the scale of the loss.
+        parity: whether to follow the published code: lr 50 and multiplier 10 unless they, or flips, are given;
+            residuals against the initial mask, less their running mean but not divided by their deviation; one draw for
+            each batch, and the initial mask in the first step. It depends on the scale of the loss.
         group: the processes that learn together, as in ``Calibration``.
 
     Raises:
@@ -100,6 +105,7 @@ class MaskPro:
         lr: float | None = None,
         multiplier: float | None = None,
         flips: float | None = None,
+        draws: int | None = None,
         microbatches: int = 1,
         seed: int = 0,
         dtype: torch.dtype | None = None,
@@ -108,16 +114,10 @@ class MaskPro:
     ) -> None:
         check_model(model)
         check_functions(loss_fn=loss_fn)
-        parsed = Pattern.parse(pattern)
-        if loss_fn is None or parsed.m is None or parsed.n == parsed.m:
-            raise ValueError(f'MaskPro needs a loss_fn and a pattern "n:m" with n < m, got {loss_fn} and {pattern!r}')
-        if axis not in ("input", "flatten"):
-            raise ValueError(f'axis must be "input" or "flatten", got {axis!r}')
-        for name, value in (("lr", lr), ("multiplier", multiplier), ("flips", flips), ("microbatches", microbatches)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if multiplier is not None and flips is not None:
-            raise ValueError("multiplier follows from flips: pass one of the two")
+        if loss_fn is None:
+            raise TypeError("MaskPro needs a loss_fn, got None")
+        parsed, draws = learnable_pattern(pattern), draws if draws is not None else 1 if parity else DRAWS
+        check_arguments(axis, lr, multiplier, flips, draws, microbatches, dtype, parity)
         self._model, self._pattern, self._seed = model, parsed, seed
         self._ranks = ranks = Ranks(group, None)
         learned, held = ranks.all_or_none(lambda: split_batches(batches, held_out))
@@ -127,19 +127,12 @@ class MaskPro:
             dtype = dtype or (torch.float32 if weight.dtype == torch.float32 else torch.bfloat16)
             self._arena = arena = MaskArena(layers, parsed, dtype, weight.device)
             self._initial = self._best = arena.pack(masks)
-
-            def chosen() -> float:
-                if multiplier is None and not parity:
-                    return multiplier_for(flips, arena.groups, arena.n, arena.m)
-                return multiplier or PUBLISHED_MULTIPLIER
-
-            self._multiplier = ranks.all_or_none(chosen)
-            self._lr = lr or (PUBLISHED_LR if parity else lr_for(self._multiplier, arena.n, arena.m))
+            self._parity, self._draws, self._microbatches = parity, draws, microbatches
+            self._given = {"lr": lr, "multiplier": multiplier, "flips": flips}
             self._advantage = Advantage(normalize=not parity)
-            ranks.agree({**self._call(), "microbatches": microbatches}, layers)
-            arena.set_logits(self._initial, self._multiplier)
-            self._step, self._microbatches, self._finished, self._best_residual = 0, microbatches, False, 0.0
-            self._bits = self._draw()
+            ranks.agree(self._call(), layers)
+            self._step, self._finished, self._best_residual, self._baseline = 0, False, 0.0, 0.0
+            self._begin(flips)
         self._baselines: dict[int, float] = {}
         self._losses = MaskedLosses(model, loss_fn, arena, learned, "learn", seed, microbatches, ranks)
         self._held_out = MaskedLosses(model, loss_fn, arena, held, "held out", seed, 1, ranks)
@@ -181,6 +174,9 @@ class MaskPro:
             **self._call(),
             "step": self._step,
             "advantage": advantage,
+            "baseline": self._baseline,
+            "multiplier": self._multiplier,
+            "lr": self._lr,
             "logits": self._arena.logits,
             "initial": self._initial,
             "best": self._best,
@@ -202,21 +198,37 @@ class MaskPro:
             initial, best = state["initial"].to("cpu", copy=True), state["best"].to("cpu", copy=True)
             self._arena.logits.copy_(state["logits"])
         self._advantage = Advantage(tracker, normalize, steps, mean, variance)
-        self._step, self._initial, self._best = state["step"], initial, best
+        self._step, self._baseline, self._initial, self._best = state["step"], state["baseline"], initial, best
         self._best_residual, self._baselines = state["best_residual"], {}
+        self._multiplier, self._lr = state["multiplier"], state["lr"]
         self._bits = self._draw()
 
     def _call(self) -> dict[str, Any]:
         """Returns what two learners must have in common."""
         layers = [f"{slot.layer.name} {slot.full}" for slot in self._arena.slots]
-        values = {"pattern": str(self._pattern), "lr": self._lr, "multiplier": self._multiplier, "seed": self._seed}
-        values["parity"] = not self._advantage.normalize
+        values = {"pattern": str(self._pattern), "given": self._given, "seed": self._seed, "parity": self._parity}
+        values |= {"draws": self._draws, "batches of a step": self._microbatches * self._ranks.size}
         return {**values, "dtype": str(self._arena.logits.dtype), "layers": layers}
+
+    def _begin(self, flips: float | None) -> None:
+        """Sets the logits with which draws change so many groups of the initial mask, and draws the first mask."""
+        arena = self._arena
+        published = (PUBLISHED_MULTIPLIER if flips is None else None, PUBLISHED_LR) if self._parity else (None, None)
+        multiplier = self._given["multiplier"] or published[0]
+        self._multiplier = multiplier or multiplier_for(flips, arena.groups, arena.n, arena.m)
+        self._lr = self._given["lr"] or published[1] or lr_for(self._multiplier, arena.n, arena.m)
+        arena.set_logits(self._initial, self._multiplier)
+        self._bits = self._draw()
+
+    def _residual(self, bits: Tensor, turn: int) -> float:
+        """Returns how much worse than the initial mask another one is on the batches of a turn."""
+        indices = self._losses.indices(turn)
+        return self._losses.mean(self._losses.of(bits, indices)) - self._losses.mean(self._of_initial(indices))
 
     def _draw(self) -> Tensor:
         """Returns the mask of the next step; in the published code that of the first one is the initial mask."""
         logits, n, m = self._arena.logits, self._arena.n, self._arena.m
-        if self._step == 0 and not self._advantage.normalize:
+        if self._step == 0 and self._parity:
             return self._initial.to(logits.device)
         return nm_sample(logits, n, m, seed=self._seed, offset=self._step)
 
@@ -224,19 +236,29 @@ class MaskPro:
         if self._finished:
             raise RuntimeError("finish() has written the mask into the model: make a new MaskPro of the dense model")
         arena, losses = self._arena, self._losses
-        first = self._step * self._microbatches
-        indices = [(first + i) % len(losses) for i in range(self._microbatches)]
+        turn = self._step // self._draws
+        indices = losses.indices(turn)
         with claiming(self._model, "pruned"), losses.running():
+            if self._step == 0 and not self._parity and self._given["flips"] is self._given["multiplier"] is None:
+                self._begin(measured_flips(arena, self._multiplier, self._seed, self._residual))
             initial = losses.mean(self._of_initial(indices))
+            if self._step % self._draws == 0:
+                self._baseline = initial if self._parity else self._of_likeliest(indices, initial)
             loss = losses.mean(losses.of(self._bits, indices))
-            advantage, tracked = self._advantage.after(loss - initial)
+            advantage, tracked = self._advantage.after(loss - self._baseline)
             following = nm_policy_step_(
                 arena.logits, self._bits, advantage, self._lr, arena.n, arena.m, seed=self._seed, offset=self._step
             )
             self._bits, self._advantage, self._step = following, tracked, self._step + 1
             if self._step % self._check_every == 0:
                 self._check()
-        return MaskProStep(self._step, loss, initial, advantage)
+        return MaskProStep(self._step, turn, loss, initial, self._baseline, advantage)
+
+    def _of_likeliest(self, indices: list[int], initial: float) -> float:
+        likeliest = self._arena.likeliest()
+        if torch.equal(likeliest, self._initial):
+            return initial
+        return self._losses.mean(self._losses.of(likeliest, indices))
 
     def _of_initial(self, indices: Sequence[int]) -> list[float]:
         """Returns the losses of the initial mask, which are computed once."""

@@ -12,14 +12,18 @@ class MaskProStep:
 
     Args:
         step: how many steps are done with it, from 1.
+        turn: the number of its batches, from 0; the steps of a turn draw masks for the same ones.
         loss: the mean loss of the mask that was drawn.
         initial_loss: the mean loss of the initial mask on the same batches.
+        baseline: what the loss is measured against: that of the likeliest mask, of the initial one with ``parity``.
         advantage: how far the logits were moved away from the mask; negative is towards it.
     """
 
     step: int
+    turn: int
     loss: float
     initial_loss: float
+    baseline: float
     advantage: float
 
 
