@@ -110,11 +110,14 @@ About this installation
 
 ``sparsekit.integrations.transformers`` and ``sparsekit.integrations.peft`` are imported only when asked for,
 and so is ``sparsekit.models``, which has RADD, a transformer of masked tokens.
+``from_pretrained`` of transformers and diffusers loads what ``save`` writes once sparsekit is imported, before or after
+them.
 """
 
 from . import _installed as _installed  # refuses to run beside another project that is called sparsekit
 from . import compress, diffusion, evaluate, nn, ops, probes, prune, quant, runs, slim, tiers, train
 from ._config import show_config
+from ._plug_in import register_plug_ins as _register_plug_ins
 from ._version import VERSION as __version__
 from .checkpoint import load, save
 from .compress import CompressReport, Measure, compress_, decompress_
@@ -252,3 +255,5 @@ __all__ = [
     "transposable_mask24",
     "unslim_",
 ]
+
+_register_plug_ins()

@@ -1,11 +1,10 @@
 """Replaces layers of a model by compressed ones, and compressed ones by the layers that they replaced."""
 
-from typing import Any, NoReturn
-
 from torch import nn
 
 from ._layers import hooks_reason
-from ._state import SAVE_PRETRAINED, get_attribute, get_original, remove_attribute, set_attribute
+from ._pretrained import SavePretrained, has_config
+from ._state import SAVE_PRETRAINED, SLIM_PLAN, get_attribute, get_original, remove_attribute, set_attribute
 from .masks import remove_mask
 from .nn import Compressed
 from .nn.common import carry_mask
@@ -76,22 +75,16 @@ def restored_layer(module: Compressed) -> nn.Module:
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` raise an error on every module that holds a compressed layer, and on no other.
+    """Makes ``save_pretrained`` of every module that holds a compressed layer, or is slim, write what ``save`` does.
 
-    Such modules also refuse to be converted to dtypes in which their compressed layers cannot compute.
+    The former also refuse to be converted to dtypes in which their compressed layers cannot compute.
     """
     guard_conversions(model)
     for parent in model.modules():
         if not callable(getattr(parent, "save_pretrained", None)):
             continue
-        if any(isinstance(module, Compressed) for module in parent.modules()):
-            set_attribute(parent, SAVE_PRETRAINED, _refuse_save_pretrained)
-        elif get_attribute(parent, SAVE_PRETRAINED) is _refuse_save_pretrained:
+        slim = get_attribute(parent, SLIM_PLAN) is not None and has_config(parent)
+        if slim or any(isinstance(module, Compressed) for module in parent.modules()):
+            set_attribute(parent, SAVE_PRETRAINED, SavePretrained(parent))
+        elif isinstance(get_attribute(parent, SAVE_PRETRAINED), SavePretrained):
             remove_attribute(parent, SAVE_PRETRAINED)
-
-
-def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
-    raise RuntimeError(
-        "save_pretrained cannot write a compressed model, because nothing could load it: "
-        "use sparsekit.save, or call sparsekit.decompress_ first"
-    )

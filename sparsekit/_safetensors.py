@@ -94,7 +94,7 @@ def _check_writable(name: str, tensor: Any) -> None:
 
 def seal(structure: str, tensors: Mapping[str, Tensor], key: str = KEY) -> dict[str, str]:
     """Returns the metadata for a file of these tensors: the structure, and the digest that ``read_tensors`` checks."""
-    return {key: structure, "sha256": _digest_file(structure, tensors)}
+    return {key: structure, "sha256": digest_file(structure, tensors)}
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -144,7 +144,7 @@ def read_tensors(path: Path, key: str = KEY) -> tuple[str | None, dict[str, Tens
     except Exception as error:
         raise ValueError(f"it is truncated, or no safetensors file ({error})") from error
     structure = metadata.get(key)
-    if structure is not None and _digest_file(structure, tensors) != metadata.get("sha256"):
+    if structure is not None and digest_file(structure, tensors) != metadata.get("sha256"):
         raise ValueError("it was altered: its digest is not the one that was saved")
     return structure, tensors
 
@@ -158,7 +158,33 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def _digest_file(structure: str, tensors: Mapping[str, Tensor]) -> str:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the metadata of a file.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is truncated, or no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            return file.metadata() or {}
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"it is truncated, or no safetensors file ({error})") from error
+
+
+def check_header(path: Path) -> None:
+    """Raises a ValueError if a byte of the header is not as ``write_tensors`` writes it, even one without a meaning."""
+    with open(path, "rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    again = json.dumps(json.loads(text), separators=(",", ":")).encode()
+    if again + b" " * (-len(again) % 8) != text:
+        raise ValueError("it was altered: its header is not as it was written")
+
+
+def digest_file(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 of the structure and of all names, dtypes, shapes and bytes, reading one tensor at a time."""
     sha = hashlib.sha256(structure.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -13,8 +13,8 @@ name                set by                 meaning                              
                                            buffer that no state dict contains
 ``original``        ``compress_``, load    the layer that a compressed one replaces,   goes with the compressed layer
                                            without its weight
-``save_pretrained`` ``compress_``, load    an error, on models that hold a             ``decompress_``, a load of a
-                                           compressed layer                            dense model
+``save_pretrained`` ``compress_``, load,   writes what ``save`` does, on models that   ``decompress_``, a load of a
+                    ``slim_``              hold a compressed layer or are slim         dense model, ``unslim_``
 ``_apply``          ``compress_``, load    a check of dtypes before any layer is       ``decompress_``, a load of a
                                            converted, on the same models               dense model
 ``forward``         ``around_forwards``    a function that calls the module's own      the end of that ``with`` block

@@ -62,7 +62,7 @@ LAYERS = [
         "sparsekit._layers",
         "sparsekit._optimizers",
     ],
-    ["sparsekit.nn", "sparsekit._replace"],
+    ["sparsekit.nn", "sparsekit._pretrained", "sparsekit._replace"],
     [
         "sparsekit.diffusion",
         "sparsekit.distill",

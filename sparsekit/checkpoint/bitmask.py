@@ -8,7 +8,7 @@ begin. NAME is the name of the layer, or in older files that of the weight, whic
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -244,7 +244,11 @@ def from_bitmask24(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[dict[s
         layers[name] = LayerRecord.parse(name, {**entry, "mask": {"pattern": "2:4", "axis": 1}})
         tensors[join(name, "values")] = parts["compressed"]
         tensors[join(name, "bitmask")] = tensors[join(name, "weight_mask")] = parts["bitmask"]
+    return layers, shared_names(model, tensors)
+
+
+def shared_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
+    """Returns, for each name of a model's tensor that is not stored, the stored name of the same tensor, if any is."""
     state = model.state_dict(keep_vars=True)
-    stored = {id(state[name]): name for name in tensors if name in state}
-    missing_names = [name for name in state if name not in tensors]
-    return layers, {name: stored[id(state[name])] for name in missing_names if id(state[name]) in stored}
+    known = {id(state[name]): name for name in stored if name in state}
+    return {name: known[id(state[name])] for name in state if name not in stored and id(state[name]) in known}

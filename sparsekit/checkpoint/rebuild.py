@@ -58,7 +58,7 @@ def _replace_layers(model: nn.Module, layers: Mapping[str, LayerRecord], tensors
     for name, module in list(model.named_modules(remove_duplicate=False)):
         layer = layers.get(name)
         if layer is not None and layer.kind != "dense":
-            make = partial(_compressed, name, module, layer, tensors)
+            make = partial(compressed_layer, name, module, layer, tensors)
         elif isinstance(module, Compressed):
             make = partial(_dense, name, module)
         else:
@@ -89,11 +89,20 @@ def _can_hold(module: nn.Module, layer: LayerRecord) -> bool:
     )
 
 
-def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mapping[str, Tensor]) -> Compressed:
-    """Returns the compressed layer that replaces ``module``; frees the memory of the weight if ``module`` is dense."""
+def compressed_layer(
+    name: str,
+    module: nn.Module,
+    layer: LayerRecord,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | None = None,
+) -> Compressed:
+    """Returns the compressed layer that replaces ``module``; frees the memory of the weight if ``module`` is dense.
+
+    It is made on ``device``; None is that of ``module``, or the CPU instead of the meta device.
+    """
     if not _can_hold(module, layer):
         raise ValueError(f"layer {name!r} is {layer.kind!r} in the file and {type(module).__name__} in the model")
-    device, trainable = _device(_stored(module)), _is_trainable(module)
+    device, trainable = device or _device(_stored(module)), _is_trainable(module)
     plan = module.plan if isinstance(module, Routed) else None
     if plan is not None and plan.layout is not None and layer.kind != "linear24":
         plan = None  # tensor cores multiply the packed 2:4 weight only
@@ -142,7 +151,8 @@ def _compressed(name: str, module: nn.Module, layer: LayerRecord, tensors: Mappi
     new.bias = module.bias  # type: ignore[assignment]
     original = get_original(module) if isinstance(module, Compressed) else module
     if original is module:
-        module.weight = nn.Parameter(_stored(module).detach().new_empty(0), requires_grad=trainable)
+        empty = _stored(module).detach().new_empty(0, device=device)
+        module.weight = nn.Parameter(empty, requires_grad=trainable)
         remove_mask(module)
     if original is not None:
         set_original(new, original)

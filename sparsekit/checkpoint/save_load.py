@@ -17,15 +17,17 @@ from .._state import get_original
 from .._undo import Undo, change, restoring
 from ..nn import Compressed
 from ..nn.compressed import weight_shape
-from .bitmask import from_bitmask24, to_bitmask24
+from .bitmask import from_bitmask24, shared_names, to_bitmask24
+from .bitsandbytes import from_bitsandbytes, holds_bitsandbytes
 from .mask_file import assign_masks, collect_masks, holds_only_masks
+from .pretrained import read_folder, save_bitsandbytes, save_folder
 from .rebuild import rebuild
 from .shards import Shards
 from .structure import LayerRecord, collect_records, dump_structure, parse_structure
 from .verify import verify
 
 T = TypeVar("T")
-Format = Literal["sparsekit", "sparse-24-bitmask", "masks"]
+Format = Literal["sparsekit", "sparse-24-bitmask", "masks", "transformers", "bitsandbytes"]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sparsekit") -> None:
@@ -39,11 +41,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
     Args:
         model: any module; its tensors may be on any device and of any dtype that safetensors has. Of a model wrapped by
             ``torch.compile`` or ``DistributedDataParallel`` the inner model is saved.
-        path: the file; an existing one is replaced.
+        path: the file, or for some formats the folder; an existing file is replaced.
         format: ``"sparse-24-bitmask"`` writes the weights as llm-compressor did, for tools that read those: every
             ``Linear24`` packed and all other weights dense, without other masks and without a digest. ``"masks"``
             writes only the masks, for example into a folder of ``save_pretrained``, which has the weights with their
-            zeros; ``load`` rejects the masks for weights that do not have these zeros.
+            zeros; ``load`` rejects the masks for weights that do not have these zeros. ``"transformers"`` takes
+            ``path`` as a folder and writes what ``from_pretrained`` of transformers or diffusers loads, with every
+            layer as it is, once ``sparsekit`` is imported; ``"bitsandbytes"`` what transformers loads with
+            bitsandbytes alone, for models whose compressed layers are all nf4.
 
     Raises:
         TypeError: ``model`` is not a module, or its state dict holds something that is not a tensor.
@@ -56,6 +61,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "sp
     model = _unwrapped(model)
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {get_args(Format)}, got {format!r}")
+    if format == "transformers":
+        save_folder(model, path)
+        return
+    if format == "bitsandbytes":
+        save_bitsandbytes(model, path)
+        return
     if format == "masks":
         layers, masks = collect_masks(model)
         tensors, shared = unique_tensors(masks)
@@ -92,8 +103,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, dense: bool = False)
     Args:
         model: the same architecture, freshly made, pruned or compressed. It may be on the meta device if all its
             tensors are in its state dict. Parameters that are frozen stay frozen.
-        path: a file that ``save`` wrote, in any of its formats; or another file, or folder of files, of a whole model
-            in ``sparse-24-bitmask`` or ``sparse-bitmask``.
+        path: a file or folder that ``save`` wrote, in any of its formats; or another file, or folder of files, of a
+            whole model in ``sparse-24-bitmask`` or ``sparse-bitmask``, or with nf4 weights of bitsandbytes.
         dense: whether compressed layers come back as dense ones, to be fine-tuned or exported.
 
     Raises:
@@ -131,8 +142,7 @@ def _run_trainable(work: Callable[[], T]) -> T:
 
 def _prepare(wrapper: nn.Module, model: nn.Module, path: Path, dense: bool) -> Callable[[], None]:
     """Verifies the whole file, and returns the function that loads it into ``model``."""
-    structure, tensors = _read(path)
-    layers, shared = from_bitmask24(model, tensors) if structure is None else parse_structure(structure)
+    layers, shared, tensors = _read(model, path)
     for name, source in shared.items():
         if name in tensors or source not in tensors:
             raise ValueError(f"{name!r} cannot share the tensor {source!r}")
@@ -198,9 +208,17 @@ def _check_parameters_replaceable(model: nn.Module) -> None:
             )
 
 
-def _read(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """Returns the structure (None in foreign files) and the tensors of a file, or of a folder of foreign files."""
-    return (None, dict(Shards(path))) if path.is_dir() else read_tensors(path)
+def _read(model: nn.Module, path: Path) -> tuple[dict[str, LayerRecord], dict[str, str], dict[str, Tensor]]:
+    """Returns the layers, the names of shared tensors and the tensors of a file or folder."""
+    if path.is_dir() and (found := read_folder(path)) is not None:
+        layers, shared, tensors = found
+        return layers, shared | shared_names(model, tensors.keys() | shared.keys()), tensors
+    structure, tensors = (None, dict(Shards(path))) if path.is_dir() else read_tensors(path)
+    if structure is not None:
+        return *parse_structure(structure), tensors
+    if holds_bitsandbytes(tensors):
+        return from_bitsandbytes(tensors), shared_names(model, tensors), tensors
+    return *from_bitmask24(model, tensors), tensors
 
 
 def _check_fits(model: nn.Module, layers: Mapping[str, LayerRecord]) -> None:

@@ -4,11 +4,12 @@ import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from .._json import parse_json, write_json
-from .._safetensors import unique_tensors, write_tensors
+from .._safetensors import DTYPES, unique_tensors, write_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -51,6 +52,23 @@ class Shards(Mapping[str, Tensor]):
         """Returns the shape of a tensor without reading it."""
         with safe_open(self._files[name], "pt", device="cpu") as file:
             return tuple(file.get_slice(name).get_shape())
+
+    def files(self) -> list[Path]:
+        """Returns the file of every tensor."""
+        return list(self._files.values())
+
+    def meta(self, name: str) -> Tensor:
+        """Returns a tensor on the meta device with the shape and the dtype of a stored one.
+
+        Raises:
+            ValueError: there is no such tensor.
+        """
+        if name not in self._files:
+            raise ValueError(f"the tensor {name!r} is missing")
+        with safe_open(self._files[name], "pt", device="cpu") as file:
+            stored = file.get_slice(name)
+            dtype = next(dtype for dtype, code in DTYPES.items() if code == stored.get_dtype())
+            return torch.empty(stored.get_shape(), dtype=dtype, device="meta")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

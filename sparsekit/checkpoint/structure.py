@@ -291,6 +291,11 @@ def parse_structure(structure: str) -> tuple[dict[str, LayerRecord], dict[str, s
     return {name: LayerRecord.parse(name, data) for name, data in layers.items()}, shared
 
 
+def parts_of(layer: LayerRecord) -> tuple[str, ...]:
+    """Returns the names of the tensors in which a layer stores its weight."""
+    return PARTS.get(layer.kind, ("weight",))
+
+
 def join(layer: str, part: str) -> str:
     """Returns the name of a layer's tensor in the state dict."""
     return f"{layer}.{part}" if layer else part

@@ -91,8 +91,8 @@ def compress_(
     ``nn.Linear``, ``nn.Conv2d`` and transformers' ``Conv1D`` are swapped; layers with tied weights, hooks,
     parametrizations or a parent that reads their weight stay, and the report says why. ``decompress_`` undoes it: the
     same module and Parameter objects return. Until then the Parameters of the swapped weights are empty, without
-    ``.grad``, and ``save_pretrained`` raises, because nobody could load what it would write. While it works, both forms
-    of the swapped weights are in memory.
+    ``.grad``, and ``save_pretrained`` of transformers and diffusers writes the swapped layers as they are, for
+    ``from_pretrained`` where sparsekit is imported. While it works, both forms of the swapped weights are in memory.
 
     Args:
         model: any module tree. Layers that are compressed already stay as they are.

@@ -187,6 +187,15 @@ def quantize_nf4(weight: Tensor, *, block: int = BLOCK) -> Nf4Weight:
     return Nf4Weight(packed, largest.flatten(), (rows, cols), block, weight.dtype)
 
 
+def quantized_rightly(rows: int, cols: int, block: int = BLOCK) -> bool:
+    """Returns whether bitsandbytes 0.50.2 computes a weight of this shape rightly on every CPU.
+
+    It refuses rows that are no multiple of 32 on a CPU with AVX-512 BF16, and reads the blocks of a weight with a
+    multiple of 16, but not of 64, columns wrongly on one with AVX-512.
+    """
+    return block == BLOCK and min(rows, cols) > 0 and rows % 32 == 0 and cols % 64 == 0
+
+
 def check_block(block: int) -> None:
     """Raises unless ``block`` is a positive multiple of 8."""
     check_ints(block=block)

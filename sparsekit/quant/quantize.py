@@ -15,6 +15,7 @@ from ..compress.sites import LayerSite, find_sites
 from ..compress.swap import Swap
 from ..nn import Compressed, Nf4Linear, QuantizedLinear24
 from ..nn.quantized24 import Inputs
+from ..ops.nf4 import quantized_rightly
 
 Form = Literal["nf4", "2:4 nf4", "2:4 int4", "2:4 int8"]
 FEWEST_ROWS = 32  # a layer with fewer outputs, such as a classifier or a gate, is small and decides much
@@ -121,8 +122,7 @@ def fits_bitsandbytes(name: str, module: nn.Module) -> bool:
     bitsandbytes 0.50.2 refuses a layer whose outputs are no multiple of 32 on a CPU with AVX-512 BF16, and reads blocks
     wrongly on one with AVX-512 where the inputs are a multiple of 16, but not of 64.
     """
-    shape = getattr(module, "out_features", 0), getattr(module, "in_features", 0)
-    return isinstance(module, nn.Linear | Nf4Linear) and min(shape) > 0 and shape[0] % 32 == 0 == shape[1] % 64
+    return isinstance(module, nn.Linear) and quantized_rightly(module.out_features, module.in_features)
 
 
 def _reason(model: nn.Module, site: LayerSite, form: Form, by_default: bool) -> str | None:

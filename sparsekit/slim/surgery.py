@@ -9,6 +9,7 @@ from torch import nn
 
 from .._batches import Forward, check_functions
 from .._layers import check_model, count_weights
+from .._replace import guard_saving
 from .._state import SLIM_PLAN, get_attribute, remove_attribute, set_attribute
 from .._undo import Undo, change
 from .check import check_fits
@@ -159,6 +160,8 @@ def _store(model: nn.Module, plan: SlimPlan | None, undo: Undo) -> None:
         value = plan if holder is model or plan is None else plan.to_json()
         undo.callback(_set_or_remove, holder, get_attribute(holder, SLIM_PLAN))
         _set_or_remove(holder, value)
+    undo.callback(guard_saving, model)
+    guard_saving(model)
 
 
 def _set_or_remove(holder: Any, value: Any) -> None:

@@ -1,0 +1,1 @@
+"""What makes ``from_pretrained`` of other libraries load the folders that ``sparsekit.save`` writes."""
