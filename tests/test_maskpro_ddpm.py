@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,6 +358,13 @@ def test_the_menu_takes_numbers_and_names_only():
         assert said.returncode == 2
         assert "the mode must be 1 to 5 or one of 1_quick 2_standard 3_best 4_throughput 5_finetune, got" in said.stderr
     assert "5_finetune     masks, then their weights" in said.stdout
+    environment = {**os.environ, "PYTHON": "echo"}
+    said = subprocess.run(["bash", script, "5"], env=environment, capture_output=True, text=True, timeout=60)
+    *_, sweep, tune = said.stdout.splitlines()
+    out = "output/maskpro_ddpm/presets"
+    assert sweep == f"-m sparsekit_command sweep examples/maskpro_ddpm/presets.toml --out {out} --only 5_finetune"
+    assert tune.endswith(f"finetune.py --original_model auto --mask_path {out}/5_finetune/learned_mask")
+    assert find_spec("sparsekit_command") is not None
 
 
 @pytest.mark.slow

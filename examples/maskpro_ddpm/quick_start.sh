@@ -30,7 +30,7 @@ if [ ! -e $out/initial_mask_diffusion/masks.safetensors ]; then
   "$PYTHON" $here/weight_prune.py "${model[@]}"
   "$PYTHON" $here/get_mask_diffusion.py "${model[@]}"
 fi
-"$PYTHON" -m sparsekit.cli sweep $here/presets.toml --out $out/presets --only "$preset"
+"$PYTHON" -m sparsekit_command sweep $here/presets.toml --out $out/presets --only "$preset"
 if [ "$preset" = 5_finetune ]; then
   "$PYTHON" $here/finetune.py "${model[@]}" --mask_path "$out/presets/$preset/learned_mask"
 fi

@@ -35,7 +35,7 @@ class Settings:
     original_model: str = "auto"  # auto is the MNIST UNet where SPARSEKIT_DATA has it, else one that is trained here
     dataset: str = "auto"
     pruner: weight_prune.Pruner = "wanda+swaps"
-    max_step: int = 2000  # of learning
+    max_step: int = 1000  # of learning
     finetuning_steps: int = 500
     device: str = "auto"
     seed: int = 0

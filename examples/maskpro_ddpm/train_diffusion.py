@@ -44,7 +44,7 @@ class Training(Sizes):
     lr: float | None = None  # how far a step moves logits; None follows from the logits (published: 50)
     epoch: int = 625  # passes over the batches
     logits: float | None = None  # of kept weights at the beginning; None follows from the number of groups (10)
-    max_step: int | None = 2000
+    max_step: int | None = 1000
     targets: tuple[str, ...] = ("all",)  # parts or layers to learn; the others stay dense
     parity: bool = False  # the published rule: plain residuals, lr 50, logits 10
     initial_mask_path: Path = INITIAL
