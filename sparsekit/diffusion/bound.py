@@ -1,16 +1,15 @@
 """The bound of a model of masked tokens on a text, measured without bias and with its standard error."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._batches import evaluating
+from ._inferring import inferring
 from ._row_random import row_seeds, row_uniforms
 from .absorbing import MaskedModel, check_tokens, token_losses
 
@@ -90,7 +89,7 @@ def evaluate_bound(
     rank, size = _rank_and_size(group)
     calls = torch.arange(rank, len(rows) * draws, size, device=rows.device)
     losses = torch.zeros(len(rows) * draws, dtype=torch.float64, device=rows.device)
-    with _no_training(model):
+    with inferring(model):
         for call in progress(calls.split(batch_size)):
             row, draw = call // draws, call % draws
             masked, weight = _mask(key, free[row], call, draw / draws, draws)
@@ -123,14 +122,3 @@ def _rank_and_size(group: Group) -> tuple[int, int]:
         return 0, 1
     of = None if isinstance(group, str) else group
     return dist.get_rank(of), dist.get_world_size(of)
-
-
-@contextmanager
-def _no_training(model: MaskedModel) -> Iterator[None]:
-    """Computes no gradients, and puts a module into evaluation mode meanwhile."""
-    if isinstance(model, nn.Module):
-        with evaluating(model):
-            yield
-    else:
-        with torch.no_grad():
-            yield
