@@ -7,6 +7,7 @@ With double quantization the scales are bytes too, with levels and scales of the
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,13 +33,14 @@ def to_bitsandbytes(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict
         ValueError: a compressed layer is not nf4, stands for a layer that bitsandbytes does not have, or would be
             computed wrongly by it.
     """
-    tensors, left = dict(state), list[str]()
+    tensors, left, quantized = dict(state), list[str](), list[str]()
     block = dtype = None
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Nf4Linear):
             _check(name, module)
             block, dtype = module.block, module.dtype
             tensors |= _parts(name, module)
+            quantized.append(name)
             del tensors[join(name, "codes")], tensors[join(name, "absmax")]
         elif isinstance(module, Compressed):
             kind = type(module).__name__
@@ -55,8 +57,18 @@ def to_bitsandbytes(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": left,
+        "llm_int8_skip_modules": [_pattern(name, quantized) for name in left],
     }
+
+
+def _pattern(name: str, quantized: list[str]) -> str:
+    """Returns the entry for a dense layer in the list of those that transformers leaves alone.
+
+    An entry also matches the ends of names, and what is below a module, so a name that would match a quantized layer is
+    written as a regular expression, which matches nothing else.
+    """
+    matches = any(other.endswith(name) or other.startswith(f"{name}.") for other in quantized)
+    return f"^{re.escape(name)}$" if matches else name
 
 
 def _check(name: str, layer: Nf4Linear) -> None:

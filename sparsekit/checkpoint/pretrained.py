@@ -82,7 +82,7 @@ def save_bitsandbytes(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def write_folder(
-    model: nn.Module, folder: Path, config: Mapping[str, Any], weights: str, tensors: Mapping[str, Tensor]
+    model: Any, folder: Path, config: Mapping[str, Any], weights: str, tensors: Mapping[str, Tensor]
 ) -> None:
     """Writes the weights, then the configurations; the weights hold the digests of all."""
     files = {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}

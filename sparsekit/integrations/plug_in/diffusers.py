@@ -51,7 +51,7 @@ class SparsekitQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignor
         module = model.get_submodule(owner)
         return isinstance(module, StoredLayer) and part in module._buffers
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override, unused-ignore]
         self,
         model: nn.Module,
         param_value: Tensor,
