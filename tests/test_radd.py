@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("huggingface_hub")
 
-from sparsekit.diffusion import evaluate_bound, k_dce_loss
+from sparsekit.diffusion import DiffusionSampler, evaluate_bound, k_dce_loss
 from sparsekit.models import RADD
 
 TINY = {"tokens": 11, "hidden_size": 16, "n_blocks": 2, "n_heads": 2}
@@ -144,3 +144,16 @@ def test_rejects():
         RADD.from_published({"weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r'not that of a published model.*\n.*Missing key.*"blocks\.1\.qkv\.weight"'):
         RADD.from_published({name: each for name, each in state.items() if name != "blocks.1.attn_qkv.weight"})
+
+
+def test_it_is_sampled_the_same_alone_and_in_a_batch():
+    torch.manual_seed(0)
+    model, sampler = RADD(**TINY), DiffusionSampler(12)
+    for each in model.parameters():
+        torch.nn.init.normal_(each, std=0.3)
+    start = torch.full((16, 20), model.mask_token)
+    start[:, 3] = 7
+    batch = sampler.sample(model, start, model.mask_token, range(16))
+    assert (batch.tokens < 11).all() and (batch.tokens[:, 3] == 7).all() and len(batch.tokens.unique(dim=0)) == 16
+    for i in range(16):
+        assert torch.equal(sampler.sample(model, start[:1], model.mask_token, [i]).tokens[0], batch.tokens[i])

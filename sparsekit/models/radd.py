@@ -58,8 +58,9 @@ class RADD(nn.Module, PyTorchModelHubMixin, library_name="sparsekit"):
         if hidden_size % (2 * n_heads):
             raise ValueError(f"hidden_size must be a multiple of 2 * n_heads, got {hidden_size} and {n_heads}")
         self.mask_token = tokens
+        self.head_size = hidden_size // n_heads
         self.embedding = nn.Embedding(tokens + 1, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, n_heads, dropout) for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(Block(hidden_size, self.head_size, dropout) for _ in range(n_blocks))
         self.norm = _norm(hidden_size)
         self.head = nn.Linear(hidden_size, tokens + 1)
         nn.init.kaiming_uniform_(self.embedding.weight, a=math.sqrt(5))
@@ -115,7 +116,7 @@ class RADD(nn.Module, PyTorchModelHubMixin, library_name="sparsekit"):
             of the weights. The vocabulary ends with the mask token, at minus infinity.
         """
         x = self.embedding(tokens)  # [rows, length, hidden]
-        rotation = _rotation(tokens.shape[1], self.blocks[0].head_size if len(self.blocks) else 2, tokens.device)
+        rotation = _rotation(tokens.shape[1], self.head_size, tokens.device)
         for block in self.blocks:
             x = block(x, rotation)
         if asked is not None:
@@ -129,9 +130,9 @@ class RADD(nn.Module, PyTorchModelHubMixin, library_name="sparsekit"):
 class Block(nn.Module):
     """A transformer block: attention among all positions, and a feed-forward network, each added to its input."""
 
-    def __init__(self, hidden_size: int, n_heads: int, dropout: float) -> None:
+    def __init__(self, hidden_size: int, head_size: int, dropout: float) -> None:
         super().__init__()
-        self.head_size = hidden_size // n_heads
+        self.head_size = head_size
         self.norm1 = _norm(hidden_size)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
