@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ._undo import restoring
 
@@ -141,6 +142,22 @@ def observing(model: nn.Module) -> Iterator[None]:
     gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(gpus), eagerly(), evaluating(model):
         yield
+
+
+@contextmanager
+def hooking() -> Iterator[list[RemovableHandle]]:
+    """Yields a list for the handles of hooks, which are removed at the end.
+
+    ``handles.append(module.register_forward_hook(hook))`` leaves no moment for an interrupt between the two.
+    """
+    handles: list[RemovableHandle] = []
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    with restoring(remove):
+        yield handles
 
 
 def _restore_modes(flags: Mapping[nn.Module, bool]) -> None:

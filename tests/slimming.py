@@ -62,7 +62,10 @@ def logits(model, batch):
 
 def plain():
     """Returns a plain model of linear layers in float64, and an example for it."""
-    model = nn.Sequential(nn.Linear(6, 12), nn.Sigmoid(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 12), nn.Sigmoid(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)
+    model = nn.Sequential(*layers).double()
     return model, torch.randn(5, 6, dtype=torch.float64)
 
 

@@ -131,6 +131,23 @@ def keep(model: nn.Sequential, _: Path) -> object:
     return sk.keep_masks(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+def slim(model: nn.Sequential, _: Path) -> object:
+    units = sk.find_units(model, inputs())
+    kept = {each.reader: range(each.units // 4, each.units) for each in units.branches}
+    return sk.slim_(model, units.keep(kept), [inputs()])
+
+
+def unslim(model: nn.Sequential, _: Path) -> object:
+    slim(model, _)
+    return sk.unslim_(model)
+
+
+def mask_units(model: nn.Sequential, _: Path) -> object:
+    units = sk.find_units(model, inputs())
+    scores = sk.slim.unit_scores(model, units)
+    return sk.mask_units_(model, sk.slim.choose_units(model, units, scores, 0.4, round_to=8))
+
+
 def reload(model: nn.Sequential, folder: Path) -> object:
     sk.load(model, folder / "saved.safetensors")
     return None
@@ -161,6 +178,10 @@ VERBS = {
     "keep_masks": Verb(pruned, keep),
     "sparse_training": Verb(make, finish),
     "tiers": Verb(make, tiers, exact=False),
+    "slim": Verb(make, slim, exact=False),
+    "unslim": Verb(make, unslim, exact=False),
+    "mask_units": Verb(make, mask_units),
+    "mask_rows": Verb(make, lambda model, _: sk.slim.mask_rows_(model, 0.3)),
     "save": Verb(packed, lambda model, folder: sk.save(model, folder / "written.safetensors")),
     "load": Verb(lambda: make(3), reload),
 }

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .._batches import Forward, observing, run_batch
+from .._batches import Forward, hooking, observing, run_batch
 from .._layers import check_model, input_dim
 from .._trees import copied
-from .._undo import undoing
 from ..nn import Compressed, Conv2d24, Linear24, QuantizedLinear24, TieredLinear
 from ..ops.sparse24 import values_per_row
 
@@ -95,10 +94,10 @@ def _watching(layers: list[nn.Module], counter: FlopCounterMode) -> Iterator[dic
         calls[layer].seen += counter.get_total_flops()
         calls[layer].positions += output.numel() // _outputs(layer)
 
-    with undoing() as hooks:
+    with hooking() as hooks:
         for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(before).remove)
-            hooks.callback(layer.register_forward_hook(after).remove)
+            hooks.append(layer.register_forward_pre_hook(before))
+            hooks.append(layer.register_forward_hook(after))
         yield calls
 
 

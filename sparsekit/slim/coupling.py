@@ -25,10 +25,7 @@ def find_units(reader: str, read: Tensor, writers: dict[str, Tensor]) -> Branch 
     """
     weights = torch.randn(read.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     weighted = read * weights.to(read)
-    if not all(leaf.shape[-1] for leaf in writers.values()):
-        return None
-    largest = gcd(read.shape[-1], *(3 * 2 * leaf.shape[-1] for leaf in writers.values()))
-    for units in _divisors(largest):
+    for units in _divisors(gcd(read.shape[-1], *(leaf.shape[-1] for leaf in writers.values()))):
         width = read.shape[-1] // units
         segments = _segments(weighted, writers, units, width)
         if segments is not None:

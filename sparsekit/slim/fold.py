@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, as_batches, layer_input, observing, run_batch
+from .._batches import Forward, as_batches, hooking, layer_input, observing
 from .._layers import input_dim
-from .._undo import Undo, undoing
+from .._undo import Undo
 from .plan import Branch, SlimPlan
 from .resize import channels, replace_parameter, sides, weight_dim
+from .run import run_plainly
 
 
 def means(model: nn.Module, plan: SlimPlan, batches: Any, forward: Forward | None) -> dict[str, Tensor]:
@@ -24,13 +25,12 @@ def means(model: nn.Module, plan: SlimPlan, batches: Any, forward: Forward | Non
         sums[name] = sums[name] + total if name in sums else total
         counts[name] = counts.get(name, 0) + len(tokens)
 
-    with undoing() as hooks, observing(model):
+    with hooking() as hooks, observing(model):
         for branch, _ in plan.dropping_units():
             reader = model.get_submodule(branch.reader)
-            handle = reader.register_forward_pre_hook(partial(add, branch.reader), with_kwargs=True)
-            hooks.callback(handle.remove)
+            hooks.append(reader.register_forward_pre_hook(partial(add, branch.reader), with_kwargs=True))
         for batch in as_batches(batches):
-            run_batch(model, batch, forward)
+            run_plainly(model, batch, forward)
     if missing := [branch.reader for branch, _ in plan.dropping_units() if branch.reader not in sums]:
         raise ValueError(f"no batch reaches layer {missing[0]!r}, which reads dropped units")
     return {name: total / counts[name] for name, total in sums.items()}

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, layer_input, observing, run_batch
+from .._batches import Forward, hooking, layer_input, observing
 from .._trees import copied, tensors_in
-from .._undo import undoing
 from .check import fixed_reason
+from .run import run_plainly
 
 
 @dataclass
@@ -43,11 +43,11 @@ def trace(model: nn.Module, example: Any, forward: Forward | None) -> Trace:
 
         return hook
 
-    with undoing() as hooks, torch.inference_mode(False), observing(model), torch.enable_grad():
+    with hooking() as hooks, torch.inference_mode(False), observing(model), torch.enable_grad():
         for name, module in model.named_modules():
             if fixed_reason(module) is None:
-                hooks.callback(module.register_forward_hook(record(name), with_kwargs=True).remove)
-        found.result = [*tensors_in(run_batch(model, copied(example), forward))]
+                hooks.append(module.register_forward_hook(record(name), with_kwargs=True))
+        found.result = [*tensors_in(run_plainly(model, copied(example), forward))]
     return found
 
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._batches import check_functions, observing
+from .._batches import check_functions, hooking, observing
 from .._layers import check_model
 from .._trees import copied
-from .._undo import claiming, undoing
+from .._undo import claiming
 from ..prune.advantage import Advantage
 from ..prune.masked_losses import LossFn, set_noise, split_batches
 from .plan import SlimPlan
@@ -245,11 +245,10 @@ def dropping(model: nn.Module, units: Units, kept: Mapping[str, Tensor]) -> Iter
 
         return hook
 
-    with undoing() as undo:
+    with hooking() as hooks:
         for branch in units.branches:
             reader = model.get_submodule(branch.reader)
-            handle = reader.register_forward_pre_hook(reading(branch.width, kept[branch.reader]))
-            undo.callback(handle.remove)
+            hooks.append(reader.register_forward_pre_hook(reading(branch.width, kept[branch.reader])))
         yield
 
 

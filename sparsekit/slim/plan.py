@@ -53,6 +53,9 @@ class Stages:
 class SlimPlan:
     """Which units and stages of a model stay. ``slim_`` removes the others.
 
+    It names the layers, so that a slim model can be built again from it. The ``per_layer_config`` of transformers could
+    say how many units a layer has, but no model of transformers 5.23 is built by it.
+
     Args:
         units: the indices of the units that stay, ascending, at least one for each branch.
         stages: the indices of the stages that stay, likewise.

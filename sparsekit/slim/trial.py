@@ -1,19 +1,19 @@
 """Tries whether a model without a unit or a stage computes what it does with zeros in its place."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward, layer_input, observing, run_batch
+from .._batches import Forward, hooking, layer_input, observing
 from .._trees import copied, tensors_in
 from .._undo import undoing
 from ..prune.report import Skipped
 from .masking import zero_units
 from .plan import Branch, SlimPlan, Stages
+from .run import run_plainly
 from .stages import INDEX, drop_stages
 from .surgery import shrink
 
@@ -70,9 +70,8 @@ class Trial:
             return "the configuration of an encoder with a decoder counts the stages of one of them alone"
         first = self._model.get_submodule(f"{stages.name}.0")
         with torch.inference_mode(False), torch.no_grad():
-            with ExitStack() as hooks:
-                handle = first.register_forward_hook(pass_input, with_kwargs=True)
-                hooks.callback(handle.remove)
+            with hooking() as hooks:
+                hooks.append(first.register_forward_hook(pass_input, with_kwargs=True))
                 passed = self._run()
             with undoing() as undo:
                 try:
@@ -84,7 +83,7 @@ class Trial:
 
     def _run(self) -> list[Tensor]:
         with observing(self._model):
-            return [*tensors_in(run_batch(self._model, copied(self._example), self._forward))]
+            return [*tensors_in(run_plainly(self._model, copied(self._example), self._forward))]
 
 
 def pass_input(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

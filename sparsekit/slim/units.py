@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._batches import Forward, check_functions
@@ -89,7 +90,8 @@ def find_units(model: nn.Module, example: Any, *, where: Where | None = None, fo
     check_model(model)
     check_functions(where=where, forward=forward)
     check_whole(model)
-    return change(model, "examined", lambda undo: _find(model, example, where, forward))
+    with torch.inference_mode(False), torch.enable_grad():
+        return change(model, "examined", lambda undo: _find(model, example, where, forward))
 
 
 def _find(model: nn.Module, example: Any, where: Where | None, forward: Forward | None) -> Units:
