@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -267,3 +269,52 @@ def test_a_plan_is_short():
     plan = find_units(model, batch).keep({"2": [0, 1, 2, 5, 7, 8]})
     assert plan.to_json()["units"]["2"]["kept"] == "0-2,5,7-8"
     assert SlimPlan.from_json(plan.to_json()) == plan
+
+
+STOCK = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification as Auto
+slim, padded, ids, logits = sys.argv[1:]
+model = Auto.from_pretrained(padded).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(ids)).logits, logits)
+try:
+    Auto.from_pretrained(slim)
+except RuntimeError as error:
+    assert "mismatched" in str(error)
+else:
+    raise AssertionError("a slim model was loaded without its plan")
+assert "sparsekit" not in sys.modules
+"""
+
+
+def test_stock_transformers_loads_what_is_padded_and_refuses_what_is_slim(tmp_path):
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    model, batch = tiny("distilbert", torch.float32, n_layers=3)
+    units = find_units(model, batch)
+    slim_(model, SlimPlan(some(units).units, {units.stages[0]: (0, 2)}))
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path / "slim")
+    assert torch.equal(logits(Auto.from_pretrained(tmp_path / "slim").eval(), batch), expected)
+    unslim_(model)
+    model.save_pretrained(tmp_path / "padded")
+    torch.save(batch["input_ids"], tmp_path / "ids")
+    paths = [str(tmp_path / name) for name in ("slim", "padded", "ids", "logits")]
+    subprocess.run([sys.executable, "-c", STOCK, *paths], check=True, capture_output=True)
+    assert (torch.load(tmp_path / "logits", weights_only=True) - expected).abs().max() < 1e-5
+
+
+def test_a_slim_model_is_saved_and_loaded_bit_for_bit(tmp_path):
+    model, batch = tiny("bert", torch.float32)
+    slim_(model, some(find_units(model, batch)))
+    sk.save(model, tmp_path / "slim.safetensors")
+    (tmp_path / "plan.json").write_text(json.dumps(slim_plan(model).to_json()))
+    whole, _ = tiny("bert", torch.float32)
+    before = logits(whole, batch)
+    with pytest.raises(ValueError, match=r"cannot load .*slim\.safetensors"):
+        sk.load(whole, tmp_path / "slim.safetensors")
+    assert torch.equal(logits(whole, batch), before)
+    slim_(whole, SlimPlan.from_json(json.loads((tmp_path / "plan.json").read_text())))
+    sk.load(whole, tmp_path / "slim.safetensors")
+    assert torch.equal(logits(whole, batch), logits(model, batch))
