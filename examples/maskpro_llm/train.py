@@ -36,7 +36,7 @@ from sparsekit.runs import Run
 class Training(Batched):
     """What train.py takes."""
 
-    epoch: int = 10
+    epoch: int = 10  # as many steps as batches; four steps in a row draw masks for the same batch, with --parity one
     max_step: int | None = None  # steps in all, if less than the epochs have
     lr: float | None = None  # how far a step moves the logits; None suits the number of logits
     logits: float | None = None  # of the weights that the initial masks keep: a larger one draws fewer others
