@@ -12,7 +12,9 @@ WRITERS: list[Writer] = []  # what checkpoint, which lies above, registers
 
 
 def has_config(model: Any) -> bool:
-    """Returns whether a model has a configuration as those of diffusers or transformers have it."""
+    """Returns whether a model has a configuration as those of diffusers or transformers have it, and no adapters."""
+    if getattr(model, "peft_config", None):  # whose layers no configuration describes
+        return False
     return any(callable(getattr(each, "to_json_string", None)) for each in (model, getattr(model, "config", None)))
 
 

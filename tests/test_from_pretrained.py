@@ -319,3 +319,15 @@ def test_what_cannot_be_saved_or_loaded_is_said(tmp_path):
     model.save_pretrained(tmp_path / "given", state_dict=halved)
     given = type(model).from_pretrained(tmp_path / "given").state_dict()
     assert all(torch.equal(given[name], tensor) for name, tensor in halved.items())
+
+
+def test_one_device_is_needed(tmp_path):
+    model, batch = mixture()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved", device_map={"": "cpu"})
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    spread = {"distilbert": "disk", "pre_classifier": "cpu", "classifier": "cpu"}
+    with pytest.raises(
+        ValueError, match=r"layer '.*' would move between devices or to the disk, .* give device_map one"
+    ):
+        type(model).from_pretrained(tmp_path / "saved", device_map=spread, offload_folder=tmp_path / "disk")

@@ -201,6 +201,16 @@ def parse_config(data: Mapping[str, Any]) -> tuple[dict[str, LayerRecord], dict[
     return {name: LayerRecord.parse(name, each) for name, each in field(where, data, "layers", dict).items()}, shared
 
 
+def described(folder: Path) -> dict[str, Any] | None:
+    """Returns what the configuration of a folder says of its compressed layers; None if ``save_folder`` wrote none."""
+    try:
+        config = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+        about = config.get("quantization_config") or {}
+        return about if about.get("quant_method") == METHOD else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return None
+
+
 def read_folder(folder: Path) -> tuple[dict[str, LayerRecord], dict[str, str], dict[str, Tensor]] | None:
     """Returns the layers, the shared masks and the tensors, under the names of the state dict, of a folder.
 
@@ -210,13 +220,7 @@ def read_folder(folder: Path) -> tuple[dict[str, LayerRecord], dict[str, str], d
     Raises:
         ValueError: a file was altered.
     """
-    try:
-        config = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
-        about = config.get("quantization_config") or {}
-        named = about.get("quant_method") == METHOD
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
-    if not named:
+    if (about := described(folder)) is None:
         return None
     layers, shared = parse_config(about)
     shards = Shards(folder, skip=("masks.safetensors", "compressed.safetensors"))

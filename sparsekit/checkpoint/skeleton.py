@@ -68,6 +68,11 @@ class Skeleton:
         for name, record in self.layers.items():
             module = modules[record.module_name(name)]
             if isinstance(module, StoredLayer):
+                if "_hf_hook" in vars(module):
+                    raise ValueError(
+                        f"layer {name!r} would move between devices or to the disk, and compressed layers stay where "
+                        "they are: give device_map one device"
+                    )
                 if module not in made:
                     made[module] = _finished(name, module, masks.get(name))
                     module._buffers.clear()  # the made layer may hold them in another order

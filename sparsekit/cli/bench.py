@@ -9,17 +9,18 @@ from typing import Annotated, Any
 import tyro
 from torch import nn
 
-from .. import load
+from .. import decompress_
 from .._files import try_folder
 from .._json import write_json
 from .._timing import PARITY_RATIO, Timing, cache_bytes
+from ..checkpoint.pretrained import described
 from ..compress.cache import machine
 from ..nn import Compressed
 from . import terminal
 from .compress import compressed
 from .errors import check_positive
 from .folders import BENCH_REPORT, COMPRESSED, check_folder
-from .models import device_of, empty_model, load_dense, read_config, without_cache
+from .models import device_of, load_dense, load_packed, without_cache
 from .page import write_page
 from .speed import check_tokens, layer_speeds, model_speeds, prepacked, random_tokens
 
@@ -85,11 +86,11 @@ class Bench:
         if self.report:
             try_folder(self.folder)
         device = device_of(self.device)
-        if (self.folder / COMPRESSED).exists() and device.type == "cpu":
-            config = read_config(str(self.folder))
-            sparse, plain = empty_model(config), empty_model(config)
-            load(sparse, self.folder / COMPRESSED)
-            load(plain, self.folder / COMPRESSED, dense=True)
+        packed = (self.folder / COMPRESSED).exists() or described(self.folder) is not None
+        if packed and device.type == "cpu":
+            sparse = load_packed(self.folder)
+            plain = copy.deepcopy(sparse)
+            decompress_(plain)
             check_tokens(plain, self.tokens)
         else:
             plain = load_dense(str(self.folder), self.device)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
+from ..checkpoint.pretrained import described
 from ..checkpoint.shards import Shards
 from ..masks import Pattern, grouped
 from ..ops.bits import nonzero
@@ -136,7 +137,8 @@ def stored_layers(path: Path) -> tuple[Iterator[Matrix], list[str]]:
         return matrices(tensors, {}, {}), not_understood(tensors, {})
     check_folder(path)
     files = model_files(path)
-    ours = [file for file in files if is_ours(file)] if files else [path / COMPRESSED]
+    ours = [path] if described(path) is not None else [file for file in files if is_ours(file)]
+    ours = ours or ([] if files else [path / COMPRESSED])
     left = _left_out(path)
     roles: dict[str, Role | None] = {**roles_of(path, set() if ours else names_in(files))}
     if ours:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import load
+from .. import decompress_, load
 from ..checkpoint.bitmask import find_packed
+from ..checkpoint.pretrained import described
 from ..checkpoint.shards import Shards
 from .errors import UsageError
 from .folders import COMPRESSED, MASKS, OWN, check_folder, model_files
@@ -88,7 +89,10 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto", *, mask
     """
     config, folder = read_config(source), Path(source)
     target, kind = device_of(device), model_class(config)
-    if folder.is_dir() and not model_files(folder):
+    if folder.is_dir() and described(folder) is not None:
+        model = load_packed(folder)
+        decompress_(model)
+    elif folder.is_dir() and not model_files(folder):
         model = empty_model(config)
         load(model, folder / COMPRESSED, dense=True)
     else:
@@ -102,6 +106,22 @@ def load_dense(source: str, device: str = "auto", dtype: Dtype = "auto", *, mask
             load(model, folder / MASKS)
     model = model if dtype == "auto" else model.to(getattr(torch, dtype))
     return model.to(target).eval()
+
+
+def load_packed(folder: Path) -> nn.Module:
+    """Loads a folder with its compressed layers as they are, on the CPU and in evaluation mode.
+
+    Raises:
+        ValueError: a file was altered.
+    """
+    config = read_config(str(folder))
+    if described(folder) is not None:
+        options = {"use_safetensors": True, "trust_remote_code": False}
+        model: nn.Module = model_class(config).from_pretrained(folder, **options)
+    else:
+        model = empty_model(config)
+        load(model, folder / COMPRESSED)
+    return model.eval()
 
 
 def empty_model(config: Any) -> Any:

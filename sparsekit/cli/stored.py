@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._safetensors import read_tensors
 from ..checkpoint.bitmask import find_packed, unpack_bitmask
 from ..checkpoint.mask_file import holds_only_masks
+from ..checkpoint.pretrained import read_folder
 from ..checkpoint.shards import Shards
 from ..checkpoint.structure import join, parse_structure
 from ..checkpoint.verify import verify, verify_mask
@@ -96,15 +97,18 @@ def own_matrices(path: Path, roles: Mapping[str, Role | None]) -> Iterator[Matri
     """Yields the layers in a file that ``sparsekit.save`` wrote: the compressed and pruned ones, then the plain ones.
 
     Args:
-        path: the file.
+        path: the file, or a folder that ``from_pretrained`` loads with sparsekit.
         roles: the roles of the model's modules; a plain weight is yielded only if its module has one.
 
     Raises:
         ValueError: the file was altered, or its layers are not what it says.
     """
     try:
-        structure, tensors = read_tensors(path)
-        layers, shared = parse_structure(structure or "")
+        if (found := read_folder(path)) is not None:
+            layers, shared, tensors = found
+        else:
+            structure, tensors = read_tensors(path)
+            layers, shared = parse_structure(structure or "")
         tensors |= {name: tensors[source] for name, source in shared.items() if source in tensors}
         if holds_only_masks(layers, tensors):
             raise ValueError("it holds masks alone, their weights are in the other files of its folder")

@@ -1,6 +1,6 @@
 """Layers of bitsandbytes on a CPU: that they compute any shape, and are saved as they were quantized."""
 
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit  # type: ignore[import-not-found, unused-ignore]
 from torch import nn
 
 from .._layers import check_model

@@ -81,9 +81,9 @@ def dequantize_nf4(codes: Tensor, absmax: Tensor, rows: int, cols: int, block: i
     """Returns the dense weight, float32 ``[rows, cols]``."""
     byte = torch.arange(256, device=codes.device)
     levels = _levels(codes.device)
-    # Both levels of a byte are looked up at once, as one number of 8 bytes, which takes a quarter of the time.
-    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], -1).view(torch.int64).flatten()
-    entries = pairs.index_select(0, codes.int()).view(torch.float32)[: rows * cols]
+    # Both levels of a byte are looked up at once, as one complex number, which takes a quarter of the time.
+    pairs = torch.complex(levels[byte >> 4], levels[byte & 15])
+    entries = torch.view_as_real(pairs.index_select(0, codes.int())).flatten()[: rows * cols]
     full = entries.numel() // block
     whole = entries[: full * block].view(full, block) * absmax[:full, None]
     if rows * cols == full * block:
