@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from language import stories
 from slimming import logits, plain, scatter, tiny
 from torch import nn
 
@@ -16,6 +17,7 @@ from sparsekit.slim import (
     UnitLearner,
     choose_units,
     find_units,
+    gate_scores,
     mask_rows_,
     mask_units_,
     slim_,
@@ -91,6 +93,51 @@ def test_taylor_scores_rank_units(distilbert):
 
     scores = unit_scores(model, units, sk.taylor_scores(model, loss, [batch]))
     assert all((each > 0).all() for each in scores.values())
+
+
+def test_gates_by_hand():
+    model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
+    with torch.no_grad():
+        for parameter, value in zip(
+            model.parameters(), ([[1.0], [2.0]], [0.0, 0.0], [[3.0, -1.0]], [0.0]), strict=True
+        ):
+            parameter.copy_(torch.tensor(value))
+    units = find_units(model, torch.ones(2, 1))
+    # At x the units say x and 2x, which change the output by 3x and -2x; each has 2 weights.
+    scores = gate_scores(model, units, lambda model, x: model(x).sum(), [torch.ones(1, 1), torch.full((1, 1), 2.0)])
+    assert scores["2"].tolist() == pytest.approx([(3**2 + 6**2) / 2 / 2, (2**2 + 4**2) / 2 / 2])
+    assert all(each.grad is None for each in model.parameters())
+    with pytest.raises(ValueError, match="a finite loss that depends on the model"):
+        gate_scores(model, units, lambda model, x: torch.zeros(()), [torch.ones(1, 1)])
+    with pytest.raises(ValueError, match="no batch to score units on"):
+        gate_scores(model, units, lambda model, x: model(x).sum(), [])
+
+
+def test_negative_scores_are_ranked_like_others(distilbert):
+    model, _, units = distilbert
+    scores = unit_scores(model, units)
+    shifted = {name: each - 10 for name, each in scores.items()}
+    options = {"sparsity": 0.3, "round_to": 1}
+    assert choose_units(model, units, shifted, **options) == choose_units(model, units, scores, **options)
+
+
+def test_scores_are_ordered_on_a_real_model(data):
+    language = stories(data)
+    model = language.model
+
+    def loss(model, batch):
+        return model(**batch, labels=batch["input_ids"]).loss
+
+    rows = [{"input_ids": row} for row in language.calibration.split(1)]
+    units = find_units(model, rows[0])
+    assert sorted({(each.kind, each.units) for each in units.branches}) == [("head", 4), ("neuron", 172)]
+    gates = gate_scores(model, units, loss, rows)
+    found = []
+    for scores in (gates, unit_scores(model, units), {name: -each for name, each in gates.items()}):
+        slim = copy.deepcopy(model)
+        slim_(slim, choose_units(model, units, scores, 0.1, round_to=1))
+        found.append(language.perplexity(slim))
+    assert language.perplexity(model) < found[0] < 0.8 * found[1] < 0.8 * found[2]
 
 
 def test_the_share_is_reached_within_one_unit(distilbert):

@@ -1,6 +1,7 @@
 """Slimming: removes neurons, attention heads and stages, so that a model really becomes smaller."""
 
 from .._packages import name_functions as _name_functions
+from .gates import gate_scores
 from .learn import UnitLearner, UnitReport, UnitStep
 from .masking import mask_units_
 from .plan import Branch, SlimPlan, Stages
@@ -22,6 +23,7 @@ __all__ = [
     "Units",
     "choose_units",
     "find_units",
+    "gate_scores",
     "mask_rows_",
     "mask_units_",
     "slim_",

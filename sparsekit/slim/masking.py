@@ -16,7 +16,8 @@ def mask_units_(model: nn.Module, plan: SlimPlan) -> None:
 
     The rows and biases of the layers that write a unit become zero, and the columns of the layer that reads it. All
     layers of the plan's branches get masks, also where nothing is dropped yet, so that ``keep_masks`` can be called
-    once and follows as more is dropped. Stages are not masked: drop them by ``slim_``, and train what is left.
+    once and follows as more is dropped. Stages are not masked: drop them by ``slim_``, and train what is left. Until it
+    returns, the call takes a byte for each weight of the branches.
 
     Args:
         model: a model that the plan fits.
@@ -45,8 +46,7 @@ def write_mask(layer: nn.Module, name: str, mask: Tensor, undo: Undo) -> None:
     if info is not None and (info.pattern.m is not None or info.pattern.tiers):
         raise ValueError(f"a layer has a mask of the pattern {info.pattern}: mask units or rows first, then prune it")
     value, dropped = layer.get_parameter(name).detach(), ~mask
-    known = get_mask_bits(layer, name), get_mask_info(layer, name)
-    undo.callback(_restore, layer, name, value, dropped, value[dropped], *known)
+    undo.callback(_restore, layer, name, value, dropped, value[dropped], get_mask_bits(layer, name), info)
     value.masked_fill_(dropped, 0)
     torch.clear_autocast_cache()
     pattern = Pattern(ratio=float(dropped.sum()) / dropped.numel(), unit="layer")

@@ -62,7 +62,7 @@ def choose_units(
 
     One threshold holds for all branches. Units are dropped as long as that brings the share nearer to the target, so
     that it is missed by at most half of what is dropped at once: a head, or ``round_to`` neurons. Units with a score of
-    0, as masked ones have, go before all others and in any case, so that nothing comes back as the share grows.
+    0, as masked ones have, go in any case once it is their turn, so that nothing comes back as the share grows.
 
     Args:
         model: the model.
@@ -97,7 +97,7 @@ def choose_units(
         )
     for each in sorted(drops, key=lambda each: each.score):  # stable: ties go in the order of the model
         weights = len(each.units) * sizes[each.branch]
-        if left <= weights / 2 and each.score > 0:
+        if left <= weights / 2 and each.score != 0:
             break
         dropped[each.branch] |= {*each.units}
         left -= weights

@@ -35,6 +35,7 @@ class Units:
     def __str__(self) -> str:
         lines = [f"{each.units} {each.kind}s in {each.reader}" for each in self.branches]
         lines += [f"{each.count} stages in {each.name}" for each in self.stages]
+        lines = lines or ["no units were found"]
         return "\n".join(lines + [f"skipped {text}" for text in summary((e.reason, e.name) for e in self.skipped)])
 
     def keep(
@@ -65,7 +66,8 @@ def find_units(model: nn.Module, example: Any, *, where: Where | None = None, fo
     A unit is found by what the model computes, not by its names. A layer, the reader, and the layers that write what it
     reads are a branch if nothing else reads what those write, and its channels fall into units if no gradient joins
     them: neurons with or without gates, heads, and with fewer key and value heads each of these with its query heads.
-    Every branch is then tried: a model without one unit must compute what it does with zeros in its place.
+    Every branch is then tried: a model without one unit must compute what it does with zeros in its place. That takes
+    the memory of the branches' weights a second time.
 
     That finds the units of BERT, DistilBERT, RoBERTa, ViT, GPT-2 and Llama, and of models that are built alike. Not
     supported are ``nn.MultiheadAttention`` and experts, which hold several matrices in one parameter, heads with a
