@@ -4,18 +4,20 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from .._batches import Forward, hooking, observing, run_batch
 from .._layers import check_model, input_dim
 from .._trees import copied
 from ..nn import Compressed, Conv2d24, Linear24, QuantizedLinear24, TieredLinear
 from ..ops.sparse24 import values_per_row
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def count_flops(model: nn.Module, batch: Any, *, forward: Forward | None = None)
     Raises:
         TypeError: ``model`` is not a module.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which nothing else here needs
+
     check_model(model)
     layers = [each for each in model.modules() if isinstance(each, Compressed) or input_dim(each) is not None]
     counter = FlopCounterMode(display=False)
@@ -83,7 +87,7 @@ def count_flops(model: nn.Module, batch: Any, *, forward: Forward | None = None)
 
 
 @contextmanager
-def _watching(layers: list[nn.Module], counter: FlopCounterMode) -> Iterator[dict[nn.Module, _Calls]]:
+def _watching(layers: list[nn.Module], counter: "FlopCounterMode") -> Iterator[dict[nn.Module, _Calls]]:
     """Records the calls of layers, until the end."""
     calls: dict[nn.Module, _Calls] = {}
 
