@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+import pytest
 import torch
 from torch import nn
 
@@ -25,8 +26,7 @@ SIZES["llama"] = SIZES["bert"] | {"num_key_value_heads": 2}
 
 def tiny(name, dtype=torch.float64, **changes):
     """Returns a model whose weights and biases are all random, and an example for it."""
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     prefix, suffix = CLASSES[name]
     words = {} if name == "vit" else {"vocab_size": 40}
     config = getattr(transformers, f"{prefix}Config")(**SIZES[name] | words | changes)

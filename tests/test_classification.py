@@ -9,11 +9,16 @@ from torch import nn
 from sparsekit.evaluate import classification_score, compare_classifiers, predict_logits
 
 
+@pytest.fixture
+def torchmetrics():
+    return pytest.importorskip("torchmetrics")
+
+
 def logits_of(classes, count=2):
     return nn.functional.one_hot(torch.tensor(classes), count).float()
 
 
-def test_a_score_by_hand():
+def test_a_score_by_hand(torchmetrics):
     labels = torch.tensor([1, 1, 1, 0, 0, 1, 0, 0])
     score = classification_score(logits_of([1, 1, 0, 0, 0, 1, 1, 0]), labels)
     assert score.accuracy == 6 / 8 and score.n == 8
@@ -24,13 +29,13 @@ def test_a_score_by_hand():
     assert score.interval == (pytest.approx(0.40928, abs=1e-5), pytest.approx(0.92852, abs=1e-5))
 
 
-def test_the_interval_of_a_perfect_score_is_no_point():
+def test_the_interval_of_a_perfect_score_is_no_point(torchmetrics):
     score = classification_score(logits_of([0, 1, 1]), torch.tensor([0, 1, 1]))
     assert score.accuracy == score.interval[1] == score.auc == score.f1 == 1
     assert score.interval[0] == pytest.approx(1 / (1 + 1.959964**2 / 3), abs=1e-6)
 
 
-def test_several_classes():
+def test_several_classes(torchmetrics):
     labels = torch.tensor([0, 1, 2, 2])
     score = classification_score(logits_of([0, 1, 1, 2], 3), labels)
     assert score.confusion == ((1, 0, 0), (0, 1, 0), (0, 1, 1))

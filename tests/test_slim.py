@@ -289,9 +289,9 @@ assert "sparsekit" not in sys.modules
 
 
 def test_stock_transformers_loads_what_is_padded_and_refuses_what_is_slim(tmp_path):
+    model, batch = tiny("distilbert", torch.float32, n_layers=3)
     from transformers import AutoModelForSequenceClassification as Auto
 
-    model, batch = tiny("distilbert", torch.float32, n_layers=3)
     units = find_units(model, batch)
     slim_(model, SlimPlan(some(units).units, {units.stages[0]: (0, 2)}))
     expected = logits(model, batch)

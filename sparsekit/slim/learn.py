@@ -74,6 +74,10 @@ class UnitLearner:
             print(step)
         sk.slim_(model, learner.finish().plan)
 
+    It takes a pass for each step, so good scores come first: of the small Llama of ``gate_scores``, without 10 % of its
+    weights, 400 steps lower the perplexity from 6.9, with the plan that norms choose, to 5.2, and find no better plan
+    than that of ``gate_scores``, 4.5.
+
     The model is unchanged: a unit that is not drawn is zero where it is read. It is run in evaluation mode, and the
     random state of torch is seeded by the number of the batch, so that all draws meet the same noise. In a run, the
     learner is a part: ``run.restore(learner=learner)``. It learns in one process alone.
