@@ -217,6 +217,7 @@ torch.save((logits.detach(), sample), sys.argv[4])
         ("transformers", "refused RuntimeError\nrefused ValueError\n"),
         pytest.param("sparsekit", "", marks=pytest.mark.slow),
     ],
+    ids=["transformers first", "sparsekit first"],
 )
 def test_fresh_processes(tmp_path, first, said):
     """Either order of imports loads; without sparsekit both libraries refuse."""

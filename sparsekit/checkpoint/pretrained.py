@@ -215,7 +215,7 @@ def read_folder(folder: Path) -> tuple[dict[str, LayerRecord], dict[str, str], d
     """Returns the layers, the shared masks and the tensors, under the names of the state dict, of a folder.
 
     Returns:
-        None if the configuration of the folder does not name sparksekit's format.
+        None if the configuration of the folder does not name sparsekit's format.
 
     Raises:
         ValueError: a file was altered.
