@@ -38,6 +38,7 @@ def test_literal(simd):
 def test_every_level_equals_reference(simd, dtype, shape, full):
     weight, bits = torch.randn(shape).to(dtype), random_bits(shape, full)
     expected = masked_weight_reference(weight, bits, full)
+    assert expected.is_contiguous()
     poison(expected)
     assert torch.equal(masked_weight(weight, bits, full), expected)
     assert masked_weight(weight.to("meta"), bits.to("meta"), full).shape == shape

@@ -142,8 +142,12 @@ def test_what_is_wrong_is_said(options, match):
     ("loss", "kind", "match"),
     [
         (lambda model, batch: model(batch[0]), TypeError, r"a tensor \(32, 4\)"),
-        (lambda model, batch: math.nan, ValueError, "is nan on batch 0"),
-        (lambda model, batch: torch.rand((), generator=NOISE), ValueError, "for the same mask and batch"),
+        (lambda model, batch: math.nan * model(batch[0]).sum(), ValueError, "is nan on batch 0"),
+        (
+            lambda model, batch: 0 * model(batch[0]).sum() + torch.rand((), generator=NOISE),
+            ValueError,
+            "for the same mask and batch",
+        ),
     ],
     ids=["tensor", "nan", "own generator"],
 )

@@ -40,6 +40,7 @@ def test_the_flips_that_follow_from_draws_by_hand():
     assert best_flips(100, [1.0, 3.0]) == pytest.approx(50)  # a mean of 2 and a deviation of sqrt(2)
     assert best_flips(100, [-1.0, 1.0]) == best_flips(100, [-2.0, -1.0]) == best_flips(100, [-1.0, 2.0]) == 100
     assert best_flips(100, [2.0, 2.0]) == pytest.approx(100 / 30) and best_flips(10, [2.0, 2.0]) == 1
+    assert best_flips(0.5, [2.0, 2.0]) == best_flips(0.5, [-1.0, 1.0]) == 0.5  # of one group
 
 
 def test_the_steps_of_a_turn_have_the_likeliest_mask_as_baseline():

@@ -7,9 +7,12 @@ import pytest
 import torch
 from interrupts import assert_all_or_nothing, count_lines, difference, interrupted, model_state
 from mask_learning import IMAGES, WANDA, Network, loss_fn, make, noisy, problem
+from torch import nn
 
 import sparsekit as sk
 from sparsekit.prune.advantage import multiplier_for
+
+MASK = torch.tensor([True, True, False, False]).repeat(8, 2)
 
 
 def test_surroundings():
@@ -137,3 +140,100 @@ def test_an_interrupt_leaves_the_model_as_it_was():
         return network, sk.MaskPro(network, noisy, batches=IMAGES[:3], held_out=IMAGES[3:], init=sk.Magnitude("2:4"))
 
     assert_all_or_nothing(learned, finishing, lambda model, _: model_state(model), runs=15)
+
+
+class Reader(nn.Module):
+    """Reads the weight of its first layer without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.called(nn.functional.linear(x, self.read.weight).relu())
+
+
+@pytest.mark.parametrize(
+    "init", [sk.Magnitude("2:4"), None, {"read": MASK, "called": MASK[:4]}], ids=["Magnitude", "Wanda", "masks"]
+)
+def test_layers_that_are_read_without_a_call_are_left_out(init):
+    model, batches = Reader(), list(torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)))
+    weight = model.read.weight.detach().clone()
+    learner = sk.MaskPro(model, lambda model, x: model(x).square().mean(), batches=batches, init=init)
+    report = learner.finish()
+    assert report.layers == ("called",) and torch.equal(model.read.weight, weight)
+    assert [(each.name, each.reason) for each in report.skipped] == [
+        ("read", "Reader reads its weight without calling it")
+    ]
+
+
+def test_ranks_must_begin_with_the_same_masks(ranks):
+    """And an error in one of them ends the other: a mask that does not fit, a batch that cannot be read."""
+
+    def make_with(init, batches=None):
+        layer, own = problem()
+        return sk.MaskPro(layer, loss_fn, batches=batches or own[:16], held_out=own[16:], init=init)
+
+    class Failing(list):
+        def __getitem__(self, index):
+            raise OSError("no such file")
+
+    masks = [MASK.repeat(1, 4)[:4], ~MASK.repeat(1, 4)[:4]]
+    for error in ranks(lambda rank: make_with({"": masks[rank]})):
+        assert isinstance(error, ValueError) and "rank 1 and rank 0 differ in initial masks" in str(error)
+    first, second = ranks(lambda rank: make_with({"": masks[0][:, : 32 - 2 * rank]}))
+    assert isinstance(second, ValueError) and "rank 1 failed with ValueError" in str(first)
+    first, second = ranks(lambda rank: make_with(WANDA, Failing([1, 2]) if rank else None))
+    assert isinstance(second, OSError) and "rank 1 failed with OSError" in str(first)
+
+
+def test_a_step_that_fails_is_made_again_as_if_nothing_had_happened():
+    whole, _ = make()
+    whole._check_every = 3
+    whole.learn(8)
+    calls = failing = failures = 0
+
+    def fails(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError
+        return loss_fn(model, batch)
+
+    learner, _ = make(loss=fails)
+    learner._check_every, seen = 3, []
+    for ahead in (1, 20, 30, 17, 18, 3, 2, 20, 4, 1):  # measuring, drawing, and checking
+        failing = calls + ahead
+        try:
+            for step in learner.steps(8):
+                seen.append(step.step)
+        except OSError:
+            failures += 1
+    learner.learn(8)
+    assert seen == list(range(1, 9)) and failures == 7
+    for key, value in learner.state_dict().items():
+        same = whole.state_dict()[key]
+        assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same, key
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"best": None}, r"best must be torch.uint8 \(16,\), got NoneType"),
+        ({"logits": torch.zeros(1)}, r"logits must be torch.float32 \(128,\), got torch.float32 \(1,\)"),
+        ({"batches": 15}, "it has batches 15, and this learner 16"),
+        ({}, "it has no 'lr'"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, match):
+    learner, other = make()[0], make()[0]
+    learner.learn(1)
+    before = copy.deepcopy(learner.state_dict())
+    state = {**other.state_dict(), **change}
+    if not change:
+        del state["lr"]
+    with pytest.raises(ValueError, match=match):
+        learner.load_state_dict(state)
+    for key, value in learner.state_dict().items():
+        assert torch.equal(value, before[key]) if isinstance(value, torch.Tensor) else value == before[key], key

@@ -11,7 +11,7 @@ from .bits import unpack_bits
 def masked_weight_reference(weight: Tensor, bits: Tensor, full: int) -> Tensor:
     rows, cols, taps = weight.shape
     kept = unpack_bits(bits, rows * taps * full).view(rows, taps, full).transpose(1, 2)
-    return torch.where(F.pad(kept, (0, 0, 0, cols - full), value=True), weight, 0)
+    return torch.where(F.pad(kept, (0, 0, 0, cols - full), value=True), weight, 0).contiguous()
 
 
 def _fake(weight: Tensor, bits: Tensor, full: int) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._batches import Forward
+from .._batches import Forward, observing
+from .._forwards import Around, around_forwards, watch_reads
 from .._layers import Where
-from .._undo import undoing
+from .._trees import copied
+from .._undo import claiming, undoing
 from ..masks import Pattern, get_mask, get_mask_bits, get_mask_info, masked_parameters, remove_mask, set_mask_bits
 from .calibration import Calibration
-from .calibration.ranks import Group
+from .calibration.ranks import Group, Ranks, local_buffers
 from .layers import PrunableLayer, check_weights, find_layers, nothing_to
 from .masked_losses import set_noise
 from .methods import Method, Wanda
@@ -55,6 +57,7 @@ def first_masks(
     batches: Sequence[Any],
     forward: Forward,
     group: Group,
+    ranks: Ranks,
     seed: int,
 ) -> Found:
     """Returns the layers to learn, the first mask of each in the shape of its weight, and what is left out and why.
@@ -65,26 +68,73 @@ def first_masks(
         TypeError: ``init`` is of another type.
         ValueError: no layer has a first mask, a mask does not fit, or the dropped weights are zero already.
     """
-    layers, skipped = find_layers(model, pattern, axis, where)
-    if init is None:
+
+    def read() -> tuple[Method | None, Found, list[Any]]:
+        layers, skipped = find_layers(model, pattern, axis, where)
         stored = any(_stored(layer.module, layer.parameter, pattern) is not None for layer in layers)
-        init = model if stored else Swaps(Wanda(str(pattern)))
-    if isinstance(init, Method):
-        if Pattern.parse(init.pattern) != pattern:
-            raise ValueError(f"init must choose masks of {pattern}, got {init!r}")
+        source = init if init is not None else model if stored else Swaps(Wanda(str(pattern)))
+        some = [batches[i] for i in range(min(len(batches), CALIBRATED))]
+        if not isinstance(source, Method):
+            return None, _given(source, layers, skipped, pattern, where), some
+        if Pattern.parse(source.pattern) != pattern:
+            raise ValueError(f"init must choose masks of {pattern}, got {source!r}")
+        return source, ([], [], ()), some
+
+    method, found, some = ranks.all_or_none(read)
+    ranks.agree({"init": repr(method)}, ())
+    if method is not None:
         calibration = Calibration(sequential=False, forward=forward, batchnorm=False, group=group)
-        found = _of_method(model, init, axis, where, calibration, batches, seed)
-    else:
-        found = _given(init, layers, skipped, pattern, where)
+        found = _of_method(model, method, axis, where, calibration, some, seed)
+    if method is None or method.statistic is None:
+        found = ranks.all_or_none(lambda: _that_are_called(found, model, forward, some, ranks, where, seed))
+    ranks.all_or_none(lambda: _check(found))
+    return found
+
+
+def _check(found: Found) -> None:
     check_weights(found[0])
     for layer, mask in zip(*found[:2], strict=True):
         weight = layer.weight.detach()
         if weight.masked_fill(mask.to(weight.device), 0).any():
-            return found
+            return
     raise ValueError(
         "the weights that the first masks drop are all zero, so no other mask can be better: load the dense weights, "
         "and pass the pruned model, or its masks, as init"
     )
+
+
+def _that_are_called(
+    found: Found, model: nn.Module, forward: Forward, some: list[Any], ranks: Ranks, where: Where | None, seed: int
+) -> Found:
+    """Leaves out the layers that no batch calls: what reads their weights instead would go on with the dense ones."""
+    layers, masks, skipped = found
+    called: set[nn.Module] = set()
+
+    def recorded(module: nn.Module) -> Around:
+        def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+            called.add(module)
+            return forward(*args, **kwargs)
+
+        return run
+
+    modules = {layer.module for layer in layers}
+    with claiming(model, "pruned"), local_buffers(model), observing(model), watch_reads(model, modules) as reads:
+        with around_forwards({module: recorded(module) for module in modules}):
+            set_noise(model, seed)
+            for batch in some:
+                if called != modules:
+                    forward(model, copied(batch))
+    names = set().union(*ranks.exchange([layer.name for layer in layers if layer.module in called]))
+    kept = [(layer, mask) for layer, mask in zip(layers, masks, strict=True) if layer.name in names]
+    missed = [
+        Skipped(layer.name, reads.get(layer.module, "no batch reached it"))
+        for layer in layers
+        if layer.name not in names
+    ]
+    skipped = (*missed, *skipped)
+    if not kept:
+        raise ValueError(nothing_to("learn", "layer that is called and has a first mask", where, skipped))
+    return [layer for layer, _ in kept], [mask for _, mask in kept], skipped
 
 
 def _of_method(
@@ -93,11 +143,10 @@ def _of_method(
     axis: Literal["input", "flatten"],
     where: Where | None,
     calibration: Calibration,
-    batches: Sequence[Any],
+    some: list[Any],
     seed: int,
 ) -> Found:
     """Prunes the model by a method that leaves the weights as they are, reads the masks, and removes them again."""
-    some = [batches[i] for i in range(min(len(batches), CALIBRATED))]
     gpus = list({tensor.device for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(gpus), undoing() as undo:  # never committed
         set_noise(model, seed)

@@ -1,5 +1,6 @@
 """``MaskPro``: learns n:m masks from the losses of masked models, without back-propagation."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from .first_masks import Init, first_masks
 from .flips import measured_flips
 from .mask_arena import MaskArena
 from .masked_losses import LossFn, MaskedLosses, split_batches
-from .maskpro_arguments import check_arguments, learnable_pattern
+from .maskpro_arguments import check_arguments, check_state, learnable_pattern
 from .maskpro_report import MaskProReport, MaskProStep
 
 CHECKED = 16  # batches, of all processes, on which the likeliest mask is compared with the best one
@@ -122,15 +123,18 @@ class MaskPro:
         self._ranks = ranks = Ranks(group, None)
         learned, held = ranks.all_or_none(lambda: split_batches(batches, held_out))
         with torch.inference_mode(False), torch.no_grad():
-            layers, masks, self._skipped = first_masks(model, init, parsed, axis, where, learned, loss_fn, group, seed)
+            found = first_masks(model, init, parsed, axis, where, learned, loss_fn, group, ranks, seed)
+            layers, masks, self._skipped = found
             weight = layers[0].weight
             dtype = dtype or (torch.float32 if weight.dtype == torch.float32 else torch.bfloat16)
             self._arena = arena = MaskArena(layers, parsed, dtype, weight.device)
-            self._initial = self._best = arena.pack(masks)
+            self._initial = self._best = ranks.all_or_none(lambda: arena.pack(masks))
             self._parity, self._draws, self._microbatches = parity, draws, microbatches
             self._given = {"lr": lr, "multiplier": multiplier, "flips": flips}
             self._advantage = Advantage(normalize=not parity)
-            ranks.agree(self._call(), layers)
+            self._total = sum(ranks.exchange(len(learned)))
+            digest = hashlib.sha256(self._initial.numpy()).hexdigest()
+            ranks.agree({**self._call(), "axis": axis, "initial masks": digest}, layers)
             self._step, self._finished, self._best_residual, self._baseline = 0, False, 0.0, 0.0
             self._begin(flips)
         self._baselines: dict[int, float] = {}
@@ -187,20 +191,18 @@ class MaskPro:
         """Sets the learner to a state of one that was made with the same arguments.
 
         Raises:
-            ValueError: it is of other layers or arguments; then nothing is changed.
+            ValueError: it is of other layers, arguments or batches, or incomplete; then nothing is changed.
         """
-        for key, value in self._call().items():
-            if state.get(key) != value:
-                raise ValueError(f"it has {key} {state.get(key)}, and this learner {value}")
-        steps, mean, variance = state["advantage"]
+        check_state(state, own := self.state_dict(), self._call())
+        loaded = {key: state[key] for key in own}
         tracker, normalize = self._advantage.tracker, self._advantage.normalize
+        advantage = Advantage(tracker, normalize, *loaded["advantage"])
         with torch.inference_mode(False), torch.no_grad():
-            initial, best = state["initial"].to("cpu", copy=True), state["best"].to("cpu", copy=True)
-            self._arena.logits.copy_(state["logits"])
-        self._advantage = Advantage(tracker, normalize, steps, mean, variance)
-        self._step, self._baseline, self._initial, self._best = state["step"], state["baseline"], initial, best
-        self._best_residual, self._baselines = state["best_residual"], {}
-        self._multiplier, self._lr = state["multiplier"], state["lr"]
+            initial, best = loaded["initial"].to("cpu", copy=True), loaded["best"].to("cpu", copy=True)
+            self._arena.logits.copy_(loaded["logits"])
+        self._advantage, self._initial, self._best = advantage, initial, best
+        self._step, self._baseline, self._baselines = loaded["step"], loaded["baseline"], {}
+        self._best_residual, self._multiplier, self._lr = (loaded[key] for key in ("best_residual", "multiplier", "lr"))
         self._bits = self._draw()
 
     def _call(self) -> dict[str, Any]:
@@ -208,6 +210,7 @@ class MaskPro:
         layers = [f"{slot.layer.name} {slot.full}" for slot in self._arena.slots]
         values = {"pattern": str(self._pattern), "given": self._given, "seed": self._seed, "parity": self._parity}
         values |= {"draws": self._draws, "batches of a step": self._microbatches * self._ranks.size}
+        values["batches"] = self._total
         return {**values, "dtype": str(self._arena.logits.dtype), "layers": layers}
 
     def _begin(self, flips: float | None) -> None:
@@ -220,10 +223,10 @@ class MaskPro:
         arena.set_logits(self._initial, self._multiplier)
         self._bits = self._draw()
 
-    def _residual(self, bits: Tensor, turn: int) -> float:
-        """Returns how much worse than the initial mask another one is on the batches of a turn."""
-        indices = self._losses.indices(turn)
-        return self._losses.mean(self._losses.of(bits, indices)) - self._losses.mean(self._of_initial(indices))
+    def _residual(self, bits: Tensor, indices: Sequence[int]) -> float:
+        """Returns how much worse than the initial mask another one is on some of the batches."""
+        initial = self._losses.mean(self._of_initial(indices))
+        return self._losses.mean(self._losses.of(bits, indices)) - initial
 
     def _draw(self) -> Tensor:
         """Returns the mask of the next step; in the published code that of the first one is the initial mask."""
@@ -240,18 +243,21 @@ class MaskPro:
         indices = losses.indices(turn)
         with claiming(self._model, "pruned"), losses.running():
             if self._step == 0 and not self._parity and self._given["flips"] is self._given["multiplier"] is None:
-                self._begin(measured_flips(arena, self._multiplier, self._seed, self._residual))
+                self._begin(None)
+                self._begin(measured_flips(arena, self._multiplier, self._seed, self._residual, losses.indices))
+            if self._step and self._step % self._check_every == 0:
+                self._check()
             initial = losses.mean(self._of_initial(indices))
             if self._step % self._draws == 0:
                 self._baseline = initial if self._parity else self._of_likeliest(indices, initial)
             loss = losses.mean(losses.of(self._bits, indices))
             advantage, tracked = self._advantage.after(loss - self._baseline)
-            following = nm_policy_step_(
-                arena.logits, self._bits, advantage, self._lr, arena.n, arena.m, seed=self._seed, offset=self._step
+            step, bits, (n, m) = self._step, self._bits, (arena.n, arena.m)
+            self._bits, self._advantage, self._step = (
+                nm_policy_step_(arena.logits, bits, advantage, self._lr, n, m, seed=self._seed, offset=step),
+                tracked,
+                step + 1,
             )
-            self._bits, self._advantage, self._step = following, tracked, self._step + 1
-            if self._step % self._check_every == 0:
-                self._check()
         return MaskProStep(self._step, turn, loss, initial, self._baseline, advantage)
 
     def _of_likeliest(self, indices: list[int], initial: float) -> float:
@@ -277,8 +283,7 @@ class MaskPro:
     def _check(self) -> None:
         """Keeps the likeliest mask if its loss, on some of the batches, is the lowest so far."""
         likeliest = self._arena.likeliest()
-        initial = self._losses.mean(self._of_initial(self._checked))
-        residual = self._losses.mean(self._losses.of(likeliest, self._checked)) - initial
+        residual = self._residual(likeliest, self._checked)
         if residual < self._best_residual:
             self._best, self._best_residual = likeliest, residual
 

@@ -1,8 +1,11 @@
 """Checks of the arguments of ``MaskPro``."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..masks import Pattern
 from ..ops._define import check_ints
@@ -49,3 +52,28 @@ def check_arguments(
         raise ValueError(f"the published rule draws one mask for each batch: with parity, draws is 1, got {draws}")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or None, got {dtype}")
+
+
+def check_state(state: Mapping[str, Any], own: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    """Checks a state that a learner is to go on from.
+
+    Args:
+        state: the state.
+        own: that of the learner now.
+        call: the part of it that must be the same.
+
+    Raises:
+        ValueError: names what is missing or differs.
+    """
+    for key, value in call.items():
+        if state.get(key) != value:
+            raise ValueError(f"it has {key} {state.get(key)}, and this learner {value}")
+    for key, value in own.items():
+        if key not in state:
+            raise ValueError(f"it has no {key!r}: pass what state_dict() of a MaskPro returned")
+        if isinstance(value, Tensor):
+            given, found = state[key], None
+            if isinstance(given, Tensor):
+                found = f"{given.dtype} {tuple(given.shape)}"
+            if found != (needed := f"{value.dtype} {tuple(value.shape)}"):
+                raise ValueError(f"{key} must be {needed}, got {found or type(given).__name__}")
