@@ -92,8 +92,8 @@ def test_the_steps_from_masks_to_evaluation(modules, masked, capsys):
     folder = masked["out"] / "results" / "lr2_epoch2_logits3_size12"
     baseline = np.load(masked["out"] / "inference_loss_text_12_bs4_sql16_unshuffled.npy")
     losses, better = (np.load(folder / f"{name}.npy") for name in ("loss_training", "loss_improvements"))
-    assert report["steps"] == len(losses) == 6  # 12 texts in 3 batches, twice
-    np.testing.assert_allclose(losses + better, baseline[[0, 0, 0, 0, 1, 1]], rtol=1e-5)  # four draws for each batch
+    assert report["steps"] == len(losses) == 24  # 12 texts in 3 batches, four draws for each, twice
+    np.testing.assert_allclose(losses + better, np.tile(baseline.repeat(4), 2), rtol=1e-5)
     dense, learned = load(masked["model"]), load(folder / "checkpoint")
     paths = sorted((folder / "learned_mask").glob("*.pt"))
     assert len(paths) == 14 and "lm_head" not in [path.stem for path in paths]
@@ -112,20 +112,22 @@ def test_the_steps_from_masks_to_evaluation(modules, masked, capsys):
 
 
 def test_rules_are_compared_on_the_same_texts(modules, masked, capsys):
-    settings = modules.compare.Comparison(**masked, **LEARNING, passes=20, seeds=(2,))
+    settings = modules.compare.Comparison(**masked, **LEARNING, passes=40, seeds=(2,))
     found = modules.compare.main(settings)
     assert list(found) == list(modules.compare.RULES) and found == json.loads(
         (masked["out"] / "comparison.json").read_text()
     )
+    ours = found["ours: lr 0.15, logits 5.1"][0]
     for runs in found.values():
         assert [run["seed"] for run in runs] == [2]
         for run in runs:
-            assert run["initial"] == found["ours"][0]["initial"] and run["dense"] == found["ours"][0]["dense"]
+            assert run["initial"] == ours["initial"] and run["dense"] == ours["dense"]
+            assert 40 <= run["passes"] <= 44  # a step and the check after it are whole
             assert (run["flips"] == 0) <= (run["learned"] == run["initial"])
-    for name, steps in (("lr50_epoch7_logits10_size12_parity", 20), ("lr0.15_epoch7_logits5.1_size12", 16)):
-        assert len(np.load(masked["out"] / "results" / f"{name}_seed2" / "loss_training.npy")) == steps
+    published, defaults = found["published: lr 50, logits 10"][0], found["defaults"][0]
+    assert published["steps"] >= ours["steps"] > defaults["steps"] > 0  # by the likeliest masks, and by choosing logits
     said = capsys.readouterr().out.split("initial masks ")[-1]
-    assert f"{found['ours'][0]['learned']['perplexity']:.3f}" in said and all(rule in said for rule in found)
+    assert f"{ours['learned']['perplexity']:.3f}" in said and all(rule in said for rule in found)
 
 
 def test_the_baseline_is_the_loss_of_the_masked_model(modules, masked):
@@ -149,6 +151,15 @@ def test_batches_epochs_and_steps(modules, masked):
     assert report["steps"] == 3
 
 
+def test_an_epoch_passes_once_over_the_batches(modules, masked):
+    def steps(batches, ranks, **options):
+        return modules.train.Training(**masked, **options).steps(batches, ranks)
+
+    assert steps(6, 1, epoch=2) == 48 and steps(6, 2, epoch=2) == 24  # four draws for each batch
+    assert steps(6, 1, epoch=2, draws=3) == 36 and steps(6, 1, epoch=2, parity=True) == 12
+    assert steps(6, 1, epoch=2, parity=True, max_step=5) == 5
+
+
 def test_targets_are_learned_and_all_else_stays_dense(modules, masked, tmp_path):
     options = {**LEARNING, "targets": ("layers.1", "q_proj")}
     (tmp_path / "initial_mask").symlink_to(masked["out"] / "initial_mask")
@@ -160,6 +171,64 @@ def test_targets_are_learned_and_all_else_stays_dense(modules, masked, tmp_path)
     for name, module in learnable(load(training.result / "checkpoint")).items():
         if module.weight.dim() == 2:
             assert (module.weight == 0).float().mean().item() == (0.5 if name in report["layers"] else 0)
+
+    found = modules.evaluate.main(modules.evaluate.Evaluation(**settings, seconds=0))["models"]
+    model = load(masked["model"])
+    for path in (tmp_path / "initial_mask").glob("*.pt"):
+        if path.stem in report["layers"]:
+            model.get_submodule(path.stem).weight.data *= torch.load(path, weights_only=True)
+    tokens = modules.texts.read(modules.config.Shared(**settings), modules.model.bytes_tokenizer()).held_out
+    with torch.no_grad():
+        loss = model(input_ids=tokens, labels=tokens).loss.item()
+    assert found["initial"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_run_belongs_to_the_content_of_its_masks(modules, masked, tmp_path, capsys):
+    settings = {**masked, "out": tmp_path}
+    training = modules.train.Training(**settings, **LEARNING, max_step=1)
+
+    def masks(method):
+        modules.get_mask.main(modules.get_mask.Masking(**settings, method=method, nsamples=8))
+        modules.inference_loss.main(modules.baseline.Batched(**settings, **LEARNING))
+
+    masks("magnitude")
+    report = modules.train.main(training)
+    assert modules.train.main(training)["passes"] == report["passes"] > 0
+    assert f"the run in {training.result} is finished, and its result is taken" in capsys.readouterr().out
+    masks("wanda")
+    with pytest.raises(ValueError, match=r"config.json belongs to another run: it differs in masks; name another"):
+        modules.train.main(training)
+    with pytest.raises(
+        ValueError, match=r"was learned from other masks than those in .*: name their folder by --init$"
+    ):
+        modules.evaluate.main(modules.evaluate.Evaluation(**settings, seconds=0))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_no_memory_left_is_told_in_one_sentence(modules, monkeypatch, error):
+    def main(_):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(
+        SystemExit, match=r"^error: out of memory: lower --microbatch or --sqlen, or try --dtype bfloat16$"
+    ):
+        modules.config.run_command(main, modules.train.Training, None)
+
+
+def test_a_folder_that_another_process_runs_in(modules, masked, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        modules.train.Run, "open", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("is being run by"))
+    )
+    with pytest.raises(ValueError, match=r"^is being run by$"):
+        modules.train.main(modules.train.Training(**{**masked, **LEARNING, "epoch": 9}))
 
 
 def test_masks_of_a_model_that_was_pruned_elsewhere(modules, folder, tmp_path):
@@ -221,7 +290,8 @@ def test_the_published_flags(modules, spelling):
         ({"init": Path("none")}, r"^none has no masks: run get_mask.py first, with the same --model and --out$"),
         (
             {"batchsize": 3},
-            r"text_12_bs3_sql16_unshuffled.npy is missing: run inference_loss.py with the same .*bs|size",
+            r"text_12_bs3_sql16_unshuffled.npy is missing: run inference_loss.py with the same --dataset_size 12 "
+            r"--batchsize 3 --sqlen 16 --targets all, --model, --data and --out$",
         ),
         ({"batchsize": 13}, r"--batchsize must be from 1 to --dataset_size 12, got 13"),
         ({"batchsize": 6, "microbatch": 4}, r"--batchsize 6 must be a multiple of --microbatch 4"),
@@ -236,7 +306,14 @@ def test_the_published_flags(modules, spelling):
         ({"dataset_size": 500}, r"has only \d+ texts of 16 tokens left for --dataset_size 500: lower that"),
         ({"model": "/nowhere"}, r"there is no folder /nowhere"),
         ({"data": "nowhere.txt"}, r"--data must be c4, builtin, a UTF-8 file or an id of a data set: .*nowhere.txt"),
-        ({"validation": 1, "epoch": 4}, r"validation"),
+        (
+            {"validation": 1, "epoch": 4},
+            r"config.json belongs to another run: it differs in validation; name another folder$",
+        ),
+        ({"epoch": 0}, r"^--epoch must be at least 1, got 0$"),
+        ({"max_step": 0}, r"^--max_step must be at least 1, got 0$"),
+        ({"draws": 0}, r"^--draws must be at least 1, got 0$"),
+        ({"held_out": 1}, r"^--held_out must be at least 2, got 1$"),
     ],
 )
 def test_errors_say_what_to_run(modules, masked, changes, message):

@@ -22,6 +22,10 @@ class Batched(Shared):
     epoch: int = 1
     targets: tuple[str, ...] = ("all",)  # the layers that are masked, by parts of their names: layers.0 q_proj
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(dataset_size=1, microbatch=1, epoch=1)
+
     @property
     def texts_in_pass(self) -> int:
         """The number of texts in a forward pass."""

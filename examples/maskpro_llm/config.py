@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 import tyro
 
 from sparsekit.cli.models import load_dense, load_tokenizer, read_config, transformers
@@ -16,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "three_tier"))  # its small Llama, and its clock
 LOCAL = Path(os.environ.get("SPARSEKIT_DATA", ""))
 STORIES = LOCAL / "ckpt_stories260K" / "hf", LOCAL / "tinystories" / "tinystories_sample.txt"
+STORIES_RATE = 0.15, 5.1  # lr and logits that were measured on the first of these; other models need their own
 C4 = "c4-en-0000"  # the first shard of C4's English training set
 Settings = TypeVar("Settings", bound="Shared")
 
@@ -28,7 +30,7 @@ class Shared:
         "auto"  # a dense causal LM: a folder or an id of the hub; auto is a small one, trained first if need be
     )
     data: str = "auto"  # c4, builtin (Python's documentation), a UTF-8 file, or an id of a data set with a column text
-    out: Annotated[Path, tyro.conf.arg(aliases=["--path"])] = HERE / "out"
+    out: Path = HERE / "out"
     sqlen: int = 128  # tokens of a text
     windows: Literal["auto", "first", "all"] = "auto"  # texts of a document: its beginning, or all of it; auto by data
     held_out: int = 512  # texts that nothing is calibrated on or learned from
@@ -47,6 +49,18 @@ class Shared:
             self.data = known.get(self.model, "c4")
         if self.windows == "auto":
             self.windows = "all" if self.data == "builtin" else "first"
+        self.check_counts(sqlen=2, held_out=2, validation=1, updates=1)
+
+    def check_counts(self, **least: int) -> None:
+        """Checks that settings, which may be None, are as large as they must be.
+
+        Raises:
+            ValueError: names the first that is not.
+        """
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"--{name} must be at least {smallest}, got {value}")
 
     @property
     def data_name(self) -> str:
@@ -102,3 +116,7 @@ def run_command(main: Callable[[Settings], Any], settings: type[Settings], descr
         main(tyro.cli(settings, description=description))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises a RuntimeError where a CPU has no memory left
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise SystemExit("error: out of memory: lower --microbatch or --sqlen, or try --dtype bfloat16") from error

@@ -20,6 +20,8 @@ from masks import apply_masks, read_masks
 from texts import read
 from torch import Tensor
 
+from sparsekit._digest import digest
+from sparsekit._json import parse_json
 from sparsekit._table import table_lines
 
 
@@ -30,7 +32,7 @@ class Evaluation(Shared):
     checkpoint: Path | None = None  # None is the newest in results/ in --out
     others: tuple[str, ...] = ()  # methods to measure as well: wanda, sparsegpt and so on, weight updates included
     nsamples: int = 128  # texts that these are calibrated on
-    targets: tuple[str, ...] = ("all",)  # as for train.py: the layers that the initial masks are in
+    init: Path | None = None  # the folder of the initial masks, as for train.py
     seconds: float = 2.0  # for which a pass is timed at each number of tokens; 0 leaves that out
 
 
@@ -44,6 +46,27 @@ def newest(folder: Path) -> Path:
     if not found:
         raise ValueError(f"{folder} has no checkpoint: run train.py first, or name one by --checkpoint")
     return found[-1]
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """Returns what the run that wrote a checkpoint depended on, or the defaults if it is of no run."""
+    path = checkpoint.parent / "config.json"
+    return parse_json(path.read_text("utf-8")) if path.exists() else {"targets": ["all"]}
+
+
+def read_initial(settings: Evaluation, checkpoint: Path, model: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """Reads the initial masks of the layers that were learned, and the targets that select these.
+
+    Raises:
+        ValueError: the checkpoint was learned from other masks.
+    """
+    run, folder = read_run(checkpoint), settings.init or settings.masks
+    masks = read_masks(folder, model, run["targets"])
+    if run.get("masks", digest(masks)) != digest(masks):
+        raise ValueError(
+            f"{checkpoint} was learned from other masks than those in {folder}: name their folder by --init"
+        )
+    return masks, run["targets"]
 
 
 def compared(losses: Tensor, initial: Tensor) -> dict[str, Any]:
@@ -74,11 +97,11 @@ def main(settings: Evaluation) -> dict[str, Any]:
     texts = read(settings, tokenizer, settings.nsamples if settings.others else 1, "--nsamples")
     batches = texts.held_out.split(16)
     losses = {"dense": all_losses(model, batches, "dense")}
-    masks = read_masks(settings.masks, model, settings.targets)
+    masks, targets = read_initial(settings, checkpoint, model)
     losses["initial"] = all_losses(apply_masks(model, masks), batches, "initial")
     for name in settings.others:
         model, _ = load_model(settings)
-        prune(model, METHODS[name], texts.learn)
+        prune(model, METHODS[name], texts.learn, targets)
         losses[name] = all_losses(model, batches, name)
     model, _ = load_model(settings, str(checkpoint))
     losses["learned"] = all_losses(model, batches, "learned")

@@ -8,13 +8,15 @@
 It writes ``initial_mask/NAME.pt`` to ``--out``, a bool mask for every linear layer but the head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from config import Shared, load_model, run_command
-from masks import layer_masks, write_masks
+from masks import layer_masks, selects, write_masks
 from texts import read
 from torch import Tensor
 from tqdm import tqdm
@@ -36,16 +38,21 @@ class Masking(Shared):
     """What get_mask.py takes."""
 
     method: Literal["wanda-swaps", "wanda", "ria", "magnitude", "sparsegpt"] = "wanda-swaps"
-    pruned: str | None = None  # a folder or an id of a copy that was pruned to 2:4; no method is run then
+    pruned: Annotated[str | None, tyro.conf.arg(aliases=["--path"])] = None
+    """A folder or an id of a copy that was pruned to 2:4; no method is run then."""
     nsamples: int = 128  # texts to calibrate on, the first of those that train.py learns from
 
 
-def prune(model: Any, method: Method, rows: Tensor | None = None) -> sk.PruneReport:
-    """Prunes all linear layers but the head, calibrated on texts if the method needs them."""
+def prune(model: Any, method: Method, rows: Tensor | None = None, targets: Sequence[str] = ("all",)) -> sk.PruneReport:
+    """Prunes the linear layers that targets select, but not the head, calibrated on texts if the method needs them."""
     head = model.get_output_embeddings()
     progress = partial(tqdm, desc="prune", leave=False, disable=None)
     batches = None if rows is None else [{"input_ids": batch.to(model.device)} for batch in rows.split(16)]
-    return sk.prune_(model, method, batches, where=lambda _, module: module is not head, progress=progress)
+
+    def where(name: str, module: Any) -> bool:
+        return module is not head and any(selects(target, name) for target in targets)
+
+    return sk.prune_(model, method, batches, where=where, progress=progress)
 
 
 def masks_of_pruned(model: Any, source: str) -> dict[str, Tensor]:

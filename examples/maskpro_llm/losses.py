@@ -1,6 +1,7 @@
 """The loss of a language model: how well each token is predicted from those before it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,21 @@ def text_losses(model: nn.Module, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
 
 
-def mean_loss(model: nn.Module, rows: Tensor) -> Tensor:
-    """Returns the mean loss of a batch of texts."""
-    return text_losses(model, rows).mean()
+class CountedLoss:
+    """The mean loss of a batch of texts, and the number of forward passes so far in ``passes``, a part of a run."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __call__(self, model: nn.Module, rows: Tensor) -> Tensor:
+        self.passes += 1
+        return text_losses(model, rows).mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self.passes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.passes = state["passes"]
 
 
 @torch.no_grad()

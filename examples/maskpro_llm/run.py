@@ -19,15 +19,15 @@ import get_mask
 import inference_loss
 import train
 from baseline import Batched
-from config import Shared, run_command
+from config import STORIES, STORIES_RATE, Shared, run_command
 
 
 @dataclass
 class Settings(Shared):
     """What run.py takes."""
 
-    lr: float | None = 0.15  # measured on the small model, as are the logits; None follows from the number of groups
-    logits: float | None = 5.1
+    lr: float | None = None  # if this and the logits are None: 0.15 and 5.1 for stories260K, else as for train.py
+    logits: float | None = None
     epoch: int = train.Training.epoch
     max_step: int | None = None
     others: tuple[str, ...] = ("wanda", "sparsegpt")
@@ -35,6 +35,8 @@ class Settings(Shared):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model == str(STORIES[0]) and self.lr is self.logits is None:
+            self.lr, self.logits = STORIES_RATE
         if self.short:
             self.out = self.out / "short"
             self.held_out, self.validation, self.updates, self.max_step = 64, 16, 40, 40

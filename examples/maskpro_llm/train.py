@@ -11,7 +11,7 @@ in ``loss_improvements.npy``, with ``--save`` ``learned_mask/NAME.pt``, and what
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +22,15 @@ import torch
 import torch.distributed as dist
 from baseline import Batched, check_baseline, read_baseline
 from config import load_model, run_command
-from losses import mean_loss
+from losses import CountedLoss
 from masks import layer_masks, read_masks, write_masks
 from texts import read
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import sparsekit as sk
+from sparsekit._digest import digest
+from sparsekit.prune.maskpro import DRAWS
 from sparsekit.runs import Run
 
 
@@ -36,14 +38,26 @@ from sparsekit.runs import Run
 class Training(Batched):
     """What train.py takes."""
 
-    epoch: int = 10  # as many steps as batches; four steps in a row draw masks for the same batch, with --parity one
+    epoch: int = 2  # passes over the batches, of --draws steps for each
+    draws: int | None = None  # steps in a row that draw masks for the same batch; None is 4, with --parity 1
     max_step: int | None = None  # steps in all, if less than the epochs have
-    lr: float | None = None  # how far a step moves the logits; None suits the number of logits
-    logits: float | None = None  # of the weights that the initial masks keep: a larger one draws fewer others
+    max_passes: int | None = None  # no step begins after so many forward passes; a run that goes on repeats a few
+    lr: float | None = None  # how far a step moves the logits at an advantage of 1; None follows from the logits
+    logits: float | None = None  # of the weights that the initial masks keep; None is measured by the losses of draws
     parity: bool = False  # the published rule, whose lr is 50 and whose logits are 10
     init: Path | None = None  # the folder of the initial masks; None is initial_mask/ in --out
     save: bool = False  # also writes the masks
     save_every: int = 200  # steps between two stored states
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts(draws=1, max_step=1, max_passes=1, save_every=1)
+
+    def steps(self, batches: int, ranks: int) -> int:
+        """Returns the number of steps with so many batches and processes."""
+        draws = self.draws or (1 if self.parity else DRAWS)
+        steps = self.epoch * batches * draws // ranks
+        return steps if self.max_step is None else min(steps, self.max_step)
 
     @property
     def result(self) -> Path:
@@ -53,10 +67,10 @@ class Training(Batched):
         name = f"lr{names[0]}_epoch{self.epoch}_logits{names[1]}_size{self.dataset_size}"
         return self.out / "results" / (name + "_parity" * self.parity + f"_seed{self.seed}" * (self.seed != 0))
 
-    def of_run(self) -> dict[str, Any]:
-        """Returns what the run depends on."""
+    def of_run(self, masks: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Returns what the run depends on, the content of the initial masks included."""
         free = ("out", "device", "init", "save", "save_every")
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        return {name: value for name, value in asdict(self).items() if name not in free} | {"masks": digest(masks)}
 
 
 def named(value: float | None) -> str:
@@ -93,26 +107,27 @@ def train(settings: Training, rank: int, ranks: int) -> dict[str, Any]:
     if len(batches) % ranks:
         raise ValueError(f"{ranks} processes need a multiple of {ranks} batches, got {len(batches)}: see --batchsize")
     expected = read_baseline(settings, len(batches))
-    steps = settings.epoch * len(batches) // ranks
-    steps = steps if settings.max_step is None else min(steps, settings.max_step)
-    with Run.open(settings.result, settings.of_run(), steps=steps) as run:
+    steps = settings.steps(len(batches), ranks)
+    with open_run(settings, masks, steps) as run:
         if run.result is not None:
             if rank == 0:
-                print(f"{settings.result} has a run that is finished: other settings or another --out begin a new one")
+                print(f"the run in {settings.result} is finished, and its result is taken: remove that to learn again")
             return run.result
+        loss_fn = CountedLoss()
         learner = sk.MaskPro(
             model,
-            mean_loss,
+            loss_fn,
             batches=[rows for batch in batches[rank::ranks] for rows in batch.split(settings.texts_in_pass)],
             held_out=list(texts.validation.split(settings.texts_in_pass))[rank::ranks],
             init=masks,
             lr=settings.lr,
             multiplier=settings.logits,
+            draws=settings.draws,
             microbatches=settings.batchsize // settings.texts_in_pass,
             seed=settings.seed,
             parity=settings.parity,
         )
-        run.restore(learner=learner)
+        run.restore(learner=learner, passes=loss_fn)
         first, hidden = run.step, True if rank else None  # None hides the bar if there is no terminal
         for step in tqdm(learner.steps(steps), "learn", steps, initial=first, leave=False, disable=hidden):
             if step.step == first + 1:
@@ -122,13 +137,29 @@ def train(settings: Training, rank: int, ranks: int) -> dict[str, Any]:
             run.record(loss=step.loss, initial_loss=step.initial_loss, advantage=step.advantage)
             if run.step % settings.save_every == 0:
                 run.save()
+            if settings.max_passes is not None and loss_fn.passes >= settings.max_passes:
+                break
+        result = {"passes": loss_fn.passes}
         report = learner.finish()
+        result |= report.to_json()
         if rank == 0:
             write(settings, model, tokenizer, report)
-        run.finish(report.to_json())
+        run.finish(result)
     if rank == 0:
         print(f"{report}\nthe model and the losses are in {settings.result}")
-    return report.to_json()
+    return result
+
+
+def open_run(settings: Training, masks: Mapping[str, Tensor], steps: int) -> Run:
+    """Opens the folder of the run.
+
+    Raises:
+        ValueError: it holds a run of other settings or masks, or another process runs it.
+    """
+    try:
+        return Run.open(settings.result, settings.of_run(masks), steps=steps)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def write(settings: Training, model: nn.Module, tokenizer: Any, report: sk.prune.MaskProReport) -> None:
