@@ -8,7 +8,6 @@ All are measured on the same held-out texts, which nothing was calibrated on or 
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from sparsekit._digest import digest
 from sparsekit._json import parse_json
 from sparsekit._table import table_lines
+from sparsekit.evaluate import paired_difference
 
 
 @dataclass
@@ -70,21 +70,16 @@ def read_initial(settings: Evaluation, checkpoint: Path, model: Any) -> tuple[di
 
 
 def compared(losses: Tensor, initial: Tensor) -> dict[str, Any]:
-    """Returns the perplexity with its standard error, and how the loss differs from the initial masks' on each text.
-
-    The interval is of 95 %, and p is how likely as large a difference would be by chance, by a paired t-test of so many
-    texts that t is normal.
-    """
-    more, root = losses - initial, len(losses) ** 0.5
-    mean, error = more.mean().item(), more.std().item() / root
+    """Returns the perplexity with its standard error, and how the loss differs from the initial masks' on each text."""
+    more = paired_difference(losses, initial)
     perplexity = losses.mean().exp().item()
     return {
         "perplexity": perplexity,
-        "standard_error": perplexity * losses.std().item() / root,
+        "standard_error": perplexity * losses.std().item() / len(losses) ** 0.5,
         "loss": losses.mean().item(),
-        "more_than_initial": mean,
-        "interval": [mean - 1.96 * error, mean + 1.96 * error],
-        "p": math.erfc(abs(mean) / error / math.sqrt(2)) if error else 1.0,
+        "more_than_initial": more.mean,
+        "interval": list(more.interval),
+        "p": more.p,
     }
 
 

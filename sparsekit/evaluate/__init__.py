@@ -10,6 +10,7 @@ from .classification import (
 from .cost import Latency, ProcessCost, disk_bytes, measure_latency, measure_process
 from .flops import FlopCount, count_flops
 from .images import ImageFeatures, ImageScore, fid, image_features, inception, kid
+from .paired import PairedDifference, paired_difference
 
 __all__ = [
     "ClassificationScore",
@@ -17,6 +18,7 @@ __all__ = [
     "ImageFeatures",
     "ImageScore",
     "Latency",
+    "PairedDifference",
     "PairedTest",
     "ProcessCost",
     "classification_score",
@@ -29,5 +31,6 @@ __all__ = [
     "kid",
     "measure_latency",
     "measure_process",
+    "paired_difference",
     "predict_logits",
 ]
