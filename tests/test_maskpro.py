@@ -128,6 +128,8 @@ def test_initial_masks():
         ({"init": {"body": torch.ones(4, 32, dtype=torch.bool)}}, "'body', which is no layer"),
         ({"init": nn.Linear(32, 4)}, "nothing to learn"),
         ({"axis": "output"}, "axis must be"),
+        ({"multiplier": 1000}, "multiplier must be at most 28, got 1000"),
+        ({"init": {"body": None}, "where": lambda *_: True}, "no layer that can be pruned and that where selects"),
         ({"draws": 0}, "draws must be positive, got 0"),
         ({"draws": 4, "parity": True}, "with parity, draws is 1, got 4"),
         ({"dtype": torch.float16}, r"dtype must be torch\.float32, torch\.bfloat16 or None, got torch\.float16"),
@@ -135,6 +137,15 @@ def test_initial_masks():
 )
 def test_what_is_wrong_is_said(options, match):
     with pytest.raises(ValueError, match=match):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"seed": 1.5}, r"seed must be an int, got 1\.5"), ({"init": {"": [1]}}, "must be a tensor, got list")],
+)
+def test_wrong_types_are_said(options, match):
+    with pytest.raises(TypeError, match=match):
         make(**options)
 
 

@@ -66,6 +66,7 @@ def multiplier_for(flips: float | None, groups: int, n: int, m: int) -> float:
 def lr_for(multiplier: float, n: int, m: int) -> float:
     """Returns the learning rate at which draws move a logit by the multiplier in about 200 steps.
 
-    The rarer a group is drawn differently, the further each such draw moves it, by a quarter of the multiplier at most.
+    The rarer a group is drawn differently, the further each such draw moves it, by a quarter of the multiplier at most
+    at an advantage of 1.
     """
     return multiplier * min(0.005 / flip_probability(multiplier, n, m), 0.25)

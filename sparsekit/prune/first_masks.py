@@ -170,8 +170,9 @@ def _given(
         given = {layer.name: _stored(modules.get(layer.path), layer.parameter, pattern) for layer in layers}
     elif isinstance(init, Mapping):
         given = {layer.name: init.get(layer.name) for layer in layers}
+        selected = "" if where is None else " and that where selects"
         if unknown := sorted(set(init) - set(given)):
-            raise ValueError(f"init has a mask for {unknown[0]!r}, which is no layer that can be pruned")
+            raise ValueError(f"init has a mask for {unknown[0]!r}, which is no layer that can be pruned{selected}")
     else:
         raise TypeError(
             f"init must be a Method, a pruned copy of the model or a mapping of masks, got {type(init).__name__}"
@@ -185,6 +186,8 @@ def _given(
         raise ValueError(nothing_to("learn", what, where, [*missed, *skipped]))
     for layer, mask in found:
         shape = tuple(layer.weight.shape)
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"the first mask of layer {layer.name!r} must be a tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(
                 f"the first mask of layer {layer.name!r} must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}"

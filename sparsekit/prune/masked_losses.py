@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -119,9 +120,12 @@ class MaskedLosses:
         number = (turn * self._ranks.size + self._ranks.rank) * self._microbatches + place
         set_noise(self._model, random.Random(f"{self._seed} {self._kind} {number}").getrandbits(63))
         loss = self._loss_fn(self._model, copied(self._batches[index]))
-        if not isinstance(loss, float | int) and not (isinstance(loss, Tensor) and loss.numel() == 1):
+        if not isinstance(loss, Real) and not (isinstance(loss, Tensor) and loss.numel() == 1):
             what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss_fn(model, batch) must return a number or a tensor of one number, got {what}")
         if not math.isfinite(value := float(loss)):
-            raise ValueError(f"the loss of a masked model is {value} on batch {index}: use a smaller lr or fewer flips")
+            raise ValueError(
+                f"the loss of a masked model is {value} on batch {index} ({self._kind}): check the batch with the "
+                "initial mask, or make a learner with a smaller lr or fewer flips"
+            )
         return value

@@ -25,6 +25,7 @@ from .maskpro_report import MaskProReport, MaskProStep
 CHECKED = 16  # batches, of all processes, on which the likeliest mask is compared with the best one
 CHECK_EVERY = 10  # passes over as many batches: a check costs about a tenth of the time
 PUBLISHED_LR, PUBLISHED_MULTIPLIER = 50.0, 10.0
+ROUNDING = 1e-8  # absolute difference that is not noise either
 DRAWS = 4  # of which each costs 1.25 forwards, as the likeliest mask is run too
 REPEATS = 1e-2  # relative difference of two losses of one mask on one batch that tells noise from rounding
 
@@ -46,13 +47,14 @@ class MaskPro:
     in evaluation mode. ``finish`` writes the best mask that was found, or the initial one where that has no larger
     loss on the batches that were held out, and stores masks as ``prune_`` does.
 
-    Both masks meet the same noise: the random state of torch is seeded by the number of the batch. So ``loss_fn`` draws
-    from that state, not from a generator of its own, and the loss of the initial mask is computed once for each batch.
+    All masks meet the same noise: the random state of torch is seeded by the number of the batch. So ``loss_fn`` draws
+    from that state, not from a generator of its own, and the loss of the initial mask is computed once for each
+    batch: make all steps under the same autocast mode.
 
     In a run, the learner is a part: ``run.restore(learner=learner)``. It goes on exactly, with the same arguments.
     Under ``torch.distributed`` (``torchrun --nproc-per-node 2 script.py``), each process gets its own batches and draws
-    the same masks. They exchange losses alone, and learn what one process learns that has the batches of all in turn
-    and as many ``microbatches`` as there are processes.
+    the same masks. They exchange losses while they learn, and learn what one process learns that has the
+    batches of all in turn and as many ``microbatches`` as there are processes.
 
     Memory: the model, one logit for each weight, the mask that was drawn and the next one as bits, and the masked
     weight of one layer. LLaMA-2-7B in bfloat16 takes 13.5 GB, its logits 13.0 GB, each mask 0.8 GB. The initial and the
@@ -72,7 +74,7 @@ class MaskPro:
         where: ``where(name, module)`` selects layers; None selects all.
         axis: what the groups of a Conv2d run along, as in ``prune_``.
         lr: how far a step moves the logits at an advantage of 1. None follows from the multiplier: draws move a logit
-            by the multiplier in about 200 steps, but by a quarter of it at most in one.
+            by the multiplier in about 200 steps, by a quarter of it at most in one at an advantage of 1.
         multiplier: the logit that kept entries begin with; the larger, the fewer groups are drawn differently.
         flips: how many groups a draw of the first mask should change, from which ``multiplier`` follows; below what
             equal logits give, for 2:4 5/6 of the groups. None chooses it in the first step by the losses of 16 draws,
@@ -118,7 +120,7 @@ class MaskPro:
         if loss_fn is None:
             raise TypeError("MaskPro needs a loss_fn, got None")
         parsed, draws = learnable_pattern(pattern), draws if draws is not None else 1 if parity else DRAWS
-        check_arguments(axis, lr, multiplier, flips, draws, microbatches, dtype, parity)
+        check_arguments(axis, lr, multiplier, flips, draws, microbatches, seed, dtype, parity)
         self._model, self._pattern, self._seed = model, parsed, seed
         self._ranks = ranks = Ranks(group, None)
         learned, held = ranks.all_or_none(lambda: split_batches(batches, held_out))
@@ -272,7 +274,7 @@ class MaskPro:
             found = self._losses.of(self._initial, missing)
             if not self._baselines:
                 (again,) = self._losses.of(self._initial, missing[:1])
-                if not math.isclose(again, found[0], rel_tol=REPEATS):
+                if not math.isclose(again, found[0], rel_tol=REPEATS, abs_tol=ROUNDING):
                     raise ValueError(
                         f"loss_fn gave {found[0]:.6g} and {again:.6g} for the same mask and batch: it must draw all "
                         "noise from torch's global random state, which MaskPro seeds, or from the batch"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..masks import Pattern
 from ..ops._define import check_ints
+from .advantage import LARGEST_MULTIPLIER
 
 
 def learnable_pattern(pattern: str) -> Pattern:
@@ -30,6 +31,7 @@ def check_arguments(
     flips: float | None,
     draws: int,
     microbatches: int,
+    seed: int,
     dtype: torch.dtype | None,
     parity: bool,
 ) -> None:
@@ -41,11 +43,13 @@ def check_arguments(
     """
     if axis not in ("input", "flatten"):
         raise ValueError(f'axis must be "input" or "flatten", got {axis!r}')
-    check_ints(draws=draws, microbatches=microbatches)
+    check_ints(draws=draws, microbatches=microbatches, seed=seed)
     numbers = {"lr": lr, "multiplier": multiplier, "flips": flips, "draws": draws, "microbatches": microbatches}
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}")
+    if multiplier is not None and multiplier > LARGEST_MULTIPLIER:
+        raise ValueError(f"multiplier must be at most {LARGEST_MULTIPLIER:g}, got {multiplier}")
     if multiplier is not None and flips is not None:
         raise ValueError("multiplier follows from flips: pass one of the two")
     if parity and draws != 1:

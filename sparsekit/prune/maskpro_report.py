@@ -16,7 +16,8 @@ class MaskProStep:
         loss: the mean loss of the mask that was drawn.
         initial_loss: the mean loss of the initial mask on the same batches.
         baseline: what the loss is measured against: that of the likeliest mask, of the initial one with ``parity``.
-        advantage: how far the logits were moved away from the mask; negative is towards it.
+        advantage: how much worse than usual the loss was: the logits were moved away from the mask by
+            ``lr`` times that times the gradient; negative is towards it.
     """
 
     step: int
