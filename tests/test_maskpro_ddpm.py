@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def test_baselines_are_the_losses_of_the_initial_mask(modules, steps):
     assert steps.path.with_name(f"{steps.path.stem}_summary.txt").read_text().startswith("4 batches: mean ")
 
 
-def test_masks_are_learned_tuned_and_tested(modules, steps, tmp_path):
+def test_masks_are_learned_tuned_and_tested(modules, steps, tmp_path, capsys):
     import numpy as np
     from diffusers import DDPMPipeline
 
@@ -220,6 +221,7 @@ def test_masks_are_learned_tuned_and_tested(modules, steps, tmp_path):
         assert torch.equal(weight, stored.get_parameter(name)), name
     again = modules.train_diffusion.main(training(modules, steps, run, max_step=8))
     assert again == result, "a finished run is not run again"
+    assert f"{run} holds this run, finished" in capsys.readouterr().out
 
     tuning = modules.finetune.Finetuning(
         **steps.source, mask_path=run / "learned_mask", out=tmp_path / "tuned", max_step=3, batch_size=16, held_out=32
@@ -242,7 +244,13 @@ def test_masks_are_learned_tuned_and_tested(modules, steps, tmp_path):
     found = modules.test_ddpm_maskpro.main(testing)
     assert json.loads((tmp_path / "test" / "evaluation_results.json").read_text()).keys() == found.keys()
     assert found["sparsity"]["of_masked"] == 0.5 and (found["sparsity"]["exchanged_weights"] > 0) == result["kept"]
-    assert found["loss"]["initial"]["above"] != 0 and found["loss"]["finetuned"]["above"] < 0
+    denoiser = modules.models.load_denoiser(steps.source["original_model"])
+    judged = tuple(each[:64] for each in modules.settings.judged_on(denoiser, "shapes"))
+    noisy = modules.noisy.NoisyBatches(denoiser, judged, 32, 2)
+    initial = modules.mask_files.masked_copy(dense, steps.out / "initial")
+    losses = [modules.noisy.loss(initial, batch).item() for batch in noisy]
+    assert found["loss"]["initial"]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert found["loss"]["finetuned"]["above"] < 0
     assert found["images"].keys() == {"dense", "initial", "learned", "finetuned"}
     assert found["images"]["learned"]["fid"]["n"] == 8 and sum(found["images"]["learned"]["classes"]) == 8
     from PIL import Image
@@ -251,7 +259,70 @@ def test_masks_are_learned_tuned_and_tested(modules, steps, tmp_path):
         assert picture.size == (2 * 4 * 16, 2 * 4 * 16)
 
 
-def test_targets_are_parts_of_the_model(modules, steps, tmp_path):
+def test_runs_depend_on_what_masks_and_weights_are(modules, steps, tmp_path):
+    masks, other = tmp_path / "masks", tmp_path / "other"
+    shutil.copytree(steps.out / "initial", masks)
+    pruning = modules.weight_prune.Pruning(**steps.source, save_path=tmp_path / "pruned", pruner="random")
+    modules.weight_prune.main(pruning)
+    extraction = {**steps.source, "model_path": tmp_path / "pruned"}
+    modules.get_mask_diffusion.main(modules.get_mask_diffusion.Extraction(**extraction, output_dir=other))
+    options = {"initial_mask_path": masks, "max_step": 1, "save": False}
+    tuning = modules.finetune.Finetuning(
+        **steps.source, mask_path=masks, out=tmp_path / "tuned", max_step=1, batch_size=16, held_out=16
+    )
+    modules.train_diffusion.main(training(modules, steps, tmp_path / "run", **options))
+    modules.finetune.main(tuning)
+    shutil.copytree(other, masks, dirs_exist_ok=True)
+    with pytest.raises(SystemExit, match="masks"):
+        modules.train_diffusion.main(training(modules, steps, tmp_path / "run", **options))
+    with pytest.raises(SystemExit, match="masks"):
+        modules.finetune.main(tuning)
+
+
+def test_a_file_of_losses_of_other_masks_is_measured_again(modules, steps, tmp_path, capsys):
+    import numpy as np
+
+    path = tmp_path / steps.path.name
+    np.save(path, 1.1 * np.load(steps.path))
+    options = {"baseline_path": tmp_path, "max_step": 1, "save": False}
+    with pytest.raises(SystemExit, match=r"another model, mask, seed or --targets: run inference_loss_diffusion.py ag"):
+        modules.train_diffusion.main(training(modules, steps, tmp_path / "one", **options))
+    modules.train_diffusion.main(training(modules, steps, tmp_path / "two", measure_baseline=True, **options))
+    assert "its losses are measured again" in capsys.readouterr().out
+    assert np.load(path) == pytest.approx(np.load(steps.path), rel=1e-5)
+
+
+def test_images_are_learned_on_or_chosen_on_or_judged_on(modules, monkeypatch, tmp_path):
+    images = modules.ddpm_parts.Images
+    part = [(torch.arange(start, end).view(-1, 1, 1, 1), torch.zeros(end - start)) for start, end in ((0, 8), (8, 13))]
+    denoiser = SimpleNamespace(images=lambda _: images(*part, ("only",), "numbers"))
+    learned = modules.settings.Sizes(dataset_size=8, batch_size=4).part(denoiser)
+    chosen = modules.settings.chosen_on(denoiser, "numbers")
+    judged = modules.settings.judged_on(denoiser, "numbers")
+    found = [each[0].flatten().tolist() for each in (learned, chosen, judged)]
+    assert found == [[*range(8)], [8, 9], [10, 11, 12]]
+    given = []
+
+    def judge(part, classes, real, *_):
+        given.append(real)
+        raise InterruptedError
+
+    monkeypatch.setattr(modules.test_ddpm_maskpro, "ImageJudge", judge)
+    testing = modules.test_ddpm_maskpro.Testing(learned_mask_path=tmp_path, output_dir=tmp_path)
+    with pytest.raises(InterruptedError):
+        modules.test_ddpm_maskpro.compare_images(testing, denoiser, {})
+    assert given[0].flatten().tolist() == [10, 11, 12]
+
+
+def test_steps_are_passes_times_batches_times_draws(modules):
+    training = modules.train_diffusion.Training
+    assert training(epoch=3, max_step=None).steps(5) == 60
+    assert training(epoch=3, max_step=None, draws=2).steps(5) == 30
+    assert training(epoch=3, max_step=None, parity=True).steps(5) == 15
+    assert training(epoch=3, max_step=7).steps(5) == 7
+
+
+def test_targets_are_parts_of_the_model(modules, steps, tmp_path, capsys):
     targets = ("down_blocks", "up_blocks.1")
     options = {"targets": targets, "measure_baseline": True, "baseline_path": tmp_path, "max_step": 2, "save": False}
     result = modules.train_diffusion.main(training(modules, steps, tmp_path / "run", **options))
@@ -260,6 +331,13 @@ def test_targets_are_parts_of_the_model(modules, steps, tmp_path):
     assert len(learned) == result["layers"] and not (tmp_path / "run" / "checkpoint").exists()
     assert {name.split(".")[0] for name in learned} == {"down_blocks", "up_blocks"}
     assert all(name.startswith(("down_blocks.", "up_blocks.1.")) for name in learned)
+    paths = {"initial_mask_path": steps.out / "initial", "learned_mask_path": tmp_path / "run" / "learned_mask"}
+    settings = modules.test_ddpm_maskpro.Testing(**paths)
+    like = modules.mask_files.masked_copy(dense, paths["learned_mask_path"])
+    initial = modules.test_ddpm_maskpro.initial_like(like, dense, settings)
+    assert modules.mask_files.masks_of(initial).keys() == learned.keys()
+    assert torch.equal(initial.mid_block.resnets[0].conv1.weight, dense.mid_block.resnets[0].conv1.weight)
+    assert "layers have an initial mask but no learned one: they are dense in both" in capsys.readouterr().out
 
 
 def test_the_published_rule(modules, steps, tmp_path):
@@ -352,19 +430,30 @@ def test_presets_are_the_published_values(modules):
         assert sizes == (int(size), int(batch), float(lr), float(logits)) and found.out == Path("OUT")
 
 
-def test_the_menu_takes_numbers_and_names_only():
+def test_the_menu_takes_numbers_and_names_only(modules, tmp_path):
+    import tyro
+
+    from sparsekit.cli.variants import read_variants
+
     script = FOLDER / "quick_start.sh"
     for words, given in (["6"], None), ([], "quick\n"):
         said = subprocess.run(["bash", script, *words], input=given, capture_output=True, text=True, timeout=60)
         assert said.returncode == 2
         assert "the mode must be 1 to 5 or one of 1_quick 2_standard 3_best 4_throughput 5_finetune, got" in said.stderr
     assert "5_finetune     masks, then their weights" in said.stdout
-    environment = {**os.environ, "PYTHON": "echo"}
+    environment = {**os.environ, "PYTHON": "echo", "OUT": str(tmp_path), "ORIGINAL_MODEL": "google/ddpm-cifar10-32"}
     said = subprocess.run(["bash", script, "5"], env=environment, capture_output=True, text=True, timeout=60)
-    *_, sweep, tune = said.stdout.splitlines()
-    out = "output/maskpro_ddpm/presets"
-    assert sweep == f"-m sparsekit_command sweep examples/maskpro_ddpm/presets.toml --out {out} --only 5_finetune"
-    assert tune.endswith(f"finetune.py --original_model auto --mask_path {out}/5_finetune/learned_mask")
+    prune, extract, sweep, tune = said.stdout.splitlines()
+    out, model = tmp_path / "google-ddpm-cifar10-32", "--original_model google/ddpm-cifar10-32"
+    assert prune.endswith(f"weight_prune.py {model} --save_path {out}/pruned")
+    assert extract.endswith(f"{model} --model_path {out}/pruned --output_dir {out}/initial_mask_diffusion")
+    assert sweep == f"-m sparsekit_command sweep {out}/presets.toml --out {out}/presets --only 5_finetune"
+    masks = f"--mask_path {out}/presets/5_finetune/learned_mask --out {out}/finetuned"
+    assert tune.endswith(f"finetune.py {model} {masks}")
+    command = read_variants(out / "presets.toml")[0].filled(Path("RUN"))
+    found = tyro.cli(modules.train_diffusion.Training, args=command[2:])
+    assert (found.original_model, found.out) == ("google/ddpm-cifar10-32", Path("RUN"))
+    assert found.initial_mask_path == out / "initial_mask_diffusion" and found.baseline_path == out / "baseline_losses"
     assert find_spec("sparsekit_command") is not None
 
 

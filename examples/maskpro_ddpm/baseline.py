@@ -23,16 +23,29 @@ def measure(unet: nn.Module, batches: NoisyBatches) -> np.ndarray:
 
 
 def read(path: Path, masked: nn.Module | None, batches: NoisyBatches) -> np.ndarray:
-    """Reads the file, or measures a masked model and writes it where it is missing and a model is given."""
+    """Reads the file; if a masked model is given, measures that and writes the file where it is missing or of another.
+
+    Whether the file is of this model is decided by the number of losses and that of the first batch.
+    """
     if path.exists():
-        return np.load(path, allow_pickle=False)
-    if masked is None:
+        losses = np.load(path, allow_pickle=False)
+        if masked is None or _fits(losses, masked, batches):
+            return losses
+        print(f"{path} is of another model, mask or seed: its losses are measured again")
+    elif masked is None:
         known = ", ".join(sorted(each.name for each in path.parent.glob("*.npy"))) or "none"
         raise SystemExit(
-            f"{path} is missing: run inference_loss_diffusion.py with the same --dataset_size, --batch_size and "
-            f"--max_batches, or pass --measure_baseline (there are: {known})"
+            f"{path} is missing: run inference_loss_diffusion.py with the same --dataset_size, --batch_size, "
+            f"--max_batches and --targets, or pass --measure_baseline (there are: {known})"
         )
     return write(path, measure(masked, batches))
+
+
+def _fits(losses: np.ndarray, masked: nn.Module, batches: NoisyBatches) -> bool:
+    if losses.shape != (len(batches),):
+        return False
+    masked.eval()
+    return bool(np.isclose(loss(masked, batches[0]).item(), losses[0], rtol=CLOSE))
 
 
 def write(path: Path, losses: np.ndarray) -> np.ndarray:
@@ -51,5 +64,6 @@ def check(path: Path, losses: np.ndarray, turn: int, found: float) -> None:
     if not np.isclose(found, losses[index], rtol=CLOSE):
         raise SystemExit(
             f"{path} has the loss {losses[index]:.6g} for batch {index}, and the initial mask has {found:.6g}: the "
-            "file is of another model, mask or seed, so run inference_loss_diffusion.py again"
+            "file is of another model, mask, seed or --targets: run inference_loss_diffusion.py again, or pass "
+            "--measure_baseline"
         )

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from judge import compared
-from mask_files import masked_copy, write_masks
+from mask_files import digests, masked_copy, write_masks
 from noisy import NoisyBatches, add_noise, image_losses, loss
-from settings import OUT, Source, explained, judged_on
+from settings import OUT, Source, explained, judged_on, open_run, run_command
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import sparsekit as sk
-from sparsekit.runs import Run, open_tracker
 
 FREE = ("device", "out", "save_every", "mask_path", "tracker", "project_name", "experiment_name")
 
@@ -47,9 +45,8 @@ class Finetuning(Source):
     experiment_name: str | None = None
 
     def of_run(self) -> dict[str, Any]:
-        """Returns what the run depends on: with other values, its folder does not go on."""
-        values = {key: value for key, value in asdict(self).items() if key not in FREE}
-        return {**values, "masks": str(self.mask_path)}
+        """Returns what the run depends on besides weights and masks: with other values, its folder does not go on."""
+        return {key: value for key, value in asdict(self).items() if key not in FREE}
 
 
 def main(settings: Finetuning) -> dict[str, Any]:
@@ -61,14 +58,11 @@ def main(settings: Finetuning) -> dict[str, Any]:
         raise SystemExit(f"--batch_size must be from 1 to {len(images)} images, got {settings.batch_size}")
     part = (each[: settings.held_out] for each in judged_on(denoiser, settings.dataset))
     held_out = NoisyBatches(denoiser, tuple(part), 128, settings.seed + 2)
-    names = {"project_name": settings.project_name, "experiment_name": settings.experiment_name}
-    tracker = open_tracker(settings.tracker, **names)
     steps = settings.max_step
-    with (
-        Run.open(settings.out, settings.of_run(), steps=steps, tracker=tracker) as run,
-        explained(settings.batch_size),
-    ):
+    config = {**settings.of_run(), **digests(denoiser.unet, unet)}
+    with open_run(settings, settings.out, config, steps) as run, explained(settings.batch_size):
         if run.result is not None:
+            print(f"{run.folder} holds this run, finished")
             return run.result
         before = image_losses(unet, held_out, "losses before")
         average = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
@@ -107,4 +101,4 @@ def main(settings: Finetuning) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Finetuning, description=__doc__))
+    run_command(main, Finetuning, __doc__)

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from mask_files import masks_of, write_masks
 from models import UNet, load_denoiser
-from settings import INITIAL, OUT, Source, is_protected
+from settings import INITIAL, OUT, Source, is_protected, run_command
 from torch import Tensor, nn
 
 import sparsekit as sk
@@ -94,4 +93,4 @@ def main(settings: Extraction) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Extraction, description=__doc__))
+    run_command(main, Extraction, __doc__)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import baseline
 import torch
-import tyro
 from mask_files import masked_copy
 from noisy import NoisyBatches
-from settings import INITIAL, OUT, Sizes, check_targets, explained
+from settings import INITIAL, OUT, Sizes, check_targets, explained, run_command
 
 
 @dataclass
@@ -42,4 +41,4 @@ def main(settings: Baseline) -> Path:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Baseline, description=__doc__))
+    run_command(main, Baseline, __doc__)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ddpm_parts import Images, as_bytes, predicted, scaled, trained_classifier
+from ddpm_parts import Part, as_bytes, predicted, scaled, trained_classifier
 from torch import Tensor
 
 from sparsekit.evaluate import ImageFeatures, fid, image_features, kid
@@ -36,15 +36,17 @@ class ImageJudge:
     """FID, KID and a classifier, which is trained on real images and stored in a folder.
 
     Args:
-        images: real images.
+        part: images and labels that the classifier is trained on.
+        classes: how many classes they have.
+        real: the images that drawn ones are compared with, on which nothing was trained or chosen.
         folder: where the classifier is stored.
         epochs: those of the classifier.
         resamples: for the intervals.
     """
 
-    def __init__(self, images: Images, folder: Path, epochs: int, resamples: int) -> None:
-        self.classifier = trained_classifier(folder, images.train, len(images.classes), epochs)
-        self.real, self.resamples = images.held_out[0], resamples
+    def __init__(self, part: Part, classes: int, real: Tensor, folder: Path, epochs: int, resamples: int) -> None:
+        self.classifier = trained_classifier(folder, part, classes, epochs)
+        self.real, self.resamples = real, resamples
 
     def scores(self, drawn: Tensor) -> dict[str, Any]:
         """Returns FID and KID of images in [-1, 1], and how many the classifier takes for each class."""

@@ -1,6 +1,7 @@
 """The file of masks of a folder, a bit for each weight, and models that have its masks."""
 
 import copy
+import hashlib
 from pathlib import Path
 
 import torch
@@ -25,6 +26,20 @@ def write_masks(unet: nn.Module, folder: Path) -> Path:
     path = folder / FILE
     sk.save(unet, path, format="masks")
     return path
+
+
+def digests(dense: nn.Module, masked: nn.Module) -> dict[str, str]:
+    """Returns SHA-256 digests of the weights of a model and of the masks of another, for the config of a run."""
+
+    def of(tensors: dict[str, Tensor]) -> str:
+        sha = hashlib.sha256()
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu()
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            sha.update(tensor.flatten().view(torch.uint8).numpy())
+        return sha.hexdigest()
+
+    return {"model": of(dense.state_dict()), "masks": of(masks_of(masked))}
 
 
 def masked_copy(dense: UNet, folder: Path, targets: tuple[str, ...] | None = None) -> UNet:

@@ -21,10 +21,10 @@ import inference_loss_diffusion
 import test_ddpm_maskpro
 import train
 import train_diffusion
-import tyro
 import weight_prune
 from ddpm_parts import Config
 from models import CHECKPOINT
+from settings import run_command
 
 
 @dataclass
@@ -107,4 +107,4 @@ def main(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run_command(main, Settings, __doc__)

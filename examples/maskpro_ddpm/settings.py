@@ -1,15 +1,19 @@
 """What the scripts have in common: the model and its data, the layers that are masked, and errors in plain words."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import tyro
 from ddpm_parts import Part, device_of
 from mask_files import in_targets
 from models import Denoiser, load_denoiser
 from torch import nn
+
+from sparsekit.runs import Run, open_tracker
 
 OUT = Path("output/maskpro_ddpm")
 INITIAL = OUT / "initial_mask_diffusion"
@@ -85,6 +89,23 @@ def check_targets(unet: nn.Module, targets: Targets) -> None:
         if not any(in_targets(name, (target,)) for name in names):
             parts = ", ".join(name for name, _ in unet.named_children())
             raise SystemExit(f"--targets {target} names no part of the model: pass all, a part or a layer of {parts}")
+
+
+def open_run(settings: Any, folder: Path, config: dict[str, Any], steps: int) -> Run:
+    """Opens the folder of a run with the tracker that is asked for; ends the script if one of both cannot be."""
+    names = {"project_name": settings.project_name, "experiment_name": settings.experiment_name}
+    try:
+        return Run.open(folder, config, steps=steps, tracker=open_tracker(settings.tracker, **names))
+    except (ValueError, OSError, RuntimeError) as error:  # another run's folder, no disk, or locked
+        raise SystemExit(f"error: {error}") from error
+
+
+def run_command(main: Callable[[Any], Any], settings: type, description: str | None) -> None:
+    """Runs the function of a script with the settings of the command line; errors of the user become one sentence."""
+    try:
+        main(tyro.cli(settings, description=description))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 @contextmanager

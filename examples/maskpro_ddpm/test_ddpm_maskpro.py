@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from ddpm_parts import as_bytes, compress_and_time, save_grid
 from judge import ImageJudge, compared
 from mask_files import masked_copy, masks_of
 from models import Denoiser, UNet, load_denoiser
 from noisy import NoisyBatches, image_losses
-from settings import INITIAL, OUT, Source, explained, judged_on
+from settings import INITIAL, OUT, Source, explained, judged_on, run_command
 
 
 @dataclass(kw_only=True)
@@ -46,11 +45,8 @@ def main(settings: Testing) -> dict[str, Any]:
     """Returns the results that it also writes."""
     denoiser = settings.denoiser()
     dense = denoiser.unet
-    models = {
-        "dense": dense,
-        "initial": masked_copy(dense, settings.initial_mask_path),
-        "learned": masked_copy(dense, settings.learned_mask_path),
-    }
+    learned = masked_copy(dense, settings.learned_mask_path)
+    models = {"dense": dense, "initial": initial_like(learned, dense, settings), "learned": learned}
     if settings.finetuned_path is not None:
         models["finetuned"] = load_denoiser(str(settings.finetuned_path), dense.device).unet
     settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -67,6 +63,21 @@ def main(settings: Testing) -> dict[str, Any]:
     show(result)
     print(f"{path}, and images in {path.with_name('samples.png')}")
     return result
+
+
+def initial_like(learned: UNet, dense: UNet, settings: Testing) -> UNet:
+    """Returns the initial model, masked in the layers that were learned and dense in the others, as the learned is."""
+    layers = masks_of(learned)
+    initial = masked_copy(dense, settings.initial_mask_path, tuple(layers))
+    if missing := sorted(layers.keys() - masks_of(initial).keys()):
+        raise SystemExit(
+            f"{settings.initial_mask_path} has no mask of {missing[0]}, which was learned: name the masks that the "
+            "learning began with by --initial_mask_path"
+        )
+    left = len(masks_of(masked_copy(dense, settings.initial_mask_path))) - len(layers)
+    if left:
+        print(f"{left} layers have an initial mask but no learned one: they are dense in both models")
+    return initial
 
 
 def compare_losses(settings: Testing, denoiser: Denoiser, models: dict[str, UNet]) -> dict[str, Any]:
@@ -105,7 +116,9 @@ def sparsity(models: dict[str, UNet]) -> dict[str, Any]:
 def compare_images(settings: Testing, denoiser: Denoiser, models: dict[str, UNet]) -> dict[str, Any]:
     """Draws images with each model from the same noise, and scores them."""
     images = denoiser.images(settings.dataset)
-    judge = ImageJudge(images, settings.output_dir, settings.classifier_epochs, settings.resamples)
+    real = judged_on(denoiser, settings.dataset)[0]
+    epochs, folder = settings.classifier_epochs, settings.output_dir
+    judge = ImageJudge(images.train, len(images.classes), real, folder, epochs, settings.resamples)
     drawn = {name: draw(settings, denoiser, unet) for name, unet in models.items()}
     rows = torch.cat([as_bytes(each[: settings.shown]) for each in drawn.values()])
     save_grid(rows, settings.output_dir / "samples.png", min(settings.shown, settings.count))
@@ -143,4 +156,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Testing, description=__doc__))
+    run_command(main, Testing, __doc__)

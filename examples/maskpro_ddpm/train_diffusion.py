@@ -19,19 +19,19 @@ from typing import Any, Literal
 import baseline
 import numpy as np
 import torch
-import tyro
 from curves import draw_curves
 from ddpm_parts import read_records
-from mask_files import masked_copy, masks_of, write_masks
+from mask_files import digests, masked_copy, masks_of, write_masks
 from models import Denoiser
 from noisy import NoisyBatches, loss
 from safetensors.torch import save_file
-from settings import INITIAL, OUT, Sizes, check_targets, chosen_on, explained
+from settings import INITIAL, OUT, Sizes, check_targets, chosen_on, explained, open_run, run_command
 from torch import Tensor
 from tqdm import tqdm
 
 import sparsekit as sk
-from sparsekit.runs import Run, open_tracker
+from sparsekit.prune.maskpro import DRAWS
+from sparsekit.runs import Run
 
 FREE = ("device", "save", "save_every", "out", "output_dir", "measure_baseline", "baseline_path", "tracker")
 FREE += ("project_name", "experiment_name", "initial_mask_path", "learned_mask_path")  # what a run does not depend on
@@ -42,7 +42,8 @@ class Training(Sizes):
     """What train_diffusion.py takes."""
 
     lr: float | None = None  # how far a step moves logits; None follows from the logits (published: 50)
-    epoch: int = 625  # passes over the batches
+    epoch: int = 625  # passes over the batches, each of which is met in --draws steps
+    draws: int | None = None  # masks drawn for a batch, each in a step; None is 4, or 1 with --parity
     logits: float | None = None  # of kept weights at the beginning; None follows from the number of groups (10)
     max_step: int | None = 1000
     targets: tuple[str, ...] = ("all",)  # parts or layers to learn; the others stay dense
@@ -60,7 +61,9 @@ class Training(Sizes):
     experiment_name: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epoch", "max_step"):
+        if self.draws is None:
+            self.draws = 1 if self.parity else DRAWS
+        for name in ("epoch", "max_step", "draws"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise SystemExit(f"--{name} must be at least 1, got {value}")
 
@@ -70,9 +73,14 @@ class Training(Sizes):
         name = f"lr{lr}_epoch{self.epoch}_logits{logits}_size{self.dataset_size}_diffusion"
         return self.out or self.output_dir / name
 
-    def of_run(self, masks: Path) -> dict[str, Any]:
-        """Returns what the run depends on: with other values, its folder does not go on."""
-        return {**{key: value for key, value in asdict(self).items() if key not in FREE}, "masks": str(masks)}
+    def steps(self, batches: int) -> int:
+        """Returns the steps of all passes over the batches, ``--max_step`` at most."""
+        steps = self.epoch * batches * self.draws
+        return min(steps, self.max_step or steps)
+
+    def of_run(self) -> dict[str, Any]:
+        """Returns what the run depends on besides weights and masks: with other values, its folder does not go on."""
+        return {key: value for key, value in asdict(self).items() if key not in FREE}
 
 
 def main(settings: Training) -> dict[str, Any]:
@@ -88,17 +96,15 @@ def main(settings: Training) -> dict[str, Any]:
     path = baseline.baseline_path(settings.baseline_path, settings.data_name(denoiser), batches)
     with explained(settings.batch_size), torch.no_grad():
         losses = baseline.read(path, masked if settings.measure_baseline else None, batches)
-    steps = min(settings.epoch * len(batches), settings.max_step or settings.epoch * len(batches))
-    names = {"project_name": settings.project_name, "experiment_name": settings.experiment_name}
-    tracker = open_tracker(settings.tracker, **names)
-    with (
-        Run.open(settings.folder(), settings.of_run(masks), steps=steps, tracker=tracker) as run,
-        explained(settings.batch_size),
-    ):
+    steps = settings.steps(len(batches))
+    config = {**settings.of_run(), **digests(denoiser.unet, masked)}
+    with open_run(settings, settings.folder(), config, steps) as run, explained(settings.batch_size):
         if run.result is None:
             learner = new_learner(settings, denoiser, batches, initial)
             learn(run, learner, steps, settings.save_every, lambda *found: baseline.check(path, losses, *found))
             finish(run, settings, denoiser, learner)
+        else:
+            print(f"{run.folder} holds this run, finished")
         return run.result
 
 
@@ -116,6 +122,7 @@ def new_learner(
         where=lambda name, _: name in initial,
         lr=settings.lr,
         multiplier=settings.logits,
+        draws=settings.draws,
         seed=settings.seed,
         parity=settings.parity,
     )
@@ -167,4 +174,4 @@ def finish(run: Run, settings: Training, denoiser: Denoiser, learner: sk.MaskPro
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Training, description=__doc__))
+    run_command(main, Training, __doc__)

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from noisy import NoisyBatches
-from settings import OUT, Source, check_targets, explained, in_targets, is_protected
+from settings import OUT, Source, check_targets, explained, in_targets, is_protected, run_command
 from tqdm import tqdm
 
 import sparsekit as sk
@@ -93,4 +92,4 @@ def main(settings: Pruning) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Pruning, description=__doc__))
+    run_command(main, Pruning, __doc__)
