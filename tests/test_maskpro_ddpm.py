@@ -1,4 +1,4 @@
-"""The example that learns masks for diffusion models: its models, files and errors, and the steps one after another."""
+"""The example that learns masks for diffusion models: its files and errors, and the steps one after another."""
 
 import json
 import os
@@ -13,138 +13,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mask_example import FOLDER, PACKAGES, example_modules, first_steps, save_pipeline, training
 
-for package in ("diffusers", "matplotlib", "PIL", "torchmetrics", "tqdm", "tyro"):
+for package in PACKAGES:
     pytest.importorskip(package)
-
-FOLDER = Path(__file__).parent.parent / "examples" / "maskpro_ddpm"
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The example's modules, imported as its scripts find their neighbors."""
-    names = (
-        "baseline ddpm_parts finetune get_mask_diffusion inference_loss_diffusion judge mask_files mnist_unet models "
-        "noisy settings test_ddpm_maskpro train_diffusion weight_prune"
-    ).split()
-    known, path = {*sys.modules}, [*sys.path]
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield SimpleNamespace(**{name: __import__(name) for name in names})
-    finally:
-        sys.path[:] = path
-        for name in sys.modules.keys() - known:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER.parent)):
-                del sys.modules[name]
+    with example_modules() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def pipeline(modules, tmp_path_factory):
-    """The folder of a pipeline of diffusers with a tiny UNet that draws gray images of ten classes."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=11,
-    )
     folder = tmp_path_factory.mktemp("pipeline")
-    modules.models.Denoiser(unet, modules.models.GaussianDiffusion(100, 1e-4, 0.1), "shapes").save(unet, folder)
+    save_pipeline(modules, folder)
     return folder
-
-
-def test_the_mnist_unet_is_the_trained_one_and_can_be_stored(modules, data, tmp_path):
-    denoiser = modules.models.load_denoiser("mnist")
-    assert (denoiser.shape, denoiser.classes) == ((1, 28, 28), 0)
-    held_out = tuple(each[:256] for each in denoiser.images().held_out)
-    batches = modules.noisy.NoisyBatches(denoiser, held_out, 128, 0)
-    losses = modules.noisy.image_losses(denoiser.unet, batches, "")
-    assert losses.shape == (256,) and 0.025 < losses.mean() < 0.035 and batches[0][0]["class_labels"] is None
-    denoiser.save(denoiser.unet, tmp_path)
-    again = modules.models.load_denoiser(str(tmp_path))
-    assert type(again.unet) is type(denoiser.unet) and again.diffusion == denoiser.diffusion
-    for one, other in zip(again.unet.parameters(), denoiser.unet.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_pipelines_and_folders_of_a_unet_are_read(modules, pipeline, tmp_path):
-    from diffusers import DDPMPipeline
-
-    DDPMPipeline.from_pretrained(pipeline)
-    whole = modules.models.load_denoiser(str(pipeline))
-    bare = modules.models.load_denoiser(str(pipeline / "unet"))
-    assert whole.diffusion == modules.models.GaussianDiffusion(100, 1e-4, 0.1)
-    assert (bare.shape, bare.classes) == ((1, 16, 16), 10)
-    assert bare.diffusion == modules.models.GaussianDiffusion() and bare.data == "auto"
-    assert all(not each.requires_grad for each in whole.unet.parameters())
-    run = tmp_path / "run"
-    (run / "model").parent.mkdir()
-    bare.unet.save_pretrained(run / "model")
-    (run / "config.json").write_text(json.dumps({"T": 50, "beta_T": 0.2, "data": "shapes", "held_out": 0.5}))
-    trained = modules.models.load_denoiser(str(run))
-    assert (trained.diffusion.steps, trained.diffusion.beta_end) == (50, 0.2)
-    assert (trained.data, trained.held_out) == ("shapes", 0.5)
-
-
-def test_rejects_other_models(modules, pipeline, tmp_path):
-    def rejects(source, match):
-        with pytest.raises(SystemExit, match=match):
-            modules.models.load_denoiser(str(source))
-
-    rejects(tmp_path, r"has neither unet/config.json nor config.json: pass --original_model the folder of a DDPM")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    rejects(tmp_path, "holds a FluxPipeline, which has no UNet2DModel: pass --original_model")
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    rejects(tmp_path, "holds a UNet2DConditionModel, and masks are learned here for a UNet2DModel that predicts noise")
-    scheduler = tmp_path / "other" / "scheduler"
-    scheduler.mkdir(parents=True)
-    (scheduler / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
-    (tmp_path / "other" / "unet").symlink_to(pipeline / "unet")
-    rejects(tmp_path / "other", "predicts 'v_prediction': pass --original_model a model with linear betas that")
-
-
-def test_noise_depends_on_the_number_of_the_batch_alone(modules, pipeline):
-    denoiser = modules.models.load_denoiser(str(pipeline))
-    part = tuple(each[:20] for each in denoiser.images("shapes").train)
-    batches, again = (modules.noisy.NoisyBatches(denoiser, part, 8, 3) for _ in range(2))
-    assert [len(noise) for _, noise in batches] == [8, 8, 4]
-    (one, noise), (other, same) = again[1], batches[1]
-    assert torch.equal(noise, same) and all(torch.equal(one[key], other[key]) for key in ("sample", "timestep"))
-    assert torch.equal(one["class_labels"], part[1][8:16] + 1)
-    assert not torch.equal(batches[0][1], noise)
 
 
 @pytest.fixture(scope="module")
 def steps(modules, pipeline, tmp_path_factory):
-    """The folder of the first three steps, and the options of the others."""
-    out = tmp_path_factory.mktemp("steps")
-    source = {"original_model": str(pipeline), "dataset": "shapes", "device": "cpu"}
-    sizes = {**source, "dataset_size": 64, "batch_size": 16}
-    stats = modules.weight_prune.main(
-        modules.weight_prune.Pruning(**source, save_path=out / "pruned", calibration=32, batch_size=16)
-    )
-    summary = modules.get_mask_diffusion.main(
-        modules.get_mask_diffusion.Extraction(**source, model_path=out / "pruned", output_dir=out / "initial")
-    )
-    path = modules.inference_loss_diffusion.main(
-        modules.inference_loss_diffusion.Baseline(
-            **sizes, initial_mask_path=out / "initial", output_dir=out / "baselines"
-        )
-    )
-    return SimpleNamespace(out=out, source=source, sizes=sizes, stats=stats, summary=summary, path=path)
-
-
-def training(modules, steps, out, **options):
-    options = {"initial_mask_path": steps.out / "initial", "baseline_path": steps.out / "baselines", **options}
-    return modules.train_diffusion.Training(**{**steps.sizes, "out": out, "max_step": 6, **options})
+    return first_steps(modules, pipeline, tmp_path_factory.mktemp("steps"))
 
 
 def test_masks_are_those_of_the_pruned_model(modules, steps):
