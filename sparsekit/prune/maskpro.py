@@ -135,7 +135,7 @@ class MaskPro:
             self._given = {"lr": lr, "multiplier": multiplier, "flips": flips}
             self._advantage = Advantage(normalize=not parity)
             self._total = sum(ranks.exchange(len(learned)))
-            digest = hashlib.sha256(self._initial.numpy()).hexdigest()
+            digest = hashlib.sha256(self._initial.numpy().data).hexdigest()
             ranks.agree({**self._call(), "axis": axis, "initial masks": digest}, layers)
             self._step, self._finished, self._best_residual, self._baseline = 0, False, 0.0, 0.0
             self._begin(flips)
