@@ -67,15 +67,21 @@ def kill_at_moments(folder, epochs, count, whole):
 
 
 def kill_at_lines(folder, epochs, count, whole):
-    """Kills runs at lines of the package that are evenly spread over the whole run."""
+    """Kills runs at lines of the package that are evenly spread over the whole run.
+
+    A run writes its status now and then, by the clock, so that one may end before the last line of another.
+    """
     lines = count_lines(lambda: train(folder / "counted", epochs, 0))
+    killed = 0
     for point in range(count):
         line = point * (lines - 1) // max(1, count - 1)
         one = folder / str(line)
         process = start(lambda one=one, line=line: interrupted(lambda: train(one, epochs, 0), line, kill))
         _, status = os.waitpid(process, 0)
-        assert os.WIFSIGNALED(status), line
+        killed += os.WIFSIGNALED(status)
+        assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, line
         assert_same(one, epochs, whole)
+    assert killed >= 0.9 * count, f"{killed} of {count} were killed"
 
 
 def kill(message):
