@@ -6,6 +6,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import masked_stacks
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -295,7 +296,7 @@ def accelerate_prune() -> None:
 
 CELLS = {
     name: cell
-    for name, cell in list(globals().items())
+    for name, cell in [*globals().items(), *vars(masked_stacks).items()]
     if name.startswith(("ddp_", "fsdp_", "accelerate_")) and name != "ddp_prune"
 }
 

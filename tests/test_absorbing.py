@@ -152,6 +152,10 @@ def test_losses_train_alike():
             (1 - noise.eps) * lambda_dce_loss(model, tokens, 4, probability=noise.mask_probability(t), masked=masked)
         ),
     ]
+    gradients = [torch.autograd.grad(loss(first).mean(), first.parameters()) for loss in losses]
+    for one, two, three in zip(*gradients, strict=True):
+        assert torch.equal(one, two) and one.any()
+        torch.testing.assert_close(one, three, atol=1e-14, rtol=1e-14)
     for model, loss in zip(models, losses, strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         for _ in range(10):
@@ -246,6 +250,12 @@ def test_rejects():
         k_dce_loss(TABLE, X, 4, masked=nothing)
     with pytest.raises(ValueError, match="pass k or masked"):
         k_dce_loss(TABLE, X, 4, masked=~nothing, k=torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"t must be \(1,\), got torch.float32 \(\)"):
+        t_dse_loss(TABLE, X, 4, LogLinearNoise(), t=torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"k must be \(1,\), got torch.int64 \(2,\)"):
+        k_dce_loss(TABLE, X, 4, k=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"masked must be bool \(1, 5\), got torch.int64 \(1, 5\)"):
+        lambda_dce_loss(TABLE, X, 4, masked=(~nothing).long())
     with pytest.raises(ValueError, match=r"5 rows here, got the shape \(1, 5, 4\)"):
         k_dce_loss(lambda tokens, asked: torch.zeros(1, 5, 4), X, 4, masked=~nothing)
     with pytest.raises(ValueError, match="order must be forward, backward, random or all positions, got 'up'"):

@@ -15,7 +15,6 @@ from sparsekit.diffusion import (
     OrderedSampler,
 )
 from sparsekit.diffusion._row_random import row_seeds, row_uniforms
-from sparsekit.diffusion.token_choice import choose_tokens
 from sparsekit.diffusion.token_sampler import dense_turns
 
 CPU = torch.device("cpu")
@@ -36,20 +35,27 @@ def uniform_model(vocabulary):
     return log_probs
 
 
+def chance(sizes, p):
+    """The probability that sets of positions of these sizes are unmasked in steps one after the other."""
+    before = torch.ones_like(p)
+    for size in sizes:
+        now = before * p**size
+        before = now.cumsum(0) - now
+    return now.sum()
+
+
 def law(sampler, p):
-    """The exact law of a sampler's rows of three positions and two tokens, from its probabilities of the steps."""
-    steps = torch.cartesian_prod(*[torch.arange(sampler.steps)] * 3)
-    turns, which = dense_turns(steps, steps >= 0).unique(dim=0, return_inverse=True)
-    weights = sampler.step_probabilities[steps].prod(1)
-    weights = torch.zeros(len(turns), dtype=torch.float64).index_add(0, which, weights)
+    """The exact law of a sampler's rows of three positions and two tokens, over all ways to order the positions."""
     table, total = true_table(p), torch.zeros(8, dtype=torch.float64)
-    for each, weight in zip(turns, weights, strict=True):
+    turns = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    for each in turns[(dense_turns(turns, turns >= 0) == turns).all(1)]:
         likelihood = torch.zeros(8, dtype=torch.float64)
         for turn in range(int(each.max()) + 1):
             asked = (each == turn).expand(8, 3)
             found = table(EVERY_ROW.masked_fill(each >= turn, 2), asked).gather(1, EVERY_ROW[asked][:, None])
             likelihood += found.view(8, -1).sum(1)
-        total += weight * likelihood.exp()
+        total += chance(each.bincount().tolist(), sampler.step_probabilities) * likelihood.exp()
+    assert total.sum().item() == pytest.approx(1, abs=1e-12)
     return total
 
 
@@ -157,9 +163,9 @@ def test_a_row_does_not_depend_on_its_batch(sampler):
 
 def test_the_law_of_the_steps_nears_that_of_the_model():
     p = joint(2, 3)
-    laws = {n: law(DiffusionSampler(n), p) for n in (1, 2, 4, 8, 16)}
+    laws = {n: law(DiffusionSampler(n), p) for n in (1, 2, 4, 8, 16, 64, 256)}
     distances = [((each - p.flatten()).abs().sum() / 2).item() for each in laws.values()]
-    assert distances == pytest.approx([0.26256, 0.12761, 0.06289, 0.03122, 0.01555], abs=1e-5)
+    assert distances == pytest.approx([0.26256, 0.12761, 0.06289, 0.03122, 0.01555, 0.00388, 0.00097], abs=1e-5)
     for n in (1, 2, 8):
         sample = DiffusionSampler(n).sample(true_table(p), masked_rows(20_000, 3, 2), 2, range(20_000))
         assert chi_squared(sample.tokens, laws[n]) < 24.3  # that of 7 degrees of freedom, one time in 1000
@@ -185,27 +191,30 @@ def test_given_tokens_condition_what_is_drawn():
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom
 
 
-def test_tokens_are_chosen_by_their_cumulative_probability():
-    log_probs = torch.tensor([0.2, 0.5, 0.3, 0.0]).log().expand(5, 4)
-    u = torch.tensor([0.1, 0.21, 0.69, 0.71, 1 - 2.0**-53], dtype=torch.float64)
-    assert choose_tokens(log_probs, u, None, None).tolist() == [0, 1, 1, 2, 2]
-    assert choose_tokens(log_probs, u, 1, None).tolist() == [1] * 5
-    assert choose_tokens(log_probs, u, 2, None).tolist() == [1, 1, 2, 2, 2]  # 0.5 and 0.3 of 0.8
-    assert choose_tokens(log_probs, u, None, 0.5).tolist() == [1] * 5
-    assert choose_tokens(log_probs, u, None, 0.51).tolist() == [1, 1, 2, 2, 2]
-    assert choose_tokens(log_probs, u, None, 1.0).tolist() == [0, 1, 1, 2, 2]
+@pytest.mark.parametrize("given", [slice(0, 2), slice(-2, None), slice(1, 4)], ids=["prefix", "suffix", "middle"])
+@pytest.mark.parametrize("method", ["tweedie", "euler"])
+@pytest.mark.parametrize("choice", [{}, {"top_k": 2}, {"top_p": 0.7}], ids=["direct", "top_k", "top_p"])
+def test_given_tokens_stay_and_cost_nothing(given, method, choice):
+    table, start = wrong_table(), masked_rows(50, 5, 4)
+    start[:, given] = torch.arange(5)[given].clamp(max=3)
+    free = int((start[0] == 4).sum())
+    for sampler in (DiffusionSampler(1000, GeometricNoise(), method, **choice), OrderedSampler("random", **choice)):
+        sample = sampler.sample(table, start, 4, range(50))
+        assert (sample.tokens < 4).all() and torch.equal(sample.tokens[start != 4], start[start != 4])
+        assert sample.evaluations.max() == free
 
 
-def test_rare_tokens_are_drawn_as_often_as_they_should():
-    """Half of these tokens have a probability of 1e-6; steps of 1/4096 do not make them rarer."""
-    rare = torch.full((8,), 1e-6, dtype=torch.float64)
-    p = torch.cat((rare, (1 - rare.sum()) / 8 + torch.zeros(8, dtype=torch.float64)))
-    uniforms = row_uniforms(row_seeds(range(50), CPU), 8000)[..., 1].flatten()
-    chosen = choose_tokens(p.log().float().expand(len(uniforms), 16), uniforms, None, None)
-    expected = 8e-6 * len(uniforms)
-    assert abs((chosen < 8).sum().item() - expected) < 3 * expected**0.5
-    tiny = choose_tokens(p.log()[None], torch.tensor([7.5e-6], dtype=torch.float64), None, None)
-    assert tiny.item() == 7, "float32 has no such numbers"
+@pytest.mark.parametrize(
+    "sampler",
+    [DiffusionSampler(4, top_p=0.9), OrderedSampler(top_k=1), ConfidenceSampler()],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_mask_token_is_never_drawn(sampler):
+    def raw(tokens, asked):  # the published network gives the mask token a logit
+        return torch.tensor([0.1, 0.1, 0.8]).log().expand(int(asked.sum()), 3)
+
+    with pytest.raises(ValueError, match="must give the mask token 2 the probability 0, but predicted it"):
+        sampler.sample(raw, masked_rows(40, 3, 2), 2, range(40))
 
 
 def test_confidence_takes_what_is_sure():

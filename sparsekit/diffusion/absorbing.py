@@ -107,9 +107,11 @@ def lambda_dce_loss(
     if probability is None:
         rows = torch.arange(len(tokens), device=tokens.device)
         probability = (draw_uniform(tokens[:, 0], generator) + rows) / len(tokens)
-    probability = probability.to(tokens.device).clamp(min=2.0**-60)  # at 0 nothing is masked, and 0 / 0 is no number
+    probability = _given("probability", probability, tokens[:, 0])
+    probability = probability.clamp(min=2.0**-60)  # at 0 nothing is masked, and 0 / 0 is no number
     if masked is None:
         masked = draw_uniform(tokens, generator) < probability[:, None]
+    masked = _given("masked", masked, tokens)
     cross_entropy = token_losses(model, tokens, mask_token, masked).sum(1)
     return cross_entropy / probability.to(cross_entropy)
 
@@ -140,9 +142,10 @@ def k_dce_loss(
         length = tokens.shape[1]
         if k is None:
             k = (draw_uniform(tokens[:, 0], generator) * length).long() + 1
-        masked = draw_uniform(tokens, generator).argsort(1).argsort(1) < k.to(tokens.device)[:, None]
+        masked = draw_uniform(tokens, generator).argsort(1).argsort(1) < _given("k", k, tokens[:, 0])[:, None]
     elif k is not None:
         raise ValueError("pass k or masked, got both")
+    masked = _given("masked", masked, tokens)
     if not (k := masked.sum(1)).all():
         raise ValueError(f"at least one token of each row must be masked, got none in row {int(k.argmin())}")
     cross_entropy = token_losses(model, tokens, mask_token, masked).sum(1)
@@ -200,10 +203,18 @@ def _time_and_masked(
         rows = torch.arange(len(tokens), device=tokens.device)
         spread = (draw_uniform(tokens[:1, 0], generator) + rows / len(tokens)) % 1
         t = 1e-3 + (1 - 1e-3) * spread
-    t = t.to(tokens.device)
+    t = _given("t", t, tokens[:, 0])
     if masked is None:
         masked = draw_uniform(tokens, generator) < noise.mask_probability(t)[:, None]
-    return t, masked.to(tokens.device)
+    return t, _given("masked", masked, tokens)
+
+
+def _given(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """Returns an argument on the device of the tokens, for each of which or each row of which it has a value."""
+    if value.shape != like.shape or (name == "masked" and value.dtype != torch.bool):
+        wanted = f"{'bool ' if name == 'masked' else ''}{tuple(like.shape)}"
+        raise ValueError(f"{name} must be {wanted}, got {value.dtype} {tuple(value.shape)}")
+    return value.to(like.device)
 
 
 def draw_uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -87,24 +87,26 @@ def evaluate_bound(
         raise ValueError("given must be bool like rows and leave a token to predict in each of them")
     key = row_seeds([seed], rows.device)
     rank, size = _rank_and_size(group)
-    calls = torch.arange(rank, len(rows) * draws, size, device=rows.device)
-    losses = torch.zeros(len(rows) * draws, dtype=torch.float64, device=rows.device)
+    count = len(rows) * draws
+    each = -(-count // size)  # in every process, since the forwards of a sharded model are calls of all of them
+    losses = torch.zeros(each * size, dtype=torch.float64, device=rows.device)
+    calls = torch.arange(rank, each * size, size, device=rows.device)
     with inferring(model):
         for call in progress(calls.split(batch_size)):
-            row, draw = call // draws, call % draws
-            masked, weight = _mask(key, free[row], call, draw / draws, draws)
+            row, draw = call.clamp(max=count - 1) // draws, call % draws
+            masked, weight = _mask(key, free[row], call, draw, draws)
             found = token_losses(model, rows[row], mask_token, masked).double().sum(1)
             losses[call] = found * weight
     if size > 1:
         dist.all_reduce(losses, group=None if isinstance(group, str) else group)
-    return _bound(losses.view(len(rows), draws).cpu(), int(free.sum()))
+    return _bound(losses[:count].view(len(rows), draws).cpu(), int(free.sum()))
 
 
-def _mask(key: Tensor, free: Tensor, stream: Tensor, start: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+def _mask(key: Tensor, free: Tensor, stream: Tensor, part: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """Draws which free tokens are masked; returns it and the weight of their losses, ``free tokens / k``."""
     uniforms = row_uniforms(key.expand(len(free)), free.shape[1], stream)
     count = free.sum(1)
-    k = ((start + uniforms[:, 0, 1] / draws) * count).long().clamp(max=count - 1) + 1
+    k = ((part + uniforms[:, 0, 1]) / parts * count).long().clamp(max=count - 1) + 1
     keys = uniforms[..., 0].masked_fill(~free, 2)  # behind all others
     return keys.argsort(1).argsort(1) < k[:, None], count.double() / k
 

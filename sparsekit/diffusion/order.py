@@ -42,7 +42,9 @@ def ordered_loss(
     """
     check_tokens(tokens, mask_token)
     rows, length = tokens.shape
-    turns = order_turns(order, draw_uniform(tokens, generator) if order == "random" else tokens)
+    turns = order_turns(
+        order, draw_uniform(tokens, generator) if isinstance(order, str) and order == "random" else tokens
+    )
     calls = torch.arange(rows * length, device=tokens.device)
     losses = []
     for call in calls.split(batch_size):

@@ -16,9 +16,15 @@ def choose_tokens(log_probs: Tensor, uniform: Tensor, top_k: int | None, top_p: 
         uniform: float64 ``[positions]``, within 0 and 1.
         top_k: draws from this many of the likeliest tokens; None is all.
         top_p: draws from the fewest of the likeliest tokens that have at least this probability; None is all.
+
+    Raises:
+        ValueError: no token of a position has a probability.
     """
     chunks = zip(log_probs.split(ROWS_AT_ONCE), uniform.split(ROWS_AT_ONCE), strict=True)
-    return torch.cat([_choose(rows.double(), numbers, top_k, top_p) for rows, numbers in chunks])
+    chosen = torch.cat([_choose(rows.double(), numbers, top_k, top_p) for rows, numbers in chunks])
+    if (chosen >= log_probs.shape[1]).any():
+        raise ValueError("log probabilities must be numbers, and not minus infinity for all tokens of a position")
+    return chosen
 
 
 def check_choice(top_k: int | None, top_p: float | None) -> None:

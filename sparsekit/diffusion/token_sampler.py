@@ -48,11 +48,13 @@ class TokenSampler(ABC):
             progress: wraps the turns, such as tqdm.
 
         Raises:
-            ValueError: an argument is out of range.
+            ValueError: an argument is out of range, or the model predicts the mask token or no token.
         """
         tokens, free, uniforms = _begin(start, mask_token, seeds)
         with inferring(model):
             evaluations = self._fill(model, tokens, free, uniforms, progress)
+        if (tokens[free] == mask_token).any():
+            raise ValueError(f"the model must give the mask token {mask_token} the probability 0, but predicted it")
         return TokenSample(tokens, evaluations.cpu())
 
     @abstractmethod
