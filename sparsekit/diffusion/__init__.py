@@ -5,6 +5,7 @@ from .blocks import BlockSampler
 from .bound import Bound, evaluate_bound
 from .confidence import ConfidenceSampler
 from .gaussian import GaussianDiffusion, drop_labels, guided
+from .masking import masked_batches
 from .noise import GeometricNoise, LogLinearNoise, Noise
 from .order import ordered_loss
 from .token_sampler import TokenSample
@@ -26,6 +27,7 @@ __all__ = [
     "guided",
     "k_dce_loss",
     "lambda_dce_loss",
+    "masked_batches",
     "ordered_loss",
     "t_dce_loss",
     "t_dse_loss",

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._inferring import inferring
-from ._row_random import row_seeds, row_uniforms
+from ._row_random import row_seeds
 from .absorbing import MaskedModel, check_tokens, token_losses
+from .masking import mask_evenly
 
 Group: TypeAlias = 'Literal["world", "alone"] | dist.ProcessGroup'  # a string: some builds of torch have no groups
 
@@ -94,21 +95,12 @@ def evaluate_bound(
     with inferring(model):
         for call in progress(calls.split(batch_size)):
             row, draw = call.clamp(max=count - 1) // draws, call % draws
-            masked, weight = _mask(key, free[row], call, draw, draws)
+            masked = mask_evenly(key, free[row], call, draw, draws)
             found = token_losses(model, rows[row], mask_token, masked).double().sum(1)
-            losses[call] = found * weight
+            losses[call] = found * free[row].sum(1) / masked.sum(1)
     if size > 1:
         dist.all_reduce(losses, group=None if isinstance(group, str) else group)
     return _bound(losses[:count].view(len(rows), draws).cpu(), int(free.sum()))
-
-
-def _mask(key: Tensor, free: Tensor, stream: Tensor, part: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Draws which free tokens are masked; returns it and the weight of their losses, ``free tokens / k``."""
-    uniforms = row_uniforms(key.expand(len(free)), free.shape[1], stream)
-    count = free.sum(1)
-    k = ((part + uniforms[:, 0, 1]) / parts * count).long().clamp(max=count - 1) + 1
-    keys = uniforms[..., 0].masked_fill(~free, 2)  # behind all others
-    return keys.argsort(1).argsort(1) < k[:, None], count.double() / k
 
 
 def _bound(losses: Tensor, tokens: int) -> Bound:
