@@ -1,15 +1,17 @@
 """RADD: its published sizes and weights, what it computes, and that it can be stored and trained."""
 
 import math
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 pytest.importorskip("huggingface_hub")
 
 from sparsekit.diffusion import DiffusionSampler, evaluate_bound, k_dce_loss
-from sparsekit.models import RADD
+from sparsekit.models import RADD, read_published
 
 TINY = {"tokens": 11, "hidden_size": 16, "n_blocks": 2, "n_heads": 2}
 
@@ -95,6 +97,57 @@ def test_published_weights_compute_what_they_did():
     torch.testing.assert_close(log_probs[..., :11], by_hand(state, tokens), atol=1e-6, rtol=0)  # float32 angles
     asked = tokens == 11
     torch.testing.assert_close(model(tokens, asked), log_probs[asked], atol=1e-12, rtol=0)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """What the original's training leaves, with averages that are not the weights."""
+    state = {"rotary_emb.inv_freq": torch.ones(4), **random_state()}
+    averages = [*random_state(1).values()]
+    path = tmp_path / "checkpoints-meta" / "checkpoint.pth"
+    path.parent.mkdir()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).state_dict()
+    stored = {"optimizer": optimizer, "model": state, "step": 7}
+    torch.save({**stored, "ema": {"decay": 0.9999, "num_updates": 7, "shadow_params": averages}}, path)
+    return path
+
+
+def test_published_weights_are_read_from_files(tmp_path, checkpoint, monkeypatch):
+    def same(source, state):
+        model = RADD.from_published(source, n_heads=2)
+        expected = RADD.from_published(state, n_heads=2).state_dict()
+        assert all(torch.equal(each, expected[name]) for name, each in model.state_dict().items())
+
+    same(checkpoint, random_state(1))
+    same(tmp_path, random_state(1))
+    same(read_published(checkpoint, ema=False), random_state())
+    torch.save({f"module.{name}": each for name, each in random_state(2).items()}, tmp_path / "pytorch_model.bin")
+    same(tmp_path, random_state(2))
+    save_file(random_state(3), tmp_path / "model.safetensors")
+    same(str(tmp_path), random_state(3))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: tmp_path / file)
+    same("someone/radd", random_state(3))
+
+
+def test_published_files_are_never_unpickled(tmp_path, checkpoint):
+    torch.save({"model": math.sqrt}, tmp_path / "harmful.pth")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        RADD.from_published(tmp_path / "harmful.pth")
+    torch.save([torch.ones(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth must hold tensors by name, or a checkpoint"):
+        RADD.from_published(tmp_path / "list.pth")
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["ema"]["shadow_params"].pop()
+    torch.save(stored, checkpoint)
+    with pytest.raises(ValueError, match="averages of the checkpoint do not fit its model: pass ema=False"):
+        RADD.from_published(checkpoint)
+    checkpoint.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"has none of model\.safetensors, pytorch_model\.bin, checkpoints-meta"
+    ):
+        RADD.from_published(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no file, no folder and no name on the Hugging Face Hub"):
+        RADD.from_published("runs/of/yesterday.pth")
 
 
 def test_a_new_model_knows_nothing():

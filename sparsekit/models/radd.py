@@ -4,6 +4,7 @@ Source: Ou et al., 2024, https://arxiv.org/abs/2406.03736.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping
 
@@ -15,6 +16,8 @@ try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError as error:
     raise ImportError("sparsekit.models needs huggingface_hub: pip install 'sparsekit-kernels[systems]'") from error
+
+from .published import read_published
 
 PUBLISHED_NAMES = {
     r"vocab_embed\.embedding": "embedding.weight",
@@ -79,18 +82,24 @@ class RADD(nn.Module, PyTorchModelHubMixin, library_name="sparsekit"):
 
     @classmethod
     def from_published(
-        cls, state: Mapping[str, Tensor], *, n_heads: int | None = None, dropout: float = 0.02
+        cls,
+        source: Mapping[str, Tensor] | str | os.PathLike[str],
+        *,
+        n_heads: int | None = None,
+        dropout: float = 0.02,
     ) -> "RADD":
         """Returns a model with published weights, whose sizes are those of the tensors.
 
         Args:
-            state: the tensors by their published names; the model keeps them without a copy.
+            source: where they are, as for ``read_published``, or the tensors by their published names, which the model
+                keeps without a copy.
             n_heads: the number of heads; None is that of the published models, whose heads have 64 numbers.
             dropout: as for a new model.
 
         Raises:
             ValueError: names or shapes are not those of such a model.
         """
+        state = source if isinstance(source, Mapping) else read_published(source)
         renamed = {_renamed(name): tensor for name, tensor in state.items() if name != "rotary_emb.inv_freq"}
         if "embedding.weight" not in renamed:
             raise ValueError("state must have the published names, such as vocab_embed.embedding, which it lacks")
