@@ -3,13 +3,14 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ._settings import SharedSetting
 from ._undo import restoring
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -106,34 +107,46 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     they do not call their layers.
     """
     flags = {module: module.training for module in model.modules()}
-    grad, fast = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
+    grad = torch.is_grad_enabled()
 
     def restore() -> None:
-        torch.backends.mha.set_fastpath_enabled(fast)
         torch.set_grad_enabled(grad)
         _restore_modes(flags)
 
-    with restoring(restore):
+    with restoring(restore), _FAST_ATTENTION.changed():
         torch.set_grad_enabled(False)
-        torch.backends.mha.set_fastpath_enabled(False)
         if any(flags.values()):
             model.eval()
         yield
 
 
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Runs compiled models and functions uncompiled, because compiled code calls no hooks."""
-    stances: list[Any] = []
+_FAST_ATTENTION = SharedSetting(
+    torch.backends.mha.get_fastpath_enabled,
+    lambda: torch.backends.mha.set_fastpath_enabled(False),
+    torch.backends.mha.set_fastpath_enabled,
+)
 
-    def restore() -> None:
-        for stance in stances:
-            stance.__exit__(None, None, None)
 
-    with restoring(restore):
-        if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and importing it would take seconds
-            stances.append(torch.compiler.set_stance("force_eager"))
-        yield
+def eagerly() -> AbstractContextManager[None]:
+    """Runs compiled models and functions uncompiled inside the ``with``, because compiled code calls no hooks."""
+    return _STANCE.changed()
+
+
+_stances: list[Any] = []
+
+
+def _make_eager() -> None:
+    if "torch._dynamo" in sys.modules and not _stances:  # without it nothing is compiled, and importing takes seconds
+        _stances.append(torch.compiler.set_stance("force_eager"))
+
+
+def _restore_stance(_: None) -> None:
+    for stance in _stances:
+        stance.__exit__(None, None, None)
+    _stances.clear()
+
+
+_STANCE = SharedSetting(lambda: None, _make_eager, _restore_stance)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: each comput
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from process_state import process_state
 
 if not torch.cuda.is_available():  # Triton reads it when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,6 +34,13 @@ hypothesis.settings.load_profile("sparsekit")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was():
+    before = process_state()
+    yield
+    assert process_state() == before
 
 
 LEVELS = simd_levels() or ("reference",)

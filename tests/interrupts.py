@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import torch
+from process_state import process_state
 
 PACKAGE = str(Path(__file__).parents[1] / "sparsekit")
 
@@ -98,19 +99,7 @@ def assert_all_or_nothing(make, act, look=None, *, runs=None, error=Interrupt, l
 
 def surroundings():
     """Returns the state of torch and of this process that a call must not change."""
-    return {
-        "threads": threading.active_count(),
-        "grad": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
-        "autocast": [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
-        "dtype": torch.get_default_dtype(),
-        "device": torch.get_default_device(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "torch function": torch._C._is_torch_function_enabled(),
-        "modes": torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack(),
-        "threads of torch": torch.get_num_threads(),
-        "products": [each.fp32_precision for each in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)],
-    }
+    return {"threads": threading.active_count(), **process_state()}
 
 
 def model_state(model):

@@ -50,6 +50,7 @@ LAYERS = [
         "sparsekit._state",
         "sparsekit.masks",
         "sparsekit._undo",
+        "sparsekit._settings",
         "sparsekit._trees",
         "sparsekit._forwards",
         "sparsekit._batches",

@@ -202,7 +202,7 @@ def test_default_dtype_and_device(model):
         model(X).sum().backward()
         training.finish()
     finally:
-        torch.set_default_dtype(torch.float32), torch.set_default_device("cpu")
+        torch.set_default_dtype(torch.float32), torch.set_default_device(None)
     assert torch.equal(model[0].weight, expected[0].weight) and get_mask(model[0]).device.type == "cpu"
 
 
