@@ -29,12 +29,9 @@ def cases():
 @pytest.fixture(scope="module")
 def compiled(request, tmp_path_factory):
     """What the compilers found, by target and case, of the targets and the cases that the chosen tests ask for."""
-    params = [
-        item.callspec.params
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    ]
-    whole = any("every_target" in item.name for item in request.session.items)
+    items = [item for item in request.session.items if item.path == request.path]
+    params = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    whole = any(item.name == test_every_kernel_is_compiled_for_every_target.__name__ for item in items)
     targets, names = ({each[key] for each in params} for key in ("target", "name"))
     folder = tmp_path_factory.mktemp("compiled")
     compilers = Compilers(folder, TARGETS) if whole else Compilers(folder, sorted(targets), sorted(names))
