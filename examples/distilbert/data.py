@@ -15,7 +15,7 @@ CHECKED = 872  # sentences that training is checked on where a data set has no t
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences with their labels: 1 for a good review, 0 for a bad one."""
+    """A list of sentences with their labels: 1 for a good review, 0 for a bad one."""
 
     texts: list[str]
     labels: list[int]
@@ -36,7 +36,7 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained on, what decides when training ends, and what figures are measured on."""
+    """The sentences to train on, those that decide when training ends, and those that figures are measured on."""
 
     train: Sentences
     validation: Sentences
@@ -112,7 +112,7 @@ def read_tsv(path: Path) -> Sentences:
 
 
 class Pieces:
-    """Sentences as word pieces, which are put into batches by index."""
+    """The word pieces of sentences, which are put into batches by index."""
 
     def __init__(self, sentences: Sentences, tokenizer: Any, max_length: int) -> None:
         encoded = tokenizer(sentences.texts, truncation=True, max_length=max_length).input_ids

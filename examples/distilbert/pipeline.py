@@ -26,7 +26,7 @@ from trainer import Data, Phase, Pruning, accuracy, teach, train
 import sparsekit as sk
 from sparsekit._digest import digest
 from sparsekit.evaluate import predict_logits
-from sparsekit.slim import choose_units, find_units, slim_, unit_scores
+from sparsekit.slim import Units, choose_units, find_units, slim_, unit_scores
 
 BRANCHES: dict[str, Pruning] = {"student": "none", "pruned": "units", "2-4": "2:4"}  # the student is trained as long
 QUANTIZED: dict[str, tuple[str, Form]] = {  # the folder of each quantized model, of what it is made, and its form
@@ -156,7 +156,8 @@ class Pipeline:
         pruned = load_model(self.out / "recovered" / "pruned")
         if self.settings.criterion != "published":  # whose rows cannot be removed
             before, weights = predict_logits(pruned, [batch]), encoder_weights(pruned)
-            result["pruned"] = slim_masked(pruned, batch, self.settings.sparsity)
+            units = find_units(student, batch)  # of the student, as masked units show no gradient
+            result["pruned"] = slim_masked(pruned, units, self.settings.sparsity)
             result["pruned"] |= {
                 "largest_change_of_a_logit": float((predict_logits(pruned, [batch]) - before).abs().max()),
                 "removed": 1 - encoder_weights(pruned) / weights,
@@ -186,9 +187,8 @@ class Pipeline:
             save_model(model.cpu(), self.tokenizer, self.out / name)
 
 
-def slim_masked(model: Any, batch: dict[str, Tensor], sparsity: float) -> dict[str, Any]:
+def slim_masked(model: Any, units: Units, sparsity: float) -> dict[str, Any]:
     """Removes the units of a model that are masked: those have the score 0, and are chosen first."""
-    units = find_units(model, batch)
     plan = choose_units(model, units, unit_scores(model, units), sparsity)
     report = slim_(model, plan)
     return {"plan": str(plan).splitlines(), "weights": report.weights, "weights_before": report.weights_before}

@@ -48,7 +48,7 @@ class Phase:
 
 
 class Data:
-    """Training and validation sentences, with the logits that a teacher has for the former."""
+    """The training and validation sentences, with the logits that a teacher has for the former."""
 
     def __init__(self, train: Pieces, validation: Pieces, taught: Tensor | None = None) -> None:
         self.train, self.validation, self.taught = train, validation, taught
@@ -56,7 +56,7 @@ class Data:
 
 
 class UnitPruner:
-    """Masks the units with the lowest scores, more and more of them."""
+    """The pruner of units, which masks more and more of those with the lowest scores."""
 
     def __init__(self, model: nn.Module, data: Data, settings: Settings, steps: int) -> None:
         self.model, self.settings, self.data = model, settings, data
@@ -219,7 +219,7 @@ class Step:
 
 
 class Stopper:
-    """Keeps the weights of the best check, and says when there was no better one for long."""
+    """The keeper of the weights of the best check, which says when there was no better one for long."""
 
     def __init__(
         self, run: Run, model: nn.Module, path: Path, settings: Settings, accelerator: Accelerator, best: bool
