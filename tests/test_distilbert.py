@@ -226,6 +226,46 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("criterion", ["l2", "taylor"])
+def test_a_pruning_run_that_was_killed_goes_on_exactly(modules, reviews, tmp_path, monkeypatch, criterion):
+    from accelerate import Accelerator
+
+    options = {"out": tmp_path, "data": str(reviews), "train_examples": 96, "batch_size": 16, "sparsity": 0.4}
+    settings = modules.config.Settings(**options, criterion=criterion, prune_every=2, precision="no", device="cpu")
+    pipeline = modules.pipeline.Pipeline(settings, Accelerator(cpu=True))
+    data, phase = pipeline.data(torch.zeros(96, 2)), modules.trainer.Phase(2, 1e-3, pruning="units", best=False)
+    monkeypatch.setattr(modules.config, "SMALL", modules.config.SHORT_SMALL)
+    monkeypatch.setattr(modules.trainer, "SAVE_EVERY", 3)
+
+    def run(name):
+        model = modules.models.small_model(settings, "student", pipeline.tokenizer)
+        modules.trainer.train(model, data, phase, tmp_path / name, settings, pipeline.accelerator, {})
+        return {key: value.tolist() for key, value in model.state_dict().items()}
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(modules.trainer.Step, "__call__", killed_at(modules.trainer.Step.__call__, 8))
+        with pytest.raises(KeyboardInterrupt):
+            run("killed")
+    assert run("killed") == whole == run("whole")
+    zeros = sum(row.count(0.0) for row in whole["distilbert.transformer.layer.0.ffn.lin1.weight"])
+    assert zeros > 0
+
+
+def killed_at(step, number):
+    """Returns a step that is interrupted when it is called for that time."""
+    calls = []
+
+    def call(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    return call
+
+
+@pytest.mark.slow
 def test_a_pass_is_the_faster_the_more_neurons_are_removed(modules):
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 

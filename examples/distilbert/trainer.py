@@ -152,12 +152,14 @@ def train(
             step = Step(wrapped, optimizer, schedule, data, phase, settings, accelerator)
             stopper = Stopper(run, model, path, settings, accelerator, phase.best)
             batches = run.batches(per_epoch * ranks, ranks, epochs=phase.epochs, seed=settings.seed)
-            hidden = None if accelerator.is_main_process else True
+            hidden, epoch, groups = None if accelerator.is_main_process else True, -1, list[list[int]]()
             for chosen in tqdm(batches, folder.name, steps, initial=run.step, leave=False, disable=hidden):
                 done = run.step - 1
                 if pruner is not None:
                     pruner.before(done)
-                groups = data.train.groups(size, settings.seed + 1000 * (done // per_epoch))
+                if done // per_epoch != epoch:
+                    epoch = done // per_epoch
+                    groups = data.train.groups(size, settings.seed + 1000 * epoch)
                 record = step(groups[chosen[0]], done / steps)
                 if run.step % check == 0 or run.step == steps:
                     record["accuracy"] = accuracy(model, data)
