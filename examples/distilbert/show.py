@@ -67,15 +67,19 @@ def write_markdown(found: dict[str, Any], path: Path) -> None:
 
 
 def draw_report(found: dict[str, Any], path: Path) -> None:
-    """Draws the accuracy of each model over the operations that it executes."""
+    """Draws the accuracy of each model over the operations that it executes; equal numbers of these side by side."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for row in table(found):
+    rows = table(found)
+    step, drawn = 0.012 * max(row["gflops"] for row in rows), list[float]()
+    for row in rows:
+        place = row["gflops"] + step * drawn.count(row["gflops"])
+        drawn.append(row["gflops"])
         below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]
-        axes.errorbar(row["gflops"], row["accuracy"], [[below], [above]], fmt="o", capsize=3, label=row["model"])
+        axes.errorbar(place, row["accuracy"], [[below], [above]], fmt="o", capsize=3, label=row["model"])
     batch, length = found["flops_at"]
     axes.set(xlabel=f"GFLOPs executed at {batch} x {length}", ylabel="accuracy, with 95 % intervals")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
