@@ -16,7 +16,7 @@ import torch
 from judge import compared
 from mask_files import digests, masked_copy, write_masks
 from noisy import NoisyBatches, add_noise, image_losses, loss
-from settings import OUT, Source, explained, judged_on, open_run, run_command
+from settings import OUT, Source, check_counts, explained, judged_on, open_run, run_command
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -44,6 +44,9 @@ class Finetuning(Source):
     project_name: str = "maskpro-ddpm"
     experiment_name: str | None = None
 
+    def __post_init__(self) -> None:
+        check_counts(self, "max_step", "batch_size", "held_out", "save_every")
+
     def of_run(self) -> dict[str, Any]:
         """Returns what the run depends on besides weights and masks: with other values, its folder does not go on."""
         return {key: value for key, value in asdict(self).items() if key not in FREE}
@@ -52,7 +55,7 @@ class Finetuning(Source):
 def main(settings: Finetuning) -> dict[str, Any]:
     """Returns the losses."""
     denoiser = settings.denoiser()
-    unet = masked_copy(denoiser.unet, settings.mask_path).requires_grad_(True)
+    unet = masked_copy(denoiser.unet, settings.mask_path, learned=True).requires_grad_(True)
     images, labels = denoiser.images(settings.dataset).train
     if not 1 <= settings.batch_size <= len(images):
         raise SystemExit(f"--batch_size must be from 1 to {len(images)} images, got {settings.batch_size}")

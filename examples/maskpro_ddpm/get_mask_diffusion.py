@@ -52,7 +52,7 @@ def scores_of(dense: UNet, pruned: UNet) -> dict[str, Tensor]:
 
 def main(settings: Extraction) -> dict[str, Any]:
     """Returns the summary that it also writes."""
-    if not settings.model_path.exists():
+    if not settings.model_path.is_dir():
         raise SystemExit(f"{settings.model_path} is missing: run weight_prune.py --save_path {settings.model_path}")
     dense, pruned = settings.denoiser().unet, load_denoiser(str(settings.model_path)).unet.to("cpu")
     dense = copy.deepcopy(dense).to("cpu")

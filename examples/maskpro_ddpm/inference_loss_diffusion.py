@@ -22,15 +22,24 @@ class Baseline(Sizes):
     """What inference_loss_diffusion.py takes."""
 
     initial_mask_path: Path = INITIAL
+    learned_mask_path: Path | None = None  # masks of an earlier run, in place of the initial ones, as for training
     output_dir: Path = OUT / "baseline_losses"
     targets: tuple[str, ...] = ("all",)  # the parts that are masked; the others are dense
+    num_timesteps: int | None = None  # published; must be that of the model, which None takes
 
 
 def main(settings: Baseline) -> Path:
     """Returns the path of the losses."""
     denoiser = settings.denoiser()
     check_targets(denoiser.unet, settings.targets)
-    masked = masked_copy(denoiser.unet, settings.initial_mask_path, settings.targets)
+    known = denoiser.diffusion.steps
+    if settings.num_timesteps not in (None, known):
+        raise SystemExit(
+            f"the model was trained with {known} timesteps, got --num_timesteps {settings.num_timesteps}: leave it out"
+        )
+    learned = settings.learned_mask_path
+    masks = learned or settings.initial_mask_path
+    masked = masked_copy(denoiser.unet, masks, settings.targets, learned=learned is not None)
     batches = NoisyBatches(denoiser, settings.part(denoiser), settings.batch_size, settings.seed)
     with explained(settings.batch_size), torch.no_grad():
         losses = baseline.measure(masked, batches)

@@ -42,17 +42,21 @@ def digests(dense: nn.Module, masked: nn.Module) -> dict[str, str]:
     return {"model": of(dense.state_dict()), "masks": of(masks_of(masked))}
 
 
-def masked_copy(dense: UNet, folder: Path, targets: tuple[str, ...] | None = None) -> UNet:
+def masked_copy(dense: UNet, folder: Path, targets: tuple[str, ...] | None = None, *, learned: bool = False) -> UNet:
     """Returns a copy of a dense model with the masks of a folder: stored, and its dropped weights zero.
 
     Args:
         dense: the model.
         folder: what ``write_masks`` wrote to.
         targets: the parts that are masked, as ``settings.in_targets`` has them; None masks all.
+        learned: whether train_diffusion.py writes the masks, for the error where they are missing.
     """
     path = folder / FILE
     if not path.exists():
-        raise SystemExit(f"{path} is missing: get_mask_diffusion.py --output_dir {folder} writes it")
+        written = (
+            f"train_diffusion.py --out {folder.parent}" if learned else f"get_mask_diffusion.py --output_dir {folder}"
+        )
+        raise SystemExit(f"{path} is missing: {written} writes it")
     masked = copy.deepcopy(dense)
     with torch.no_grad():
         for weight in masked.parameters():

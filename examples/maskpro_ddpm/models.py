@@ -49,7 +49,10 @@ class Denoiser:
 
     def images(self, dataset: str = "auto") -> Images:
         """Loads its images, or those of another data set."""
-        found = load(self.data if dataset == "auto" else dataset, self.shape[1], self.held_out)
+        try:
+            found = load(self.data if dataset == "auto" else dataset, self.shape[1], self.held_out)
+        except OSError as error:  # no such data, no images in it, or no network
+            raise SystemExit(f"{error}: name other data by --dataset") from error
         if found.channels != self.shape[0]:
             raise SystemExit(
                 f"the model takes images of {self.shape[0]} channels and {found.source} has {found.channels}: "

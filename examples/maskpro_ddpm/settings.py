@@ -37,7 +37,8 @@ class Source:
         return Path(denoiser.data if self.dataset == "auto" else self.dataset).name
 
     def denoiser(self) -> Denoiser:
-        return load_denoiser(self.original_model, device_of(self.device))
+        with explained():
+            return load_denoiser(self.original_model, device_of(self.device))
 
 
 @dataclass
@@ -48,9 +49,12 @@ class Sizes(Source):
     batch_size: int = 32
     max_batches: int | None = None  # fewer batches than the images make
 
+    def __post_init__(self) -> None:
+        check_counts(self, "dataset_size", "batch_size", "max_batches")
+
     def part(self, denoiser: Denoiser) -> Part:
         """Returns the training images that make whole batches."""
-        if self.batch_size < 1 or self.dataset_size < self.batch_size:
+        if self.dataset_size < self.batch_size:
             raise SystemExit(
                 f"--batch_size must be from 1 to --dataset_size {self.dataset_size}, got {self.batch_size}"
             )
@@ -60,22 +64,39 @@ class Sizes(Source):
             count = min(count, self.max_batches)
         if not count:
             raise SystemExit(
-                f"{len(images)} training images and --max_batches {self.max_batches} make no batch of "
-                f"{self.batch_size}: pass a smaller --batch_size"
+                f"{len(images)} training images make no batch of {self.batch_size}: pass a smaller --batch_size"
             )
         return images[: count * self.batch_size], labels[: count * self.batch_size]
 
 
 def chosen_on(denoiser: Denoiser, dataset: str) -> Part:
     """Returns the held-out images that decide whether the learned mask or the initial one is kept: the first half."""
-    images, labels = denoiser.images(dataset).held_out
+    images, labels = _held_out(denoiser, dataset)
     return images[: len(images) // 2], labels[: len(images) // 2]
 
 
 def judged_on(denoiser: Denoiser, dataset: str) -> Part:
     """Returns the held-out images that nothing was chosen on: the second half."""
-    images, labels = denoiser.images(dataset).held_out
+    images, labels = _held_out(denoiser, dataset)
     return images[len(images) // 2 :], labels[len(images) // 2 :]
+
+
+def _held_out(denoiser: Denoiser, dataset: str) -> Part:
+    found = denoiser.images(dataset)
+    count = len(found.held_out[0])
+    if count < 4:
+        raise SystemExit(
+            f"{found.source} has {count} held-out images, and 4 are needed, to choose on and to judge on: name a folder "
+            "of more images by --dataset"
+        )
+    return found.held_out
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Ends the script if one of these settings is given and below 1."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise SystemExit(f"--{name} must be at least 1, got {value}")
 
 
 def is_protected(name: str) -> bool:
@@ -109,8 +130,8 @@ def run_command(main: Callable[[Any], Any], settings: type, description: str | N
 
 
 @contextmanager
-def explained(batch_size: int) -> Iterator[None]:
-    """Ends the script with one sentence where the memory is too small for a batch."""
+def explained(batch_size: int | None = None) -> Iterator[None]:
+    """Ends the script with one sentence where the memory is too small, for a batch or, without a size, for the model."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -121,6 +142,8 @@ def explained(batch_size: int) -> Iterator[None]:
         raise _out_of_memory(batch_size) from error
 
 
-def _out_of_memory(batch_size: int) -> SystemExit:
+def _out_of_memory(batch_size: int | None) -> SystemExit:
+    if batch_size is None:
+        return SystemExit("out of memory while a model was loaded: run it again with --device cpu or a smaller model")
     smaller = f"--batch_size {batch_size // 2}" if batch_size > 1 else "a model of fewer channels"
     return SystemExit(f"out of memory with {batch_size} images in a batch: run it again with {smaller}")

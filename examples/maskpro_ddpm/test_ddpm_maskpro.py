@@ -19,7 +19,7 @@ from judge import ImageJudge, compared
 from mask_files import masked_copy, masks_of
 from models import Denoiser, UNet, load_denoiser
 from noisy import NoisyBatches, image_losses
-from settings import INITIAL, OUT, Source, explained, judged_on, run_command
+from settings import INITIAL, OUT, Source, check_counts, explained, judged_on, run_command
 
 
 @dataclass(kw_only=True)
@@ -40,24 +40,35 @@ class Testing(Source):
     timed_batch: int = 32  # images in the pass that is timed
     seconds: float = 4.0  # for which passes are timed
 
+    def __post_init__(self) -> None:
+        check_counts(
+            self, "held_out", "batch_size", "count", "shown", "sampling_steps", "classifier_epochs", "timed_batch"
+        )
+
 
 def main(settings: Testing) -> dict[str, Any]:
     """Returns the results that it also writes."""
     denoiser = settings.denoiser()
     dense = denoiser.unet
-    learned = masked_copy(dense, settings.learned_mask_path)
+    learned = masked_copy(dense, settings.learned_mask_path, learned=True)
     models = {"dense": dense, "initial": initial_like(learned, dense, settings), "learned": learned}
     if settings.finetuned_path is not None:
-        models["finetuned"] = load_denoiser(str(settings.finetuned_path), dense.device).unet
+        if not settings.finetuned_path.is_dir():
+            raise SystemExit(
+                f"{settings.finetuned_path} is missing: finetune.py --out {settings.finetuned_path.parent} writes it"
+            )
+        with explained():
+            models["finetuned"] = load_denoiser(str(settings.finetuned_path), dense.device).unet
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"original_model": settings.original_model}
     with explained(settings.batch_size):
         result["loss"] = compare_losses(settings, denoiser, models)
         result["sparsity"] = sparsity(models)
         result["images"] = compare_images(settings, denoiser, models)
-    batch = NoisyBatches(denoiser, judged_on(denoiser, settings.dataset), settings.timed_batch, settings.seed)[0]
-    fastest = models.get("finetuned", models["learned"])
-    result["latency"] = compress_and_time(dense, fastest, batch[0], settings.seconds)[1]
+    with explained(settings.timed_batch):
+        batch = NoisyBatches(denoiser, judged_on(denoiser, settings.dataset), settings.timed_batch, settings.seed)[0]
+        fastest = models.get("finetuned", models["learned"])
+        result["latency"] = compress_and_time(dense, fastest, batch[0], settings.seconds)[1]
     path = settings.output_dir / "evaluation_results.json"
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     show(result)

@@ -12,6 +12,7 @@ loss_training.npy, training_summary.json and training_curves.png.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +24,10 @@ from curves import draw_curves
 from ddpm_parts import read_records
 from mask_files import digests, masked_copy, masks_of, write_masks
 from models import Denoiser
-from noisy import NoisyBatches, loss
+from noisy import Noisy, NoisyBatches, loss
 from safetensors.torch import save_file
-from settings import INITIAL, OUT, Sizes, check_targets, chosen_on, explained, open_run, run_command
-from torch import Tensor
+from settings import INITIAL, OUT, Sizes, check_counts, check_targets, chosen_on, explained, open_run, run_command
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import sparsekit as sk
@@ -55,7 +56,7 @@ class Training(Sizes):
     save: bool = True  # also writes checkpoint/ and logits/
     save_every: int = 200  # steps between two stored states
     output_dir: Path = OUT / "results_diffusion"
-    out: Path | None = None  # the folder of the run; None is one in --output_dir, named by lr, epoch, logits and size
+    out: Path | None = None  # the folder of the run; None is one in --output_dir, named by the values of it
     tracker: Literal["swanlab", "wandb", "tensorboard", "trackio", "none"] = "none"
     project_name: str = "maskpro-ddpm"
     experiment_name: str | None = None
@@ -63,15 +64,17 @@ class Training(Sizes):
     def __post_init__(self) -> None:
         if self.draws is None:
             self.draws = 1 if self.parity else DRAWS
-        for name in ("epoch", "max_step", "draws"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SystemExit(f"--{name} must be at least 1, got {value}")
+        check_counts(self, "epoch", "max_step", "draws", "save_every")
+        super().__post_init__()
 
     def folder(self) -> Path:
         """Returns the folder of the run."""
         lr, logits = ("auto" if each is None else f"{each:g}" for each in (self.lr, self.logits))
-        name = f"lr{lr}_epoch{self.epoch}_logits{logits}_size{self.dataset_size}_diffusion"
-        return self.out or self.output_dir / name
+        parts = [f"lr{lr}", f"epoch{self.epoch}", f"logits{logits}", f"size{self.dataset_size}", f"bs{self.batch_size}"]
+        parts += [f"batches{self.max_batches}"] if self.max_batches else []
+        parts += [f"step{self.max_step or 'all'}", f"draws{self.draws}", f"seed{self.seed}", "-".join(self.targets)]
+        parts += ["parity"] if self.parity else []
+        return self.out or self.output_dir / "_".join([*parts, "diffusion"])
 
     def steps(self, batches: int) -> int:
         """Returns the steps of all passes over the batches, ``--max_step`` at most."""
@@ -88,7 +91,7 @@ def main(settings: Training) -> dict[str, Any]:
     denoiser = settings.denoiser()
     check_targets(denoiser.unet, settings.targets)
     masks = settings.learned_mask_path or settings.initial_mask_path
-    masked = masked_copy(denoiser.unet, masks, settings.targets)
+    masked = masked_copy(denoiser.unet, masks, settings.targets, learned=settings.learned_mask_path is not None)
     initial = masks_of(masked)
     if not initial:
         raise SystemExit(f"{masks} has no masks in --targets {' '.join(settings.targets)}: pass --targets all")
@@ -109,12 +112,16 @@ def main(settings: Training) -> dict[str, Any]:
 
 
 def new_learner(
-    settings: Training, denoiser: Denoiser, batches: NoisyBatches, initial: dict[str, Tensor]
+    settings: Training,
+    denoiser: Denoiser,
+    batches: NoisyBatches,
+    initial: dict[str, Tensor],
+    loss_fn: Callable[[nn.Module, Noisy], Tensor] = loss,
 ) -> sk.MaskPro:
     """Returns a learner of the layers that have an initial mask."""
     return sk.MaskPro(
         denoiser.unet,
-        loss,
+        loss_fn,
         "2:4",
         batches=batches,
         held_out=NoisyBatches(denoiser, chosen_on(denoiser, settings.dataset), 128, settings.seed + 1),

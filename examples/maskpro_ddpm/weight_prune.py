@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from noisy import NoisyBatches
-from settings import OUT, Source, check_targets, explained, in_targets, is_protected, run_command
+from settings import OUT, Source, check_counts, check_targets, explained, in_targets, is_protected, run_command
 from tqdm import tqdm
 
 import sparsekit as sk
@@ -39,6 +39,7 @@ class Pruning(Source):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
+        check_counts(self, "calibration", "batch_size")
         if self.pruning_ratio is not None:
             if not 0 < self.pruning_ratio < 1:
                 raise SystemExit(f"--pruning_ratio must be between 0 and 1, got {self.pruning_ratio}")
