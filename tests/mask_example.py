@@ -15,8 +15,8 @@ FOLDER = Path(__file__).parent.parent / "examples" / "maskpro_ddpm"
 def example_modules():
     """The modules, imported as the scripts find their neighbors, until the end."""
     names = (
-        "baseline ddpm_parts finetune get_mask_diffusion inference_loss_diffusion judge mask_files mnist_unet models "
-        "noisy settings test_ddpm_maskpro train_diffusion weight_prune"
+        "baseline compare ddpm_parts finetune get_mask_diffusion inference_loss_diffusion judge mask_files mnist_unet "
+        "models noisy settings test_ddpm_maskpro train_diffusion weight_prune"
     ).split()
     known, path = {*sys.modules}, [*sys.path]
     sys.path.insert(0, str(FOLDER))

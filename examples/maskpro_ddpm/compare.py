@@ -12,11 +12,11 @@ losses of held-out images on which nothing was chosen, is also in comparison.jso
 import copy
 import json
 import shlex
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tomllib
 import tyro
 from judge import compared
 from mask_files import masked_copy, masks_of
@@ -107,9 +107,9 @@ def learn(settings: Comparison, denoiser: Denoiser, rule: str, seed: int) -> tup
         while counted.images < PASS * settings.passes:
             step += 1
             learner.learn(step)
-        images = counted.images
+        passes = counted.images / PASS
         report = learner.finish()
-    return own.unet, {"seed": seed, "steps": step, "images": images, "kept": report.kept, "flips": report.flips}
+    return own.unet, {"seed": seed, "steps": step, "passes": passes, "kept": report.kept, "flips": report.flips}
 
 
 def show(result: dict[str, Any]) -> None:

@@ -86,8 +86,8 @@ def _held_out(denoiser: Denoiser, dataset: str) -> Part:
     count = len(found.held_out[0])
     if count < 4:
         raise SystemExit(
-            f"{found.source} has {count} held-out images, and 4 are needed, to choose on and to judge on: name a folder "
-            "of more images by --dataset"
+            f"{found.source} has {count} held-out images, and 4 are needed, to choose on and to judge on: name a "
+            "folder of more images by --dataset"
         )
     return found.held_out
 
@@ -131,7 +131,7 @@ def run_command(main: Callable[[Any], Any], settings: type, description: str | N
 
 @contextmanager
 def explained(batch_size: int | None = None) -> Iterator[None]:
-    """Ends the script with one sentence where the memory is too small, for a batch or, without a size, for the model."""
+    """Ends the script with one sentence where the memory is too small, for a batch or for a model."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
