@@ -17,6 +17,7 @@ OPTIONAL = {
     "huggingface_hub",
     "peft",
     "bitsandbytes",
+    "lm_eval",
     "tqdm",
     "matplotlib",
     "numpy",

@@ -1,0 +1,146 @@
+"""Models of masked tokens in the tasks of lm-evaluation-harness."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import LM  # type: ignore[import-not-found, unused-ignore]
+from torch import Tensor, nn
+
+from ..diffusion import ConfidenceSampler, DiffusionSampler, evaluate_bound
+from ..diffusion.absorbing import MaskedModel
+from ..diffusion.token_sampler import TokenSampler
+
+GREEDY = ConfidenceSampler(threshold=2)  # one position in each turn, the surest
+
+
+class MaskedLM(LM):  # type: ignore[misc, unused-ignore]
+    """A model of masked tokens as lm-evaluation-harness calls it::
+
+        lm = MaskedLM(model, model.mask_token, tokenizer.encode, tokenizer.decode)
+        lm_eval.simple_evaluate(lm, tasks=["lambada_openai"])
+
+    A log-likelihood is minus the bound that ``evaluate_bound`` measures, so at most the true one: perplexities are too
+    high rather than too low. It depends on the seed and the request, not on the other requests. What counts as greedy
+    is the likeliest token at the surest position, one after the other.
+
+    Args:
+        model: predicts masked tokens; see ``sparsekit.diffusion.absorbing``.
+        mask_token: the number of the mask token.
+        encode: returns the tokens of a text, without special ones.
+        decode: returns the text of tokens.
+        length: how many tokens the model sees. A longer text is measured in windows, each with as much context before
+            it as fits; a longer context is cut at its start.
+        draws: how many times the tokens to predict are masked, an even number; one token is predicted exactly.
+        sampler: generates text, unless a request has ``do_sample``: then ``DiffusionSampler`` does, with a step for
+            each token and the request's ``top_k`` and ``top_p``.
+        eos: what ends a generated text in any case; None is nothing.
+        batch_size: how many rows are predicted at once.
+        seed: what is drawn from.
+        progress: wraps the requests, such as tqdm.
+    """
+
+    def __init__(
+        self,
+        model: MaskedModel,
+        mask_token: int,
+        encode: Callable[[str], Sequence[int]],
+        decode: Callable[[list[int]], str],
+        *,
+        length: int = 1024,
+        draws: int = 32,
+        sampler: TokenSampler | None = None,
+        eos: str | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> None:
+        super().__init__()
+        self.model, self.mask_token, self.encode, self.decode = model, mask_token, encode, decode
+        self.length, self.draws, self.sampler, self.eos = length, draws, sampler or ConfidenceSampler(), eos
+        self.batch_size, self.seed, self.progress = batch_size, seed, progress
+        first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self._device = torch.device("cpu") if first is None else first.device
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Returns for each ``(context, continuation)`` its log-likelihood, and whether it is the greedy one."""
+        results = []
+        for request in self.progress(requests):
+            context, continuation = request.args
+            kept = context.rstrip()  # a space belongs to the word after it
+            given, whole = [*self.encode(kept)] if kept else [], [*self.encode(context + continuation)]
+            windows = self._windows(whole, len(given))
+            results.append((-sum(map(self._nats, windows)), all(map(self._is_greedy, windows))))
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Returns the log-likelihood of each whole text."""
+        return [
+            -sum(self._nats(window) for window in self._windows([*self.encode(request.args[0])], 0))
+            for request in self.progress(requests)
+        ]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Returns the text that follows each context, up to the first of the texts in ``until``.
+
+        At most half of the length is generated, and ``max_gen_toks`` tokens, 256 by default.
+
+        Raises:
+            ValueError: a request wants a temperature other than 1.
+        """
+        alike: dict[Any, list[tuple[int, list[int]]]] = {}  # what can be one batch
+        for index, request in enumerate(requests):
+            context, options = request.args
+            count = min(options.get("max_gen_toks", 256), self.length // 2)
+            given = [*self.encode(context)][-(self.length - count) :]
+            alike.setdefault((len(given), count, _sampler(self.sampler, options, count)), []).append((index, given))
+        tokens: dict[int, list[int]] = {}
+        batches = [
+            (count, sampler, rows[i : i + self.batch_size])
+            for (_, count, sampler), rows in alike.items()
+            for i in range(0, len(rows), self.batch_size)
+        ]
+        for count, sampler, rows in self.progress(batches):
+            start = self._rows([given + count * [self.mask_token] for _, given in rows])
+            seeds = [self.seed + index for index, _ in rows]
+            drawn = sampler.sample(self.model, start, self.mask_token, seeds).tokens[:, -count:].tolist()
+            tokens |= {index: row for (index, _), row in zip(rows, drawn, strict=True)}
+        return [self._cut(self.decode(tokens[i]), request.args[1]) for i, request in enumerate(requests)]
+
+    def _windows(self, tokens: list[int], given: int) -> list[tuple[Tensor, Tensor]]:
+        """Returns rows to measure, which predict every token after the first ``given`` once; True is what is given."""
+        windows = []
+        for start in range(given, len(tokens), self.length):
+            end = min(start + self.length, len(tokens))
+            low = max(0, end - self.length)
+            row = self._rows([tokens[low:end]])
+            windows.append((row, torch.arange(low, end, device=row.device)[None] < start))
+        return windows
+
+    def _nats(self, window: tuple[Tensor, Tensor]) -> float:
+        row, given = window
+        draws = self.draws if (~given).sum() > 1 else 2
+        options = {"draws": draws, "batch_size": self.batch_size, "seed": self.seed, "given": given}
+        return float(evaluate_bound(self.model, row, self.mask_token, group="alone", **options).row_nats)
+
+    def _is_greedy(self, window: tuple[Tensor, Tensor]) -> bool:
+        row, given = window
+        start = row.masked_fill(~given, self.mask_token)
+        return torch.equal(GREEDY.sample(self.model, start, self.mask_token, [0]).tokens, row)
+
+    def _rows(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+
+    def _cut(self, text: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        for end in [until] if isinstance(until, str) else until:
+            text = text.split(end)[0] if end else text
+        return text.split(self.eos)[0] if self.eos else text
+
+
+def _sampler(sampler: TokenSampler, options: dict[str, Any], count: int) -> TokenSampler:
+    if not options.get("do_sample"):
+        return sampler
+    if options.get("temperature", 1) != 1:
+        raise ValueError(f"temperature must be 1 where do_sample is set, got {options['temperature']}")
+    return DiffusionSampler(count, top_k=options.get("top_k"), top_p=options.get("top_p"))
