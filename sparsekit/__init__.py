@@ -49,6 +49,8 @@ Look at gradients
 Run it faster
     compress_                    Swaps each layer for the fastest form that was measured, never a slower one.
     decompress_                  Undoes ``compress_``.
+    reach_                       Prunes to a measured speed: each layer's form, at the least total error.
+    ReachReport                  What ``reach_`` made of each layer, and what it predicted and measured.
     quantize_                    Quantizes layers to nf4, or 2:4 layers to 8 or 4 bits, without measuring.
     Measure                      Options: how ``compress_`` measures.
     CompressReport               What ``compress_`` did to each layer, and what it measured.
@@ -97,6 +99,7 @@ Packages
     prune                        What a pruning method of your own is made of: ``Method`` and the statistics.
     compress                     The entries of a ``CompressReport``.
     quant                        The report of ``quantize_``, and which layers bitsandbytes computes rightly.
+    reach                        The entries of a ``ReachReport``.
     train                        The entries of a ``SparseTraining``.
     diffusion                    Diffusion of images, Gaussian, and of tokens, absorbing: noise, losses, sampling.
     evaluate                     Accuracy, FID and KID; FLOPs, latency, bytes on disk and memory.
@@ -115,7 +118,7 @@ them.
 """
 
 from . import _installed as _installed  # refuses to run beside another project that is called sparsekit
-from . import compress, diffusion, evaluate, nn, ops, probes, prune, quant, runs, slim, tiers, train
+from . import compress, diffusion, evaluate, nn, ops, probes, prune, quant, reach, runs, slim, tiers, train
 from ._config import show_config
 from ._plug_in import register_plug_ins as _register_plug_ins
 from ._version import VERSION as __version__
@@ -171,6 +174,7 @@ from .prune import (
     taylor_scores,
 )
 from .quant import quantize_
+from .reach import ReachReport, reach_
 from .semi_structured import from_sparse_semi_structured, to_sparse_semi_structured
 from .slim import SlimPlan, find_units, mask_units_, slim_, unslim_
 from .train import SparseTraining, sparse_training_
@@ -190,6 +194,7 @@ __all__ = [
     "PackedConv24",
     "PruneReport",
     "QuantizedWeight24",
+    "ReachReport",
     "Scores",
     "SlimPlan",
     "SparseGPT",
@@ -238,6 +243,8 @@ __all__ = [
     "quant",
     "quantize24",
     "quantize_",
+    "reach",
+    "reach_",
     "reestimate_batchnorm_",
     "runs",
     "save",

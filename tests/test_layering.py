@@ -75,6 +75,7 @@ LAYERS = [
     ],
     ["sparsekit.prune", "sparsekit.compress", "sparsekit.checkpoint", "sparsekit.train"],
     ["sparsekit.tiers", "sparsekit.slim", "sparsekit.quant"],
+    ["sparsekit.reach"],
     ["sparsekit"],
     ["sparsekit.integrations"],
     ["sparsekit.cli", "sparsekit.__main__"],

@@ -139,7 +139,7 @@ def compress_(
             if site.reason is None:
                 _count(site, counts or (None if batches is None else ()))
         free = [site for site in sites if site.reason is None]
-        with _own_tensors(free):
+        with own_tensors(free):
             choices = choose(
                 free,
                 objective,
@@ -154,7 +154,7 @@ def compress_(
         undo.callback(swap.undo)
 
         def build(choices: Mapping[str, Choice]) -> dict[str, Compressed]:
-            with _own_tensors(free):
+            with own_tensors(free):
                 taken = {name: choice for name, choice in choices.items() if choice.candidate is not None}
                 return {name: choice.build(swap.sites[name].layer) for name, choice in taken.items()}
 
@@ -183,7 +183,7 @@ def compress_(
             forms=dict(verdict.forms),
             change=effect,
         )
-        with _own_tensors(free):
+        with own_tensors(free):
             swap.commit(modules)
         return report
 
@@ -213,7 +213,7 @@ def decompress_(model: nn.Module) -> tuple[str, ...]:
     check_model(model)
 
     def work(undo: Undo) -> tuple[str, ...]:
-        with _own_tensors(()):
+        with own_tensors(()):
             return restore_all(model, undo)
 
     return change(model, "decompressed", work)
@@ -249,7 +249,7 @@ def _count(site: LayerSite, counts: tuple[int, ...] | None) -> None:
 
 
 @contextmanager
-def _own_tensors(sites: Iterable[LayerSite]) -> Iterator[None]:
+def own_tensors(sites: Iterable[LayerSite]) -> Iterator[None]:
     """Makes tensors that can be used and trained later, whatever modes the caller is in."""
     with torch.inference_mode(False):
         grad = torch.is_grad_enabled()

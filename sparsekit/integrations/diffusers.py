@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
 from ..diffusion import DiffusionSampler, GeometricNoise, LogLinearNoise, Noise
@@ -55,6 +54,7 @@ class AbsorbingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc, unu
     ) -> None:
         if noise not in ("loglinear", "geometric"):
             raise ValueError(f"noise must be loglinear or geometric, got {noise!r}")
+        self._mask_token = mask_token_id
         self._noise: Noise = LogLinearNoise(eps) if noise == "loglinear" else GeometricNoise(sigma_min, sigma_max)
         self.set_timesteps(1)
 
@@ -106,8 +106,9 @@ class AbsorbingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc, unu
         """
         asked, uniforms = self._plan(timestep, sample, seeds)
         logits = model_output[asked].double()
-        logits[:, self.config.mask_token_id : self.config.mask_token_id + 1] = -torch.inf
-        chosen = choose_tokens(logits.log_softmax(-1), uniforms[asked], self.config.top_k, self.config.top_p)
+        mask = self._mask_token
+        logits[:, mask : mask + 1] = -torch.inf
+        chosen = choose_tokens(logits.log_softmax(-1), uniforms[asked], self._sampler.top_k, self._sampler.top_p)
         prev_sample = sample.masked_scatter(asked, chosen)
         return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
@@ -120,7 +121,7 @@ class AbsorbingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc, unu
             timesteps: the time of each row, from 0 to 1, ``[rows]``.
         """
         masked = noise < self._noise.mask_probability(timesteps.to(noise.device))[:, None]
-        return original_samples.masked_fill(masked.to(original_samples.device), self.config.mask_token_id)
+        return original_samples.masked_fill(masked.to(original_samples.device), self._mask_token)
 
     def _plan(self, timestep: Tensor | float, sample: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns the positions to fill, and the numbers by which their tokens are chosen."""
@@ -131,7 +132,7 @@ class AbsorbingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc, unu
             raise ValueError(f"seeds must be one for each row, got {len(seeds)} for {len(sample)} rows")
         uniforms = row_uniforms(row_seeds(seeds, sample.device), sample.shape[1])
         due = self._sampler._times(uniforms[..., 0]) <= int(step)
-        return due & (sample == self.config.mask_token_id), uniforms[..., 1]
+        return due & (sample == self._mask_token), uniforms[..., 1]
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -120,8 +120,17 @@ class MaskedLM(LM):  # type: ignore[misc, unused-ignore]
     def _nats(self, window: tuple[Tensor, Tensor]) -> float:
         row, given = window
         draws = self.draws if (~given).sum() > 1 else 2
-        options = {"draws": draws, "batch_size": self.batch_size, "seed": self.seed, "given": given}
-        return float(evaluate_bound(self.model, row, self.mask_token, group="alone", **options).row_nats)
+        found = evaluate_bound(
+            self.model,
+            row,
+            self.mask_token,
+            draws=draws,
+            given=given,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            group="alone",
+        )
+        return float(found.row_nats)
 
     def _is_greedy(self, window: tuple[Tensor, Tensor]) -> bool:
         row, given = window

@@ -1,6 +1,7 @@
 """The calibration inputs of one layer: the statistic that a method needs, and a sample to measure the error on."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,6 +107,21 @@ class InputSample:
         if lost == 0:
             return 0.0  # also if everything is 0
         return math.sqrt(lost / whole) if whole > 0 else math.inf if whole == 0 else math.nan
+
+    def output_error(self, layer: Callable[[Tensor], Tensor], bias: Tensor | None, before: Tensor) -> float | None:
+        """Computes the same of what a linear layer returns for the sampled rows, with all that it rounds.
+
+        Args:
+            layer: stands for the layer.
+            bias: what it adds, which does not count.
+            before: the weight that is compared with.
+        """
+        if self._rows is None or len(self) == 0:
+            return None
+        dense = self._rows.double() @ self._layer.matrix(before).double().t()
+        found = layer(self._rows).double() - (0 if bias is None else bias.double())
+        lost, whole = _square_sum(found - dense), _square_sum(dense)
+        return math.sqrt(lost / whole) if whole > 0 else 0.0 if lost == 0 else math.inf
 
 
 def _unravel(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
