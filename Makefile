@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 TORCH := $(shell grep '^torch==' constraints.txt)
 ARGS ?=
 
-.PHONY: help demo tiers ddpm maskpro maskpro-llm distilbert test test-slow test-all bench rivals gpu lint wheel sanitize clean
+.PHONY: help demo tiers ddpm maskpro maskpro-llm distilbert radd test test-slow test-all bench rivals gpu lint wheel sanitize clean
 
 help:
 	@echo 'make demo       train a small language model, make it 2:4 sparse, run it faster than dense'
@@ -17,6 +17,7 @@ help:
 	@echo 'make maskpro    learn 2:4 masks for a diffusion model without gradients, fine-tune and test them (minutes on 2 cores)'
 	@echo 'make maskpro-llm  learn 2:4 masks for a language model without gradients, and compare perplexities (minutes on 2 cores)'
 	@echo 'make distilbert  distill, prune, slim and quantize a classifier of sentences, in one report (minutes on 2 cores)'
+	@echo 'make radd       train a diffusion model of text, draw texts by it, evaluate and prune it (minutes on 2 cores)'
 	@echo 'make test       run the test suite without slow tests (under 6 minutes on 2 cores)'
 	@echo 'make test-all   run the whole test suite (under 20 minutes)'
 	@echo 'make bench      time every op against its baselines, write bench/results/ (about 12 minutes)'
@@ -27,7 +28,7 @@ help:
 	@echo 'make sanitize   run the C++ tests under ASan and UBSan'
 	@echo 'make clean      remove all build products, keep $(VENV)'
 	@echo
-	@echo 'ARGS="..." is passed on to demo, tiers, ddpm, maskpro, maskpro-llm, distilbert, test, rivals and gpu. PYTHON=python3.12 chooses the Python. SPARSEKIT_NATIVE=1'
+	@echo 'ARGS="..." is passed on to demo, tiers, ddpm, maskpro, maskpro-llm, distilbert, radd, test, rivals and gpu. PYTHON=python3.12 chooses the Python. SPARSEKIT_NATIVE=1'
 	@echo 'requires the compiled kernels, 0 never builds them. For a torch without CUDA, a tenth of the download:'
 	@echo '  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
 
@@ -59,6 +60,9 @@ maskpro-llm: $(INSTALLED)
 
 distilbert: $(INSTALLED)
 	$(BIN)/python examples/distilbert/run.py $(ARGS)
+
+radd: $(INSTALLED)
+	$(BIN)/python examples/radd/run.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
