@@ -39,7 +39,7 @@ class Settings:
 
     out: Path = HERE / "out"
     data: str = "auto"
-    n_iters: int = 1600  # steps of the model that is sampled and pruned
+    n_iters: int = 3500  # steps of the model that is sampled and pruned
     loss_iters: int = 200  # steps of the four models that losses are compared by
     count: int = 16  # texts to draw
     seed: int = 0
