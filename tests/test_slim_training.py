@@ -14,6 +14,7 @@ from sparsekit.masks import get_mask
 from sparsekit.slim import (
     Branch,
     CubicSchedule,
+    SlimPlan,
     UnitLearner,
     choose_units,
     find_units,
@@ -238,6 +239,16 @@ def test_gradual_pruning_reaches_every_target():
     before = logits(model, batch)
     slim_(model, seen[-1][1])
     assert (logits(model, batch) - before).abs().max() < 1e-5
+
+
+def test_masks_that_drop_nothing_go_with_the_others():
+    model, batch = tiny("distilbert", torch.float32)
+    units = find_units(model, batch)
+    mask_units_(model, units.keep())
+    kept = {branch: (0, 1) if index == 0 else each for index, (branch, each) in enumerate(units.keep().units.items())}
+    mask_units_(model, plan := SlimPlan(kept))
+    slim_(model, plan)
+    assert all(get_mask(module, name) is None for module in model.modules() for name in ("weight", "bias"))
 
 
 def test_masks_of_units_and_biases_are_saved(tmp_path):

@@ -26,7 +26,6 @@ from trainer import Data, Phase, Pruning, accuracy, teach, train
 import sparsekit as sk
 from sparsekit._digest import digest
 from sparsekit.evaluate import predict_logits
-from sparsekit.masks import get_mask, remove_mask
 from sparsekit.slim import Units, choose_units, find_units, slim_, unit_scores
 
 BRANCHES: dict[str, Pruning] = {"student": "none", "pruned": "units", "2-4": "2:4"}  # the student is trained as long
@@ -192,10 +191,6 @@ def slim_masked(model: Any, units: Units, sparsity: float) -> dict[str, Any]:
     """Removes the units of a model that are masked: those have the score 0, and are chosen first."""
     plan = choose_units(model, units, unit_scores(model, units), sparsity)
     report = slim_(model, plan)
-    for module in model.modules():  # branches that lost no unit still have masks, which drop nothing
-        for name in ("weight", "bias"):
-            if (mask := get_mask(module, name)) is not None and bool(mask.all()):
-                remove_mask(module, name)
     return {"plan": str(plan).splitlines(), "weights": report.weights, "weights_before": report.weights_before}
 
 

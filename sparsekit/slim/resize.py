@@ -91,11 +91,16 @@ def _change_parameter(layer: nn.Module, name: str, change: Change, dim: int, und
         set_mask(layer, change(mask, dim), info, name)
 
 
-def drop_full_masks(layers: Iterable[nn.Module], undo: Undo) -> None:
+def drop_full_masks(layers: Iterable[nn.Module], undo: Undo, *, only: bool = False) -> None:
     """Removes the masks that keep everything, as those of units do once the units are gone.
 
+    Args:
+        layers: where the masks are.
+        undo: records how to restore them.
+        only: whether other masks may stay.
+
     Raises:
-        ValueError: a mask drops more than that.
+        ValueError: there are others, and they may not.
     """
     for layer in layers:
         for name in ("weight", "bias"):
@@ -103,6 +108,8 @@ def drop_full_masks(layers: Iterable[nn.Module], undo: Undo) -> None:
             if mask is None or bits is None or info is None:
                 continue
             if not mask.all():
+                if only:
+                    continue
                 raise ValueError(
                     f"a layer of a slim branch has a {name} mask that drops other weights than those of the units "
                     f"({int((~mask).sum())} of {mask.numel()} are left): slim the model first, then prune it"

@@ -47,9 +47,9 @@ def slim_(model: nn.Module, plan: SlimPlan, batches: Any = None, *, forward: For
     device gets the shapes, so that the weights of a slim model can be loaded into it.
 
     Parameters of changed layers are new objects: make the optimizer afterwards. Masks that ``mask_units_`` stored go
-    with their units. The plan is stored, for ``unslim_``, and in the configuration of a model of transformers as
-    ``slim_plan``: with the names that the units have once the dropped stages are gone, whose number is
-    ``num_hidden_layers`` then.
+    with their units, and so do those that drop nothing. The plan is stored, for ``unslim_``, and in the configuration
+    of a model of transformers as ``slim_plan``: with the names that the units have once the dropped stages are gone,
+    whose number is ``num_hidden_layers`` then.
 
     Args:
         model: a model that ``find_units`` was given, or one of the same structure.
@@ -123,6 +123,9 @@ def shrink(model: nn.Module, plan: SlimPlan, undo: Undo) -> None:
             touched.append(layer)
         _scale(model, branch.attributes, branch.units, len(kept), undo)
     drop_full_masks(touched, undo)
+    whole = [branch for branch, kept in plan.units.items() if len(kept) == branch.units]
+    others = {layer for branch in whole for layer, *_ in sides(branch, model)}
+    drop_full_masks(others - {*touched}, undo, only=True)
 
 
 def _grow(model: nn.Module, plan: SlimPlan, undo: Undo) -> None:
