@@ -11,12 +11,10 @@ losses of held-out images on which nothing was chosen, is also in comparison.jso
 
 import copy
 import json
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tomllib
 import tyro
 from judge import compared
 from mask_files import masked_copy, masks_of
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from train_diffusion import Training, new_learner
 
 from sparsekit._table import table_lines
+from sparsekit.cli.variants import read_variants
 
 PASS = 32  # images
 
@@ -34,9 +33,8 @@ PASS = 32  # images
 def named_rules() -> dict[str, dict[str, Any]]:
     """Returns the options of train_diffusion.py for each rule: as published, with five published presets, and ours."""
     found: dict[str, dict[str, Any]] = {"published: lr 50, logits 10": {"parity": True}}
-    presets = tomllib.loads(Path(__file__).with_name("presets.toml").read_text("utf-8"))["variants"]
-    for preset in presets.values():
-        of = tyro.cli(Training, args=shlex.split(preset["args"]))
+    for preset in read_variants(Path(__file__).with_name("presets.toml")):
+        of = tyro.cli(Training, args=preset.command[2:])  # less python and the script
         options = {"lr": of.lr, "logits": of.logits, "batch_size": of.batch_size, "parity": True}
         found[f"published: lr {of.lr:g}, logits {of.logits:g}, {of.batch_size} images"] = options
     return {**found, "ours": {}}
