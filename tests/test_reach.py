@@ -101,11 +101,19 @@ def batches():
 
 @pytest.fixture
 def speed(monkeypatch):
-    """Replaces the times of whole models: each layer that is not plain makes a pass 10 % faster."""
+    """Replaces times: those of a layer by its form, and each layer that is not plain makes a pass 10 % faster."""
+    measure_ways, seconds = reach_model.measure_ways, {"plain": 0.25, "2:4": 0.1, "tiered": 0.15}
+
+    def timed(*args):
+        return {
+            name: [way._replace(seconds=seconds.get(way.form, 0.2)) for way in each]
+            for name, each in measure_ways(*args).items()
+        }
 
     def compare(swap, modules, over, passes):
         return (SimpleNamespace(seconds=1.0, ratio=1.1 ** len(modules)),)
 
+    monkeypatch.setattr(reach_model, "measure_ways", timed)
     monkeypatch.setattr(reach_model, "compare_passes", compare)
 
 
