@@ -15,6 +15,7 @@ from sparsekit.masks import get_mask
 from sparsekit.reach import reach_model
 from sparsekit.reach.assign import STEPS, Offer, least_cost, most_saving
 from sparsekit.reach.plans import find_plan
+from sparsekit.reach.variants import DECISIONS
 
 QUICK = sk.Measure(budget=0.02)
 
@@ -152,6 +153,35 @@ def test_errors_are_those_of_the_outputs(model, batches, speed, monkeypatch):
     after = model[0][0](x) - model[0][0].bias
     assert layer.form == "2:4" and layer.error == report.error == report.error_24
     assert layer.error == pytest.approx(((after - before).norm() / before.norm()).item(), rel=1e-3)
+
+
+def test_every_form_can_be_taken(model, batches, speed, monkeypatch):
+    wanted = ("int8", "2:4 int8", "2:4 int4", "tiers")
+
+    def each_its_own(ways, *_):
+        names = {form: DECISIONS[form] for form in wanted}
+        plan = {
+            name: next((way for way in each if way.form in names[form]), each[0])
+            for form, (name, each) in zip(wanted, ways.items(), strict=True)
+        }
+        return SimpleNamespace(plan=plan, ratio=1.2), 1
+
+    monkeypatch.setattr(reach_model, "find_plan", each_its_own)
+    x, before = torch.cat(batches), model(torch.cat(batches))
+    report = sk.reach_(model, batches, torch.randn(64, 64), 1.05, forms=wanted, measure=QUICK)
+    assert report.error_24 is None and report.layers[3].form == "tiered"
+    for layer in report.layers:
+        assert (layer.form == "plain") == (layer.error == 0)
+    assert not any(layer.form == "plain" for layer in report.layers) or not sk.ops.simd_level()
+    assert 0 < (model(x) - before).norm() / before.norm() < 1
+
+
+def test_an_error_at_the_very_end_leaves_the_model_as_it_was(model, batches, speed, monkeypatch):
+    before = model_state(model)
+    monkeypatch.setattr(reach_model, "_report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sk.reach_(model, batches, torch.randn(64, 64), 1.4, forms=("2:4",), measure=QUICK)
+    assert not difference(before, model_state(model))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

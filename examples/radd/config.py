@@ -78,7 +78,7 @@ REPLACED = {
     "load_dir": "outdir names the folder of the run, and the same one goes on with it",
     "training.weight": "every loss has its standard weight",
     "eval.perplexity": "generative_perplexity.py judges samples",
-    "eval.perplexity_batch_size": "generative_perplexity.py --batch_size says how many samples are judged at once",
+    "eval.perplexity_batch_size": "generative_perplexity.py judges one sample after the other",
     "model.cond_dim": "the model is not told the time, so that it has no condition",
     "model.name": "model=small_radd, medium_radd or tiny_radd chooses the size",
     "model.type": "the model is always the one without time",
@@ -114,8 +114,16 @@ def read_config(arguments: list[str]) -> DictConfig:
         raise ValueError(
             f"{getattr(error, 'full_key', None) or arguments}: {error.msg or error}".splitlines()[0]
         ) from None
+    config.data.train, config.data.valid = resolved(config.data.train), resolved(config.data.valid)
     check(config)
     return config
+
+
+def resolved(text: str) -> str:
+    """Returns the name of a text in place of ``auto``: TinyStories if it is at hand, else Python's documentation."""
+    if text != "auto":
+        return text
+    return str(STORIES) if DATA != Path() and STORIES.is_file() else "builtin"
 
 
 def check(config: DictConfig) -> None:

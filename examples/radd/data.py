@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from config import DATA, STORIES
+from config import resolved
 from torch import Tensor
 
 SEPARATOR = "<|endoftext|>"
@@ -20,7 +20,6 @@ HUB: dict[str, tuple[str, str | None, str | None, str, str]] = {
     "lm1b": ("dvruette/lm1b", None, None, "test", "text"),
     "openwebtext": ("Skylion007/openwebtext", None, "refs/convert/parquet", "train", "text"),
 }
-LOCAL = {"wikitext2": DATA / "wikitext2" / "valid.txt"}  # taken instead of the hub's if it is there
 SPACED = {"wikitext2", "wikitext103", "ptb", "lm1b"}  # texts in which a space comes before punctuation
 JOINED = (
     *((f" {mark} ", f"{mark} ") for mark in (",", ".", ";", ":", "!", "?", ")", "]")),
@@ -95,15 +94,14 @@ def read_documents(name: str, cache_dir: str | None = None) -> list[str]:
     name = resolved(name)
     if name == "builtin":
         documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    elif name in HUB and not (name in LOCAL and LOCAL[name].is_file()):
+    elif name in HUB:
         documents = _download(name, cache_dir)
     else:
-        path = LOCAL.get(name, Path(name))
+        path = Path(name)
         if not path.is_file():
             raise ValueError(f"a text must be auto, builtin, {', '.join(HUB)} or a file, got {name}")
         text = path.read_text("utf-8")
-        separator = SEPARATOR if SEPARATOR in text else "\n" if name in LOCAL else "\n\n"
-        documents = text.split(separator)
+        documents = text.split(SEPARATOR if SEPARATOR in text else "\n\n")
     if name in SPACED:
         documents = [detokenize(document) for document in documents]
     return [document.strip() for document in documents if document.strip()]
@@ -125,12 +123,6 @@ def encode(documents: list[str], tokenizer: Any) -> list[Tensor]:
 def cut(encoded: list[Tensor], length: int) -> Tensor:
     tokens = torch.cat([torch.empty(0, dtype=torch.long), *encoded])
     return tokens[: len(tokens) // length * length].view(-1, length)
-
-
-def resolved(name: str) -> str:
-    if name != "auto":
-        return name
-    return str(STORIES) if DATA != Path() and STORIES.is_file() else "builtin"
 
 
 def _at_least(count: int, rows: Tensor, name: str) -> Tensor:

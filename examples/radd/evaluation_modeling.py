@@ -57,7 +57,7 @@ class Evaluation:
 
 
 def measure(model: RADD, rows: Tensor, kind: Kind, draws: int, batch_size: int, seed: int) -> tuple[float, float]:
-    """Returns the loss in nats by token, and its standard error from what is drawn."""
+    """Returns the loss in nats by token, and its standard error from what is drawn; NaN for one random order."""
     if kind == "k_DCE":
         bar = lambda batches: tqdm(batches, "evaluate", leave=False, disable=None)  # noqa: E731
         found = evaluate_bound(
@@ -71,8 +71,9 @@ def measure(model: RADD, rows: Tensor, kind: Kind, draws: int, batch_size: int, 
         parts = [one_draw(model, part, kind, batch_size, generator) for part in rows.split(batch_size)]
         totals.append(torch.cat(parts).double())
     losses = torch.stack(totals)
-    error = math.sqrt(float(losses.var(0).sum()) / len(losses)) if len(losses) > 1 else 0.0
-    return float(losses.mean(0).sum()) / rows.numel(), error / rows.numel()
+    sums = losses.sum(1)  # rows of a draw are not independent: their times are spread evenly
+    error = math.nan if kind == "ar_random" else 0.0 if ordered else float(sums.std()) / math.sqrt(len(sums))
+    return float(sums.mean()) / rows.numel(), error / rows.numel()
 
 
 @torch.no_grad()
@@ -110,7 +111,13 @@ def main(settings: Evaluation) -> dict[str, Any]:
             settings.batch_size,
             settings.seed,
         )
-        result = {"nats": nats, "standard_error": error, "perplexity": math.exp(nats), "tokens": rows.numel()}
+        known_error = None if math.isnan(error) else error
+        result = {
+            "nats": nats,
+            "standard_error": known_error,
+            "perplexity": math.exp(nats),
+            "tokens": rows.numel(),
+        }
         if rank == 0:
             print(
                 f"{settings.loss_type} on {rows.numel():,} tokens: {nats:.4f} +- {error:.4f} nats, {math.exp(nats):.3f}"

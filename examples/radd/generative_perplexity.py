@@ -27,7 +27,6 @@ class Judging:
 
     samples: Path  # texts, with a line of = between them
     judge: str = "gpt2-large"  # a folder or an id of the hub
-    batch_size: int = 16
     device: str = "auto"
 
 
@@ -35,7 +34,8 @@ class Judging:
 def judge_texts(texts: list[str], judge: str, device: str = "auto") -> dict[str, float]:
     """Returns the perplexity of texts by token of the judge, its standard error over texts, and the mean entropy.
 
-    The entropy is that of the frequencies of a text's tokens, in nats; the first token of a text is not judged.
+    A text counts as far as the judge can read, but for its first token. The entropy is that of the frequencies of its
+    tokens, in nats.
 
     Raises:
         ValueError: the judge cannot be loaded, or there is no text of two tokens.
@@ -45,9 +45,10 @@ def judge_texts(texts: list[str], judge: str, device: str = "auto") -> dict[str,
         model = AutoModelForCausalLM.from_pretrained(judge).to(device_of(device)).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"--judge {judge} could not be loaded: {str(error).splitlines()[0]}") from error
+    longest = getattr(model.config, "max_position_embeddings", None)  # tokens that the judge can read
     losses, entropies = [], []
     for text in tqdm(texts, "judge", leave=False, disable=None):
-        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device=device_of(device))
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:longest], device=device_of(device))
         if len(tokens) < 2:
             continue
         scores = model(tokens[None]).logits[0, :-1].double().log_softmax(-1)

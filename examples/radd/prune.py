@@ -83,6 +83,11 @@ class Pruner:
                 return
             optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.0)
             schedule = CosineAnnealingLR(optimizer, settings.steps)
+            pruned = folder / "pruned.safetensors"  # masks, too, are those that the run began with
+            if pruned.exists():
+                sk.load(model, pruned)
+            else:
+                sk.save(model, pruned)
             run.restore(model=model, optimizer=optimizer, schedule=schedule)
             rows = self.texts.train
             epochs = -(-settings.steps // (len(rows) // settings.batch_size))

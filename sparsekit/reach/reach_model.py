@@ -81,6 +81,9 @@ def reach_(
     bytes_before = resident_bytes(model)
 
     def work(undo: Undo) -> ReachReport:
+        passes = Passes([sample], forward, measure.budget, measure.graphs)
+        if remark := untimed_reason(model, passes):
+            raise ValueError(f"the speed of the model cannot be measured: {remark}")
         sites = _sites(model, sample, where, forward)
         layers, skipped = find_layers(model, PATTERN24, "input", where)
         layers = [layer for layer in layers if layer.name in sites]
@@ -101,9 +104,6 @@ def reach_(
             lambda device: bytes_before > _timing.cache_bytes(device),
             progress or iter,
         )
-        passes = Passes([sample], forward, measure.budget, measure.graphs)
-        if remark := untimed_reason(model, passes):
-            raise ValueError(f"the speed of the model cannot be measured: {remark}")
         trial = Swap(model, sites)
         undo.callback(trial.show, {})
         with observing(model):

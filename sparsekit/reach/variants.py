@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._batches import Progress, evaluating
 from .._undo import Undo
 from ..compress.lossy import Precision
-from ..masks import MaskInfo, Pattern, remove_mask, set_mask
+from ..masks import MaskInfo, Pattern, get_mask, remove_mask, set_mask
 from ..nn import Compressed
 from ..prune.apply_mask import apply_mask
 from ..prune.calibration import Calibration, calibrate
@@ -45,14 +45,12 @@ class Variant:
         module: the layer itself, or a copy with the pruned weight and its mask, and the bias of the layer.
         sample: calibration inputs, to measure errors on.
         pattern: of the zeros; None for the layer as it is.
-        mask: which weights are kept.
     """
 
     layer: PrunableLayer
     module: Any
     sample: InputSample
     pattern: Pattern | None = None
-    mask: Tensor | None = None
 
     def error(self, module: Compressed) -> float:
         """Returns the relative error of the layer's outputs, without the bias, where a module stands for the layer."""
@@ -68,9 +66,9 @@ class Variant:
 
     def write(self, undo: Undo) -> None:
         """Writes the pruned weight and its mask into the layer of the model."""
-        if self.pattern is not None and self.mask is not None:
+        if self.pattern is not None and (mask := get_mask(self.module)) is not None:
             with full_precision():
-                apply_mask(self.layer, self.module.weight.detach(), self.mask, self.pattern, undo)
+                apply_mask(self.layer, self.module.weight.detach(), mask, self.pattern, undo)
 
 
 def precision_of(forms: Sequence[Form]) -> Precision | None:
@@ -92,10 +90,14 @@ def variants(
         ((_, collected),) = calibrate(
             model, layers, make, batches, calibration, Ranks("alone", None), progress=progress
         )
-    for layer, inputs in progress([*zip(layers, collected, strict=True)]):
+    left = [*collected]
+    del collected
+    for layer in progress(layers):
+        inputs = left.pop(0)  # its statistic is freed when the layer is pruned
         if len(inputs.sample):
             with full_precision():
-                yield [Variant(layer, layer.module, inputs.sample), *_pruned(layer, inputs, forms)]
+                pruned = [*_pruned(layer, inputs, forms)]
+            yield [Variant(layer, layer.module, inputs.sample), *pruned]
 
 
 def _pruned(layer: PrunableLayer, inputs: LayerInputs, forms: Sequence[Form]) -> Iterator[Variant]:
@@ -121,4 +123,4 @@ def _variant(layer: PrunableLayer, inputs: LayerInputs, pattern: Pattern, found:
     module._buffers, module._non_persistent_buffers_set = {}, set()
     remove_mask(module)
     set_mask(module, mask, MaskInfo(pattern, layer.axis))
-    return Variant(layer, module, inputs.sample, pattern, mask)
+    return Variant(layer, module, inputs.sample, pattern)
