@@ -91,6 +91,35 @@ def test_likelihoods_do_not_depend_on_other_requests(adaptor):
     assert [lm.loglikelihood([each])[0] for each in requests] == lm.loglikelihood(requests)
 
 
+def test_a_letter_that_joins_the_next_is_not_given(adaptor):
+    def pairs(text):  # "ab" is one token, of the number 4
+        return encode(text.replace("ab", "e"))
+
+    lm = adaptor.MaskedLM(letters, MASK, pairs, decode, length=8)
+    assert lm.loglikelihood([request("ca", "b")])[0][0] == pytest.approx(math.log(0.06), rel=1e-6)
+
+
+def test_texts_do_not_depend_on_other_requests(adaptor):
+    lm = lm_of(adaptor, sampler=OrderedSampler([*range(1, 8), 0]), length=16)  # a list has no hash
+    drawn, again = ({"do_sample": drawn, "max_gen_toks": 7} for drawn in (True, False))
+    requests = [request("a", drawn), request("b", drawn), request("b", drawn), request("c", again)]
+    found = lm.generate_until(requests)
+    assert [lm.generate_until([each])[0] for each in requests[:2]] == found[:2] and len({*found}) == 4
+    assert lm.generate_until(requests[3:]) == found[3:]
+
+
+def test_a_continuation_that_is_not_greedy_ends_at_its_first_token(adaptor):
+    calls = []
+
+    def model(tokens, asked):
+        calls.append(tokens)
+        return letters(tokens, asked)
+
+    lm = lm_of(adaptor, model, draws=2)
+    assert not lm.loglikelihood([request("", "eeeeee")])[0][1] and len(calls) == 2
+    assert lm.loglikelihood([request("", "aaaaaa")])[0][1] and len(calls) == 2 + 7
+
+
 def test_texts_are_generated_up_to_an_end(adaptor):
     lm = lm_of(adaptor, after_a, sampler=OrderedSampler(), length=16)
     options = {"until": [" "], "max_gen_toks": 8, "do_sample": True}

@@ -1,17 +1,19 @@
 """Models of masked tokens in the tasks of lm-evaluation-harness."""
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import Any
+from zlib import crc32
 
 import torch
 from lm_eval.api.model import LM  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor, nn
 
 from ..diffusion import ConfidenceSampler, DiffusionSampler, evaluate_bound
-from ..diffusion.absorbing import MaskedModel
+from ..diffusion._inferring import inferring
+from ..diffusion.absorbing import MaskedModel, predict
 from ..diffusion.token_sampler import TokenSampler
-
-GREEDY = ConfidenceSampler(threshold=2)  # one position in each turn, the surest
 
 
 class MaskedLM(LM):  # type: ignore[misc, unused-ignore]
@@ -21,8 +23,8 @@ class MaskedLM(LM):  # type: ignore[misc, unused-ignore]
         lm_eval.simple_evaluate(lm, tasks=["lambada_openai"])
 
     A log-likelihood is minus the bound that ``evaluate_bound`` measures, so at most the true one: perplexities are too
-    high rather than too low. It depends on the seed and the request, not on the other requests. What counts as greedy
-    is the likeliest token at the surest position, one after the other.
+    high rather than too low. What counts as greedy is the likeliest token at the surest position, one after the other.
+    A result depends on the seed and its own request, not on the other requests.
 
     Args:
         model: predicts masked tokens; see ``sparsekit.diffusion.absorbing``.
@@ -67,9 +69,10 @@ class MaskedLM(LM):  # type: ignore[misc, unused-ignore]
         results = []
         for request in self.progress(requests):
             context, continuation = request.args
+            whole = [*self.encode(context + continuation)]
             kept = context.rstrip()  # a space belongs to the word after it
-            given, whole = [*self.encode(kept)] if kept else [], [*self.encode(context + continuation)]
-            windows = self._windows(whole, len(given))
+            given = _common(self.encode(kept) if kept else [], whole)
+            windows = self._windows(whole, given)
             results.append((-sum(map(self._nats, windows)), all(map(self._is_greedy, windows))))
         return results
 
@@ -88,24 +91,27 @@ class MaskedLM(LM):  # type: ignore[misc, unused-ignore]
         Raises:
             ValueError: a request wants a temperature other than 1.
         """
-        alike: dict[Any, list[tuple[int, list[int]]]] = {}  # what can be one batch
+        alike: dict[Any, list[tuple[int, list[int], int]]] = defaultdict(list)  # what can be one batch
+        earlier: Counter[str] = Counter()
         for index, request in enumerate(requests):
             context, options = request.args
             count = min(options.get("max_gen_toks", 256), self.length // 2)
             given = [*self.encode(context)][-(self.length - count) :]
-            alike.setdefault((len(given), count, _sampler(self.sampler, options, count)), []).append((index, given))
-        tokens: dict[int, list[int]] = {}
+            seed = self.seed + crc32(context.encode()) + (earlier[context] << 32)
+            earlier[context] += 1
+            alike[len(given), count, _choice(options)].append((index, given, seed))
+        texts: dict[int, str] = {}
         batches = [
-            (count, sampler, rows[i : i + self.batch_size])
-            for (_, count, sampler), rows in alike.items()
+            (self._sampler(choice, count), count, rows[i : i + self.batch_size])
+            for (_, count, choice), rows in alike.items()
             for i in range(0, len(rows), self.batch_size)
         ]
-        for count, sampler, rows in self.progress(batches):
-            start = self._rows([given + count * [self.mask_token] for _, given in rows])
-            seeds = [self.seed + index for index, _ in rows]
-            drawn = sampler.sample(self.model, start, self.mask_token, seeds).tokens[:, -count:].tolist()
-            tokens |= {index: row for (index, _), row in zip(rows, drawn, strict=True)}
-        return [self._cut(self.decode(tokens[i]), request.args[1]) for i, request in enumerate(requests)]
+        for sampler, count, rows in self.progress(batches):
+            start = self._rows([given + count * [self.mask_token] for _, given, _ in rows])
+            drawn = sampler.sample(self.model, start, self.mask_token, [seed for *_, seed in rows]).tokens.tolist()
+            for (index, given, _), row in zip(rows, drawn, strict=True):
+                texts[index] = self._cut(self.decode(row[len(given) :]), requests[index].args[1])
+        return [texts[index] for index in range(len(requests))]
 
     def _windows(self, tokens: list[int], given: int) -> list[tuple[Tensor, Tensor]]:
         """Returns rows to measure, which predict every token after the first ``given`` once; True is what is given."""
@@ -134,8 +140,19 @@ class MaskedLM(LM):  # type: ignore[misc, unused-ignore]
 
     def _is_greedy(self, window: tuple[Tensor, Tensor]) -> bool:
         row, given = window
-        start = row.masked_fill(~given, self.mask_token)
-        return torch.equal(GREEDY.sample(self.model, start, self.mask_token, [0]).tokens, row)
+        masked = ~given
+        with inferring(self.model):
+            while count := int(masked.sum()):
+                found = predict(self.model, row.masked_fill(masked, self.mask_token), masked, count)
+                sure, likeliest = found.max(1)
+                surest = sure.argmax()
+                if likeliest[surest] != row[masked][surest]:
+                    return False
+                masked[tuple(masked.nonzero()[surest])] = False
+        return True
+
+    def _sampler(self, choice: tuple[int | None, float | None] | None, count: int) -> TokenSampler:
+        return self.sampler if choice is None else DiffusionSampler(count, top_k=choice[0], top_p=choice[1])
 
     def _rows(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self._device)
@@ -147,9 +164,16 @@ class MaskedLM(LM):  # type: ignore[misc, unused-ignore]
         return text.split(self.eos)[0] if self.eos else text
 
 
-def _sampler(sampler: TokenSampler, options: dict[str, Any], count: int) -> TokenSampler:
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns how many tokens at the start are the same in both."""
+    same = (a == b for a, b in zip(one, other, strict=False))
+    return sum(1 for _ in takewhile(bool, same))
+
+
+def _choice(options: dict[str, Any]) -> tuple[int | None, float | None] | None:
+    """Returns ``top_k`` and ``top_p`` of a request that is to be drawn; None for one that is not."""
     if not options.get("do_sample"):
-        return sampler
+        return None
     if options.get("temperature", 1) != 1:
         raise ValueError(f"temperature must be 1 where do_sample is set, got {options['temperature']}")
-    return DiffusionSampler(count, top_k=options.get("top_k"), top_p=options.get("top_p"))
+    return options.get("top_k"), options.get("top_p")
