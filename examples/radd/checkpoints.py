@@ -36,7 +36,7 @@ def write_checkpoint(folder: Path, trainer: Trainer, step: int) -> None:
     """Writes ``checkpoints/checkpoint_STEP.pth`` and the same as ``checkpoints-meta/checkpoint.pth``.
 
     All processes call it. Our own runs go on from ``state/``, which also has the random states and the place in the
-    data.
+    data. The state of the optimizer has the names of our weights.
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=whole)

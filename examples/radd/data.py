@@ -117,7 +117,8 @@ def detokenize(text: str) -> str:
 
 def encode(documents: list[str], tokenizer: Any) -> list[Tensor]:
     """Returns the tokens of each document, with an end token after them."""
-    return [torch.tensor([*row, tokenizer.eos_token_id]) for row in tokenizer(documents, verbose=False)["input_ids"]]
+    rows = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return [torch.tensor([*row, tokenizer.eos_token_id]) for row in rows]
 
 
 def cut(encoded: list[Tensor], length: int) -> Tensor:

@@ -30,7 +30,7 @@ def load_model(source: str | Path, device: torch.device | str = "cpu") -> tuple[
     """
     folder = Path(source)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    if (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
+    if (folder / "config.json").is_file() and (folder / "tokenizer_config.json").is_file():
         with redirect_stdout(None):  # huggingface_hub prints where it reads from
             model = RADD.from_pretrained(folder)
         return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)

@@ -55,6 +55,9 @@ class Pruner:
         self.dense, tokenizer = load_model(settings.model_path, self.device)
         self.texts: Texts = run_texts(settings.model_path, tokenizer)
         self.length = self.texts.train.shape[1]
+        if not 1 <= settings.batch_size <= len(self.texts.train):
+            rows = len(self.texts.train)
+            raise ValueError(f"--batch_size must be from 1 to the {rows} rows of the text, got {settings.batch_size}")
         self.samples = self.texts.train[: settings.nsamples].to(self.device)
 
     def bound(self, model: RADD) -> Bound:
@@ -88,6 +91,7 @@ class Pruner:
                 sk.load(model, pruned)
             else:
                 sk.save(model, pruned)
+            torch.manual_seed(settings.seed)  # dropout
             run.restore(model=model, optimizer=optimizer, schedule=schedule)
             rows = self.texts.train
             epochs = -(-settings.steps // (len(rows) // settings.batch_size))

@@ -61,7 +61,7 @@ def draw(settings: Sampling, prefix: str = "", suffix: str = "") -> tuple[list[s
         ValueError: the given parts leave nothing to draw.
     """
     model, tokenizer = load_model(settings.model_path, device_of(settings.device))
-    first, last = (tokenizer(text, verbose=False)["input_ids"] for text in (prefix, suffix))
+    first, last = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prefix, suffix))
     if len(first) + len(last) >= settings.length:
         raise ValueError(
             f"--length {settings.length} leaves nothing to draw between {len(first)} and {len(last)} tokens"

@@ -1,5 +1,6 @@
 """The ways to change a layer, as ``compress_`` measures them: what each saves and what error its outputs have."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -93,7 +94,8 @@ def _ways(
             if allowed(option.candidate.name, variant, forms):
                 with full_precision():
                     error = variant.error(option.candidate.build(variant.module, option.kernels))
-                found.append(Way(variant, option, option.seconds, error))
+                if math.isfinite(error):  # a form may overflow, such as in float16
+                    found.append(Way(variant, option, option.seconds, error))
     return found
 
 
