@@ -134,6 +134,7 @@ def test_gradients(layout, shape):
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 @compiles
 def test_opcheck_and_compile():
     _, packed = packed_weight(40, 70, "cusparselt_sm90")

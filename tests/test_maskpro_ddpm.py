@@ -91,6 +91,7 @@ def test_baselines_are_the_losses_of_the_initial_mask(modules, steps):
     assert steps.path.with_name(f"{steps.path.stem}_summary.txt").read_text().startswith("4 batches: mean ")
 
 
+@pytest.mark.slow
 def test_masks_are_learned_tuned_and_tested(modules, steps, tmp_path, capsys):
     import numpy as np
     from diffusers import DDPMPipeline

@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -195,11 +199,30 @@ def test_texts_between_given_parts(modules, run):
 
 
 @pytest.mark.slow
+def test_a_killed_run_goes_on_exactly(modules, text, tmp_path):
+    sizes = ("training.n_iters=300", "training.snapshot_freq=300", "training.snapshot_freq_for_preemption=20")
+    more = (*SMALL, *text, *sizes, "training.eval_freq=300", "model.dropout=0.1", "device=cpu")
+    script = [sys.executable, str(FOLDER / "train.py"), f"outdir={tmp_path / 'killed'}", *more]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not [*(tmp_path / "killed" / "state").glob("step-*")] and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "killed" / "result.json").exists()
+    found = {}
+    for name in ("killed", "whole"):
+        modules.train.train(modules.config.read_config([f"outdir={tmp_path / name}", *more]))
+        found[name] = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    assert "goes on after step" in (tmp_path / "killed" / "log.txt").read_text()
+    assert found["killed"] == found["whole"] and len(found["whole"]) == 301
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_learn_what_one_learns(modules, text, tmp_path, kind):
-    import subprocess
-    import sys
-
     more = (*SMALL, *text, "training.accum=2", f"parallel={kind}", "device=cpu")
     modules.train.train(modules.config.read_config([f"outdir={tmp_path / 'one'}", *more]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

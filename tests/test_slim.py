@@ -288,6 +288,7 @@ assert "sparsekit" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_stock_transformers_loads_what_is_padded_and_refuses_what_is_slim(tmp_path):
     model, batch = tiny("distilbert", torch.float32, n_layers=3)
     from transformers import AutoModelForSequenceClassification as Auto
