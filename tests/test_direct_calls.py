@@ -190,8 +190,8 @@ def test_the_kernels_refuse_what_does_not_fit():
 @pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize(("kind", "most"), [(Linear24, 20 / 17), (QuantizedLinear24, 2), (FloatInputs, 2)])
-def test_a_call_costs_hardly_more_than_one_of_linear(kind, most):
-    torch.set_num_threads(1)
+def test_a_call_costs_hardly_more_than_one_of_linear(kind, most, threads):
+    threads(1)
     linear = sparse_linear(16, 16)
     layer, x = kind.from_linear(linear), torch.randn(1, 16)
     seconds = {linear: [], layer: []}

