@@ -63,7 +63,7 @@ class UnitPruner:
         self.schedule = CubicSchedule(settings.sparsity, 0, max(1, steps - 1), settings.prune_every or 1)
         self.units = None
         if settings.criterion != "published":
-            self.units = find_units(model, data.train.batch(range(2)))
+            self.units = find_units(model, beside(model, data.train.batch(range(2))))
             mask_units_(model, self.units.keep())
         else:
             mask_rows_(model, 0.0, where=in_encoder(model))
@@ -103,11 +103,17 @@ def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: each.to(device) for name, each in batch.items()}
 
 
+def beside(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a batch on the device of a model."""
+    return to(batch, next(model.parameters()).device)
+
+
 def mask_24(model: nn.Module, data: Data) -> None:
     """Prunes the encoder to 2:4 by Wanda."""
     groups = data.train.groups(32, 0)
     chosen = groups[:: max(1, len(groups) // CALIBRATION)][:CALIBRATION]  # of all lengths
-    sk.prune_(model, sk.Wanda("2:4"), [data.train.batch(each) for each in chosen], where=in_encoder(model))
+    batches = [beside(model, data.train.batch(each)) for each in chosen]
+    sk.prune_(model, sk.Wanda("2:4"), batches, where=in_encoder(model))
 
 
 def train(
@@ -251,7 +257,7 @@ class Stopper:
 
 def accuracy(model: nn.Module, data: Data) -> float:
     """Returns the share of the validation sentences that are classified correctly."""
-    logits = predict_logits(model, data.checked)
+    logits = predict_logits(model, [beside(model, each) for each in data.checked])
     return float((logits.argmax(1) == data.validation.labels).double().mean())
 
 
