@@ -8,6 +8,7 @@ from aot.case import TARGETS
 from aot.compilers import Compilers
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow  # each target takes a minute
 FOLDER = Path(__file__).parent / "aot"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block can have
 CASES = {
@@ -18,12 +19,8 @@ CASES = {
 
 
 def cases():
-    """A case for every target; in the short suite those of one target, without variants: each target takes a minute."""
-    return [
-        pytest.param(name, target, marks=[pytest.mark.slow] if target != "sm_90" or case.variant or case.slow else [])
-        for name, case in CASES.items()
-        for target in case.targets
-    ]
+    """A case for every target."""
+    return [(name, target) for name, case in CASES.items() for target in case.targets]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,6 @@ def compiled(request, tmp_path_factory):
     compilers.close()
 
 
-@pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_target(compiled):
     names = {
         target: {kernel["kernel"] for kernels in found.values() if not isinstance(kernels, str) for kernel in kernels}

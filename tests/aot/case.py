@@ -20,8 +20,7 @@ class Case:
         loads, stores: the width in bytes of the instructions that move most of the bytes (three quarters or more), at
             least. 0 where the kernel is not bound by memory.
         variant: whether another case compiles the same kernel, of which this is one more dtype, tile or shape. It takes
-            seconds to compile: a variant is compiled for the first two targets alone, and not in the short suite.
-        slow: whether the short suite leaves it out although it is no variant, as it takes seconds.
+            seconds to compile: a variant is compiled for the first two targets alone.
     """
 
     name: str
@@ -30,7 +29,6 @@ class Case:
     loads: int = 0
     stores: int = 0
     variant: bool = False
-    slow: bool = False
 
     @property
     def targets(self) -> tuple[str, ...]:
