@@ -224,6 +224,16 @@ def test_wrong_arguments(model, batches, options, message):
         sk.reach_(model, batches, torch.randn(64, 64), **options)
 
 
+def test_layers_in_another_dtype_are_named_with_the_reason(model, batches):
+    before = model_state(model)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"nothing to change: .*; 0\.0: it runs in torch\.bfloat16, its weight is"),
+    ):
+        sk.reach_(model, batches, torch.randn(64, 64), 1.2, measure=QUICK)
+    assert not difference(before, model_state(model))
+
+
 @pytest.mark.slow
 def test_a_real_speed_is_reached():
     torch.manual_seed(0)

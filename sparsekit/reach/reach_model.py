@@ -20,6 +20,7 @@ from ..compress.whole import Passes, compare_passes, untimed_reason
 from ..nn import Compressed
 from ..prune.calibration import Calibration
 from ..prune.layers import check_weights, find_layers, nothing_to
+from ..prune.report import Skipped
 from .plans import Plan, find_plan, saving
 from .report import ReachLayer, ReachReport
 from .variants import PATTERN24, Form, variants
@@ -84,11 +85,13 @@ def reach_(
         passes = Passes([sample], forward, measure.budget, measure.graphs)
         if remark := untimed_reason(model, passes):
             raise ValueError(f"the speed of the model cannot be measured: {remark}")
-        sites = _sites(model, sample, where, forward)
+        sites, fixed = _sites(model, sample, where, forward)
         layers, skipped = find_layers(model, PATTERN24, "input", where)
         layers = [layer for layer in layers if layer.name in sites]
         if not layers:
-            raise ValueError(nothing_to("change", "linear layer that can be pruned and compressed", where, skipped))
+            raise ValueError(
+                nothing_to("change", "linear layer that can be pruned and compressed", where, fixed + skipped)
+            )
         check_weights(layers)
         found = {
             each[0].layer.name: each for each in variants(model, layers, batches, forms, calibration, progress or iter)
@@ -138,11 +141,14 @@ def _check(speedup: float, forms: Sequence[Form], measure: Measure, calibration:
         raise ValueError("calibration must have sequential=False: all layers are calibrated on the dense model")
 
 
-def _sites(model: nn.Module, sample: Any, where: Where | None, forward: Forward | None) -> dict[str, LayerSite]:
-    """Returns the linear layers that may be swapped, with their calls in the sample."""
+def _sites(
+    model: nn.Module, sample: Any, where: Where | None, forward: Forward | None
+) -> tuple[dict[str, LayerSite], list[Skipped]]:
+    """Returns the linear layers that may be swapped, with their calls in the sample, and the others with reasons."""
     sites = [site for site in find_sites(model, where) if not isinstance(site.layer, nn.Conv2d)]
     watch(model, sites, [sample], forward)
-    return {site.name: site for site in sites if site.reason is None}
+    free = {site.name: site for site in sites if site.reason is None}
+    return free, [Skipped(site.name, site.reason) for site in sites if site.reason is not None]
 
 
 def _build(plan: Plan, sites: Mapping[str, LayerSite], *, trial: bool) -> dict[str, Compressed]:
